@@ -1,0 +1,58 @@
+# `make help` lists the targets. Any Python 3.10–3.12 with venv will do; PYTHON=… names one.
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean distclean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The first interpreter of a supported version that can make an environment.
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+# More arguments for pip. A host without a GPU saves gigabytes with an index of CPU-only builds of torch.
+PIP_FLAGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PIP_FLAGS) -c constraints.txt
+
+# Test processes, and arguments for pytest: make test PYTEST_FLAGS="-k plan"
+JOBS ?= 2
+PYTEST_FLAGS ?=
+
+# One thread a process: the processes already fill the cores.
+export OMP_NUM_THREADS ?= 1
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## make .venv and install everything into it
+
+# torchrec goes in alone and without its requirements: it asks for the CUDA build of fbgemm-gpu, which would overwrite
+# fbgemm-gpu-cpu and cannot be imported without a GPU driver. Its other requirements are in the extra `torchrec`.
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "embtables needs Python 3.10, 3.11 or 3.12 with venv and pip; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) ($$($(BIN)/python --version)); the first time this downloads torch and takes minutes."
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps torchrec fbgemm-gpu-cpu
+	@touch $@
+
+test: $(STAMP) ## every test, ruff and mypy among them
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+
+lint: $(STAMP) ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format the code and sort the imports
+	$(BIN)/ruff check --fix-only --select I .
+	$(BIN)/ruff format .
+
+clean: ## remove what builds, tests and the demo leave behind
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs/demo
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## the same, and the environment
+	rm -rf $(VENV)

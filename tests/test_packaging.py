@@ -1,0 +1,105 @@
+"""What an installation holds, and what importing it costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("torchrec", "fbgemm_gpu", "pandas", "polars", "pyarrow", "tensorboard", "matplotlib", "typer", "rich")
+
+# Plans, builds and runs tables, so that "it imports" means "it works".
+USE_CORE = """
+import torch
+import embtables
+tables = [embtables.TableConfig("item", 1000, 8), embtables.TableConfig("user", 50, 8)]
+module = embtables.EmbeddingTables(embtables.plan(tables, "hash", budget=0.5))
+assert module(torch.tensor([[999, 49], [0, 1]])).shape == (2, 16)
+"""
+
+
+def python(code: str, *paths: Path) -> str:
+    """Run `code` in a fresh interpreter with `paths` in front of its import path; what it printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light() -> None:
+    code = f"{USE_CORE}\nimport sys\nprint([name for name in {OPTIONAL} if name in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('no module named torchrec')", "OSError('libnvidia-ml.so.1: no such file')"]
+)
+def test_core_works_without_torchrec(tmp_path: Path, error: str) -> None:
+    """Absent, and present but broken: fbgemm's CUDA build raises OSError on a host without a driver."""
+    for package in ("torchrec", "fbgemm_gpu"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(f"raise {error}\n")
+    python(USE_CORE, tmp_path)
+
+
+def test_every_folder_is_a_package() -> None:
+    folders = {path.parent for top in ("embtables", "models", "datasets") for path in (ROOT / top).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_wheel_and_source_archive_hold_every_file(tmp_path: Path) -> None:
+    """Every file of the package, with models/ and datasets/ inside it, and as many bytes of each as there are here."""
+    expected = {}
+    for top, inside in (("embtables", "embtables"), ("models", "embtables/models"), ("datasets", "embtables/datasets")):
+        for path in (ROOT / top).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                expected[f"{inside}/{path.relative_to(ROOT / top).as_posix()}"] = path.stat().st_size
+
+    source = tmp_path / "source"
+    for name in ("embtables", "models", "datasets"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "import setuptools.build_meta as b; print(); print(b.build_wheel('out')); print(b.build_sdist('out'))"
+    result = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    (wheel,) = (source / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {item.filename: item.file_size for item in archive.infolist() if ".dist-info/" not in item.filename}
+        (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    assert held == expected
+    # torchrec among the requirements would pull in the CUDA build of fbgemm-gpu.
+    assert not re.search(r"^Requires-Dist: torchrec\b", metadata, re.MULTILINE)
+
+    (sdist,) = (source / "out").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = {item.name.split("/", 1)[1]: item.size for item in archive.getmembers() if item.isfile()}
+    assert {name: size for name, size in members.items() if name.startswith("embtables/")} == expected
+
+
+def test_constraints_pin_the_matching_set() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert {"torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "torchrec==1.8.0"} <= set(lines)
+    unpinned = [line for line in lines if line and not line.startswith("#") and "==" not in line]
+    assert unpinned == []
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    assert [command for command in commands if command][:2] == ["make demo", "make test"]
+
+
+def test_ci_runs_the_tests() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make test" in script.read_text()
