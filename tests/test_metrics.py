@@ -188,7 +188,11 @@ def test_bootstrap_standard_error_is_the_spread_over_fresh_samples():
     def sample(generator):
         labels = generator.integers(0, 2, 2000)
         common = generator.normal(size=2000)
-        return labels, labels + common + 0.3 * generator.normal(size=2000), labels + common + generator.normal(size=2000)
+        return (
+            labels,
+            labels + common + 0.3 * generator.normal(size=2000),
+            labels + common + generator.normal(size=2000),
+        )
 
     generator = np.random.default_rng(4)
     spread = []

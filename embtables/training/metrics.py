@@ -97,9 +97,7 @@ def normalized_entropy(labels: NDArray, probabilities: NDArray) -> float:
     return loss / -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
 
 
-def _auc_by_group(
-    labels: NDArray, scores: NDArray, groups: NDArray
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _auc_by_group(labels: NDArray, scores: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """AUC and rows of every group that holds both classes."""
     positive, scores = _checked(labels, scores)
     groups = np.asarray(groups)

@@ -1,0 +1,13 @@
+"""Models over :class:`embtables.EmbeddingTables`, and how a name on the command line becomes one.
+
+Any class with the constructor ``(embeddings, num_dense_features, *, <hyperparameters with defaults>)``, a
+``forward(batch) -> logits [B]`` and the attribute ``embeddings`` works as ``--model package.module:Class``.
+"""
+
+from __future__ import annotations
+
+from embtables.models.dlrm import DLRM
+from embtables.models.lookup import build_model, find_model
+from embtables.models.mlp import MLP
+
+__all__ = ["DLRM", "MLP", "build_model", "find_model"]

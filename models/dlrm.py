@@ -1,0 +1,84 @@
+"""DLRM: Naumov et al., Deep Learning Recommendation Model for Personalization and Recommendation Systems, 2019."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from embtables.models.blocks import MLP, check_positive, join
+
+if TYPE_CHECKING:
+    from embtables.datasets import Batch
+    from embtables.tables import EmbeddingTables
+
+__all__ = ["DLRM"]
+
+
+class DLRM(nn.Module):
+    """Dot products of all pairs of vectors, and an MLP over them.
+
+    The dense features pass a bottom MLP and become one more vector, x of size D. With vectors v_1 … v_m (x first, if there
+    is one), the top MLP sees x and the m(m - 1)/2 dot products v_i · v_j, i > j (row by row of the lower triangle), and ends
+    in one logit. Without dense features x is absent.
+
+    Args:
+        embeddings: the tables; all their ``embedding_dims`` must be equal.
+        num_dense_features: columns of ``batch.dense``; may be 0.
+        bottom_units: hidden units of the bottom MLP, whose last layer, of size D, is added.
+        top_units: hidden units of the top MLP, whose last layer, of size 1, is added.
+        dropout: dropout after every hidden layer of the top MLP.
+
+    Raises:
+        ValueError: vectors of different sizes; fewer than two vectors; hyperparameters out of range.
+
+    Example::
+
+        model = DLRM(tables, num_dense_features=13, top_units=(256, 128))
+        logits = model(batch)  # [B]
+    """
+
+    def __init__(
+        self,
+        embeddings: EmbeddingTables,
+        num_dense_features: int,
+        *,
+        bottom_units: Sequence[int] = (64, 32),
+        top_units: Sequence[int] = (128, 64),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_positive("bottom_units", bottom_units)
+        check_positive("top_units", top_units)
+        dims = list(embeddings.embedding_dims)
+        if len(set(dims)) > 1:
+            listed = ", ".join(f"{name}={dim}" for name, dim in zip(embeddings.output_names, dims))
+            raise ValueError(
+                f"DLRM takes dot products, so all embedding_dims must be equal, not {listed}; "
+                "give the tables one embedding_dim or use --model mlp"
+            )
+        self.embeddings = embeddings
+        self.embedding_dim = dims[0] if dims else 0
+        self.num_vectors = len(dims) + (num_dense_features > 0)
+        if not dims or self.num_vectors < 2:
+            raise ValueError(
+                f"DLRM needs two vectors for a dot product, but there are {len(dims)} embeddings and "
+                f"{num_dense_features} dense features; use --model mlp"
+            )
+        self.bottom = MLP(num_dense_features, [*bottom_units, self.embedding_dim]) if num_dense_features else None
+        num_pairs = self.num_vectors * (self.num_vectors - 1) // 2
+        self.top = MLP(num_pairs + (self.embedding_dim if self.bottom else 0), top_units, dropout)
+        self.output = nn.Linear(self.top.num_outputs, 1)
+        rows, columns = torch.tril_indices(self.num_vectors, self.num_vectors, offset=-1)
+        self.register_buffer("pairs", rows * self.num_vectors + columns, persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [B]."""
+        flat: Tensor = self.embeddings(batch.ids)
+        dense = [self.bottom(batch.dense)] if self.bottom is not None else []
+        vectors = join([*dense, flat]).view(-1, self.num_vectors, self.embedding_dim)
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+        logits: Tensor = self.output(self.top(join([*dense, products[:, self.pairs]])))
+        return logits.squeeze(1)

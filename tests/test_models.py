@@ -1,0 +1,156 @@
+"""Models against their formulas written out in numpy, and their parameters counted by hand."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from embtables.models import DLRM, MLP, build_model, find_model
+
+
+class FakeTables(nn.Module):
+    """Tables of the face that models use, one weight matrix a feature."""
+
+    def __init__(self, rows, dims):
+        super().__init__()
+        self.output_names = [f"f{i}" for i in range(len(dims))]
+        self.embedding_dims = dims
+        self.weights = [torch.randn(n, d, generator=torch.Generator().manual_seed(d + n)) for n, d in zip(rows, dims)]
+
+    def forward(self, ids):
+        return torch.cat([weight[ids[:, i]] for i, weight in enumerate(self.weights)], dim=1)
+
+
+class Batch(NamedTuple):
+    labels: torch.Tensor
+    dense: torch.Tensor
+    ids: torch.Tensor
+    groups: None = None
+
+
+def batch_of(rows, num_dense, size=6):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randint(n, (size,), generator=generator) for n in rows], dim=1)
+    return Batch(torch.zeros(size), torch.randn(size, num_dense, generator=generator), ids)
+
+
+def layers_of(module):
+    return [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def relu_layers(x, layers):
+    for weight, bias in layers:
+        x = np.maximum(weight @ x + bias, 0)
+    return x
+
+
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_dlrm_is_its_formula(num_dense):
+    rows = [5, 7, 4]
+    tables = FakeTables(rows, [4, 4, 4])
+    model = DLRM(tables, num_dense, bottom_units=(6,), top_units=(8, 5))
+    batch = batch_of(rows, num_dense)
+    logits = model(batch)
+    assert logits.shape == (6,)
+    for b in range(6):
+        vectors = [tables.weights[f][batch.ids[b, f]].numpy() for f in range(3)]
+        features = []
+        if num_dense:
+            x = relu_layers(batch.dense[b].numpy(), layers_of(model.bottom))
+            vectors.insert(0, x)
+            features += list(x)
+        for i in range(len(vectors)):
+            for j in range(i):
+                features.append(float(np.dot(vectors[i], vectors[j])))
+        hidden = relu_layers(np.array(features, dtype=np.float32), layers_of(model.top))
+        ((weight, bias),) = layers_of(model.output)
+        assert logits[b].item() == pytest.approx((weight @ hidden + bias).item(), rel=1e-4, abs=1e-5)
+
+
+def test_mlp_is_its_formula_with_unequal_dims():
+    rows = [5, 7]
+    tables = FakeTables(rows, [4, 2])
+    for num_dense in (0, 3):
+        model = MLP(tables, num_dense, units=(8, 5))
+        batch = batch_of(rows, num_dense)
+        logits = model(batch)
+        for b in range(6):
+            vectors = [tables.weights[f][batch.ids[b, f]].numpy() for f in range(2)]
+            hidden = relu_layers(np.concatenate([*vectors, batch.dense[b].numpy()]), layers_of(model.hidden))
+            ((weight, bias),) = layers_of(model.output)
+            assert logits[b].item() == pytest.approx((weight @ hidden + bias).item(), rel=1e-4, abs=1e-5)
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_counts():
+    tables = FakeTables([9] * 3, [16] * 3)
+    # No dense features: 3 pairs -> 128 -> 64 -> 1.
+    assert count(DLRM(tables, 0)) == (3 * 128 + 128) + (128 * 64 + 64) + (64 + 1)
+    # 13 dense -> 64 -> 32 -> 16; 6 pairs and 16 -> 128 -> 64 -> 1.
+    bottom = (13 * 64 + 64) + (64 * 32 + 32) + (32 * 16 + 16)
+    assert count(DLRM(tables, 13)) == bottom + (22 * 128 + 128) + (128 * 64 + 64) + (64 + 1)
+    # 48 and 13 inputs -> 128 -> 64 -> 1.
+    assert count(MLP(tables, 13)) == (61 * 128 + 128) + (128 * 64 + 64) + (64 + 1)
+
+
+def test_dropout_acts_in_training_only():
+    model = MLP(FakeTables([5], [4]), 0, dropout=0.5)
+    batch = batch_of([5], 0)
+    assert not torch.equal(model(batch), model(batch))
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+
+
+def test_dlrm_refuses():
+    with pytest.raises(ValueError, match="f0=4, f1=2"):
+        DLRM(FakeTables([5, 5], [4, 2]), 0)
+    with pytest.raises(ValueError, match="two vectors"):
+        DLRM(FakeTables([5], [4]), 0)
+    with pytest.raises(ValueError, match="top_units must hold positive integers, not 0"):
+        DLRM(FakeTables([5, 5], [4, 4]), 0, top_units=[0])
+    with pytest.raises(ValueError, match="dropout"):
+        DLRM(FakeTables([5, 5], [4, 4]), 0, dropout=1.0)
+    DLRM(FakeTables([5], [4]), 1)
+
+
+def test_find_model(tmp_path, monkeypatch):
+    (tmp_path / "my_own_model.py").write_text(
+        "from torch import nn\n"
+        "class Mine(nn.Module):\n"
+        "    def __init__(self, embeddings, num_dense_features, *, width=3):\n"
+        "        super().__init__()\n"
+        "        self.embeddings, self.width = embeddings, width\n"
+        "class Forgets(nn.Module):\n"
+        "    def __init__(self, embeddings, num_dense_features):\n"
+        "        super().__init__()\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
+    assert find_model("dlrm") is DLRM and find_model("mlp") is MLP
+    assert find_model("my_own_model:Mine").__name__ == "Mine"
+    assert str(tmp_path) not in sys.path
+    tables = FakeTables([5, 5], [4, 4])
+    assert build_model("my_own_model:Mine", tables, 0, {"width": 7}).width == 7
+    for name, message in [
+        ("dlmr", "model 'dlmr' is unknown: give dlrm, mlp or package.module:Class"),
+        ("nowhere:Model", "cannot import 'nowhere'"),
+        ("my_own_model:Yours", "has no 'Yours'"),
+        ("my_own_model:number", "not a subclass"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_model(name)
+    with pytest.raises(ValueError, match="no hyperparameter 'widht'; it has width"):
+        build_model("my_own_model:Mine", tables, 0, {"widht": 7})
+    with pytest.raises(ValueError, match="has no hyperparameter 'units'; it has bottom_units, top_units, dropout"):
+        build_model("dlrm", tables, 0, {"units": [3]})
+    with pytest.raises(ValueError, match="must keep the tables"):
+        build_model("my_own_model:Forgets", tables, 0, {})
