@@ -1,0 +1,177 @@
+"""From a model's ids to a block's and from its vectors to pooled outputs, for all lookups of the block at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embtables.hashing import hash_ids, seed_for
+from embtables.methods.base import Block, TableEntry
+from embtables.store import Part
+
+CONFIG = "config"
+_POLICIES = ("error", "hash", "oov")
+
+
+class Picked(NamedTuple):
+    """The ids of a block's L lookups.
+
+    ``ids``: ``[L, B]``, or flat ``[N]``; ``feature``: the lookup of each, ``[L, 1]`` or ``[N]``; ``bags``: ``[L·B + 1]``
+    offsets of flat ids, else ``None``; ``weights``: of the shape of ``ids``, or ``None``; ``position``: where flat ids
+    stood in the input, or ``None`` for all of them in order.
+    """
+
+    ids: Tensor
+    feature: Tensor
+    bags: Tensor | None
+    weights: Tensor | None
+    position: Tensor | None
+
+
+class Lookups(nn.Module):
+    """A block and its L lookups: (table, feature) pairs in the order of the outputs.
+
+    Args:
+        block: what turns ids into vectors.
+        entries: the table of each lookup.
+        features: the feature of each lookup.
+        feature_names: all features of the model, the columns of its input.
+        hash_seed: the plan's.
+    """
+
+    columns: Tensor
+    size: Tensor
+    policy: Tensor
+    seed: Tensor
+    padding: Tensor
+    lookup: Tensor
+
+    def __init__(
+        self,
+        block: Block,
+        entries: Sequence[TableEntry],
+        features: Sequence[str],
+        feature_names: Sequence[str],
+        hash_seed: int,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.features = list(features)
+        self.tables = [e.table for e in entries]
+        columns = [feature_names.index(feature) for feature in features]
+        self.takes_all = columns == list(range(len(feature_names)))
+        unbounded = 2**62
+        for name, values in (
+            ("columns", columns),
+            ("size", [unbounded if t.num_embeddings is None else t.num_embeddings for t in self.tables]),
+            ("policy", [-1 if t.num_embeddings is None else _POLICIES.index(t.on_out_of_range) for t in self.tables]),
+            ("seed", [seed_for(hash_seed, t.name, "out_of_range") for t in self.tables]),
+            ("padding", [-1 if t.padding_idx is None else t.padding_idx for t in self.tables]),
+            ("lookup", list(range(len(entries)))),
+        ):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.policies = {t.on_out_of_range for t in self.tables if t.num_embeddings is not None}
+        self.pads = any(t.padding_idx is not None for t in self.tables)
+
+    # ---- before the block ----------------------------------------------------------------------------------------
+
+    def pick(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, batch: int) -> Picked:
+        """This block's ids, those out of range treated as their tables say."""
+        if offsets is None:
+            feature = self.lookup.unsqueeze(1)
+            by_feature = ids.t() if self.takes_all else ids.t().index_select(0, self.columns)
+            if weights is not None:
+                weights = weights.t() if self.takes_all else weights.t().index_select(0, self.columns)
+            return Picked(self._in_range(by_feature.long(), feature), feature, None, weights, None)
+        starts = offsets[self.columns * batch]
+        lengths = offsets[(self.columns + 1) * batch] - starts
+        feature = self.lookup.repeat_interleave(lengths)
+        if self.takes_all:
+            return Picked(self._in_range(ids.long(), feature), feature, offsets, weights, None)
+        before = lengths.cumsum(0) - lengths
+        position = torch.arange(feature.numel(), device=ids.device) + (starts - before)[feature]
+        bag_lengths = offsets.diff().view(-1, batch)[self.columns].reshape(-1)
+        bags = F.pad(bag_lengths.cumsum(0), (1, 0))
+        picked = self._in_range(ids[position].long(), feature)
+        return Picked(picked, feature, bags, None if weights is None else weights[position], position)
+
+    def _in_range(self, ids: Tensor, feature: Tensor) -> Tensor:
+        if not self.policies:
+            return ids
+        size, policy = self.size[feature], self.policy[feature]
+        bad = (ids < 0) | (ids >= size)
+        if "error" in self.policies:
+            wrong = bad & (policy == 0)
+            if wrong.any():
+                self._refuse(ids, feature, wrong)
+        if "hash" in self.policies:
+            ids = torch.where(bad & (policy == 1), hash_ids(ids, self.seed[feature], size), ids)
+        if "oov" in self.policies:
+            ids = torch.where(bad & (policy == 2), size, ids)
+        return ids
+
+    def _refuse(self, ids: Tensor, feature: Tensor, wrong: Tensor) -> None:
+        first = tuple(wrong.nonzero()[0].tolist())
+        which = int(feature.expand_as(ids)[first])
+        table = self.tables[which]
+        raise IndexError(
+            f"feature '{self.features[which]}' holds id {int(ids[first])}, but table '{table.name}' has the ids 0 … "
+            f'{int(self.size[which]) - 1}; to accept others give the table on_out_of_range="oov" or "hash"'
+        )
+
+    def without_padding(self, parts: list[Part], picked: Picked) -> list[Part]:
+        """The requests, with −1 (nothing there) for padding ids."""
+        if not self.pads:
+            return parts
+        padded = picked.ids == self.padding[picked.feature]
+        return [
+            Part(p.width, p.rows.masked_fill(padded.view(*padded.shape, *[1] * (p.rows.ndim - padded.ndim)), -1))
+            for p in parts
+        ]
+
+    # ---- after the block -----------------------------------------------------------------------------------------
+
+    def mask(self, vectors: Tensor, picked: Picked) -> Tensor:
+        """The vectors, with zeros for padding ids."""
+        if not self.pads:
+            return vectors
+        return vectors * (picked.ids != self.padding[picked.feature]).unsqueeze(-1)
+
+    def pool(self, vectors: Tensor, picked: Picked, pooling: str | Mapping[str, str], batch: int) -> Tensor:
+        """Pooled vectors ``[L, B, D]``."""
+        weights = picked.weights
+        if picked.bags is None:
+            return vectors if weights is None else vectors * weights.unsqueeze(-1)
+        means = [self._pooling(i, pooling) == "mean" for i in range(len(self.tables))]
+        index = torch.arange(vectors.shape[0], device=vectors.device)
+        shape = (len(means), batch, vectors.shape[-1])
+        summed = averaged = None
+        if not all(means):
+            summed = F.embedding_bag(
+                index, vectors, picked.bags, mode="sum", per_sample_weights=weights, include_last_offset=True
+            ).view(shape)
+        if any(means):
+            weighted = vectors if weights is None else vectors * weights.unsqueeze(-1)
+            averaged = F.embedding_bag(index, weighted, picked.bags, mode="mean", include_last_offset=True).view(shape)
+            if self.pads:
+                averaged = averaged * self._share_padded(picked).view(len(means), batch, 1)
+        if summed is None or averaged is None:
+            return averaged if summed is None else summed  # type: ignore[return-value]
+        return torch.where(torch.tensor(means, device=vectors.device).view(-1, 1, 1), averaged, summed)
+
+    def _share_padded(self, picked: Picked) -> Tensor:
+        """Bag size over its number of ids that are no padding: what turns a mean over all into one over those."""
+        assert picked.bags is not None
+        kept = (picked.ids != self.padding[picked.feature]).long()
+        kept = F.pad(kept.cumsum(0), (1, 0))[picked.bags].diff()
+        return picked.bags.diff() / kept.clamp(min=1)
+
+    def _pooling(self, lookup: int, pooling: str | Mapping[str, str]) -> str:
+        own = self.tables[lookup].pooling
+        if isinstance(pooling, str):
+            return own if pooling == CONFIG else pooling
+        return pooling.get(self.features[lookup], own)

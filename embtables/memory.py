@@ -1,0 +1,50 @@
+"""Bytes, counted from the storages that exist, by kind and by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind the tensors."""
+    storages = {
+        t.untyped_storage().data_ptr() or id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors
+    }
+    return sum(storages.values())
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``1536`` → ``"1.54 kB"``: decimal units, as budgets are written."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{num_bytes} B" if unit == "B" else f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the tables occupy.
+
+    ``inference_bytes``: the served form. ``training_bytes``: weights and the fused optimiser's state, or weights and
+    their gradient where there is no fused optimiser (the state of a ``torch.optim`` optimiser comes on top).
+    ``full_bytes``: the equivalent full fp32 tables, ``None`` where a table has no vocabulary. ``by_kind``: the present
+    form's bytes.
+    """
+
+    inference_bytes: int
+    training_bytes: int
+    full_bytes: int | None
+    by_kind: Mapping[str, int]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.by_kind.items())
+        ratio = f" ({self.inference_bytes / self.full_bytes:.2%} of full)" if self.full_bytes else ""
+        return (
+            f"inference {format_bytes(self.inference_bytes)}{ratio}: {kinds}; "
+            f"training {format_bytes(self.training_bytes)}"
+        )

@@ -1,0 +1,77 @@
+"""The methods: one file each in this folder, and those of other packages under the entry point ``embtables.methods``.
+
+``from embtables.methods import Hash`` works for every method here. ``from_config`` turns a word, a mapping or a method
+into a method; ``kinds`` lists the words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from embtables.methods.base import Method
+
+GROUP = "embtables.methods"
+
+
+@cache
+def _built_in() -> dict[str, type[Method]]:
+    modules = [
+        importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if m.name != "base"
+    ]
+    classes = (
+        c
+        for module in modules
+        for c in vars(module).values()
+        if isinstance(c, type) and c.__module__ == module.__name__
+    )
+    return {c.kind: c for c in classes if issubclass(c, Method) and hasattr(c, "kind")}
+
+
+@cache
+def _third_party() -> dict[str, type[Method]]:
+    found: dict[str, type[Method]] = {}
+    for point in entry_points(group=GROUP):
+        cls = point.load()
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise ValueError(f"entry point '{point.name}' of {GROUP} is {point.value}, which is not a Method class")
+        if cls.kind in _built_in() or found.get(cls.kind, cls) is not cls:
+            raise ValueError(
+                f"entry point '{point.name}' of {GROUP} names its method '{cls.kind}', which exists already"
+            )
+        found[cls.kind] = cls
+    return found
+
+
+def kinds() -> list[str]:
+    """The names of all methods, those of other packages last."""
+    return [*sorted(_built_in()), *sorted(_third_party())]
+
+
+def from_config(config: str | dict[str, Any] | Method) -> Method:
+    """``"hash"``, ``{"kind": "compositional", "operation": "mult"}`` or a method itself → a method.
+
+    Raises:
+        ValueError: naming the unknown method or field, with those that exist.
+    """
+    if isinstance(config, Method):
+        return config
+    values = {"kind": config} if isinstance(config, str) else dict(config) if isinstance(config, dict) else {}
+    kind = values.pop("kind", None)
+    cls = _built_in().get(kind) or _third_party().get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ValueError(f"unknown method {config!r}: choose one of {', '.join(kinds())}")
+    return cls(**values)
+
+
+def __getattr__(name: str) -> Any:
+    for cls in _built_in().values():
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["GROUP", "Method", "from_config", "kinds"]

@@ -1,0 +1,216 @@
+"""What a method owes: sizes and bytes from a budget, addresses, and how the looked-up parts become vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from embtables.config import TableConfig
+from embtables.hashing import seed_for
+from embtables.layout import FULL, Entry, Group, Layout, Slab
+from embtables.optimizers import FusedOptimizer
+from embtables.store import Part, Store
+
+
+class Floor(NamedTuple):
+    """The least bytes with which a method can store a group, and what sets them."""
+
+    num_bytes: int
+    why: str
+
+
+class TableEntry(NamedTuple):
+    """A table and how it is stored."""
+
+    table: TableConfig
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """The one standard deviation of the model, and a generator for every tensor, keyed by its name."""
+
+    std: float
+    seed: int
+
+    def generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_for(self.seed, "init", name) & (2**63 - 1))
+
+    def uniform_(self, weight: Tensor, name: str, std: float, mean: float = 0.0) -> None:
+        """Fills ``weight`` with mean ± √3·std, uniformly."""
+        bound = sqrt(3.0) * std
+        values = torch.empty(weight.shape).uniform_(mean - bound, mean + bound, generator=self.generator(name))
+        weight.copy_(values)
+
+
+class Block(nn.Module):
+    """The looked-up tables of one group, variant and dimension: ids in, vectors out, no Python per table.
+
+    ``ids`` and ``feature`` are int64 and broadcast to one shape ``[...]``: ``[F, B]`` with ``feature`` ``[F, 1]``, or flat
+    ``[N]`` each. ``feature`` counts the block's own lookups and indexes its constants.
+    """
+
+    def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
+        super().__init__()
+        self.embedding_dim = entries[0].table.embedding_dim
+        # Reached through a list, so that the store is not registered as a part of every block.
+        self._store = [store]
+
+    @property
+    def store(self) -> Store:
+        return self._store[0]
+
+    def constant(self, name: str, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> None:
+        """Keeps addressing constants, one (or a list of the same length) a lookup, as a buffer outside the state dict."""
+        self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        """Where the values of each id lie."""
+        raise NotImplementedError
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        """Vectors ``[..., D]`` from the gathered parts, each ``[*rows.shape, width]``."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor, feature: Tensor) -> Tensor:
+        """Vectors ``[..., D]`` of ids: address, gather, combine."""
+        return self.combine(self.store.gather(self.address(ids, feature)), ids, feature)
+
+    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
+        """int64 ``[..., S]``: ids with equal signatures have equal vectors, whatever the weights."""
+        parts = self.address(ids, feature)
+        return torch.cat([part.rows.reshape(*ids.shape, -1) for part in parts], dim=-1)
+
+
+class FullBlock(Block):
+    """A row an id."""
+
+    def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
+        super().__init__(entries, store)
+        self.constant("base", [store.start(e.table.name) for e in entries])
+
+    base: Tensor
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        return [Part(self.embedding_dim, self.base[feature] + ids)]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        return values[0]
+
+
+class Stage(nn.Module):
+    """What a method does over the course of training. ``step`` is called once a training forward."""
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that exact resume needs, to be filled in place."""
+        raise NotImplementedError
+
+
+class Method(BaseModel):
+    """How tables are stored: a small frozen config, pure data and arithmetic.
+
+    A subclass in a file of its own, or in another package under the entry-point group ``embtables.methods``, is all
+    that a new method takes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+    needs_budget: ClassVar[bool] = True
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(self._explain(error)) from None
+
+    def _explain(self, error: ValidationError) -> str:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            fields = ", ".join(type(self).model_fields) or "none"
+            return f"method {self.kind} has no field '{name}'; its fields: {fields}"
+        reason = first["msg"].removeprefix("Value error, ")
+        return (
+            f"method {self.kind}, field '{name}': {reason}, not {first['input']!r}"
+            if name
+            else f"method {self.kind}: {reason}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.model_dump(mode="json")}
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
+        """Raises ``ValueError`` where the method cannot serve these tables or this optimiser."""
+        for table in group.tables:
+            if table.num_embeddings is None:
+                raise ValueError(
+                    f"table '{table.name}': method {self.kind} needs num_embeddings; hash and the like do not"
+                )
+
+    def floor(self, group: Group) -> Floor:
+        """The least feasible bytes of the served form."""
+        raise NotImplementedError
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        """The largest layout within ``limit`` bytes of the served form, which is at least the floor."""
+        raise NotImplementedError
+
+    def fixed_codes(self, layout: Layout) -> tuple[str, ...]:
+        """Names of codes that follow from the frequencies given to ``plan``, such as the rank of every id."""
+        return ()
+
+    def make_fixed_codes(self, layout: Layout, group: Group) -> dict[str, Any]:
+        """Those codes, as numpy arrays."""
+        return {}
+
+    def for_training(self, num_steps: int) -> Method:
+        """This method with what depends on the length of training settled; itself by default."""
+        return self
+
+    # ---- the module ----------------------------------------------------------------------------------------------
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        """The lookup of tables of one variant (never ``"full"``) in the form that is trained."""
+        raise NotImplementedError
+
+    def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        """The lookup in the form that is served; the same by default."""
+        return self.block(entries, group, store)
+
+    def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
+        """Fills the trained form's tensors so that every output has mean 0 and the model's standard deviation."""
+        for slab in layout.training.slabs:
+            self.initialize_slab(slab, store, init)
+
+    def initialize_slab(self, slab: Slab, store: Store, init: Initializer) -> None:
+        init.uniform_(store.slab(slab.name), slab.name, init.std)
+
+    def serve(self, layout: Layout, group: Group, trained: Store, served: Store) -> None:
+        """Fills the served form from the trained one. By default they are the same tensors."""
+        for slab in layout.serving.slabs:
+            served.slab(slab.name).copy_(trained.slab(slab.name))
+        for extra in layout.serving.extras:
+            served.extra(extra.name).copy_(trained.extra(extra.name).detach())
+        for code in layout.serving.codes:
+            served.code(code.name).copy_(trained.code(code.name))
+
+    def stage(self, layout: Layout, group: Group, store: Store) -> Stage | None:
+        """What happens over the course of training, where anything does."""
+        return None
+
+
+def full_entry(table: TableConfig) -> tuple[Entry, Slab]:
+    """A table kept whole: the entry and the slab under the table's own name."""
+    assert table.rows is not None
+    return Entry(FULL, {"rows": table.rows}), Slab(table.name, table.rows, table.embedding_dim)

@@ -1,0 +1,67 @@
+"""The hashing trick: ids share rows at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from embtables.budget import allocate, collision_weights
+from embtables.config import TableConfig
+from embtables.hashing import hash_ids, seed_for
+from embtables.layout import Entry, Form, Group, Layout, Slab
+from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.optimizers import FusedOptimizer
+from embtables.store import Part, Store
+
+
+class Hash(Method):
+    """The hashing trick, e(x) = E[h(x)], with E of shape ``[m, embedding_dim]`` and a seeded 64-bit hash h to 0 … m−1.
+
+    A table has its own m; one whose m reaches its number of ids is kept in full. Any 64-bit id will do, so no
+    vocabulary is needed. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
+    """
+
+    kind: ClassVar[str] = "hash"
+
+    def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
+        pass
+
+    def floor(self, group: Group) -> Floor:
+        return Floor(int(4 * group.dims.sum()), "one row a table")
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        lower = np.ones(len(group.tables), dtype=np.int64)
+        rows = allocate(collision_weights(group), lower, group.num_rows, 4 * group.dims, limit)
+        pairs = [_entry(table, int(m)) for table, m in zip(group.tables, rows)]
+        entries = {table.name: entry for table, (entry, _) in zip(group.tables, pairs)}
+        return Layout.of(entries, Form(slabs=tuple(slab for _, slab in pairs)))
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        return HashBlock(entries, group, store)
+
+
+def _entry(table: TableConfig, rows: int) -> tuple[Entry, Slab]:
+    if table.rows is not None and rows >= table.rows:
+        return full_entry(table)
+    return Entry("hashed", {"rows": rows}), Slab(table.name, rows, table.embedding_dim)
+
+
+class HashBlock(Block):
+    base: Tensor
+    size: Tensor
+    seed: Tensor
+
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
+        super().__init__(entries, store)
+        self.constant("base", [store.start(e.table.name) for e in entries])
+        self.constant("size", [e.entry.values["rows"] for e in entries])
+        self.constant("seed", [seed_for(group.hash_seed, e.table.name, "row", 0) for e in entries])
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        return [Part(self.embedding_dim, self.base[feature] + hash_ids(ids, self.seed[feature], self.size[feature]))]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        return values[0]

@@ -1,0 +1,209 @@
+"""Where the parameters live: one 2-D tensor a width, slabs side by side in it, and the one gather over them.
+
+A lookup of all tables is one ``index_select`` a width, however many tables there are. Slabs, extras and codes keep
+stable names, for checkpoints and for sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embtables import ops
+from embtables.layout import DTYPES, Form, Slab
+from embtables.optimizers import FusedOptimizer
+
+
+class Part(NamedTuple):
+    """A request to the store: ``rows`` (int64 of any shape, counted within ``width``; −1 yields zeros)."""
+
+    width: int
+    rows: Tensor
+
+
+class Store(nn.Module):
+    """Slabs, extras and codes of all groups.
+
+    Args:
+        forms: what to allocate.
+        optimizer: fused into backward; the weights are then buffers, and ``parameters()`` is empty. ``None``: the
+            weights are ordinary parameters.
+        sparse: with ``optimizer=None``, whether slab gradients are sparse tensors.
+        trainable: ``False`` for served tables: buffers, no optimiser state.
+        device: where to allocate, ``"meta"`` included.
+    """
+
+    _hyper: Tensor
+    _step: Tensor
+
+    def __init__(
+        self,
+        forms: Sequence[Form],
+        optimizer: FusedOptimizer | None,
+        *,
+        sparse: bool = False,
+        trainable: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer if trainable else None
+        self.sparse = sparse
+        self.trainable = trainable
+        self._initial_device = torch.device(device) if device is not None else torch.get_default_device()
+        self._slabs: dict[str, tuple[int, Slab]] = {}
+        rows: dict[int, int] = {}
+        for slab in (s for form in forms for s in form.slabs):
+            if slab.name in self._slabs:
+                raise ValueError(f"two slabs are named '{slab.name}'")
+            start = rows.setdefault(slab.width, 0)
+            self._slabs[slab.name] = (start, slab)
+            rows[slab.width] = start + slab.rows
+        self.widths = tuple(rows)
+        for width in self.widths:
+            self._add_weight(f"weight_{width}", torch.empty(rows[width], width, device=device))
+        self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
+        for extra in (e for form in forms for e in form.extras):
+            self._add_weight(self._extras[extra.name], torch.empty(extra.shape, device=device))
+        self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
+        for code in (c for form in forms for c in form.codes):
+            empty = torch.zeros(code.shape, dtype=DTYPES[code.dtype], device=device)
+            self.register_buffer(self._codes[code.name], empty)
+        if self.optimizer is not None:
+            fields = self.optimizer.to_dict()
+            hyper = [float(fields.get(name, 0.0)) for name in ("lr", "l2", "eps", "beta1", "beta2")]
+            self.register_buffer("_hyper", torch.tensor(hyper, dtype=torch.float64), persistent=False)
+            if self.optimizer.counts_steps:
+                self.register_buffer("_step", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def _add_weight(self, name: str, weight: Tensor) -> None:
+        if self.trainable and self.optimizer is None:
+            self.register_parameter(name, nn.Parameter(weight))
+            return
+        self.register_buffer(name, weight)
+        if self.optimizer is not None:
+            rows, width = (weight.shape[0], weight[0].numel()) if weight.ndim > 1 else (1, weight.numel())
+            for i, state_width in enumerate(self.optimizer.state_widths(width)):
+                state = torch.zeros(rows, state_width, device=weight.device)
+                self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
+
+    # ---- the parts of a step -------------------------------------------------------------------------------------
+
+    def gather(self, parts: Sequence[Part], *, may_skip: bool = False) -> list[Tensor]:
+        """The values of each part, ``[*rows.shape, width]``, by one gather for each width.
+
+        ``may_skip`` says that an index may be −1, which yields zeros and takes no gradient.
+        """
+        values: list[Tensor | None] = [None] * len(parts)
+        for width in dict.fromkeys(part.width for part in parts):
+            which = [i for i, part in enumerate(parts) if part.width == width]
+            flat = torch.cat([parts[i].rows.reshape(-1) for i in which])
+            if may_skip:
+                found = (flat >= 0).nonzero().squeeze(1)
+                rows = self._lookup(width, flat[found])
+                rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
+            else:
+                rows = self._lookup(width, flat)
+            for i, chunk in zip(which, rows.split([parts[i].rows.numel() for i in which])):
+                values[i] = chunk.view(*parts[i].rows.shape, width)
+        return [value for value in values if value is not None]
+
+    def _lookup(self, width: int, index: Tensor) -> Tensor:
+        weight: Tensor = getattr(self, f"weight_{width}")
+        if self.optimizer is not None and self.training and torch.is_grad_enabled():
+            state = self._state(f"weight_{width}")
+            rows: Tensor = ops.fused_lookup(weight, state, index, self._hook(weight), self._hyper, self.optimizer.kind)
+            return rows
+        if self.sparse:
+            return F.embedding(index, weight, sparse=True)
+        return weight.index_select(0, index)
+
+    def extra(self, name: str) -> Tensor:
+        """A dense parameter, whole; in training with a fused optimiser its backward updates it."""
+        weight: Tensor = getattr(self, self._extras[name])
+        if self.optimizer is not None and self.training and torch.is_grad_enabled():
+            state = self._state(self._extras[name])
+            return ops.fused_dense(weight, state, self._hook(weight), self._hyper, self.optimizer.kind)
+        return weight
+
+    def code(self, name: str) -> Tensor:
+        buffer: Tensor = getattr(self, self._codes[name])
+        return buffer
+
+    def begin_step(self) -> None:
+        """Called once a training forward: Adam's bias correction counts it."""
+        if self.optimizer is not None and self.optimizer.counts_steps:
+            self._step += 1
+
+    def _state(self, name: str) -> list[Tensor]:
+        assert self.optimizer is not None
+        width = getattr(self, name)
+        count = len(self.optimizer.state_widths(width.shape[-1]))
+        state: list[Tensor] = [getattr(self, f"_state_{i}_{name}") for i in range(count)]
+        return [*state, self._step.clone()] if self.optimizer.counts_steps else state
+
+    @staticmethod
+    def _hook(weight: Tensor) -> Tensor:
+        return torch.zeros((), device=weight.device, requires_grad=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next((tensor.device for _, tensor, _ in self.tensors()), self._initial_device)
+
+    # ---- names, views and sizes ----------------------------------------------------------------------------------
+
+    def start(self, slab: str) -> int:
+        """First row of a slab among the rows of its width."""
+        return self._slabs[slab][0]
+
+    def slab(self, name: str) -> Tensor:
+        """A view ``[rows, width]`` of a slab's weights."""
+        start, slab = self._slabs[name]
+        weight: Tensor = getattr(self, f"weight_{slab.width}")
+        return weight.detach()[start : start + slab.rows]
+
+    def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, view)`` of every slab."""
+        return ((name, self.slab(name)) for name in self._slabs)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """``(name, tensor, is a code)`` of everything that is allocated, optimiser state aside."""
+        for width in self.widths:
+            yield f"weight_{width}", getattr(self, f"weight_{width}"), False
+        for name, attribute in self._extras.items():
+            yield name, getattr(self, attribute), False
+        for name, attribute in self._codes.items():
+            yield name, getattr(self, attribute), True
+
+    def move(self, slab: str, source: Tensor, target: Tensor) -> None:
+        """Copies the rows ``source`` of a slab, weights and optimiser state, over the rows ``target``."""
+        for view in (self.slab(slab), *self.slab_state(slab)):
+            view[target] = view[source]
+
+    def reset(self, slab: str, rows: Tensor) -> None:
+        """Zeroes rows of a slab, weights and optimiser state."""
+        for view in (self.slab(slab), *self.slab_state(slab)):
+            view[rows] = 0
+
+    def slab_state(self, name: str) -> list[Tensor]:
+        """Views ``[rows, *]`` of a slab's optimiser state."""
+        if self.optimizer is None:
+            return []
+        start, slab = self._slabs[name]
+        count = len(self.optimizer.state_widths(slab.width))
+        states: list[Tensor] = [getattr(self, f"_state_{i}_weight_{slab.width}") for i in range(count)]
+        return [state[start : start + slab.rows] for state in states]
+
+    def set_learning_rate(self, lr: float) -> None:
+        if self.optimizer is None:
+            raise ValueError("these tables have no fused optimizer: set the learning rate on the torch.optim optimizer")
+        self._hyper[0] = lr
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The fused optimiser's tensors by name, the learning rate among them; not copies."""
+        names = [n for n in self._buffers if n == "_hyper" or n == "_step" or n.startswith("_state_")]
+        return {name.lstrip("_"): getattr(self, name) for name in names}

@@ -1,0 +1,433 @@
+"""The module that users hold: ``EmbeddingTables``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from math import sqrt
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from embtables.files import replacing
+from embtables.layout import FULL
+from embtables.lookups import CONFIG, Lookups
+from embtables.memory import Memory, storage_bytes
+from embtables.methods.base import Block, FullBlock, Initializer, Stage, TableEntry
+from embtables.plan import GroupPlan, Plan
+from embtables.store import Store
+
+_CHUNK = 65536
+
+
+class EmbeddingTables(nn.Module):
+    """All tables of a plan, stored as it says.
+
+    ``forward`` takes the ids of all features and gives their pooled vectors side by side, in the order of the tables and
+    of the features inside a table (``output_names``; ``feature@table`` where a feature is in two tables).
+
+    Args:
+        plan: what ``embtables.plan`` returned.
+        seed: of the initial weights. Addresses depend on the plan alone.
+        device: where to allocate; ``"meta"`` allocates nothing until ``to_empty`` and ``reset_parameters``.
+        std: standard deviation of every initial output. By default what the tables' ``init_fn`` yields, else
+            1/√(3·n) for the n ids of the largest table.
+        sparse: with ``optimizer=None``, whether the slabs' gradients are sparse (for SGD, Adagrad, SparseAdam).
+
+    With a fused optimiser the weights are updated inside ``backward``, once for each forward, on touched rows only;
+    ``parameters()`` is then empty, so that the dense part's optimiser leaves them alone.
+
+    Example::
+
+        tables = EmbeddingTables(plan([TableConfig("user", 1_000_000, 16)], "hash", budget="10%"))
+        vectors = tables(torch.randint(1_000_000, (32, 1)))    # [32, 16]
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        std: float | None = None,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__()
+        if sparse and plan.optimizer is not None:
+            raise ValueError(
+                "sparse gradients need plan(..., optimizer=None): a fused optimizer makes no gradient at all"
+            )
+        if std is not None and not std > 0:
+            raise ValueError(f"std must be a positive number, not {std!r}")
+        self._prepare(plan, seed, std)
+        self._build(Store([g.layout.training for g in plan.groups], plan.optimizer, sparse=sparse, device=device))
+        self.reset_parameters()
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, plan: Plan, seed: int, std: float | None) -> None:
+        self.plan, self.seed, self.std = plan, seed, std
+        self.served = False
+        pairs = [(table, feature) for table in plan.tables for feature in table.feature_names]
+        features = [feature for _, feature in pairs]
+        self.feature_names: list[str] = list(dict.fromkeys(features))
+        self.output_names = [f"{f}@{t.name}" if features.count(f) > 1 else f for t, f in pairs]
+        self.embedding_dims = [table.embedding_dim for table, _ in pairs]
+
+    def _build(self, store: Store) -> None:
+        """The lookups over a store, one for each group, variant and dimension."""
+        self.store = store
+        lookups: list[Lookups] = []
+        order: list[tuple[str, str]] = []
+        for g in self.plan.groups:
+            by_key: dict[tuple[str, int], list[tuple[TableEntry, str]]] = {}
+            for table in g.group.tables:
+                entry = TableEntry(table, g.layout.entries[table.name])
+                for feature in table.feature_names:
+                    by_key.setdefault((entry.entry.variant, table.embedding_dim), []).append((entry, feature))
+            for members in by_key.values():
+                entries = [entry for entry, _ in members]
+                features = [feature for _, feature in members]
+                block = self._block(g, entries, store)
+                lookups.append(Lookups(block, entries, features, self.feature_names, self.plan.hash_seed))
+                order += [(e.table.name, f) for e, f in members]
+        self.lookups = nn.ModuleList(lookups).to(store.device)
+        self.stages = [] if self.served else [s for s in map(self._stage, self.plan.groups) if s is not None]
+        outputs = [(table.name, feature) for table in self.plan.tables for feature in table.feature_names]
+        # Blocks deliver their outputs one after another; these put vectors and columns in the order promised.
+        self._vector_order = [order.index(pair) for pair in outputs]
+        starts = [0]
+        for pair in order:
+            starts.append(starts[-1] + self.embedding_dims[outputs.index(pair)])
+        columns = [c for i in self._vector_order for c in range(starts[i], starts[i + 1])]
+        self._in_order = columns == list(range(len(columns)))
+        self.register_buffer("_columns", torch.tensor(columns, device=store.device), persistent=False)
+
+    _columns: Tensor
+
+    def _block(self, g: GroupPlan, entries: list[TableEntry], store: Store) -> Block:
+        if entries[0].entry.variant == FULL:
+            return FullBlock(entries, store)
+        return (g.method.served_block if self.served else g.method.block)(entries, g.group, store)
+
+    def _stage(self, g: GroupPlan) -> Stage | None:
+        return g.method.stage(g.layout, g.group, self.store)
+
+    def _each_lookup(self) -> Iterator[Lookups]:
+        return (lookups for lookups in self.lookups if isinstance(lookups, Lookups))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises all weights anew from ``seed``; on the meta device there is nothing to do yet."""
+        if self.store.device.type == "meta":
+            return
+        init = Initializer(self.std if self.std is not None else self._default_std(), self.seed)
+        for g in self.plan.groups:
+            for name in g.method.fixed_codes(g.layout):
+                if name not in self.plan.codes:
+                    raise ValueError(
+                        f"this plan lost '{name}', the ranking of ids, on its way through JSON: plan again with "
+                        "frequencies, or read trained tables with EmbeddingTables.load"
+                    )
+                self.store.code(name).copy_(torch.from_numpy(self.plan.codes[name]))
+            g.method.initialize(g.layout, g.group, self.store, init)
+            for table in g.group.tables:
+                slabs = [slab.name for slab in g.layout.training.slabs]
+                whole = g.layout.entries[table.name].variant == FULL and table.name in slabs
+                if table.init_fn is not None and self.std is None and whole:
+                    table.init_fn(self.store.slab(table.name))
+
+    def _default_std(self) -> float:
+        tables = self.plan.tables
+        with_init = [table for table in tables if table.init_fn is not None]
+        if not with_init:
+            return 1 / sqrt(3 * max(table.rows or 1 for table in tables))
+        largest = max(with_init, key=lambda table: table.rows or 1)
+        sample = torch.empty(max(1, 65536 // largest.embedding_dim), largest.embedding_dim)
+        if largest.init_fn is not None:
+            largest.init_fn(sample)
+        return float(sample.double().square().mean().sqrt())
+
+    # ---- looking up ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        pooling: str | Mapping[str, str] | None = CONFIG,
+    ) -> Tensor:
+        """Looks up all features.
+
+        Args:
+            ids: ``[B, F]``, a column for each of ``feature_names``; or, with ``offsets``, flat values ``[N]``, feature by
+                feature. int32 or int64.
+            offsets: ``[F·B + 1]``: the bag of feature f and example b is ``ids[offsets[f·B + b] : offsets[f·B + b + 1]]``.
+            per_sample_weights: a factor for each id, of the shape of ``ids``. Mean pooling divides by the number of
+                ids all the same.
+            pooling: by default each table's own; ``"sum"`` or ``"mean"`` for all, or a mapping from feature to these;
+                ``None`` for the vectors of all ids, unpooled.
+
+        Returns:
+            ``[B, ΣD]``: the outputs side by side. Every id becomes a vector first, then the bag is pooled; an empty bag
+            gives zeros. With ``pooling=None`` ``[B, F, D]``, or ``[N, D]`` for flat values: all tables must then have
+            one D, and no feature may be in two tables.
+
+        Raises:
+            IndexError: for an id out of range, naming feature and id.
+            ValueError: for shapes or offsets that do not fit, or an unknown pooling.
+            TypeError: for ids that are not int32 or int64.
+        """
+        self._check_input(ids, offsets, per_sample_weights)
+        self._check_pooling(pooling)
+        batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
+        if offsets is not None:
+            offsets = offsets.long()
+        each = list(self._each_lookup())
+        picked = [lookups.pick(ids, offsets, per_sample_weights, batch) for lookups in each]
+        if self.training and torch.is_grad_enabled() and not self.served:
+            self._begin_step()
+        parts = [
+            lookups.without_padding(lookups.block.address(p.ids, p.feature), p) for lookups, p in zip(each, picked)
+        ]
+        gathered = iter(self.store.gather([p for ps in parts for p in ps], may_skip=any(lo.pads for lo in each)))
+        vectors = [
+            lookups.mask(lookups.block.combine([next(gathered) for _ in ps], p.ids, p.feature), p)
+            for lookups, p, ps in zip(each, picked, parts)
+        ]
+        if pooling is None:
+            weighted = [v if p.weights is None else v * p.weights.unsqueeze(-1) for v, p in zip(vectors, picked)]
+            if offsets is None:
+                return torch.cat(weighted)[self._vector_order].transpose(0, 1)
+            positions = [p.position for p in picked if p.position is not None]
+            return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
+        pooled = [lookups.pool(v, p, pooling, batch) for lookups, v, p in zip(each, vectors, picked)]
+        flat = torch.cat([v.transpose(0, 1).reshape(batch, -1) for v in pooled], dim=1)
+        return flat if self._in_order else flat.index_select(1, self._columns)
+
+    def _begin_step(self) -> None:
+        if self.store.optimizer is not None:
+            _refuse_what_fused_updates_cannot_do(self.store.device)
+        self.store.begin_step()
+        for stage in self.stages:
+            stage.step()
+
+    def _check_input(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
+        num_features = len(self.feature_names)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")
+        if weights is not None and weights.shape != ids.shape:
+            raise ValueError(f"per_sample_weights have shape {tuple(weights.shape)}, but ids {tuple(ids.shape)}")
+        if offsets is None:
+            if ids.ndim != 2 or ids.shape[1] != num_features:
+                raise ValueError(
+                    f"ids must be [batch, {num_features}], a column for each of {', '.join(self.feature_names[:8])}"
+                    f"{', …' if num_features > 8 else ''}, or flat with offsets; they have shape {tuple(ids.shape)}"
+                )
+            return
+        if ids.ndim != 1:
+            raise ValueError(f"ids must be flat where offsets are given; they have shape {tuple(ids.shape)}")
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"offsets must be int32 or int64, not {offsets.dtype}")
+        if offsets.ndim != 1 or (offsets.numel() - 1) % num_features or not offsets.numel():
+            raise ValueError(
+                f"offsets must be 1-D with {num_features}·batch + 1 elements for {num_features} features; "
+                f"they have shape {tuple(offsets.shape)}"
+            )
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last != ids.numel() or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"offsets must rise from 0 to the number of ids, {ids.numel()}; they run from {first} to {last}"
+                f"{'' if bool((offsets.diff() >= 0).all()) else ' and fall in between'}"
+            )
+
+    def _check_pooling(self, pooling: str | Mapping[str, str] | None) -> None:
+        if pooling is None:
+            if len(set(self.embedding_dims)) > 1 or len(self.output_names) > len(self.feature_names):
+                raise ValueError("pooling=None needs tables of one embedding_dim, and no feature in two tables")
+            return
+        given = {"": pooling} if isinstance(pooling, str) else pooling
+        for feature, mode in given.items():
+            if feature and feature not in self.feature_names:
+                raise ValueError(f"pooling names the feature '{feature}', which no table has")
+            if mode not in ("sum", "mean") and not (mode == CONFIG and not feature):
+                raise ValueError(f"pooling must be 'sum', 'mean' or None, not {mode!r}")
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def to_dense(self, table: str, rows: slice = slice(None)) -> Tensor:
+        """The equivalent full table ``[n, D]``, or some of its rows: what ``forward`` gives for these ids, bit for bit.
+
+        Raises:
+            ValueError: for an unknown table, or one without ``num_embeddings``.
+        """
+        lookups, feature, num_rows = self._find(table)
+        ids = torch.arange(num_rows, device=self.store.device)[rows]
+        vectors = [lookups.block.rows(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
+        dense = torch.cat(vectors) if vectors else torch.empty(0, lookups.block.embedding_dim)
+        dense[ids == lookups.padding[feature]] = 0
+        return dense
+
+    @torch.no_grad()
+    def collision_share(self, table: str) -> float:
+        """Share of a table's ids that have their whole address, and so their vector, in common with another id."""
+        lookups, feature, num_rows = self._find(table)
+        ids = torch.arange(num_rows, device=self.store.device)
+        signatures = [lookups.block.signature(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
+        _, inverse, counts = torch.unique(torch.cat(signatures), dim=0, return_inverse=True, return_counts=True)
+        return float((counts[inverse] > 1).double().mean())
+
+    def _find(self, table: str) -> tuple[Lookups, Tensor, int]:
+        for lookups in self._each_lookup():
+            for i, config in enumerate(lookups.tables):
+                if config.name == table:
+                    if config.rows is None:
+                        raise ValueError(f"table '{table}' has no num_embeddings, so its ids cannot be listed")
+                    return lookups, lookups.lookup[i], config.rows
+        raise ValueError(f"there is no table '{table}'; the tables: {', '.join(t.name for t in self.plan.tables)}")
+
+    def memory(self) -> Memory:
+        """Bytes, taken from the storages that exist: of the served form, if that is what this module holds."""
+        by_kind: dict[str, int] = {}
+        form = "serving" if self.served else "training"
+        kinds = {code.name: code.kind for g in self.plan.groups for code in getattr(g.layout, form).codes}
+        for name, tensor, is_code in self.store.tensors():
+            kind = kinds[name] if is_code else "weights"
+            by_kind[kind] = by_kind.get(kind, 0) + storage_bytes([tensor])
+        # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
+        state = storage_bytes(tensor for name, tensor in self.store.optimizer_state().items() if name != "hyper")
+        held = sum(by_kind.values())
+        changes_form = any(g.layout.serving != g.layout.training for g in self.plan.groups)
+        inference = self.plan.inference_bytes if changes_form and not self.served else held
+        gradients = sum(by_kind.values()) - sum(n for k, n in by_kind.items() if k != "weights")
+        training = held + (state if self.plan.optimizer is not None else gradients)
+        if self.served:
+            training = self.plan.training_bytes
+        return Memory(
+            inference, training, self.plan.full_bytes, by_kind | ({"optimizer state": state} if state else {})
+        )
+
+    # ---- the fused optimiser -------------------------------------------------------------------------------------
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the fused optimiser's learning rate; a schedule calls it before each step."""
+        self.store.set_learning_rate(lr)
+
+    def optimizer_state_dict(self) -> dict[str, Tensor]:
+        """Copies of what exact resume needs beside ``state_dict``: the fused optimiser's state, and the stages'."""
+        return {name: tensor.detach().clone() for name, tensor in self._optimizer_tensors().items()}
+
+    @torch.no_grad()
+    def load_optimizer_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Fills the optimiser's state in place.
+
+        Raises:
+            ValueError: where names or shapes are not those of this plan and optimiser.
+        """
+        tensors = self._optimizer_tensors()
+        if set(tensors) != set(state):
+            raise ValueError(
+                f"the optimizer state is of another plan or optimizer: it holds {', '.join(sorted(state)) or 'nothing'}, "
+                f"these tables have {', '.join(sorted(tensors)) or 'none'}"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"the optimizer state '{name}' has shape {tuple(state[name].shape)}, these tables need {tuple(tensor.shape)}"
+                )
+            tensor.copy_(state[name])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        stages = {f"stage_{i}_{k}": v for i, stage in enumerate(self.stages) for k, v in stage.state().items()}
+        return self.store.optimizer_state() | stages
+
+    # ---- serving, saving, loading --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def serve(self) -> EmbeddingTables:
+        """The tables in the form that is exported; the same object where that is the trained form."""
+        if self.served or all(g.layout.serving == g.layout.training for g in self.plan.groups):
+            return self
+        served = self._empty_served(self.plan, self.store.device)
+        for g in self.plan.groups:
+            g.method.serve(g.layout, g.group, self.store, served.store)
+        return served.train(self.training)
+
+    def finalize(self) -> EmbeddingTables:
+        """Ends training: this module takes on the served form, in place, and is returned."""
+        served = self.serve()
+        if served is not self:
+            self.served = True
+            self._build(served.store)
+        return self
+
+    @classmethod
+    def _empty_served(cls, plan: Plan, device: torch.device | str | None) -> EmbeddingTables:
+        tables = cls.__new__(cls)
+        nn.Module.__init__(tables)
+        tables._prepare(plan, 0, None)
+        tables.served = True
+        tables._build(Store([g.layout.serving for g in plan.groups], None, trainable=False, device=device))
+        return tables
+
+    def save(self, path: Path | str) -> None:
+        """Writes the served form: one safetensors file whose tensors are the plan's inference bytes, the plan inside."""
+        tensors = {k: v.detach().contiguous().cpu() for k, v in self.serve().store.state_dict().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"embtables": json.dumps(self.plan.to_dict())})
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, path: Path | str, device: torch.device | str | None = None) -> EmbeddingTables:
+        """Reads what ``save`` wrote: served tables, for inference, without gradients or optimiser state.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: naming the file, where it is damaged or no such file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = (file.metadata() or {}).get("embtables")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata is None:
+                raise ValueError("it holds no plan")
+            tables = cls._empty_served(Plan.from_dict(json.loads(metadata)), device)
+            tables.store.load_state_dict(tensors)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} holds no embedding tables that can be read: {reason}") from error
+        return tables.eval()
+
+    # ---- state dict ----------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The plan's fingerprint, so that weights are not loaded under other addresses. A tensor, for ``weights_only``."""
+        return torch.frombuffer(bytearray(self.plan.fingerprint), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if bytes(state.cpu().tolist()) != self.plan.fingerprint:
+            raise ValueError(
+                "this state dict belongs to another plan (other tables, sizes, methods or hash_seed), so its rows mean other ids"
+            )
+
+    def extra_repr(self) -> str:
+        method = ", ".join(g.method.kind for g in self.plan.groups)
+        return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
+
+
+def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "a fused optimizer updates the tables of each process by its own gradients, so they would drift apart with "
+            f"{distributed.get_world_size()} processes: plan with optimizer=None and DistributedDataParallel"
+        )
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
+        raise RuntimeError(
+            "a fused optimizer cannot undo the scaling of fp16 gradients: use bfloat16 autocast, or plan with optimizer=None"
+        )
