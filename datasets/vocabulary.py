@@ -1,0 +1,86 @@
+"""Raw values to ids: 0 missing, 1 unseen in training, 2… by training frequency."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+MISSING = -(2**63)  # the key of an absent value
+MISSING_ID, UNSEEN_ID, FIRST_ID = 0, 1, 2
+
+
+class Vocabulary:
+    """The ids of one feature, from the counts of its keys (int64) in the training split.
+
+    The most frequent key gets id 2; equal counts are ordered by key. Keys rarer than `min_count` share id 1 with
+    the keys that training never saw. `keys[i]` has id `i + 2`; `counts[id]` is the training count of each id.
+    """
+
+    def __init__(self, keys: np.ndarray, counts: np.ndarray, min_count: int = 1) -> None:
+        if min_count < 1:
+            raise ValueError(f"min_count {min_count}: at least 1 is needed")
+        present = keys != MISSING
+        missing = int(counts[~present].sum())
+        keys, counts = keys[present], counts[present]
+        frequent = counts >= min_count
+        rare = int(counts[~frequent].sum())
+        keys, counts = keys[frequent], counts[frequent]
+        order = np.lexsort((keys, -counts))
+        self.keys = keys[order].astype(np.int64)
+        self.counts = np.concatenate([[missing, rare], counts[order]]).astype(np.int64)
+        if len(self.counts) > 2**31:
+            raise ValueError(f"{len(self.counts)} distinct values: ids are stored in 32 bits; raise min_count")
+        self._prepare_lookup()
+
+    def _prepare_lookup(self) -> None:
+        ids = np.arange(FIRST_ID, FIRST_ID + len(self.keys), dtype=np.int32)
+        small = len(self.keys) > 0 and self.keys.min() >= 0 and self.keys.max() < 4 * len(self.keys) + 65536
+        self._direct: np.ndarray | None = None
+        if small:  # keys that are nearly consecutive: one array access an id
+            self._direct = np.full(int(self.keys.max()) + 1, UNSEEN_ID, np.int32)
+            self._direct[self.keys] = ids
+        else:
+            order = np.argsort(self.keys)
+            self._sorted_keys, self._sorted_ids = self.keys[order], ids[order]
+
+    @property
+    def num_embeddings(self) -> int:
+        return len(self.counts)
+
+    def ids(self, keys: np.ndarray) -> np.ndarray:
+        """int32 ids of int64 keys."""
+        if self._direct is not None:
+            known = (keys >= 0) & (keys < len(self._direct))
+            ids = np.where(known, self._direct[np.where(known, keys, 0)], np.int32(UNSEEN_ID))
+        elif len(self.keys) == 0:
+            ids = np.full(len(keys), UNSEEN_ID, np.int32)
+        else:
+            place = np.minimum(np.searchsorted(self._sorted_keys, keys), len(self.keys) - 1)
+            ids = np.where(self._sorted_keys[place] == keys, self._sorted_ids[place], np.int32(UNSEEN_ID))
+        ids[keys == MISSING] = MISSING_ID
+        return ids
+
+
+class KeyCounter:
+    """Counts keys chunk by chunk; memory grows with the number of distinct keys only."""
+
+    def __init__(self) -> None:
+        self._keys = pl.Series("key", [], dtype=pl.Int64)
+        self._merged = pl.DataFrame({"key": self._keys, "count": self._keys})
+        self._pending: list[pl.DataFrame] = []
+        self._pending_rows = 0
+
+    def add(self, keys: np.ndarray) -> None:
+        counted = pl.DataFrame({"key": keys}).group_by("key").agg(pl.len().cast(pl.Int64).alias("count"))
+        self._pending.append(counted)
+        self._pending_rows += len(counted)
+        if self._pending_rows > max(2**20, len(self._merged) // 2):
+            self._merge()
+
+    def _merge(self) -> None:
+        self._merged = pl.concat([self._merged, *self._pending]).group_by("key").agg(pl.col("count").sum())
+        self._pending, self._pending_rows = [], 0
+
+    def vocabulary(self, min_count: int = 1) -> Vocabulary:
+        self._merge()
+        return Vocabulary(self._merged["key"].to_numpy(), self._merged["count"].to_numpy(), min_count)

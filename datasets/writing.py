@@ -1,0 +1,271 @@
+"""Writes the prepared format: once for all readers, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from .prepared import FORMAT, FREQUENCIES, GROUP, LABEL, MANIFEST, VERSION, PreparedDataset, read_manifest
+from .splits import SPLITS
+from .vocabulary import Vocabulary
+
+ROWS_PER_SHARD = 2**18
+
+
+@dataclass
+class Contents:
+    """What a reader says about the data that it writes."""
+
+    features: Mapping[str, Vocabulary]
+    dense_features: Sequence[str] = ()
+    histories: Mapping[str, str] = field(default_factory=dict)  # list column: the feature whose ids it holds
+    group_feature: str | None = None
+    slice_feature: str | None = None
+    published: Mapping[str, pl.Series] = field(default_factory=dict)  # raw values in id order where keys are not they
+
+    def check(self) -> None:
+        names = [LABEL, GROUP, *self.dense_features, *self.features, *self.histories]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"column '{repeated[0]}' would occur twice: '{LABEL}' and '{GROUP}' are reserved, rename it"
+            )
+
+
+class Writer:
+    """Rows of the three splits into shards of `rows_per_shard` rows, in the order in which they come."""
+
+    def __init__(self, folder: Path, console: Console, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+        self.folder = folder
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet,
+        )
+        self.rows_per_shard = rows_per_shard
+        self.rows_read = 0
+        self.rows_rejected: dict[str, int] = {}
+        self.extra: dict[str, Any] = {}
+        self._contents: Contents | None = None
+        self._vocabularies: list[dict[str, str]] = []
+        self._waiting: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
+        self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        for split in SPLITS:
+            (folder / split).mkdir()
+
+    def declare(self, contents: Contents) -> None:
+        """Features and vocabularies, before the first row."""
+        contents.check()
+        self._contents = contents
+        (self.folder / "vocabulary").mkdir()
+        for number, (name, vocabulary) in enumerate(contents.features.items()):
+            values = contents.published.get(name, pl.Series(vocabulary.keys))
+            file = f"vocabulary/{number:05d}.parquet"
+            _write_parquet(pl.DataFrame({"value": values}), self.folder / file)
+            self._vocabularies.append({"file": file, "sha256": sha256(self.folder / file)})
+        frequencies = {
+            "feature": list(contents.features),
+            "counts": [pl.Series(vocabulary.counts) for vocabulary in contents.features.values()],
+        }
+        _write_parquet(pl.DataFrame(frequencies), self.folder / FREQUENCIES)
+
+    def write(self, split: str, rows: pl.DataFrame) -> None:
+        """Columns as the format names them; types are brought into line here."""
+        assert self._contents is not None, "declare() comes first"
+        if len(rows) == 0:
+            return
+        types: dict[str, Any] = {LABEL: pl.Float32}
+        types |= {name: pl.Float32 for name in self._contents.dense_features}
+        types |= {name: pl.Int32 for name in self._contents.features}
+        if self._contents.group_feature is not None:
+            types[GROUP] = pl.Int64
+        types |= {name: pl.List(pl.Int32) for name in self._contents.histories}
+        types |= {name: dtype for name, dtype in rows.schema.items() if name not in types}
+        waiting = self._waiting[split]
+        waiting.append(rows.select(pl.col(name).cast(dtype) for name, dtype in types.items()))
+        num_rows = sum(len(frame) for frame in waiting)
+        if num_rows >= self.rows_per_shard:
+            frame = pl.concat(waiting)
+            full = num_rows - num_rows % self.rows_per_shard
+            for start in range(0, full, self.rows_per_shard):
+                self._write_shard(split, frame.slice(start, self.rows_per_shard))
+            self._waiting[split] = [frame.slice(full)] if full < num_rows else []
+
+    def _write_shard(self, split: str, rows: pl.DataFrame) -> None:
+        name = f"{split}/{len(self._shards[split]):05d}.parquet"
+        path = self.folder / name
+        _write_parquet(rows, path)
+        entry = {"file": name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        self._shards[split].append(entry)
+
+    def finish(self, kind: str, name: str, config: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+        """The last shards and the manifest."""
+        assert self._contents is not None, "declare() comes first"
+        for split, waiting in self._waiting.items():
+            if waiting:
+                self._write_shard(split, pl.concat(waiting))
+        splits = {
+            split: {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
+            for split, shards in self._shards.items()
+        }
+        for split, entry in splits.items():
+            if entry["rows"] == 0:
+                raise ValueError(
+                    f"split '{split}' would be empty ({self.rows_read} rows read): "
+                    "more data or another --split is needed"
+                )
+        contents = self._contents
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": name,
+            "kind": kind,
+            "config": config,
+            "inputs": inputs,
+            "rows_read": self.rows_read,
+            "rows_rejected": self.rows_rejected,
+            "dense_features": list(contents.dense_features),
+            "features": [
+                {"name": feature, "num_embeddings": vocabulary.num_embeddings, "vocabulary": file}
+                for (feature, vocabulary), file in zip(contents.features.items(), self._vocabularies)
+            ],
+            "histories": [{"name": column, "feature": of} for column, of in contents.histories.items()],
+            "group_feature": contents.group_feature,
+            "slice_feature": contents.slice_feature,
+            "splits": splits,
+            "frequencies": {"file": FREQUENCIES, "sha256": sha256(self.folder / FREQUENCIES)},
+            **self.extra,
+        }
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def prepare(
+    out: str | Path,
+    kind: str,
+    config: dict[str, Any],
+    inputs: Sequence[Path],
+    fill: Callable[[Writer], None],
+    *,
+    progress: bool = False,
+) -> PreparedDataset:
+    """Has `fill` write the data set that (kind, config, inputs) describe into `out`, whole or not at all.
+
+    Where `out` holds that very data set already it is reused; where it holds anything else, ValueError. One process
+    works on an `out` at a time, others wait. Rows go to a hidden folder beside `out`, renamed at the end and removed
+    on any failure.
+    """
+    out = Path(os.path.abspath(out))
+    console = Console(stderr=True, quiet=not progress)
+    config = json.loads(json.dumps(config))  # as the manifest will give it back
+    for path in inputs:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{out}: its parent is not a folder") from error
+    lock = FileLock(out.parent / f".{out.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"another process is preparing {out}; waiting for it")
+        lock.acquire()
+    try:
+        return _prepare_locked(out, kind, config, inputs, fill, console)
+    finally:
+        lock.release()
+
+
+def _prepare_locked(
+    out: Path,
+    kind: str,
+    config: dict[str, Any],
+    inputs: Sequence[Path],
+    fill: Callable[[Writer], None],
+    console: Console,
+) -> PreparedDataset:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        _check_same(out, kind, config, inputs)
+        dataset = PreparedDataset(out)
+        console.print(f"{out} was prepared from the same input with the same options: reused", soft_wrap=True)
+        return dataset
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    try:
+        described = [describe_input(path) for path in inputs]
+        partial.mkdir()
+        writer = Writer(partial, console)
+        with writer.progress:
+            fill(writer)
+            writer.finish(kind, out.name, config, described)
+        os.replace(partial, out)
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(partial)):
+            raise OSError(f"{out}: {error.strerror or error}; nothing was written") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    dataset = PreparedDataset(out)
+    rejected = sum(writer.rows_rejected.values())
+    rows = ", ".join(f"{dataset.num_rows(split):,} {split}" for split in SPLITS)
+    console.print(f"{out}: {rows} rows; {writer.rows_read:,} rows read, {rejected:,} rejected", soft_wrap=True)
+    return dataset
+
+
+def _check_same(out: Path, kind: str, config: dict[str, Any], inputs: Sequence[Path]) -> None:
+    remedy = "choose another OUT, or remove it to prepare it anew"
+    if not (out / MANIFEST).is_file():
+        raise ValueError(f"{out} exists and is not a prepared data set: {remedy}")
+    _, manifest = read_manifest(out)
+    if manifest.kind != kind:
+        raise ValueError(f"{out} holds a prepared data set of kind '{manifest.kind}', not '{kind}': {remedy}")
+    for key in sorted(config.keys() | manifest.config.keys()):
+        old, new = manifest.config.get(key), config.get(key)
+        if old != new:
+            raise ValueError(f"{out} was prepared with {key} = {old}, not {new}: {remedy}")
+    same = len(inputs) == len(manifest.inputs) and all(map(_unchanged, inputs, manifest.inputs))
+    if not same:
+        raise ValueError(f"{out} was prepared from another input or an older version of it: {remedy}")
+
+
+def describe_input(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": sha256(path)}
+
+
+def _unchanged(path: Path, known: dict[str, Any]) -> bool:
+    stat = path.stat()
+    if (path.name, stat.st_size) != (known.get("file"), known.get("bytes")):
+        return False
+    return stat.st_mtime_ns == known.get("modified_ns") or sha256(path) == known.get("sha256")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_parquet(rows: pl.DataFrame, path: Path) -> None:
+    table: pa.Table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
+    pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=False)
