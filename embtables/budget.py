@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from embtables.config import TableConfig
 from embtables.layout import Counts, Group
 from embtables.memory import format_bytes
 
@@ -151,6 +152,21 @@ def _colliding(counts: Counts | None) -> float:
     assert counts is not None
     total = float(counts.sum())
     return total - float(np.square(counts.astype(np.float64)).sum()) / total if total else 0.0
+
+
+def keep_apart(group: Group, limit: int, reserve: int) -> tuple[list[TableConfig], int]:
+    """For methods with one storage for all tables: which tables stay out of it, in full, and the bytes that are left.
+
+    A table stays out where its due share of the budget (``collision_weights``) would hold all of its rows. At least
+    ``reserve`` bytes are left for the shared storage.
+    """
+    if not any(t.rows is None for t in group.tables) and limit >= group.full_bytes:
+        return list(group.tables), 0
+    lower = np.zeros(len(group.tables), dtype=np.int64)
+    rows = allocate(collision_weights(group), lower, group.num_rows, 4 * group.dims, limit - reserve)
+    apart = [table for table, m in zip(group.tables, rows) if table.rows is not None and m >= table.rows]
+    left = limit - sum(table.full_bytes or 0 for table in apart)
+    return apart, left
 
 
 def split(limit: int, floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:

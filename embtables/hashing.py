@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 
 def _signed(value: int) -> int:
@@ -54,7 +54,7 @@ def to_range(hashed: Tensor, size: Tensor) -> Tensor:
 
 
 def hash_ids(ids: Tensor, seed: Tensor, size: Tensor) -> Tensor:
-    """The address of each id: ``ids`` int64 of any shape (negative allowed), ``seed`` and ``size`` int64 that broadcast."""
+    """The address of each id: int64 ``ids`` of any shape, negative allowed; int64 ``seed`` and ``size`` that broadcast."""
     return to_range(mix(ids ^ seed), size)
 
 

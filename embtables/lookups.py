@@ -20,8 +20,8 @@ _POLICIES = ("error", "hash", "oov")
 class Picked(NamedTuple):
     """The ids of a block's L lookups.
 
-    ``ids``: ``[L, B]``, or flat ``[N]``; ``feature``: the lookup of each, ``[L, 1]`` or ``[N]``; ``bags``: ``[L·B + 1]``
-    offsets of flat ids, else ``None``; ``weights``: of the shape of ``ids``, or ``None``; ``position``: where flat ids
+    ``ids``: ``[L, B]``, or flat ``[N]``; ``feature``: the lookup of each, ``[L, 1]`` or ``[N]``; ``bags``: offsets
+    ``[L·B + 1]`` of flat ids, else ``None``; ``weights``: of the shape of ``ids``, or ``None``; ``position``: where flat ids
     stood in the input, or ``None`` for all of them in order.
     """
 

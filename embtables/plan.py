@@ -203,7 +203,7 @@ def _short(value: Any) -> str:
 
 
 def training_bytes(form: Form, optimizer: FusedOptimizer | None) -> int:
-    """Bytes of a trained form: weights, codes, and optimiser state, or the gradient where there is no fused optimiser."""
+    """Bytes of a trained form: weights, codes and optimiser state, or gradient where no optimiser is fused."""
     parameters = [(s.rows, s.width) for s in form.slabs]
     parameters += [
         (e.shape[0], e.num_bytes // 4 // e.shape[0]) if len(e.shape) > 1 else (1, e.num_bytes // 4) for e in form.extras

@@ -26,8 +26,8 @@ _CHUNK = 65536
 class EmbeddingTables(nn.Module):
     """All tables of a plan, stored as it says.
 
-    ``forward`` takes the ids of all features and gives their pooled vectors side by side, in the order of the tables and
-    of the features inside a table (``output_names``; ``feature@table`` where a feature is in two tables).
+    ``forward`` takes the ids of all features and gives their pooled vectors side by side, in the order of the tables
+    and of the features inside a table (``output_names``; ``feature@table`` where a feature is in two tables).
 
     Args:
         plan: what ``embtables.plan`` returned.
@@ -162,9 +162,10 @@ class EmbeddingTables(nn.Module):
         """Looks up all features.
 
         Args:
-            ids: ``[B, F]``, a column for each of ``feature_names``; or, with ``offsets``, flat values ``[N]``, feature by
-                feature. int32 or int64.
-            offsets: ``[F·B + 1]``: the bag of feature f and example b is ``ids[offsets[f·B + b] : offsets[f·B + b + 1]]``.
+            ids: int32 or int64, ``[B, F]``, a column for each of ``feature_names``; or, with ``offsets``, flat values
+                ``[N]``, feature by feature.
+            offsets: ``[F·B + 1]``: the bag of feature f and example b is
+                ``ids[offsets[f·B + b] : offsets[f·B + b + 1]]``.
             per_sample_weights: a factor for each id, of the shape of ``ids``. Mean pooling divides by the number of
                 ids all the same.
             pooling: by default each table's own; ``"sum"`` or ``"mean"`` for all, or a mapping from feature to these;
@@ -330,13 +331,14 @@ class EmbeddingTables(nn.Module):
         tensors = self._optimizer_tensors()
         if set(tensors) != set(state):
             raise ValueError(
-                f"the optimizer state is of another plan or optimizer: it holds {', '.join(sorted(state)) or 'nothing'}, "
-                f"these tables have {', '.join(sorted(tensors)) or 'none'}"
+                "the optimizer state is of another plan or optimizer: it holds "
+                f"{', '.join(sorted(state)) or 'nothing'}, these tables have {', '.join(sorted(tensors)) or 'none'}"
             )
         for name, tensor in tensors.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(
-                    f"the optimizer state '{name}' has shape {tuple(state[name].shape)}, these tables need {tuple(tensor.shape)}"
+                    f"the optimizer state '{name}' has shape {tuple(state[name].shape)}, "
+                    f"these tables need {tuple(tensor.shape)}"
                 )
             tensor.copy_(state[name])
 
@@ -374,7 +376,7 @@ class EmbeddingTables(nn.Module):
         return tables
 
     def save(self, path: Path | str) -> None:
-        """Writes the served form: one safetensors file whose tensors are the plan's inference bytes, the plan inside."""
+        """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside."""
         tensors = {k: v.detach().contiguous().cpu() for k, v in self.serve().store.state_dict().items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"embtables": json.dumps(self.plan.to_dict())})
@@ -406,13 +408,14 @@ class EmbeddingTables(nn.Module):
     # ---- state dict ----------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """The plan's fingerprint, so that weights are not loaded under other addresses. A tensor, for ``weights_only``."""
+        """The plan's fingerprint, so that weights are not loaded under other addresses; a tensor for ``weights_only``."""
         return torch.frombuffer(bytearray(self.plan.fingerprint), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         if bytes(state.cpu().tolist()) != self.plan.fingerprint:
             raise ValueError(
-                "this state dict belongs to another plan (other tables, sizes, methods or hash_seed), so its rows mean other ids"
+                "this state dict belongs to another plan (other tables, sizes, methods or hash_seed): "
+                "its rows mean other ids"
             )
 
     def extra_repr(self) -> str:
@@ -429,5 +432,6 @@ def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:
         )
     if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
         raise RuntimeError(
-            "a fused optimizer cannot undo the scaling of fp16 gradients: use bfloat16 autocast, or plan with optimizer=None"
+            "a fused optimizer cannot undo the scaling of fp16 gradients: use bfloat16 autocast, "
+            "or plan with optimizer=None"
         )

@@ -52,8 +52,8 @@ class Initializer:
 class Block(nn.Module):
     """The looked-up tables of one group, variant and dimension: ids in, vectors out, no Python per table.
 
-    ``ids`` and ``feature`` are int64 and broadcast to one shape ``[...]``: ``[F, B]`` with ``feature`` ``[F, 1]``, or flat
-    ``[N]`` each. ``feature`` counts the block's own lookups and indexes its constants.
+    ``ids`` and ``feature`` are int64 and broadcast to one shape ``[...]``: ``[F, B]`` with ``feature`` ``[F, 1]``, or
+    flat ``[N]`` each. ``feature`` counts the block's own lookups and indexes its constants.
     """
 
     def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
@@ -66,8 +66,8 @@ class Block(nn.Module):
     def store(self) -> Store:
         return self._store[0]
 
-    def constant(self, name: str, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> None:
-        """Keeps addressing constants, one (or a list of the same length) a lookup, as a buffer outside the state dict."""
+    def constant(self, name: str, values: Any, dtype: torch.dtype = torch.int64) -> None:
+        """Keeps addressing constants, as a rule one (or a list) a lookup, as a buffer outside the state dict."""
         self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
@@ -208,6 +208,11 @@ class Method(BaseModel):
     def stage(self, layout: Layout, group: Group, store: Store) -> Stage | None:
         """What happens over the course of training, where anything does."""
         return None
+
+
+def chunk_widths(embedding_dim: int, chunks: int) -> list[int]:
+    """An embedding cut into chunks as equal as can be: ``chunk_widths(10, 4)`` is ``[3, 3, 2, 2]``."""
+    return [embedding_dim // chunks + (j < embedding_dim % chunks) for j in range(chunks)]
 
 
 def full_entry(table: TableConfig) -> tuple[Entry, Slab]:

@@ -1,0 +1,228 @@
+"""Wide vectors for frequent ids, narrow ones for rare ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log, sqrt
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from embtables.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
+from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, full_entry
+from embtables.ranking import counts_by_rank, make_ranks, rank_code, rank_code_name, remapped
+from embtables.store import Part, Store
+
+
+class MixedDimension(Method):
+    """Mixed dimensions: block b of ids has vectors of width d_b, projected to the common dimension D.
+
+    e(x) = E_b[x]·P_{d_b}, with E_b of shape ``[n_b, d_b]`` and one projection ``[d_b, D]`` for each width below D.
+    Widths are D and the powers of two below it. They follow a power law in p_b, the mean occurrences of one of the block's
+    ids: d_b = λ·D·(p_b/p_max)^α. The temperature α rises from 0 until the budget is met, to at most 1; then λ falls.
+
+    With ``frequencies`` a table is cut into blocks by rank, each ``block_growth`` times as long as the one before;
+    without, a table is one block, and p is 1 over its number of ids.
+
+    Args:
+        first_block: ids in the first block.
+        block_growth: how many times longer each block is than the one before.
+
+    Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems", ISIT 2021.
+    The width cannot fall below 1, so the least budget is about 1/D of the full tables.
+    """
+
+    kind: ClassVar[str] = "mixed_dimension"
+    first_block: int = Field(default=64, ge=1)
+    block_growth: int = Field(default=4, ge=2)
+
+    def floor(self, group: Group) -> Floor:
+        return Floor(min(step.num_bytes for step in self._steps(group)), "one scalar an id, and the projection")
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        chosen = next(step for step in self._steps(group) if step.num_bytes <= limit)
+        if all(w == b.widest for w, b in zip(chosen.widths, chosen.blocks)):
+            pairs = {table.name: full_entry(table) for table in group.tables}
+            return Layout.of({n: e for n, (e, _) in pairs.items()}, Form(slabs=tuple(s for _, s in pairs.values())))
+        starts = remapped(group)
+        entries: dict[str, Entry] = {}
+        slabs: list[Slab] = []
+        for i, table in enumerate(group.tables):
+            own = [(b, w) for b, w in zip(chosen.blocks, chosen.widths) if b.table == i]
+            if table.name not in starts and all(w == table.embedding_dim for _, w in own):
+                entries[table.name], slab = full_entry(table)
+                slabs.append(slab)
+                continue
+            slabs += [Slab(f"{table.name}/{j}", b.rows, w) for j, (b, w) in enumerate(own)]
+            values = {"rows": [b.rows for b, _ in own], "widths": [w for _, w in own]}
+            if table.name in starts:
+                entries[table.name] = Entry("mixed_by_rank", values | {"ranks_from": starts[table.name]})
+            else:
+                entries[table.name] = Entry("mixed", values)
+        narrow = sorted({(b.widest, w) for b, w in zip(chosen.blocks, chosen.widths) if w < b.widest})
+        extras = tuple(Extra(_projection(group, widest, w), (w, widest)) for widest, w in narrow)
+        return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
+
+    # ---- the power law -------------------------------------------------------------------------------------------
+
+    def _blocks(self, group: Group) -> list[_Block]:
+        return [
+            _Block(i, rows, table.embedding_dim, popularity)
+            for i, (table, counts) in enumerate(zip(group.tables, group.counts))
+            for rows, popularity in self._popularity(int(table.rows or 1), counts)
+        ]
+
+    def _popularity(self, num_rows: int, counts: Counts | None) -> list[tuple[int, float]]:
+        """(ids, occurrences of one of them on average) for each block of a table, most popular first."""
+        if counts is None:
+            return [(num_rows, 1 / num_rows)]
+        ends, end, size = [], 0, self.first_block
+        while end < num_rows:
+            end = min(num_rows, end + size)
+            ends.append(end)
+            size *= self.block_growth
+        traffic = np.add.reduceat(counts_by_rank(counts), [0, *ends[:-1]])
+        rows = np.diff([0, *ends])
+        # One occurrence more than was counted, so that no block has none; and never rising.
+        popularity = np.minimum.accumulate((traffic + 1) / rows) / (counts.sum() + 1)
+        return [(int(n), float(p)) for n, p in zip(rows, popularity)]
+
+    def _steps(self, group: Group) -> list[_Step]:
+        """All width assignments that the power law passes through, from everything at D to the narrowest."""
+        blocks = self._blocks(group)
+        top = max(b.popularity for b in blocks)
+        events = sorted(
+            (_time(b, wide, narrow, top), i)
+            for i, b in enumerate(blocks)
+            for wide, narrow in zip(_widths(b.widest), _widths(b.widest)[1:])
+        )
+        widths = [b.widest for b in blocks]
+        weights = sum(4 * b.rows * b.widest for b in blocks)
+        remap = sum(code.num_bytes for code in rank_code(group))
+        used: dict[tuple[int, int], int] = {}
+        steps = [_Step(blocks, tuple(widths), weights)]
+        for _, i in events:
+            widest, old = blocks[i].widest, widths[i]
+            new = _widths(widest)[_widths(widest).index(old) + 1]
+            weights -= 4 * blocks[i].rows * (old - new)
+            widths[i] = new
+            used[widest, new] = used.get((widest, new), 0) + 1
+            if old < widest:
+                used[widest, old] -= 1
+            projections = sum(4 * d * w for (d, w), blocks_of in used.items() if blocks_of)
+            steps.append(_Step(blocks, tuple(widths), weights + projections + remap))
+        return steps
+
+    # ---- the module ----------------------------------------------------------------------------------------------
+
+    def fixed_codes(self, layout: Layout) -> tuple[str, ...]:
+        return tuple(code.name for code in layout.training.codes)
+
+    def make_fixed_codes(self, layout: Layout, group: Group) -> dict[str, Any]:
+        return make_ranks(group) if layout.training.codes else {}
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        return _MixedBlock(entries, group, store)
+
+    def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
+        super().initialize(layout, group, store, init)
+        for extra in layout.training.extras:
+            # Orthogonal rows of length √(D/w): the projected vectors keep the standard deviation of the narrow ones.
+            width, widest = extra.shape
+            gaussian = torch.randn(widest, width, generator=init.generator(extra.name))
+            rows = torch.linalg.qr(gaussian).Q.t() * sqrt(widest / width)
+            store.extra(extra.name).copy_(rows)
+
+
+class _Block(NamedTuple):
+    """Some ids of a table that follow one another in rank."""
+
+    table: int
+    rows: int
+    widest: int
+    popularity: float
+
+
+class _Step(NamedTuple):
+    blocks: list[_Block]
+    widths: tuple[int, ...]
+    num_bytes: int
+
+
+def _widths(widest: int) -> list[int]:
+    """D and the powers of two below it, falling."""
+    return [widest, *(1 << k for k in reversed(range((widest - 1).bit_length())))]
+
+
+def _time(block: _Block, wide: int, narrow: int, top: float) -> float:
+    """When a block gives up a width: as the power law passes the geometric mean of the two.
+
+    From 0 to 1 this is α; after that 1 + log 1/λ.
+    """
+    fall = log(block.widest / sqrt(wide * narrow))
+    rarity = log(top / block.popularity)
+    return fall / rarity if rarity >= fall else 1 + fall - rarity
+
+
+def _projection(group: Group, widest: int, width: int) -> str:
+    return f"{group.name}/projection_{width}_{widest}"
+
+
+class _MixedBlock(Block):
+    """Looks up each width on its own: positions of that width, one gather, one matrix product."""
+
+    ends: Tensor
+    base: Tensor
+    width: Tensor
+    ranks_from: Tensor
+
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
+        super().__init__(entries, store)
+        self.rank_code = rank_code_name(group) if "ranks_from" in entries[0].entry.values else None
+        self.widths = sorted({w for e in entries for w in e.entry.values["widths"]})
+        self.projections = {w: _projection(group, self.embedding_dim, w) for w in self.widths if w < self.embedding_dim}
+        most = max(len(e.entry.values["rows"]) for e in entries)
+        ends, base, width = [], [], []
+        for table, entry in entries:
+            rows = np.cumsum(entry.values["rows"])
+            padding = most - len(rows)
+            ends.append([*rows[:-1].tolist(), *[2**62] * (padding + 1)])
+            starts = [store.start(f"{table.name}/{j}") for j in range(len(rows))]
+            # A row is its block's first row plus the id's rank, less the ranks before the block.
+            before = [0, *rows[:-1].tolist()]
+            base.append([s - b for s, b in zip(starts, before)] + [0] * padding)
+            width.append([*entry.values["widths"], *[0] * padding])
+        self.constant("ends", ends)
+        self.constant("base", base)
+        self.constant("width", width)
+        self.constant("ranks_from", [e.entry.values.get("ranks_from", 0) for e in entries])
+
+    def _places(self, ids: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and width of each id, flat."""
+        feature = feature.expand_as(ids).reshape(-1)
+        ranks = ids.reshape(-1)
+        if self.rank_code is not None:
+            ranks = self.store.code(self.rank_code)[self.ranks_from[feature] + ranks].long()
+        block = (ranks.unsqueeze(-1) >= self.ends[feature]).sum(-1)
+        return self.base[feature, block] + ranks, self.width[feature, block]
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        rows, width = self._places(ids, feature)
+        return [Part(w, rows[width == w]) for w in self.widths]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        _, width = self._places(ids, feature)
+        wide = [
+            rows if w == self.embedding_dim else rows @ self.store.extra(self.projections[w])
+            for w, rows in zip(self.widths, values)
+        ]
+        order = torch.cat([(width == w).nonzero().squeeze(1) for w in self.widths])
+        vectors = torch.cat(wide).index_select(0, order.argsort())
+        return vectors.view(*ids.shape, self.embedding_dim)
+
+    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
+        rows, width = self._places(ids, feature)
+        return torch.stack([rows, width], dim=-1).view(*ids.shape, 2)

@@ -1,0 +1,88 @@
+"""One storage for all features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from embtables.budget import keep_apart
+from embtables.hashing import hash_ids, seed_for
+from embtables.layout import Entry, Form, Group, Layout, Slab
+from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.optimizers import FusedOptimizer
+from embtables.store import Part, Store
+
+
+class Unified(Method):
+    """Unified embedding (feature multiplexing): all tables share one storage E of shape ``[M, width]``.
+
+    e_t(x) = [E[h_{t,1}(x)]; …; E[h_{t,c}(x)]] with c = embedding_dim / width lookups and a hash of its own for every
+    table and lookup. Tables that cost next to nothing are kept apart, in full, since their few ids would be hot rows
+    for everybody else.
+
+    Args:
+        width: of the rows, a divisor of every ``embedding_dim``. By default half of their greatest common divisor
+            (two lookups for tables of one dimension), or all of it where that is odd.
+
+    Coleman et al., "Unified Embedding: Battle-Tested Feature Representations for Web-Scale ML Systems", NeurIPS 2023.
+    """
+
+    kind: ClassVar[str] = "unified"
+    width: int | None = Field(default=None, ge=1)
+
+    def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
+        width = self._width(group)
+        for table in group.tables:
+            if table.embedding_dim % width:
+                raise ValueError(
+                    f"table '{table.name}': embedding_dim {table.embedding_dim} is no multiple of "
+                    f"the width {width} of method unified"
+                )
+
+    def _width(self, group: Group) -> int:
+        if self.width is not None:
+            return self.width
+        common = gcd(*(table.embedding_dim for table in group.tables))
+        return common // 2 if common % 2 == 0 else common
+
+    def floor(self, group: Group) -> Floor:
+        return Floor(4 * self._width(group), "one row of the shared storage")
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        width = self._width(group)
+        apart, shared_bytes = keep_apart(group, limit, reserve=4 * width)
+        pairs = {table.name: full_entry(table) for table in apart}
+        slabs = [slab for _, slab in pairs.values()]
+        if len(apart) < len(group.tables):
+            slabs.append(Slab(group.name, shared_bytes // (4 * width), width))
+        entries = {
+            t.name: pairs[t.name][0] if t.name in pairs else Entry("multiplexed", {"lookups": t.embedding_dim // width})
+            for t in group.tables
+        }
+        return Layout.of(entries, Form(slabs=tuple(slabs)))
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        return _UnifiedBlock(entries, group, store, self._width(group))
+
+
+class _UnifiedBlock(Block):
+    seed: Tensor
+    size: Tensor
+
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, width: int) -> None:
+        super().__init__(entries, store)
+        self.width = width
+        self.start = store.start(group.name)
+        self.constant("size", store.slab(group.name).shape[0])
+        lookups = range(self.embedding_dim // width)
+        self.constant("seed", [[seed_for(group.hash_seed, e.table.name, "row", j) for j in lookups] for e in entries])
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        return [Part(self.width, self.start + hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size))]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        return values[0].flatten(-2)
