@@ -54,7 +54,7 @@ def to_range(hashed: Tensor, size: Tensor) -> Tensor:
 
 
 def hash_ids(ids: Tensor, seed: Tensor, size: Tensor) -> Tensor:
-    """The address of each id: int64 ``ids`` of any shape, negative allowed; int64 ``seed`` and ``size`` that broadcast."""
+    """The address of each id: int64 ``ids`` of any shape, ``seed`` and ``size`` that broadcast."""
     return to_range(mix(ids ^ seed), size)
 
 

@@ -408,7 +408,7 @@ class EmbeddingTables(nn.Module):
     # ---- state dict ----------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """The plan's fingerprint, so that weights are not loaded under other addresses; a tensor for ``weights_only``."""
+        """The plan's fingerprint, so that no weights load under other addresses; a tensor for ``weights_only``."""
         return torch.frombuffer(bytearray(self.plan.fingerprint), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -21,8 +21,8 @@ class Robe(Method):
     """ROBE: every vector is cut into blocks of Z scalars, each read from a hashed place of one circular array.
 
     e_{cZ+o}(x) = g_c(x)·A[(h_c(x) + o) mod M], A of M scalars for all tables, h_c hashed with a seed of its own for
-    every table and block. M is exact to the scalar. Scalars have no rows, so row-wise optimiser state has no meaning here.
-    Tables that cost next to nothing are kept apart, in full.
+    every table and block. M is exact to the scalar. Scalars have no rows, so row-wise optimiser state has no meaning
+    here. Tables that cost next to nothing are kept apart, in full.
 
     Args:
         block_size: Z. Larger blocks mean fewer cache misses and less variance; 1 is HashedNets.

@@ -1,7 +1,7 @@
 """Reference operators: gather with the optimiser fused into backward, in plain PyTorch.
 
 Shapes: R rows, W width, N looked-up rows (duplicates included). Cost and memory depend on N alone, never on R.
-``hyper`` is a float64 vector ``[lr, l2, eps, beta1, beta2]``, a tensor so that a new learning rate compiles nothing anew.
+``hyper`` is a float64 vector ``[lr, l2, eps, beta1, beta2]``: a tensor, so that a new learning rate compiles nothing.
 """
 
 from __future__ import annotations
