@@ -21,8 +21,8 @@ class Picked(NamedTuple):
     """The ids of a block's L lookups.
 
     ``ids``: ``[L, B]``, or flat ``[N]``; ``feature``: the lookup of each, ``[L, 1]`` or ``[N]``; ``bags``: offsets
-    ``[L·B + 1]`` of flat ids, else ``None``; ``weights``: of the shape of ``ids``, or ``None``; ``position``: where flat
-    ids stood in the input, or ``None`` for all of them in order.
+    ``[L·B + 1]`` of flat ids, else ``None``; ``weights``: of the shape of ``ids``, or ``None``; ``position``: where
+    flat ids stood in the input, or ``None`` for all of them in order.
     """
 
     ids: Tensor

@@ -22,7 +22,8 @@ class MixedDimension(Method):
 
     e(x) = E_b[x]·P_{d_b}, with E_b of shape ``[n_b, d_b]`` and one projection ``[d_b, D]`` for each width below D.
     Widths are D and the powers of two below it. They follow a power law in p_b, the mean occurrences of one of the
-    block's ids: d_b = λ·D·(p_b/p_max)^α. The temperature α rises from 0 until the budget is met, to at most 1; then λ falls.
+    block's ids: d_b = λ·D·(p_b/p_max)^α. The temperature α rises from 0 until the budget is met, to at most 1; then λ
+    falls.
 
     With ``frequencies`` a table is cut into blocks by rank, each ``block_growth`` times as long as the one before;
     without, a table is one block, and p is 1 over its number of ids.
