@@ -53,6 +53,8 @@ class Store(nn.Module):
         self.optimizer = optimizer if trainable else None
         self.sparse = sparse
         self.trainable = trainable
+        # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
+        self._hook = torch.zeros((), device="cpu", requires_grad=True)
         self._initial_device = torch.device(device) if device is not None else torch.get_default_device()
         self._slabs: dict[str, tuple[int, Slab]] = {}
         rows: dict[int, int] = {}
@@ -115,7 +117,7 @@ class Store(nn.Module):
         weight: Tensor = getattr(self, f"weight_{width}")
         if self.optimizer is not None and self.training and torch.is_grad_enabled():
             state = self._state(f"weight_{width}")
-            rows: Tensor = ops.fused_lookup(weight, state, index, self._hook(weight), self._hyper, self.optimizer.kind)
+            rows: Tensor = ops.fused_lookup(weight, state, index, self._hook, self._hyper, self.optimizer.kind)
             return rows
         if self.sparse:
             return F.embedding(index, weight, sparse=True)
@@ -126,7 +128,7 @@ class Store(nn.Module):
         weight: Tensor = getattr(self, self._extras[name])
         if self.optimizer is not None and self.training and torch.is_grad_enabled():
             state = self._state(self._extras[name])
-            return ops.fused_dense(weight, state, self._hook(weight), self._hyper, self.optimizer.kind)
+            return ops.fused_dense(weight, state, self._hook, self._hyper, self.optimizer.kind)
         return weight
 
     def code(self, name: str) -> Tensor:
@@ -144,10 +146,6 @@ class Store(nn.Module):
         count = len(self.optimizer.state_widths(width.shape[-1]))
         state: list[Tensor] = [getattr(self, f"_state_{i}_{name}") for i in range(count)]
         return [*state, self._step.clone()] if self.optimizer.counts_steps else state
-
-    @staticmethod
-    def _hook(weight: Tensor) -> Tensor:
-        return torch.zeros((), device=weight.device, requires_grad=True)
 
     @property
     def device(self) -> torch.device:
