@@ -70,7 +70,7 @@ def parse_budget(budget: Budget, full_bytes: int | None) -> int:
             raise ValueError(f"budget {budget!r} is a float, thus a share of the full tables, and must lie in (0, 1]")
         share = budget
     else:
-        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(%|[A-Za-z]*)\s*", budget)
+        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)\s*(%|[A-Za-z]*)\s*", budget)
         if not match or match[2] not in (*_UNITS, "%"):
             raise ValueError(f"budget {budget!r} is not {forms}")
         number = float(match[1])

@@ -147,7 +147,7 @@ class Group:
 
     name: str
     tables: tuple[TableConfig, ...]
-    counts: tuple[Counts | None, ...]
+    counts: tuple[Counts | None, ...] = field(compare=False)
     hash_seed: int
 
     @property

@@ -48,6 +48,7 @@ class Lookups(nn.Module):
     policy: Tensor
     seed: Tensor
     padding: Tensor
+    has_padding: Tensor
     lookup: Tensor
 
     def __init__(
@@ -63,7 +64,8 @@ class Lookups(nn.Module):
         self.features = list(features)
         self.tables = [e.table for e in entries]
         columns = [feature_names.index(feature) for feature in features]
-        self.takes_all = columns == list(range(len(feature_names)))
+        self.num_features = len(feature_names)
+        self.takes_all = columns == list(range(self.num_features))
         unbounded = 2**62
         for name, values in (
             ("columns", columns),
@@ -71,6 +73,7 @@ class Lookups(nn.Module):
             ("policy", [-1 if t.num_embeddings is None else _POLICIES.index(t.on_out_of_range) for t in self.tables]),
             ("seed", [seed_for(hash_seed, t.name, "out_of_range") for t in self.tables]),
             ("padding", [-1 if t.padding_idx is None else t.padding_idx for t in self.tables]),
+            ("has_padding", [t.padding_idx is not None for t in self.tables]),
             ("lookup", list(range(len(entries)))),
         ):
             self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -94,7 +97,7 @@ class Lookups(nn.Module):
             return Picked(self._in_range(ids.long(), feature), feature, offsets, weights, None)
         before = lengths.cumsum(0) - lengths
         position = torch.arange(feature.numel(), device=ids.device) + (starts - before)[feature]
-        bag_lengths = offsets.diff().view(-1, batch)[self.columns].reshape(-1)
+        bag_lengths = offsets.diff().view(self.num_features, batch)[self.columns].reshape(-1)
         bags = F.pad(bag_lengths.cumsum(0), (1, 0))
         picked = self._in_range(ids[position].long(), feature)
         return Picked(picked, feature, bags, None if weights is None else weights[position], position)
@@ -123,11 +126,15 @@ class Lookups(nn.Module):
             f'{int(self.size[which]) - 1}; to accept others give the table on_out_of_range="oov" or "hash"'
         )
 
+    def _padded(self, picked: Picked) -> Tensor:
+        """Which ids are padding. Without a vocabulary −1 is an id like others, so no value can stand for "none"."""
+        return (picked.ids == self.padding[picked.feature]) & self.has_padding[picked.feature]
+
     def without_padding(self, parts: list[Part], picked: Picked) -> list[Part]:
         """The requests, with −1 (nothing there) for padding ids."""
         if not self.pads:
             return parts
-        padded = picked.ids == self.padding[picked.feature]
+        padded = self._padded(picked)
         return [
             Part(p.width, p.rows.masked_fill(padded.view(*padded.shape, *[1] * (p.rows.ndim - padded.ndim)), -1))
             for p in parts
@@ -139,7 +146,7 @@ class Lookups(nn.Module):
         """The vectors, with zeros for padding ids."""
         if not self.pads:
             return vectors
-        return vectors * (picked.ids != self.padding[picked.feature]).unsqueeze(-1)
+        return vectors * ~self._padded(picked).unsqueeze(-1)
 
     def pool(self, vectors: Tensor, picked: Picked, pooling: str | Mapping[str, str], batch: int) -> Tensor:
         """Pooled vectors ``[L, B, D]``."""
@@ -166,7 +173,7 @@ class Lookups(nn.Module):
     def _share_padded(self, picked: Picked) -> Tensor:
         """Bag size over its number of ids that are no padding: what turns a mean over all into one over those."""
         assert picked.bags is not None
-        kept = (picked.ids != self.padding[picked.feature]).long()
+        kept = (~self._padded(picked)).long()
         kept = F.pad(kept.cumsum(0), (1, 0))[picked.bags].diff()
         return picked.bags.diff() / kept.clamp(min=1)
 

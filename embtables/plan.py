@@ -374,6 +374,8 @@ def _groups(
 def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Any], limit: int) -> list[int]:
     if len(pairs) == 1:
         return [limit]
+    # Sums of shares have to stay within 64 bits.
+    limit = min(limit, 2**60)
     ceilings = [limit if any(t.rows is None for t in group.tables) else group.full_bytes for group, _ in pairs]
     return split(limit, [f.num_bytes for f in floors], ceilings)
 

@@ -72,14 +72,25 @@ class Store(nn.Module):
             self._add_weight(self._extras[extra.name], torch.empty(extra.shape, device=device))
         self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
         for code in (c for form in forms for c in form.codes):
-            empty = torch.zeros(code.shape, dtype=DTYPES[code.dtype], device=device)
+            empty = torch.empty(code.shape, dtype=DTYPES[code.dtype], device=device)
             self.register_buffer(self._codes[code.name], empty)
         if self.optimizer is not None:
+            self.register_buffer("_hyper", torch.empty(5, dtype=torch.float64, device=device), persistent=False)
+            if self.optimizer.counts_steps:
+                self.register_buffer("_step", torch.empty((), dtype=torch.int64, device=device), persistent=False)
+        self.reset_state()
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Codes and optimiser state as they are before the first step: zeros, and the learning rate configured."""
+        for code in self._codes.values():
+            getattr(self, code).zero_()
+        if self.optimizer is not None:
+            for tensor in self.optimizer_state().values():
+                tensor.zero_()
             fields = self.optimizer.to_dict()
             hyper = [float(fields.get(name, 0.0)) for name in ("lr", "l2", "eps", "beta1", "beta2")]
-            self.register_buffer("_hyper", torch.tensor(hyper, dtype=torch.float64), persistent=False)
-            if self.optimizer.counts_steps:
-                self.register_buffer("_step", torch.zeros((), dtype=torch.int64), persistent=False)
+            self._hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
 
     def _add_weight(self, name: str, weight: Tensor) -> None:
         if self.trainable and self.optimizer is None:
@@ -89,7 +100,7 @@ class Store(nn.Module):
         if self.optimizer is not None:
             rows, width = (weight.shape[0], weight[0].numel()) if weight.ndim > 1 else (1, weight.numel())
             for i, state_width in enumerate(self.optimizer.state_widths(width)):
-                state = torch.zeros(rows, state_width, device=weight.device)
+                state = torch.empty(rows, state_width, device=weight.device)
                 self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
 
     # ---- the parts of a step -------------------------------------------------------------------------------------

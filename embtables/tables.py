@@ -63,7 +63,7 @@ class EmbeddingTables(nn.Module):
             raise ValueError(f"std must be a positive number, not {std!r}")
         self._prepare(plan, seed, std)
         self._build(Store([g.layout.training for g in plan.groups], plan.optimizer, sparse=sparse, device=device))
-        self.reset_parameters()
+        self._initialize()
 
     # ---- building ------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,16 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises all weights anew from ``seed``; on the meta device there is nothing to do yet."""
+        """Initialises everything anew from ``seed``, optimiser state included; nothing yet on the meta device."""
+        if self.store.device.type == "meta":
+            return
+        self.store.reset_state()
+        # to_empty leaves the addressing constants undefined too, and they follow from the plan.
+        self._build(self.store)
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
         if self.store.device.type == "meta":
             return
         init = Initializer(self.std if self.std is not None else self._default_std(), self.seed)
@@ -205,7 +214,7 @@ class EmbeddingTables(nn.Module):
             positions = [p.position for p in picked if p.position is not None]
             return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
         pooled = [lookups.pool(v, p, pooling, batch) for lookups, v, p in zip(each, vectors, picked)]
-        flat = torch.cat([v.transpose(0, 1).reshape(batch, -1) for v in pooled], dim=1)
+        flat = torch.cat([v.transpose(0, 1).flatten(1) for v in pooled], dim=1)
         return flat if self._in_order else flat.index_select(1, self._columns)
 
     def _begin_step(self) -> None:
