@@ -1,0 +1,9 @@
+"""Training, evaluation and serving of one model over planned tables."""
+
+from __future__ import annotations
+
+from embtables.training.config import RunConfig, load_config
+from embtables.training.served import load_served
+from embtables.training.trainer import Trainer
+
+__all__ = ["RunConfig", "Trainer", "load_config", "load_served"]

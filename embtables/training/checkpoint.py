@@ -1,0 +1,88 @@
+"""Checkpoints: one file, replaced in one step, that holds everything an exact resume needs."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embtables.files import replacing
+
+__all__ = ["load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
+
+FORMAT, VERSION = "embtables-checkpoint", 1
+
+
+def save_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write ``state`` (nested dicts and lists of tensors, numbers and strings), and whose state it is."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, "identity": identity, "state": state}, temporary)
+
+
+def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The state written by :func:`save_checkpoint`, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to a run with another ``identity``; the sentence names the first
+            entry that differs.
+    """
+    try:
+        # weights_only: tensors and plain values, never code.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it to start again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of embtables")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
+    check_identity(str(path), content["identity"], identity)
+    state: dict[str, Any] = content["state"]
+    return state
+
+
+def check_identity(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """``ValueError`` that names the first entry in which two runs differ."""
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        if found.get(name) != wanted.get(name):
+            old, new = _short(found.get(name)), _short(wanted.get(name))
+            raise ValueError(
+                f"{where} belongs to another run: {name} was {old} and is now {new}; "
+                "give another --out, or delete that folder to start again"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The generators that a model may draw from: torch's (and the device's), numpy's and Python's."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, python_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
+        "python": [version, list(words), python_gauss],
+    }
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, python_gauss = state["python"]
+    random.setstate((version, tuple(words), python_gauss))

@@ -1,0 +1,143 @@
+"""``embtables train`` and ``embtables export``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from embtables.datasets import PreparedDataset
+from embtables.training.config import load_config, parse_value
+from embtables.training.served import MODEL, TABLES, WEIGHTS, copy_served, load_served
+from embtables.training.trainer import Trainer
+
+__all__ = ["export", "train"]
+
+
+def train(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. An interrupted run in it is resumed.")],
+    config: Annotated[Optional[Path], typer.Option(help="YAML with sections model, tables, dense, training.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="dlrm, mlp or package.module:Class.")] = None,
+    method: Annotated[
+        Optional[str],
+        typer.Option(
+            help="How the tables are stored: a kind such as hash, or '{kind: compositional, operation: add}'."
+        ),
+    ] = None,
+    budget: Annotated[Optional[str], typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864.")] = None,
+    embedding_dim: Annotated[Optional[int], typer.Option(help="Length of every vector.")] = None,
+    optimizer: Annotated[
+        Optional[str], typer.Option(help="Of the tables: sgd, rowwise_adagrad, adagrad, adam.")
+    ] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Of the tables.")] = None,
+    dense_optimizer: Annotated[Optional[str], typer.Option(help="Of everything else: adam, adagrad, sgd.")] = None,
+    dense_learning_rate: Annotated[Optional[float], typer.Option(help="Of everything else.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Examples a step.")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="At most; early stop may end sooner.")] = None,
+    evaluations_per_epoch: Annotated[Optional[int], typer.Option(help="How often validation is looked at.")] = None,
+    patience: Annotated[Optional[int], typer.Option(help="Evaluations without a better AUC before the stop.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of initialisation, hashing and the order of examples.")] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Threads of torch.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as dense.weight_decay=1e-6; repeatable."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train one model with one method at one budget.
+
+    Defaults are overridden by --config, then by the flags, then by --set. The best model on validation is kept in its
+    served form; metrics.json is written last. Started again after an interruption it goes on and ends with the same
+    result, and a finished run is not run again.
+
+    Examples:
+
+      embtables train data/demo --method hash --budget 10% --out runs/hash
+
+      embtables train data/demo --config run.yaml --set model.hyperparameters.top_units=[256,128] --out runs/wide
+
+      embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
+    """
+    flags: dict[str, Any] = {
+        "model.name": model,
+        "tables.method": method if method is None else parse_value(method, "tables.method"),
+        "tables.budget": budget if budget is None else parse_value(budget, "tables.budget"),
+        "tables.embedding_dim": embedding_dim,
+        "tables.optimizer": optimizer,
+        "tables.learning_rate": learning_rate,
+        "dense.optimizer": dense_optimizer,
+        "dense.learning_rate": dense_learning_rate,
+        "training.batch_size": batch_size,
+        "training.epochs": epochs,
+        "training.evaluations_per_epoch": evaluations_per_epoch,
+        "training.patience": patience,
+        "training.seed": seed,
+        "training.threads": threads,
+        "training.device": device,
+    }
+    resolved = load_config(config, flags=flags, overrides=overrides or [])
+    result = Trainer(resolved, PreparedDataset(data), out, show_progress=not quiet).run()
+    if result["status"] != "ok":
+        raise ValueError(str(result["message"]))
+    ratio = f" ({result['ratio']:.2%} of full)" if result["ratio"] is not None else ""
+    typer.echo(
+        f"test AUC {_number(result['test_auc'])}  log loss {_number(result['test_logloss'])}  "
+        f"validation AUC {result['valid_auc']:.4f} (epoch {result['best_epoch']})\n"
+        f"tables {result['inference_bytes']:,} bytes{ratio}  {result['examples_per_second']:,.0f} examples/s\n"
+        f"{out}"
+    )
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished `embtables train`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another export at OUT.")] = False,
+) -> None:
+    """Write the served tables and the model of a run.
+
+    OUT holds tables.safetensors, model.safetensors and model.json; embtables.training.load_served(OUT) reads them.
+
+    Example:
+
+      embtables export runs/hash models/hash
+    """
+    status = _status(run)
+    if status != "ok":
+        raise ValueError(f"{run} has no model to export: its status is {status!r}")
+    source = run / "served"
+    load_served(source)
+    if out.exists():
+        if out.is_dir() and all(_same(source / name, out / name) for name in (TABLES, WEIGHTS, MODEL)):
+            typer.echo(f"{out} holds this export already")
+            return
+        if not overwrite:
+            raise ValueError(f"{out} exists and is not an export of {run}: give another OUT, or --overwrite")
+        if not out.is_dir() or {entry.name for entry in out.iterdir()} - {TABLES, WEIGHTS, MODEL}:
+            raise ValueError(f"{out} holds more than an export, so it is not overwritten: give another OUT")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    copy_served(source, out)
+    size = sum((out / name).stat().st_size for name in (TABLES, WEIGHTS, MODEL))
+    typer.echo(f"{out}: {size:,} bytes in {TABLES}, {WEIGHTS} and {MODEL}")
+
+
+def _status(run: Path) -> str:
+    path = run / "metrics.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a finished run: it has no metrics.json")
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["status"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged") from None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"

@@ -1,0 +1,231 @@
+"""The configuration of one run: YAML, overridden field by field, checked with errors that name the field."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+__all__ = ["DenseConfig", "ModelConfig", "RunConfig", "TablesConfig", "TrainingConfig", "load_config", "parse_value"]
+
+Bytes = Union[StrictInt, StrictFloat, StrictStr]
+
+DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.001}
+"""What ``tables.learning_rate: null`` means, by optimizer."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Section):
+    """What is trained over the tables."""
+
+    name: str = Field("dlrm", description="dlrm, mlp or package.module:Class")
+    hyperparameters: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
+
+
+class TablesConfig(_Section):
+    """How the tables are stored and trained."""
+
+    method: Union[StrictStr, dict[str, Any]] = Field(
+        "full", description="a kind, {kind: …, options}, or {table-name pattern: either of these}"
+    )
+    budget: Union[Bytes, None] = Field(None, description='inference bytes: 67108864, "64MB", 0.1, "10%"')
+    training_budget: Union[Bytes, None] = Field(None, description="bound on the training bytes as well")
+    embedding_dim: int = Field(16, ge=1)
+    optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "adagrad"
+    learning_rate: Union[float, None] = Field(None, gt=0, allow_inf_nan=False, description="null: by optimizer")
+    l2: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight decay of the touched rows")
+    fused: bool = Field(True, description="update inside backward; false: ordinary parameters under torch.optim")
+    sparse_gradients: bool = Field(False, description="with fused: false, sparse instead of dense gradients")
+    init_std: Union[float, None] = Field(None, gt=0, allow_inf_nan=False, description="null: the tables' own default")
+    hash_seed: Union[int, None] = Field(None, description="null: the seed of the run")
+
+    @model_validator(mode="after")
+    def _resolve(self) -> TablesConfig:
+        if not self.fused and self.optimizer == "rowwise_adagrad":
+            raise ValueError("rowwise_adagrad exists fused only: choose another tables.optimizer or tables.fused=true")
+        if self.fused and self.sparse_gradients:
+            raise ValueError("sparse_gradients needs tables.fused=false: a fused optimizer makes no gradient at all")
+        if self.learning_rate is None:
+            self.learning_rate = DEFAULT_LEARNING_RATE[self.optimizer]
+        return self
+
+
+class DenseConfig(_Section):
+    """How everything but the tables is trained."""
+
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    learning_rate: float = Field(0.001, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+class TrainingConfig(_Section):
+    """The loop."""
+
+    batch_size: int = Field(2048, ge=1)
+    evaluation_batch_size: int = Field(16384, ge=1)
+    epochs: int = Field(10, ge=1, description="at most; early stop may end sooner")
+    evaluations_per_epoch: int = Field(1, ge=1)
+    patience: Union[int, None] = Field(
+        2, ge=1, description="evaluations without a better validation AUC before the stop; null: never stop early"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, hashing and the order of examples")
+    threads: Union[int, None] = Field(None, ge=1, description="null: torch's own choice")
+    device: str = "cpu"
+    log_every: int = Field(50, ge=1, description="steps between TensorBoard entries")
+    checkpoint_seconds: float = Field(
+        60.0, ge=0, description="a checkpoint is written at every evaluation and after as many seconds"
+    )
+    keep_checkpoint: bool = Field(True, description="false: delete the checkpoint when the run is finished")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            raise ValueError("give cpu, cuda or cuda:<number>") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device on this machine")
+        return device
+
+
+class RunConfig(_Section):
+    """All fields of one run. ``data`` is not among them: the same configuration runs on any prepared data."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    tables: TablesConfig = Field(default_factory=TablesConfig)
+    dense: DenseConfig = Field(default_factory=DenseConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """``{"training.batch_size": 2048, …}``; ``method`` and ``hyperparameters`` stay whole."""
+        return {
+            f"{s}.{name}": value for s, fields in self.model_dump(mode="json").items() for name, value in fields.items()
+        }
+
+
+def load_config(
+    path: str | Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Defaults, overridden by the file, overridden by ``flags``, overridden by ``overrides``.
+
+    Args:
+        path: a YAML file with any of the sections ``model``, ``tables``, ``dense``, ``training``.
+        flags: ``{"training.batch_size": 4096}``; entries that are ``None`` were not given.
+        overrides: ``"training.batch_size=4096"``; the value is read as YAML.
+
+    Raises:
+        ValueError: one sentence that names the file or the field.
+        OSError: the file cannot be read.
+    """
+    values = _read(Path(path)) if path is not None else {}
+    for name, value in (flags or {}).items():
+        if value is not None:
+            _put(values, name, value)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"override {override!r} is not of the form field=value, such as training.batch_size=4096")
+        _put(values, name.strip(), parse_value(text, name.strip()))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise ValueError(where + _sentence(error)) from None
+
+
+def parse_value(text: str, name: str) -> Any:
+    """A value of the command line as YAML reads it: numbers, words, ``null``, ``[64, 32]``, ``{kind: hash}``."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"{name}: the value {text!r} is not valid YAML; quote it, or check brackets and braces"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{path}:{line} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must hold the sections {', '.join(RunConfig.model_fields)}, not {type(values).__name__}"
+        )
+    for section, fields in values.items():
+        if fields is None:
+            values[section] = {}
+    return values
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for depth, parent in enumerate(parents):
+        below = values.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ValueError(f"{'.'.join(parents[: depth + 1])} holds a single value, so there is no field {name}")
+        values = below
+    values[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    # Members of a union appear in the location by their type; a field's own path is section and name.
+    path = [str(part) for part in problem["loc"][:2]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        if len(path) == 1:
+            known = list(RunConfig.model_fields)
+            # ``batch_size: 10`` without its section is the likeliest slip.
+            homes = [s for s, f in RunConfig.model_fields.items() if path[0] in _fields(f.annotation)]
+            hint = f"; did you mean {homes[0]}.{path[0]}?" if homes else ""
+            return f"{name} is not a section of the configuration: it has {', '.join(known)}{hint}"
+        known = _fields(RunConfig.model_fields[path[0]].annotation)
+        close = difflib.get_close_matches(path[1], known, n=1)
+        hint = f"; did you mean {path[0]}.{close[0]}?" if close else f": {path[0]} has {', '.join(known)}"
+        return f"{name} is not a field of the configuration{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if len([p for p in error.errors() if p["loc"][:2] == problem["loc"][:2]]) > 1:
+        message = {
+            "tables.budget": 'must be bytes such as 67108864 or "64MB", or a share such as 0.1 or "10%"',
+            "tables.training_budget": 'must be bytes such as 67108864 or "64MB", or a share such as 0.1 or "10%"',
+            "tables.method": "must be a method's kind, {kind: …, options}, or {table-name pattern: either of these}",
+        }.get(name, message)
+    got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", not {problem['input']!r}"
+    return f"{name}: {message}{got}"
+
+
+def _fields(section: Any) -> list[str]:
+    return list(section.model_fields)

@@ -1,0 +1,120 @@
+"""Scores of a model on a split, the metrics of them, and the latency of a lookup."""
+
+from __future__ import annotations
+
+import math
+import time
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from embtables.datasets import Batch, PreparedDataset
+from embtables.tables import EmbeddingTables
+from embtables.training import metrics
+
+__all__ = ["Scored", "all_metrics", "lookup_latency_us", "score", "to_device"]
+
+
+class Scored(NamedTuple):
+    """A split in file order: logits and labels float32 [N], groups int64 [N] or None, ids of the slice feature [N]."""
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.float32]
+    groups: NDArray[np.int64] | None
+    slice_ids: NDArray[np.int64]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with what a model reads on ``device``; groups stay where they are."""
+    if device.type == "cpu":
+        return batch
+    return Batch(batch.labels.to(device), batch.dense.to(device), batch.ids.to(device), batch.groups)
+
+
+def slice_feature(data: PreparedDataset) -> str:
+    """The feature whose training frequency slices the rows: the manifest's, else the one with most ids."""
+    return data.slice_feature or max(data.feature_names, key=lambda name: data.num_embeddings[name])
+
+
+@torch.no_grad()
+def score(model: nn.Module, data: PreparedDataset, split: str, batch_size: int, device: torch.device) -> Scored:
+    """Logits of all rows of ``split``. The model is left in evaluation mode.
+
+    Raises:
+        ValueError: the split has no rows, or the model does not return one logit a row.
+        FloatingPointError: a logit is NaN or infinite.
+    """
+    model.eval()
+    column = data.feature_names.index(slice_feature(data))
+    logits, labels, groups, ids = [], [], [], []
+    for batch in data.batches(split, batch_size):
+        output = model(to_device(batch, device))
+        check_logits(model, output, batch)
+        logits.append(output.float().cpu().numpy())
+        labels.append(batch.labels.numpy())
+        ids.append(batch.ids[:, column].numpy())
+        if batch.groups is not None:
+            groups.append(batch.groups.numpy())
+    if not logits:
+        raise ValueError(f"split '{split}' of {data.path} has no rows")
+    scored = Scored(
+        np.concatenate(logits), np.concatenate(labels), np.concatenate(groups) if groups else None, np.concatenate(ids)
+    )
+    if not np.isfinite(scored.logits).all():
+        row = int(np.argmin(np.isfinite(scored.logits)))
+        raise FloatingPointError(f"the logit of row {row} of split '{split}' is {scored.logits[row]}")
+    return scored
+
+
+def check_logits(model: nn.Module, logits: torch.Tensor, batch: Batch) -> None:
+    if logits.shape != batch.labels.shape:
+        raise ValueError(
+            f"model {type(model).__name__} must return one logit a row, shape {tuple(batch.labels.shape)}, "
+            f"not {tuple(logits.shape)}"
+        )
+
+
+def all_metrics(scored: Scored, data: PreparedDataset) -> dict[str, float | None]:
+    """Every metric of a split, ``None`` where it is not defined on these rows."""
+    labels, logits = scored.labels, scored.logits
+    probabilities = metrics.sigmoid(logits)
+    values = {
+        "auc": metrics.auc(labels, logits),
+        "logloss": metrics.log_loss(labels, probabilities),
+        "normalized_entropy": metrics.normalized_entropy(labels, probabilities),
+        "gauc_weighted": math.nan,
+        "gauc_mean": math.nan,
+    }
+    if scored.groups is not None:
+        values["gauc_weighted"] = metrics.gauc_weighted(labels, logits, scored.groups)
+        values["gauc_mean"] = metrics.gauc_mean(labels, logits, scored.groups)
+    sliced = metrics.slice_auc(labels, logits, scored.slice_ids, data.frequencies[slice_feature(data)])
+    values |= {f"auc_{name}": value for name, value in sliced.items()}
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+@torch.no_grad()
+def lookup_latency_us(tables: EmbeddingTables, ids: torch.Tensor, repeats: int = 50) -> float:
+    """Median microseconds to look up ``ids`` [B, F] in ``tables``, after a warm-up."""
+    tables.eval()
+    seconds: list[float] = []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        tables(ids)
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize(ids.device)
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * median(seconds[5:])
+
+
+def share_of_colliding_ids(tables: EmbeddingTables) -> float | None:
+    """Mean of the tables' ``collision_share``, weighted by their ids; ``None`` where a table has no vocabulary."""
+    rows: list[Any] = [table.rows for table in tables.plan.tables]
+    if None in rows:
+        return None
+    shares = [tables.collision_share(table.name) for table in tables.plan.tables]
+    return sum(n * share for n, share in zip(rows, shares)) / sum(rows)

@@ -1,0 +1,67 @@
+"""The plan of a run: its configuration and prepared data, solved."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from embtables.datasets import PreparedDataset
+from embtables.methods import from_config
+from embtables.optimizers import FusedOptimizer, optimizer_from_config
+from embtables.plan import Plan, plan
+from embtables.training.config import RunConfig, TablesConfig
+
+__all__ = ["fused_optimizer", "method_for", "method_label", "plan_tables", "steps_per_epoch"]
+
+
+def steps_per_epoch(config: RunConfig, data: PreparedDataset) -> int:
+    return math.ceil(data.num_rows("train") / config.training.batch_size)
+
+
+def fused_optimizer(tables: TablesConfig) -> FusedOptimizer | None:
+    """The fused optimizer of the tables; ``None`` where they are ordinary parameters."""
+    if not tables.fused:
+        return None
+    return optimizer_from_config({"kind": tables.optimizer, "lr": tables.learning_rate, "l2": tables.l2})
+
+
+def method_for(config: RunConfig, num_steps: int) -> Any:
+    """The configured method, or pattern → method, settled for a training of ``num_steps``.
+
+    Raises:
+        ValueError: an unknown method, or an unknown field of one.
+    """
+    method = config.tables.method
+    if isinstance(method, dict) and "kind" not in method:
+        return {pattern: from_config(spec).for_training(num_steps) for pattern, spec in method.items()}
+    return from_config(method).for_training(num_steps)
+
+
+def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
+    """The plan that a run of ``config`` on ``data`` builds: one table a feature, split by its training frequencies.
+
+    Raises:
+        InfeasibleBudget: with the floor.
+        ValueError: naming the field, table or method that is wrong.
+    """
+    tables = config.tables
+    hash_seed = config.training.seed if tables.hash_seed is None else tables.hash_seed
+    return plan(
+        data.table_configs(tables.embedding_dim),
+        method_for(config, config.training.epochs * steps_per_epoch(config, data)),
+        tables.budget,
+        data.frequencies,
+        fused_optimizer(tables),
+        tables.training_budget,
+        hash_seed=hash_seed,
+    )
+
+
+def method_label(method: str | dict[str, Any]) -> str:
+    """``hash``; ``compositional(operation=mult)``; ``user_*: hash, *: full``."""
+    if isinstance(method, str):
+        return method
+    if "kind" not in method:
+        return ", ".join(f"{pattern}: {method_label(spec)}" for pattern, spec in method.items())
+    options = ",".join(f"{name}={value}" for name, value in sorted(method.items()) if name != "kind")
+    return f"{method['kind']}({options})" if options else str(method["kind"])

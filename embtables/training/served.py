@@ -1,0 +1,155 @@
+"""A trained model as it is served: three files in a folder, no pickle.
+
+``tables.safetensors`` holds the tables in their served form (see :meth:`embtables.EmbeddingTables.save`),
+``model.safetensors`` the other weights and buffers, and ``model.json`` what is needed to build the model again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from embtables.models import build_model
+from embtables.tables import EmbeddingTables
+
+__all__ = ["Served", "copy_served", "dense_state", "load_served", "save_served"]
+
+FORMAT, VERSION = "embtables-served", 1
+TABLES, WEIGHTS, MODEL = "tables.safetensors", "model.safetensors", "model.json"
+_TABLES_PREFIX = "embeddings."
+
+
+@dataclass(frozen=True)
+class Served:
+    """How to build the model again: its name, hyperparameters, and the columns of its batches."""
+
+    model: str
+    hyperparameters: Mapping[str, Any]
+    feature_names: list[str]
+    dense_features: list[str]
+
+
+def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict without its tables, which are kept in a file of their own."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(_TABLES_PREFIX)}
+
+
+def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write ``folder`` in one step; a folder of that name is replaced."""
+    temporary = _fresh(folder)
+    tables.save(temporary / TABLES)
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": served.model,
+        "hyperparameters": dict(served.hyperparameters),
+        "feature_names": served.feature_names,
+        "dense_features": served.dense_features,
+        "sha256": {name: _sha256(temporary / name) for name in (TABLES, WEIGHTS)},
+    }
+    (temporary / MODEL).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    _put(temporary, folder)
+
+
+def copy_served(source: Path, target: Path) -> None:
+    """Copy the three files in one step; a folder of the target's name is replaced."""
+    temporary = _fresh(target)
+    for name in (TABLES, WEIGHTS, MODEL):
+        shutil.copyfile(source / name, temporary / name)
+    _put(temporary, target)
+
+
+def load_served(folder: str | Path, device: torch.device | str | None = None) -> nn.Module:
+    """The model of a served folder (``RUN/served``, or what ``embtables export`` wrote), ready for inference.
+
+    Its ``forward`` takes a :class:`embtables.datasets.Batch` and returns logits ``[B]``. A model of one's own must be
+    importable under the name that it was trained with.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged or does not fit.
+
+    Example::
+
+        model = load_served("runs/demo/served")
+        with torch.no_grad():
+            clicks = model(batch).sigmoid()
+    """
+    folder = Path(folder)
+    description = _read(folder)
+    for name in (TABLES, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if _sha256(folder / name) != description["sha256"].get(name):
+            raise ValueError(f"{folder / name} does not match its checksum in {MODEL}: it is damaged")
+    tables = EmbeddingTables.load(folder / TABLES, device)
+    # The constructor draws weights that are overwritten: the caller's random numbers must not notice.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(
+            description["model"], tables, len(description["dense_features"]), description["hyperparameters"]
+        )
+    model.to(device)
+    try:
+        weights = load_file(folder / WEIGHTS, device=str(device or "cpu"))
+        found = model.load_state_dict(weights, strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / WEIGHTS} does not fit model {description['model']!r}: {reason}") from error
+    missing = [name for name in found.missing_keys if not name.startswith(_TABLES_PREFIX)]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"{folder / WEIGHTS} does not fit model {description['model']!r}: "
+            f"{'it lacks ' + missing[0] if missing else 'it has ' + found.unexpected_keys[0] + ' besides'}"
+        )
+    return model.eval()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / MODEL
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no served model: {MODEL} is missing")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{path} does not describe a served model")
+    if description.get("version") != VERSION:
+        raise ValueError(f"{path} has version {description.get('version')!r}; this release reads version {VERSION}")
+    absent = {"model", "hyperparameters", "feature_names", "dense_features", "sha256"} - set(description)
+    if absent:
+        raise ValueError(f"{path}: field '{sorted(absent)[0]}' is missing")
+    return description
+
+
+def _fresh(folder: Path) -> Path:
+    """An empty folder beside ``folder``, in which to write what becomes ``folder``."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,526 @@
+"""One run: prepared data, a model over planned tables, early stop on validation, and what is served in the end.
+
+A run is one folder::
+
+    config.yaml  environment.json  plan.json  tensorboard/
+    checkpoint/last.pt, checkpoint/best-<step>/   for an exact resume
+    served/                                       the best model in its served form (see ``load_served``)
+    test_scores.npy                               float32 logits of the test split in file order
+    metrics.json                                  written last: its presence says that the run is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from embtables.budget import InfeasibleBudget
+from embtables.datasets import Batch, PreparedDataset
+from embtables.files import replacing
+from embtables.models import build_model
+from embtables.plan import Plan
+from embtables.tables import EmbeddingTables
+from embtables.training import metrics
+from embtables.training.checkpoint import (
+    check_identity,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from embtables.training.config import RunConfig
+from embtables.training.environment import environment, peak_rss_bytes
+from embtables.training.evaluation import (
+    all_metrics,
+    check_logits,
+    lookup_latency_us,
+    score,
+    share_of_colliding_ids,
+    to_device,
+)
+from embtables.training.finite import Watch
+from embtables.training.logs import Events, ProgressBar
+from embtables.training.planning import method_label, plan_tables, steps_per_epoch
+from embtables.training.served import Served, copy_served, dense_state, load_served, save_served
+
+__all__ = ["Trainer"]
+
+# Fields that may differ between a run and its resume: they do not touch the result.
+_FREE = ("training.threads", "training.log_every", "training.checkpoint_seconds", "training.keep_checkpoint")
+
+
+@dataclass
+class _Progress:
+    """How far a run is: what a checkpoint holds beside tensors."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0
+    examples: int = 0
+    train_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    best_auc: float = -math.inf
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    finished: bool = False
+
+
+class Trainer:
+    """Trains one model into ``out``, or goes on with what an interrupted run left there.
+
+    Example::
+
+        config = load_config(flags={"tables.method": "hash", "tables.budget": "10%"})
+        result = Trainer(config, PreparedDataset("data/demo"), Path("runs/hash")).run()
+        print(result["test_auc"])
+    """
+
+    def __init__(self, config: RunConfig, data: PreparedDataset, out: Path, *, show_progress: bool = False) -> None:
+        self.config, self.data, self.out, self.show_progress = config, data, out, show_progress
+        self.device = torch.device(config.training.device)
+        self.checkpoint = out / "checkpoint"
+
+    # ---- the whole run -------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate and write everything; returns what metrics.json holds.
+
+        A finished run is not run again. A budget that no tables fit gives ``status`` "infeasible" with ``floor_bytes``.
+
+        Raises:
+            ValueError: wrong configuration or data, or ``out`` belongs to another run.
+            OSError: a file cannot be read or written.
+            FloatingPointError: a loss, gradient or weight became NaN or infinite; the sentence names step and tensor.
+        """
+        identity = self._identity()
+        self._refuse_other(identity)
+        if (self.out / "metrics.json").exists():
+            done: dict[str, Any] = json.loads((self.out / "metrics.json").read_text(encoding="utf-8"))
+            return done
+        for split in ("train", "valid", "test"):
+            if not self.data.num_rows(split):
+                raise ValueError(f"split '{split}' of {self.data.path} has no rows")
+        try:
+            plan = plan_tables(self.config, self.data)
+        except InfeasibleBudget as error:
+            return self._write_infeasible(identity, error)
+        with _threads(self.config.training.threads), _own_random_numbers(self.device):
+            _seed(self.config.training.seed)
+            tables = EmbeddingTables(
+                plan,
+                seed=self.config.training.seed,
+                device=self.device,
+                std=self.config.tables.init_std,
+                sparse=self.config.tables.sparse_gradients,
+            )
+            settings = self.config.model
+            model = build_model(settings.name, tables, len(self.data.dense_features), settings.hyperparameters)
+            model.to(self.device)
+            self._write_start(identity, plan)
+            return _Run(self, identity, plan, tables, model).run()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for two starts to be the same run."""
+        manifest = (self.data.path / "manifest.json").read_bytes()
+        fields = {name: value for name, value in self.config.flat().items() if name not in _FREE}
+        return {"data": hashlib.sha256(manifest).hexdigest(), **fields}
+
+    def _refuse_other(self, identity: dict[str, Any]) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file: give a folder to --out")
+        path = self.out / "config.yaml"
+        if not path.exists():
+            if self.out.exists() and any(not entry.name.startswith(".") for entry in self.out.iterdir()):
+                raise ValueError(
+                    f"{self.out} exists and is not a run (it has no config.yaml): give a new folder to --out"
+                )
+            return
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = RunConfig.model_validate({name: content[name] for name in RunConfig.model_fields}).flat()
+        except (yaml.YAMLError, ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{path} is not the configuration of a run: give another --out, or delete that folder"
+            ) from None
+        found = {name: value for name, value in found.items() if name not in _FREE}
+        check_identity(str(self.out), {"data": content.get("data_sha256"), **found}, identity)
+
+    def _write_start(self, identity: dict[str, Any], plan: Plan | None) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        # First, so that a folder that holds anything says whose it is.
+        header = f"# the prepared data: {self.data.name}\ndata_sha256: {identity['data']}\n"
+        _write_text(self.out / "config.yaml", header + self.config.to_yaml())
+        _write_json(self.out / "environment.json", environment(self.device, torch.get_num_threads()))
+        if plan is not None:
+            _write_json(self.out / "plan.json", plan.to_dict())
+
+    def _write_infeasible(self, identity: dict[str, Any], error: InfeasibleBudget) -> dict[str, Any]:
+        self._write_start(identity, None)
+        result = {"status": "infeasible", **self.labels(), "floor_bytes": error.floor_bytes, "message": str(error)}
+        _write_json(self.out / "metrics.json", result)
+        return result
+
+    def labels(self) -> dict[str, Any]:
+        """The coordinates of this run among others."""
+        return {
+            "dataset": self.data.name,
+            "model": self.config.model.name,
+            "method": method_label(self.config.tables.method),
+            "budget": self.config.tables.budget,
+            "seed": self.config.training.seed,
+            "learning_rate": self.config.tables.learning_rate,
+        }
+
+
+class _Run:
+    """The state of a run that is under way."""
+
+    def __init__(
+        self, trainer: Trainer, identity: dict[str, Any], plan: Plan, tables: EmbeddingTables, model: nn.Module
+    ) -> None:
+        self.config, self.data, self.out, self.device = trainer.config, trainer.data, trainer.out, trainer.device
+        self.trainer, self.plan, self.tables, self.model = trainer, plan, tables, model
+        self.identity = {**identity, "plan": plan.fingerprint.hex()}
+        self.progress = _Progress()
+        self.steps_per_epoch = steps_per_epoch(self.config, self.data)
+        of_tables = {id(p) for p in tables.parameters()}
+        self.dense_parameters = [(n, p) for n, p in model.named_parameters() if id(p) not in of_tables]
+        self.dense_optimizer = self._dense_optimizer()
+        self.table_optimizer = self._table_optimizer()
+        # The evaluation points of an epoch, as numbers of batches done.
+        parts = self.config.training.evaluations_per_epoch
+        self.evaluate_after = {math.ceil(self.steps_per_epoch * i / parts) for i in range(1, parts + 1)}
+
+    # ---- optimisers ----------------------------------------------------------------------------------------------
+
+    def _dense_optimizer(self) -> torch.optim.Optimizer | None:
+        parameters = [p for _, p in self.dense_parameters]
+        dense = self.config.dense
+        if not parameters:
+            return None
+        kinds = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+        return kinds[dense.optimizer](parameters, lr=dense.learning_rate, weight_decay=dense.weight_decay)
+
+    def _table_optimizer(self) -> torch.optim.Optimizer | None:
+        """For tables that are ordinary parameters; ``None`` where their update is fused into backward."""
+        parameters = list(self.tables.parameters())
+        tables = self.config.tables
+        if not parameters:
+            return None
+        assert tables.learning_rate is not None  # resolved by the configuration
+        if tables.optimizer == "adam" and tables.sparse_gradients:
+            if tables.l2:
+                raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
+            return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
+        kinds = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+        return kinds[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        self._resume()
+        events = Events(self.out / "tensorboard", self.progress.step)
+        try:
+            if not self.progress.finished:
+                self._train(events)
+            result = self._finish(events)
+        finally:
+            events.close()
+        _write_json(self.out / "metrics.json", result)
+        if not self.config.training.keep_checkpoint:
+            shutil.rmtree(self.trainer.checkpoint, ignore_errors=True)
+        return result
+
+    def _train(self, events: Events) -> None:
+        training, progress = self.config.training, self.progress
+        total = training.epochs * self.steps_per_epoch
+        watch = Watch(self.model, self.tables, self.data.dense_features)
+        name = method_label(self.config.tables.method)
+        with ProgressBar(self.trainer.show_progress, progress.step, total, name) as bar:
+            meter = _Meter(events, bar, training.log_every)
+            last_checkpoint = time.monotonic()
+            while not progress.finished:
+                self.model.train()
+                batches = self.data.batches(
+                    "train", training.batch_size, seed=training.seed, epoch=progress.epoch, skip=progress.batch
+                )
+                for batch, seconds in _timed(batches):
+                    start = time.perf_counter()
+                    watch.step = progress.step + 1
+                    loss = self._step(batch, watch)
+                    progress.step += 1
+                    progress.batch += 1
+                    progress.examples += len(batch.labels)
+                    seconds += time.perf_counter() - start
+                    progress.train_seconds += seconds
+                    meter.step(progress.step, loss, len(batch.labels), seconds, self._learning_rates())
+                    if progress.batch in self.evaluate_after:
+                        bar.auc(self._evaluate(events))
+                        self._end_epoch_or_run()
+                        self._save()
+                        last_checkpoint = time.monotonic()
+                        if progress.finished or progress.batch == 0:
+                            break
+                        self.model.train()
+                    elif time.monotonic() - last_checkpoint >= training.checkpoint_seconds:
+                        self._save()
+                        last_checkpoint = time.monotonic()
+        watch.close()
+
+    def _step(self, batch: Batch, watch: Watch) -> float:
+        batch = to_device(batch, self.device)
+        for optimizer in (self.dense_optimizer, self.table_optimizer):
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+        logits = self.model(batch)
+        check_logits(self.model, logits, batch)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        value = watch.loss(loss, logits, batch)
+        loss.backward()
+        watch.gradients(self.model.named_parameters())
+        for optimizer in (self.dense_optimizer, self.table_optimizer):
+            if optimizer is not None:
+                optimizer.step()
+        return value
+
+    def _end_epoch_or_run(self) -> None:
+        progress, training = self.progress, self.config.training
+        if progress.batch == self.steps_per_epoch:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        patience = training.patience
+        progress.finished = progress.epoch == training.epochs or (patience is not None and progress.stale >= patience)
+
+    def _learning_rates(self) -> dict[str, float | None]:
+        dense = self.dense_optimizer.param_groups[0]["lr"] if self.dense_optimizer else None
+        tables = (
+            self.table_optimizer.param_groups[0]["lr"] if self.table_optimizer else self.config.tables.learning_rate
+        )
+        return {"learning_rate/tables": tables, "learning_rate/dense": dense}
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, events: Events) -> float:
+        """Validation of the served form; the best one so far is kept on disk."""
+        progress = self.progress
+        served = self.tables.serve()
+        with _serving(self.model, self.tables, served):
+            scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
+        auc = metrics.auc(scored.labels, scored.logits)
+        if math.isnan(auc):
+            raise ValueError(
+                f"split 'valid' of {self.data.path} holds one class only, so no AUC can choose the best model"
+            )
+        loss = metrics.log_loss(scored.labels, metrics.sigmoid(scored.logits))
+        if auc > progress.best_auc:
+            progress.best_auc, progress.best_step, progress.stale = auc, progress.step, 0
+            save_served(self._best(), self._description(), served, dense_state(self.model))
+        else:
+            progress.stale += 1
+        memory = self.tables.memory()
+        events.write(
+            progress.step,
+            {
+                "valid/auc": auc,
+                "valid/logloss": loss,
+                "valid/best_auc": progress.best_auc,
+                "bytes/inference": memory.inference_bytes,
+                "bytes/training": memory.training_bytes,
+                **self._table_norms(),
+            },
+        )
+        return auc
+
+    def _table_norms(self) -> dict[str, float]:
+        """Root mean square of the weights of every slab and of other parameters of the tables."""
+        store = self.tables.store
+        slabs = dict(store.named_slabs())
+        # The store lists its slabs by width, many tables in one tensor; here every table is of interest.
+        widths = {f"weight_{width}" for width in store.widths}
+        extras = {name: tensor for name, tensor, is_code in store.tensors() if not is_code and name not in widths}
+        return {
+            f"rms/{name}": float(tensor.detach().float().square().mean().sqrt())
+            for name, tensor in (slabs | extras).items()
+            if tensor.numel()
+        }
+
+    def _description(self) -> Served:
+        settings = self.config.model
+        return Served(settings.name, settings.hyperparameters, self.data.feature_names, self.data.dense_features)
+
+    def _best(self) -> Path:
+        return self.trainer.checkpoint / f"best-{self.progress.best_step}"
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        folder = self.trainer.checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        self.progress.peak_rss_bytes = self._peak_rss()
+        optimizers = {"dense": self.dense_optimizer, "tables": self.table_optimizer}
+        state = {
+            "progress": asdict(self.progress),
+            "threads": torch.get_num_threads(),
+            "random": random_state(self.device),
+            "model": dict(self.model.state_dict()),
+            "fused": self.tables.optimizer_state_dict(),
+            "optimizers": {name: optimizer and optimizer.state_dict() for name, optimizer in optimizers.items()},
+        }
+        save_checkpoint(folder / "last.pt", self.identity, state)
+        # Only now does no checkpoint refer to an earlier best.
+        for other in folder.glob("best-*"):
+            if other != self._best():
+                shutil.rmtree(other)
+
+    def _resume(self) -> None:
+        path = self.trainer.checkpoint / "last.pt"
+        if not path.exists():
+            return
+        state = load_checkpoint(path, self.identity)
+        self.progress = _Progress(**state["progress"])
+        if self.config.training.threads is None:
+            # The order of sums depends on the number of threads.
+            torch.set_num_threads(state["threads"])
+        self.model.load_state_dict(state["model"])
+        self.tables.load_optimizer_state_dict(state["fused"])
+        for name, optimizer in {"dense": self.dense_optimizer, "tables": self.table_optimizer}.items():
+            if optimizer is not None:
+                optimizer.load_state_dict(state["optimizers"][name])
+        restore_random_state(state["random"], self.device)
+
+    def _peak_rss(self) -> int:
+        return max(self.progress.peak_rss_bytes, peak_rss_bytes() or 0)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self, events: Events) -> dict[str, Any]:
+        """The numbers of the best model, taken from its served files; the only place where the test split is read."""
+        progress, training = self.progress, self.config.training
+        copy_served(self._best(), self.out / "served")
+        model = load_served(self.out / "served", self.device)
+        tables = model.embeddings
+        assert isinstance(tables, EmbeddingTables)
+        valid = score(model, self.data, "valid", training.evaluation_batch_size, self.device)
+        first = to_device(next(self.data.batches("valid", training.batch_size)), self.device)
+        latency = lookup_latency_us(tables, first.ids)
+        test = score(model, self.data, "test", training.evaluation_batch_size, self.device)
+        measured = {f"test_{name}": value for name, value in all_metrics(test, self.data).items()}
+        with replacing(self.out / "test_scores.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, test.logits.astype(np.float32))
+        memory = tables.memory()
+        events.write(progress.step, {f"test/{name.removeprefix('test_')}": value for name, value in measured.items()})
+        return {
+            "status": "ok",
+            **self.trainer.labels(),
+            "inference_bytes": memory.inference_bytes,
+            "training_bytes": self.tables.memory().training_bytes,
+            "full_bytes": memory.full_bytes,
+            "ratio": memory.inference_bytes / memory.full_bytes if memory.full_bytes else None,
+            "valid_auc": metrics.auc(valid.labels, valid.logits),
+            **measured,
+            "best_epoch": _epochs(progress.best_step, self.steps_per_epoch),
+            "epochs": _epochs(progress.step, self.steps_per_epoch),
+            "steps": progress.step,
+            "examples_per_second": progress.examples / progress.train_seconds,
+            "train_seconds": progress.train_seconds,
+            "peak_rss_bytes": self._peak_rss() or None,
+            "collision_share": share_of_colliding_ids(self.tables),
+            "lookup_latency_us": latency,
+        }
+
+
+class _Meter:
+    """Loss and speed, averaged between TensorBoard entries."""
+
+    def __init__(self, events: Events, bar: ProgressBar, log_every: int) -> None:
+        self.events, self.bar, self.log_every = events, bar, log_every
+        self.losses: list[float] = []
+        self.examples, self.seconds = 0, 0.0
+
+    def step(self, step: int, loss: float, examples: int, seconds: float, rates: dict[str, float | None]) -> None:
+        self.losses.append(loss)
+        self.examples += examples
+        self.seconds += seconds
+        self.bar.step(step)
+        if step % self.log_every == 0:
+            mean = sum(self.losses) / len(self.losses)
+            speed = self.examples / self.seconds
+            self.events.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
+            self.bar.loss(mean)
+            self.losses, self.examples, self.seconds = [], 0, 0.0
+
+
+def _epochs(step: int, steps_per_epoch: int) -> int | float:
+    epochs = step / steps_per_epoch
+    return int(epochs) if epochs == int(epochs) else round(epochs, 4)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that it took to make."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - start
+
+
+@contextmanager
+def _serving(model: nn.Module, tables: EmbeddingTables, served: EmbeddingTables) -> Iterator[None]:
+    """The model with its tables in their served form."""
+    model.embeddings = served
+    try:
+        yield
+    finally:
+        model.embeddings = tables
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """What a run draws does not depend on its caller, and leaves the caller's generators as they were."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(content, indent=2) + "\n")
