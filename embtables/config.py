@@ -57,10 +57,8 @@ class TableConfig:
             raise ValueError(
                 f"table '{self.name}': embedding_dim must be an integer from 1 to 65536, not {self.embedding_dim!r}"
             )
-        if isinstance(self.feature_names, str):
-            raise ValueError(
-                f"table '{self.name}': feature_names must be a list of names, not the string {self.feature_names!r}"
-            )
+        if isinstance(self.feature_names, str) or not isinstance(self.feature_names, Sequence):
+            raise ValueError(f"table '{self.name}': feature_names must be a list of names, not {self.feature_names!r}")
         object.__setattr__(self, "feature_names", tuple(self.feature_names) or (self.name,))
         for feature in self.feature_names:
             if not isinstance(feature, str) or not feature:
@@ -80,6 +78,9 @@ class TableConfig:
             raise ValueError(
                 f"table '{self.name}': padding_idx {p!r} is not an id of the table (0 … num_embeddings - 1)"
             )
+
+        if self.init_fn is not None and not callable(self.init_fn):
+            raise ValueError(f"table '{self.name}': init_fn must be a function of a tensor, not {self.init_fn!r}")
 
     @property
     def rows(self) -> int | None:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind the tensors."""
-    storages = {
-        t.untyped_storage().data_ptr() or id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors
-    }
-    return sum(storages.values())
+    # Storages on the meta device all begin at 0, so an address does not tell them apart.
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -249,6 +249,8 @@ def plan(
 
         plan([TableConfig("user", 1_000_000, 16)], "hash", budget="10%")
     """
+    if isinstance(tables, TableConfig):
+        raise ValueError(f"tables must be a list of TableConfig, not the one table '{tables.name}'")
     tables = tuple(tables)
     _check_tables(tables)
     fused = optimizer_from_config(optimizer)
@@ -319,6 +321,8 @@ def _check_tables(tables: tuple[TableConfig, ...]) -> None:
 def _counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | None) -> dict[str, Counts]:
     by_name = {table.name: table for table in tables}
     result: dict[str, Counts] = {}
+    if frequencies is not None and not isinstance(frequencies, Mapping):
+        raise ValueError(f"frequencies must map table names to counts, not be a {type(frequencies).__name__}")
     for name, values in (frequencies or {}).items():
         if name not in by_name:
             raise ValueError(f"frequencies name '{name}', which is not a table; the tables: {', '.join(by_name)}")
@@ -336,6 +340,8 @@ def _counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | No
             )
         if counts.size and (not np.isfinite(counts).all() or counts.min() < 0):
             raise ValueError(f"frequencies of table '{name}' hold a negative or non-finite count")
+        if (counts != np.floor(counts)).any():
+            raise ValueError(f"frequencies of table '{name}' hold fractions: give counts, not shares")
         counts = counts.astype(np.int64)
         # The oov row is an id like the others, never counted.
         result[name] = np.append(counts, 0) if table.rows != table.num_embeddings else counts

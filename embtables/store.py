@@ -210,6 +210,8 @@ class Store(nn.Module):
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:
             raise ValueError("these tables have no fused optimizer: set the learning rate on the torch.optim optimizer")
+        if isinstance(lr, bool) or not 0 <= lr < float("inf"):
+            raise ValueError(f"the learning rate must be a non-negative number, not {lr!r}")
         self._hyper[0] = lr
 
     def optimizer_state(self) -> dict[str, Tensor]:

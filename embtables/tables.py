@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from embtables.config import TableConfig
 from embtables.files import replacing
+from embtables.hashing import seed_for
 from embtables.layout import FULL
 from embtables.lookups import CONFIG, Lookups
 from embtables.memory import Memory, storage_bytes
@@ -146,7 +148,7 @@ class EmbeddingTables(nn.Module):
                 slabs = [slab.name for slab in g.layout.training.slabs]
                 whole = g.layout.entries[table.name].variant == FULL and table.name in slabs
                 if table.init_fn is not None and self.std is None and whole:
-                    table.init_fn(self.store.slab(table.name))
+                    self._call_init_fn(table, self.store.slab(table.name))
 
     def _default_std(self) -> float:
         tables = self.plan.tables
@@ -155,9 +157,15 @@ class EmbeddingTables(nn.Module):
             return 1 / sqrt(3 * max(table.rows or 1 for table in tables))
         largest = max(with_init, key=lambda table: table.rows or 1)
         sample = torch.empty(max(1, 65536 // largest.embedding_dim), largest.embedding_dim)
-        if largest.init_fn is not None:
-            largest.init_fn(sample)
+        self._call_init_fn(largest, sample)
         return float(sample.double().square().mean().sqrt())
+
+    def _call_init_fn(self, table: TableConfig, weight: Tensor) -> None:
+        """``init_fn`` draws from torch's global generator, which is seeded for it and then left as it was."""
+        assert table.init_fn is not None
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_for(self.seed, "init_fn", table.name))
+            table.init_fn(weight)
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -195,6 +203,8 @@ class EmbeddingTables(nn.Module):
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
         if offsets is not None:
             offsets = offsets.long()
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.to(torch.float32)
         each = list(self._each_lookup())
         picked = [lookups.pick(ids, offsets, per_sample_weights, batch) for lookups in each]
         if self.training and torch.is_grad_enabled() and not self.served:
@@ -226,6 +236,8 @@ class EmbeddingTables(nn.Module):
 
     def _check_input(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
         num_features = len(self.feature_names)
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor, not a {type(ids).__name__}")
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")
         if weights is not None and weights.shape != ids.shape:
@@ -258,7 +270,7 @@ class EmbeddingTables(nn.Module):
             if len(set(self.embedding_dims)) > 1 or len(self.output_names) > len(self.feature_names):
                 raise ValueError("pooling=None needs tables of one embedding_dim, and no feature in two tables")
             return
-        given = {"": pooling} if isinstance(pooling, str) else pooling
+        given = pooling if isinstance(pooling, Mapping) else {"": pooling}
         for feature, mode in given.items():
             if feature and feature not in self.feature_names:
                 raise ValueError(f"pooling names the feature '{feature}', which no table has")
@@ -349,6 +361,7 @@ class EmbeddingTables(nn.Module):
                     f"the optimizer state '{name}' has shape {tuple(state[name].shape)}, "
                     f"these tables need {tuple(tensor.shape)}"
                 )
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
@@ -388,7 +401,10 @@ class EmbeddingTables(nn.Module):
         """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside."""
         tensors = {k: v.detach().contiguous().cpu() for k, v in self.serve().store.state_dict().items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"embtables": json.dumps(self.plan.to_dict())})
+            try:
+                save_file(tensors, temporary, metadata={"embtables": json.dumps(self.plan.to_dict())})
+            except SafetensorError as error:
+                raise OSError(f"cannot write {path}: {error}") from error
 
     @classmethod
     @torch.no_grad()
