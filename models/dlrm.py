@@ -20,9 +20,9 @@ __all__ = ["DLRM"]
 class DLRM(nn.Module):
     """Dot products of all pairs of vectors, and an MLP over them.
 
-    The dense features pass a bottom MLP and become one more vector, x of size D. With vectors v_1 … v_m (x first, if there
-    is one), the top MLP sees x and the m(m - 1)/2 dot products v_i · v_j, i > j (row by row of the lower triangle), and ends
-    in one logit. Without dense features x is absent.
+    The dense features pass a bottom MLP and become one more vector, x of size D. With vectors v_1 … v_m (x first, if
+    there is one), the top MLP sees x and the m(m - 1)/2 dot products v_i · v_j, i > j (row by row of the lower
+    triangle), and ends in one logit. Without dense features x is absent.
 
     Args:
         embeddings: the tables; all their ``embedding_dims`` must be equal.

@@ -127,7 +127,8 @@ def test_grouped_auc(rows):
 def test_slices_by_hand():
     # ids                 0  1  2   3   4   5  6  7   8
     counts = np.array([0, 7, 40, 10, 25, 15, 5, 5, 0])
-    # Traffic without id 1 is 100: 40 | 25 starts at 40 < 50 -> head; 15 at 65, 10 at 80 -> torso; 5 at 90 and 95 -> tail.
+    # Traffic without id 1 is 100. By count: 40 and 25 start at 0 and 40 < 50 -> head; 15 at 65 and 10 at 80 -> torso;
+    # 5 at 90 and 5 at 95 -> tail.
     names = [metrics.SLICES[code] for code in metrics.slice_of_ids(counts)]
     assert names == ["unseen", "unseen", "head", "torso", "head", "torso", "tail", "tail", "unseen"]
     with pytest.raises(ValueError, match="non-negative"):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -20,31 +19,29 @@ __all__ = ["export", "train"]
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.")],
     out: Annotated[Path, typer.Option(help="The run's folder. An interrupted run in it is resumed.")],
-    config: Annotated[Optional[Path], typer.Option(help="YAML with sections model, tables, dense, training.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="dlrm, mlp or package.module:Class.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with sections model, tables, dense, training.")] = None,
+    model: Annotated[str | None, typer.Option(help="dlrm, mlp or package.module:Class.")] = None,
     method: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="How the tables are stored: a kind such as hash, or '{kind: compositional, operation: add}'."
         ),
     ] = None,
-    budget: Annotated[Optional[str], typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864.")] = None,
-    embedding_dim: Annotated[Optional[int], typer.Option(help="Length of every vector.")] = None,
-    optimizer: Annotated[
-        Optional[str], typer.Option(help="Of the tables: sgd, rowwise_adagrad, adagrad, adam.")
-    ] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Of the tables.")] = None,
-    dense_optimizer: Annotated[Optional[str], typer.Option(help="Of everything else: adam, adagrad, sgd.")] = None,
-    dense_learning_rate: Annotated[Optional[float], typer.Option(help="Of everything else.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Examples a step.")] = None,
-    epochs: Annotated[Optional[int], typer.Option(help="At most; early stop may end sooner.")] = None,
-    evaluations_per_epoch: Annotated[Optional[int], typer.Option(help="How often validation is looked at.")] = None,
-    patience: Annotated[Optional[int], typer.Option(help="Evaluations without a better AUC before the stop.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of initialisation, hashing and the order of examples.")] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Threads of torch.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864.")] = None,
+    embedding_dim: Annotated[int | None, typer.Option(help="Length of every vector.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Of the tables: sgd, rowwise_adagrad, adagrad, adam.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the tables.")] = None,
+    dense_optimizer: Annotated[str | None, typer.Option(help="Of everything else: adam, adagrad, sgd.")] = None,
+    dense_learning_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most; early stop may end sooner.")] = None,
+    evaluations_per_epoch: Annotated[int | None, typer.Option(help="How often validation is looked at.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Evaluations without a better AUC before the stop.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation, hashing and the order of examples.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
     overrides: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as dense.weight_decay=1e-6; repeatable."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,

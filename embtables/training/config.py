@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -23,7 +23,7 @@ from pydantic import (
 
 __all__ = ["DenseConfig", "ModelConfig", "RunConfig", "TablesConfig", "TrainingConfig", "load_config", "parse_value"]
 
-Bytes = Union[StrictInt, StrictFloat, StrictStr]
+Bytes = StrictInt | StrictFloat | StrictStr
 
 DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.001}
 """What ``tables.learning_rate: null`` means, by optimizer."""
@@ -36,26 +36,28 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """What is trained over the tables."""
 
-    name: str = Field("dlrm", description="dlrm, mlp or package.module:Class")
+    name: str = Field(default="dlrm", description="dlrm, mlp or package.module:Class")
     hyperparameters: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
 
 
 class TablesConfig(_Section):
     """How the tables are stored and trained."""
 
-    method: Union[StrictStr, dict[str, Any]] = Field(
-        "full", description="a kind, {kind: …, options}, or {table-name pattern: either of these}"
+    method: StrictStr | dict[str, Any] = Field(
+        default="full", description="a kind, {kind: …, options}, or {table-name pattern: either of these}"
     )
-    budget: Union[Bytes, None] = Field(None, description='inference bytes: 67108864, "64MB", 0.1, "10%"')
-    training_budget: Union[Bytes, None] = Field(None, description="bound on the training bytes as well")
-    embedding_dim: int = Field(16, ge=1)
+    budget: Bytes | None = Field(default=None, description='inference bytes: 67108864, "64MB", 0.1, "10%"')
+    training_budget: Bytes | None = Field(default=None, description="bound on the training bytes as well")
+    embedding_dim: int = Field(default=16, ge=1)
     optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "adagrad"
-    learning_rate: Union[float, None] = Field(None, gt=0, allow_inf_nan=False, description="null: by optimizer")
-    l2: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight decay of the touched rows")
-    fused: bool = Field(True, description="update inside backward; false: ordinary parameters under torch.optim")
-    sparse_gradients: bool = Field(False, description="with fused: false, sparse instead of dense gradients")
-    init_std: Union[float, None] = Field(None, gt=0, allow_inf_nan=False, description="null: the tables' own default")
-    hash_seed: Union[int, None] = Field(None, description="null: the seed of the run")
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: by optimizer")
+    l2: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of the touched rows")
+    fused: bool = Field(
+        default=True, description="update inside backward; false: ordinary parameters under torch.optim"
+    )
+    sparse_gradients: bool = Field(default=False, description="with fused: false, sparse instead of dense gradients")
+    init_std: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: the tables' own default")
+    hash_seed: int | None = Field(default=None, description="null: the seed of the run")
 
     @model_validator(mode="after")
     def _resolve(self) -> TablesConfig:
@@ -72,28 +74,30 @@ class DenseConfig(_Section):
     """How everything but the tables is trained."""
 
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    learning_rate: float = Field(0.001, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=0.001, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class TrainingConfig(_Section):
     """The loop."""
 
-    batch_size: int = Field(2048, ge=1)
-    evaluation_batch_size: int = Field(16384, ge=1)
-    epochs: int = Field(10, ge=1, description="at most; early stop may end sooner")
-    evaluations_per_epoch: int = Field(1, ge=1)
-    patience: Union[int, None] = Field(
-        2, ge=1, description="evaluations without a better validation AUC before the stop; null: never stop early"
+    batch_size: int = Field(default=2048, ge=1)
+    evaluation_batch_size: int = Field(default=16384, ge=1)
+    epochs: int = Field(default=10, ge=1, description="at most; early stop may end sooner")
+    evaluations_per_epoch: int = Field(default=1, ge=1)
+    patience: int | None = Field(
+        default=2,
+        ge=1,
+        description="evaluations without a better validation AUC before the stop; null: never stop early",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, hashing and the order of examples")
-    threads: Union[int, None] = Field(None, ge=1, description="null: torch's own choice")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of initialisation, hashing and the order of examples")
+    threads: int | None = Field(default=None, ge=1, description="null: torch's own choice")
     device: str = "cpu"
-    log_every: int = Field(50, ge=1, description="steps between TensorBoard entries")
+    log_every: int = Field(default=50, ge=1, description="steps between TensorBoard entries")
     checkpoint_seconds: float = Field(
-        60.0, ge=0, description="a checkpoint is written at every evaluation and after as many seconds"
+        default=60.0, ge=0, description="a checkpoint is written at every evaluation and after as many seconds"
     )
-    keep_checkpoint: bool = Field(True, description="false: delete the checkpoint when the run is finished")
+    keep_checkpoint: bool = Field(default=True, description="false: delete the checkpoint when the run is finished")
 
     @field_validator("device")
     @classmethod

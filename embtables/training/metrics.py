@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 CLIP = 1e-7
-"""Probabilities are clipped to [CLIP, 1 - CLIP] before a logarithm, so that one sure mistake costs 16.1, not infinity."""
+"""Probabilities are clipped to [CLIP, 1 - CLIP] before a logarithm: a sure mistake costs 16.1, not infinity."""
 
 SLICES = ("head", "torso", "tail", "unseen")
 """Names of the slices of :func:`slice_of_ids`, in the order of its codes."""
@@ -135,7 +135,7 @@ def gauc_weighted(labels: NDArray, scores: NDArray, groups: NDArray) -> float:
 
 
 def gauc_mean(labels: NDArray, scores: NDArray, groups: NDArray) -> float:
-    """AUC inside each group, every group counting the same; one-class groups are left out, ``nan`` when none is left."""
+    """AUC inside each group, all groups counting the same; one-class groups are left out, ``nan`` when none is left."""
     area, _ = _auc_by_group(labels, scores, groups)
     return float(area.mean()) if len(area) else float("nan")
 
@@ -143,8 +143,8 @@ def gauc_mean(labels: NDArray, scores: NDArray, groups: NDArray) -> float:
 def slice_of_ids(counts: NDArray, *, unseen_id: int = 1) -> NDArray[np.int8]:
     """Slice (a code into :data:`SLICES`) of every id of a feature, from its training counts [num_embeddings].
 
-    Ids are ordered by count, ties by id. Head: the ids that carry the first half of the training traffic, that is, those
-    before which less than 50 % of it lies; torso: the next 40 %; tail: the rest. Unseen: ``unseen_id``
+    Ids are ordered by count, ties by id. Head: the ids that carry the first half of the training traffic, that is,
+    those before which less than 50 % of it lies; torso: the next 40 %; tail: the rest. Unseen: ``unseen_id``
     (whose traffic counts nowhere) and every id with count 0.
     """
     counts = np.array(counts, dtype=np.int64)
@@ -164,7 +164,7 @@ def slice_of_ids(counts: NDArray, *, unseen_id: int = 1) -> NDArray[np.int8]:
 
 
 def slice_auc(labels: NDArray, scores: NDArray, ids: NDArray, counts: NDArray) -> dict[str, float]:
-    """AUC over the rows whose id (column of the slice feature, [N]) is in each slice; ``nan`` where it is not defined."""
+    """AUC over the rows whose id (column of the slice feature, [N]) is in each slice; ``nan`` where undefined."""
     codes = slice_of_ids(counts)[np.asarray(ids)]
     labels, scores = np.asarray(labels), np.asarray(scores)
     return {name: auc(labels[codes == code], scores[codes == code]) for code, name in enumerate(SLICES)}
@@ -211,7 +211,7 @@ def bootstrap_auc_difference(
     """Paired bootstrap of AUC(A) - AUC(B): rows are drawn with replacement, the same rows for both.
 
     Both score vectors are sorted once; a resample is a vector of multinomial counts under which the weighted AUC, exact
-    with ties, is read off in O(N). Resamples with one class only are left out; all fields are ``nan`` for one-class rows.
+    with ties, is read off in O(N). Resamples with one class only are left out; one-class rows give ``nan`` throughout.
     The drawn rows depend on ``seed`` and N alone, so that differences of several models are comparable.
     """
     if num_resamples < 2 or not 0 < confidence < 1:
