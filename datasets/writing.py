@@ -87,6 +87,11 @@ class Writer:
         }
         _write_parquet(pl.DataFrame(frequencies), self.folder / FREQUENCIES)
 
+    def report(self, lines: Sequence[str]) -> None:
+        """Shown to whoever watches, above the progress bars."""
+        for line in lines:
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
     def write(self, split: str, rows: pl.DataFrame) -> None:
         """Columns as the format names them; types are brought into line here."""
         assert self._contents is not None, "declare() comes first"

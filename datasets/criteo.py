@@ -1,0 +1,138 @@
+"""Criteo's click logs, as published: tab-separated text without a header.
+
+A row is a label, 13 integers (may be negative or empty) and 26 categories of 8 hex digits (may be empty). Dense
+features are ln(1 + max(x, 0)), and 0 where x is empty. A category's raw value is the number that its digits write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from .prepared import LABEL, PreparedDataset
+from .rejections import DEFAULT_LIMIT, Rejections
+from .splits import DEFAULT_SHARES, SPLITS, check_shares, random_split
+from .text import Block, Format, count_lines, read_text
+from .vocabulary import MISSING, KeyCounter
+from .writing import Contents, Writer
+from .writing import prepare as prepare_folder
+
+DENSE = [f"I{number}" for number in range(1, 14)]
+CATEGORIES = [f"C{number}" for number in range(1, 27)]
+LAYOUT = Format("\t", (LABEL, *DENSE, *CATEGORIES))
+
+
+@dataclass(frozen=True)
+class Criteo:
+    """`order`: by place in the file, which is in the order of time: the first six sevenths train; of the last
+    seventh, a day, the first half tests and the second validates. `random`: by `shares`.
+    """
+
+    split: Literal["order", "random"] = "order"
+    shares: tuple[float, ...] = DEFAULT_SHARES
+    min_count: int = 1
+    seed: int = 0
+    max_rejected: float = DEFAULT_LIMIT
+
+    def __post_init__(self) -> None:
+        if self.split not in ("order", "random"):
+            raise ValueError(f"split '{self.split}': 'order' or 'random' is needed")
+        check_shares(self.shares)
+        if self.min_count < 1:
+            raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: it cannot be negative")
+
+
+def prepare_criteo(
+    source: str | Path, out: str | Path, config: Criteo = Criteo(), *, progress: bool = False
+) -> PreparedDataset:
+    """Prepares `train.txt`, plain or gzipped, in two passes; memory grows with the vocabularies only.
+
+    Example::
+
+        data = prepare_criteo("criteo/train.txt", "runs/criteo", Criteo(min_count=10))
+    """
+    path = Path(source)
+    return prepare_folder(
+        out, "criteo", asdict(config), [path], lambda writer: _fill(writer, path, config), progress=progress
+    )
+
+
+def _fill(writer: Writer, path: Path, config: Criteo) -> None:
+    size = path.stat().st_size
+    num_lines = 0
+    if config.split == "order":
+        task = writer.progress.add_task("Counting rows", total=size)
+        num_lines = count_lines(path, lambda amount: writer.progress.advance(task, amount))
+
+    rejections = Rejections(config.max_rejected)
+    counters = {name: KeyCounter() for name in CATEGORIES}
+    for block in _rows(writer, "Counting ids", path, rejections):
+        train = _split(block.lines, num_lines, config) == 0
+        for name, counter in counters.items():
+            counter.add(block.frame[name].to_numpy()[train])
+    rejections.check(final=True)
+    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
+    writer.report(rejections.lines())
+
+    vocabularies = {name: counter.vocabulary(config.min_count) for name, counter in counters.items()}
+    writer.declare(Contents(vocabularies, DENSE))
+    for block in _rows(writer, "Writing rows", path, Rejections(1.0)):
+        split = _split(block.lines, num_lines, config)
+        ids = [
+            pl.Series(name, vocabulary.ids(block.frame[name].to_numpy())) for name, vocabulary in vocabularies.items()
+        ]
+        rows = block.frame.with_columns(ids)
+        for code, name in enumerate(SPLITS):
+            writer.write(name, rows.filter(pl.Series(split == code)))
+
+
+def _split(lines: np.ndarray, num_lines: int, config: Criteo) -> np.ndarray:
+    """Split code by line number (from 1), so that a rejected row moves no other."""
+    if config.split == "random":
+        return random_split(lines, config.seed, config.shares)
+    first = num_lines * 6 // 7
+    test = first + (num_lines - first + 1) // 2
+    return np.where(lines <= first, 0, np.where(lines <= test, 2, 1))
+
+
+def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Iterator[Block]:
+    """Well-formed rows: float32 label and dense features, int64 keys of the categories."""
+    task = writer.progress.add_task(title, total=path.stat().st_size)
+    for block in read_text(path, LAYOUT, rejections, lambda amount: writer.progress.advance(task, amount)):
+        parsed = block.frame.select(
+            pl.col(LABEL).cast(pl.Int8, strict=False),
+            pl.col(DENSE).cast(pl.Int64, strict=False),
+            pl.col(CATEGORIES).str.to_integer(base=16, dtype=pl.Int64, strict=False),
+        )
+        wrong = [
+            ("the label is not 0 or 1", parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()),
+            *((f"{name} is not an integer", _unparsed(block.frame[name], parsed[name])) for name in DENSE),
+            *((f"{name} is not 8 hex digits", _not_hex(block.frame[name], parsed[name])) for name in CATEGORIES),
+        ]
+        good = np.ones(len(parsed), bool)
+        for reason, mask in wrong:
+            if mask.any():
+                bad = mask.fill_null(True).to_numpy() & good
+                rejections.add(reason, block.lines[bad], lambda line: f"{path}:{line}")
+                good &= ~bad
+        parsed = parsed.select(
+            pl.col(LABEL).cast(pl.Float32),
+            pl.col(DENSE).clip(0).fill_null(0).cast(pl.Float32).log1p(),
+            pl.col(CATEGORIES).fill_null(MISSING),
+        )
+        yield Block(parsed.filter(pl.Series(good)), block.lines[good])
+
+
+def _unparsed(raw: pl.Series, parsed: pl.Series) -> pl.Series:
+    return parsed.is_null() & raw.is_not_null()
+
+
+def _not_hex(raw: pl.Series, parsed: pl.Series) -> pl.Series:
+    return _unparsed(raw, parsed) | ((raw.str.len_bytes() != 8) & raw.is_not_null())

@@ -1,0 +1,321 @@
+"""Any log of users, items and times, in CSV or Parquet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .columns import KeyColumn
+from .log import ITEM, USER, Log, LogOptions, write_log
+from .negatives import Negatives
+from .prepared import PreparedDataset
+from .rejections import DEFAULT_LIMIT, Rejections
+from .text import Format, read_header, read_text
+from .writing import Writer
+from .writing import prepare as prepare_folder
+
+ROLES = {
+    "user": ("user_id", "userid", "user", "uid", "visitorid", "visitor_id", "customer_id", "reviewerid"),
+    "item": (
+        *("item_id", "itemid", "item", "iid", "article_id", "product_id", "movie_id", "movieid", "news_id", "video_id"),
+        *("business_id", "asin", "content_id", "click_article_id"),
+    ),
+    "time": (
+        *("timestamp", "timestamp_ms", "time", "ts", "datetime", "date", "event_time", "unix_time", "time_ms"),
+        *("click_timestamp", "unixreviewtime", "created_at"),
+    ),
+}
+UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+SPAN_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """What the columns mean and which rows count. A column that is None is recognised by its name.
+
+    Without `label` every row is a click. With it, labels are 0 and 1, or, with `positive_from`, numbers of which those
+    from there on are positive. `start` and `end` (excluded) are ISO dates (UTC) or numbers in the log's own unit;
+    `days` counts from `start`, or from the first row.
+    """
+
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    label: str | None = None
+    positive_from: float | None = None
+    context: tuple[str, ...] = ()
+    separator: str | None = None
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+    start: str | None = None
+    end: str | None = None
+    days: float | None = None
+    max_rejected: float = DEFAULT_LIMIT
+    negatives: Negatives = field(default_factory=Negatives)
+    log: LogOptions = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        if self.time_unit not in ("auto", *UNITS_MS):
+            raise ValueError(f"time_unit '{self.time_unit}': auto, s, ms, us or ns is needed")
+        if self.days is not None and not self.days > 0:
+            raise ValueError(f"days {self.days}: more than 0 is needed")
+        if self.days is not None and self.end is not None:
+            raise ValueError("both days and an end are given: one of them is enough")
+        if self.label is None and self.positive_from is not None:
+            raise ValueError("positive_from needs a label column")
+        if self.label is None and self.negatives.per_click < 1:
+            raise ValueError("without a label column at least 1 negative a click is needed")
+        repeated = [name for name in self.context if self.context.count(name) > 1]
+        if repeated:
+            raise ValueError(f"context column '{repeated[0]}' is given twice")
+
+
+def prepare_interactions(
+    source: str | Path, out: str | Path, config: Interactions = Interactions(), *, progress: bool = False
+) -> PreparedDataset:
+    """Prepares a log. Features: `user_id`, `item_id` and the context columns; groups are users; slices go by item.
+
+    The log's text never lies in memory, its columns do: 8 bytes a row for each, and about 60 a row for the work.
+
+    Example::
+
+        data = prepare_interactions("clicks.parquet", "runs/clicks", Interactions(context=("device",), days=3))
+    """
+    path = Path(source)
+    return prepare_folder(
+        out, "interactions", asdict(config), [path], lambda writer: _fill(writer, path, config), progress=progress
+    )
+
+
+def _fill(writer: Writer, path: Path, config: Interactions) -> None:
+    rejections = Rejections(config.max_rejected)
+    log, columns, clock = _read(path, config, rejections, writer)
+    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
+    writer.report(rejections.lines())
+    first, past = _span(config, clock, log.times)
+    inside = (log.times >= first) & (log.times < past)
+    if not inside.any():
+        raise ValueError(
+            f"{path}: no row lies in the chosen span; the log goes from {_say(log.times.min())} to "
+            f"{_say(log.times.max())}"
+        )
+    log = log.take(np.flatnonzero(inside))
+    writer.extra |= {
+        "rows_in_span": len(log.rows),
+        "first_time": _say(log.times.min()),
+        "last_time": _say(log.times.max()),
+    }
+    write_log(writer, log, config.log, config.negatives, columns)
+
+
+class Clock:
+    """Times of any kind as milliseconds since 1970; the unit of plain numbers is settled by the first block."""
+
+    def __init__(self, unit: str) -> None:
+        self._scale = UNITS_MS.get(unit)
+
+    def milliseconds(self, values: pl.Series) -> pl.Series:
+        """Int64, null where the value is no time."""
+        if values.dtype == pl.Date or isinstance(values.dtype, pl.Datetime):
+            return values.cast(pl.Datetime("ms")).cast(pl.Int64)
+        if values.dtype == pl.String:
+            numbers = values.cast(pl.Float64, strict=False)
+            if numbers.null_count() > values.null_count() and self._scale is None:
+                return values.map_elements(_iso_ms, return_dtype=pl.Int64)
+            values = numbers
+        if not values.dtype.is_numeric():
+            raise ValueError(f"the time column is of type {values.dtype}: numbers, dates or ISO text are needed")
+        if self._scale is None:
+            largest = values.abs().max()
+            digits = float(largest) if isinstance(largest, (int, float)) else 0.0
+            unit = "s" if digits < 1e11 else "ms" if digits < 1e14 else "us" if digits < 1e17 else "ns"
+            self._scale = UNITS_MS[unit]
+        finite = values if values.dtype.is_integer() else values.replace(float("inf"), None).fill_nan(None)
+        return (
+            (finite * self._scale).floor().cast(pl.Int64, strict=False)
+            if self._scale != 1
+            else finite.cast(pl.Int64, strict=False)
+        )
+
+    def point(self, text: str, option: str) -> int:
+        """A moment that the user names: a number in the log's unit or an ISO date."""
+        try:
+            return int(float(text) * (self._scale or 1000.0))
+        except ValueError:
+            moment = _iso_ms(text)
+            if moment is None:
+                raise ValueError(
+                    f"{option} {text!r}: a number or an ISO date such as 2017-10-02T12:00 is needed"
+                ) from None
+            return moment
+
+
+def _iso_ms(text: str) -> int | None:
+    try:
+        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+
+
+def _say(milliseconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(int(milliseconds) / 1000, timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return f"{int(milliseconds)} ms"
+
+
+def _span(config: Interactions, clock: Clock, times: np.ndarray) -> tuple[int, int]:
+    first = int(times.min()) if config.start is None else clock.point(config.start, "from")
+    past = int(times.max()) + 1 if config.end is None else clock.point(config.end, "to")
+    if config.days is not None:
+        past = first + round(config.days * SPAN_MS["d"])
+    return first, past
+
+
+def parse_duration(text: str) -> int | None:
+    """ "90s", "30m", "1h", "2d" in milliseconds; "all" is None."""
+    if text == "all":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise ValueError(f"duration {text!r}: e.g. 90s, 30m, 1h, 2d or all is needed")
+    return round(float(match[1]) * SPAN_MS[match[2]])
+
+
+def _read(
+    path: Path, config: Interactions, rejections: Rejections, writer: Writer
+) -> tuple[Log, dict[str, KeyColumn], Clock]:
+    names, frames = _open(path, config, rejections, writer)
+    roles = {role: _column(path, role, getattr(config, role), names) for role in ROLES}
+    for name in (*config.context, *([config.label] if config.label else [])):
+        if name not in names:
+            raise ValueError(f"{path}: no column '{name}'; there are {', '.join(names)}")
+    wanted = {*roles.values(), *config.context} | ({config.label} if config.label else set())
+    columns = {name: KeyColumn() for name in (USER, ITEM, *config.context)}
+    if len(columns) != 2 + len(config.context):
+        raise ValueError(f"'{USER}' and '{ITEM}' are features already and cannot be context columns as well")
+    clock = Clock(config.time_unit)
+    times, rows, labels = [], [], []
+    for frame, number, place in frames(sorted(wanted)):
+        moments = clock.milliseconds(frame[roles["time"]])
+        checks = {
+            f"no user ('{roles['user']}' is empty)": frame[roles["user"]].is_null(),
+            f"no item ('{roles['item']}' is empty)": frame[roles["item"]].is_null(),
+            f"no valid time in '{roles['time']}'": moments.is_null(),
+        }
+        if config.label:
+            label = _labels(frame[config.label], config.positive_from)
+            checks[f"no valid label in '{config.label}'"] = label.is_null()
+        good = np.ones(len(frame), bool)
+        for reason, mask in checks.items():
+            bad = mask.to_numpy() & good
+            rejections.add(reason, number[bad], place)
+            good &= ~bad
+        rejections.check()
+        kept = pl.Series(good)
+        frame = frame.filter(kept)
+        columns[USER].add(frame[roles["user"]])
+        columns[ITEM].add(frame[roles["item"]])
+        for name in config.context:
+            columns[name].add(frame[name])
+        times.append(moments.filter(kept).to_numpy())
+        rows.append(number[good])
+        if config.label:
+            labels.append(label.filter(kept).to_numpy())
+    rejections.check(final=True)
+    if not sum(map(len, rows)):
+        raise ValueError(f"{path}: the file holds no rows")
+    log = Log(
+        columns[USER].take_keys(),
+        columns[ITEM].take_keys(),
+        np.concatenate(times),
+        np.concatenate(rows),
+        np.concatenate(labels) if labels else None,
+        {name: columns[name].take_keys() for name in config.context},
+    )
+    return log, columns, clock
+
+
+def _labels(values: pl.Series, positive_from: float | None) -> pl.Series:
+    numbers = values.cast(pl.Float64, strict=False).fill_nan(None)
+    if positive_from is not None:
+        return (numbers >= positive_from).cast(pl.Int8)
+    return pl.select(pl.when(numbers.is_in([0.0, 1.0])).then(numbers)).to_series().cast(pl.Int8)
+
+
+Frames = Callable[[list[str]], Iterator[tuple[pl.DataFrame, np.ndarray, Callable[[int], str]]]]
+
+
+def _open(path: Path, config: Interactions, rejections: Rejections, writer: Writer) -> tuple[list[str], Frames]:
+    """Column names, and what reads chosen columns: frames, row numbers, and the words for a row's place."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        raise ValueError(f"{path}: the file is empty")
+    if start == b"PAR1":
+        try:
+            parquet = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: the Parquet file is truncated or damaged ({error}); fetch it again") from error
+        return list(parquet.schema_arrow.names), lambda wanted: _parquet_frames(
+            path, parquet, wanted, rejections, writer
+        )
+    header = read_header(path)
+    separator = config.separator or max("\t,;|", key=header.count)
+    names = [name.strip().strip('"').split(":")[0] for name in header.split(separator)]  # RecBole: name:type
+    if len(names) < 3:
+        raise ValueError(f"{path}:1: a header with at least user, item and time is needed, this is {header[:80]!r}")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{path}:1: column '{repeated[0]}' occurs twice")
+    return names, lambda wanted: _text_frames(path, names, separator, wanted, rejections, writer)
+
+
+def _parquet_frames(
+    path: Path, parquet: pq.ParquetFile, wanted: list[str], rejections: Rejections, writer: Writer
+) -> Iterator[tuple[pl.DataFrame, np.ndarray, Callable[[int], str]]]:
+    task = writer.progress.add_task("Reading", total=parquet.metadata.num_rows)
+    start = 0
+    batches = parquet.iter_batches(2**18, columns=wanted)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: unreadable after row {start} ({error}): damaged; fetch it again") from error
+        if batch is None:
+            return
+        frame = pl.DataFrame(pl.from_arrow(pa.table(batch)))
+        rejections.rows_read += len(frame)
+        yield frame, start + np.arange(len(frame)), lambda row: f"{path}, row {row + 1}"
+        start += len(frame)
+        writer.progress.advance(task, len(frame))
+
+
+def _text_frames(
+    path: Path, names: list[str], separator: str, wanted: list[str], rejections: Rejections, writer: Writer
+) -> Iterator[tuple[pl.DataFrame, np.ndarray, Callable[[int], str]]]:
+    task = writer.progress.add_task("Reading", total=path.stat().st_size)
+    layout = Format(separator, tuple(names), header_lines=1, quoted=separator != "\t")
+    for block in read_text(path, layout, rejections, lambda size: writer.progress.advance(task, size)):
+        yield block.frame.select(wanted), block.lines, lambda line: f"{path}:{line}"
+
+
+def _column(path: Path, role: str, given: str | None, names: list[str]) -> str:
+    if given is not None:
+        if given not in names:
+            raise ValueError(f"{path}: no column '{given}'; there are {', '.join(names)}")
+        return given
+    known = {name.lower(): name for name in names}
+    for candidate in ROLES[role]:
+        if candidate in known:
+            return known[candidate]
+    raise ValueError(f"{path}: which column is the {role}? Give --{role}, one of {', '.join(names)}")

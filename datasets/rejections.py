@@ -1,0 +1,47 @@
+"""Malformed rows: counted by reason, reported with the first place, and too many of them stop the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+DEFAULT_LIMIT = 0.01
+PATIENCE = 10_000
+"""Rows after which the share is looked at while reading; it is always looked at in the end."""
+
+
+class Rejections:
+    """`place` turns a row's number into words, e.g. "train.txt:17"."""
+
+    def __init__(self, limit: float = DEFAULT_LIMIT) -> None:
+        if not 0 <= limit <= 1:
+            raise ValueError(f"max_rejected {limit}: a share from 0 to 1 is needed")
+        self.limit = limit
+        self.rows_read = 0
+        self.counts: dict[str, int] = {}
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str]) -> None:
+        if len(rows):
+            self.counts[reason] = self.counts.get(reason, 0) + len(rows)
+            self.first.setdefault(reason, place(int(rows[0])))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def check(self, *, final: bool = False) -> None:
+        """Raises ValueError when more than the allowed share of the rows read is malformed."""
+        enough = final or self.rows_read >= PATIENCE
+        if enough and self.total > self.limit * self.rows_read:
+            reason = max(self.counts, key=lambda name: self.counts[name])
+            raise ValueError(
+                f"{self.first[reason]}: {reason}; {self.total:,} of {self.rows_read:,} rows read are malformed, "
+                f"more than the allowed {self.limit:.3%}: wrong kind of file, or allow more with --max-rejected"
+            )
+
+    def lines(self) -> list[str]:
+        return [
+            f"{count:,} rows rejected: {reason} (first {self.first[reason]})" for reason, count in self.counts.items()
+        ]

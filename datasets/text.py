@@ -1,0 +1,212 @@
+"""Delimited text, plain or gzipped, in blocks of rows that have the right number of columns."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import polars as pl
+
+from .rejections import Rejections
+
+BLOCK_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a text file is laid out. A separator of several characters is allowed."""
+
+    separator: str
+    columns: tuple[str, ...]
+    header_lines: int = 0
+    encoding: str = "utf-8"
+    quoted: bool = False  # CSV: fields may stand in double quotes (line breaks inside them are not supported)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows as strings (an empty field is null) and their 1-based line numbers."""
+
+    frame: pl.DataFrame
+    lines: np.ndarray
+
+
+def open_raw(path: Path) -> tuple[BinaryIO, BinaryIO]:
+    """The text's bytes (unpacked where gzipped) and the file itself, whose position tells progress."""
+    raw = open(path, "rb")
+    start = raw.read(4)
+    raw.seek(0)
+    if start[:2] == b"\x1f\x8b":
+        return gzip.GzipFile(fileobj=raw), raw  # type: ignore[return-value]
+    packed = {b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file", b"(\xb5/\xfd": "zstd-compressed"}
+    if start in packed or start[:3] == b"BZh":
+        raw.close()
+        raise ValueError(
+            f"{path}: this is {packed.get(start, 'bzip2-compressed')}, where text or gzipped text is needed"
+        )
+    return raw, raw
+
+
+def read_text(
+    path: Path, layout: Format, rejections: Rejections, advance: Callable[[int], None] = lambda size: None
+) -> Iterator[Block]:
+    """The file's well-formed rows. Blank lines are no rows; others with a wrong number of fields are rejected.
+
+    Raises ValueError naming file and line where the file is binary, empty, not of the encoding, or ends inside a row.
+    """
+    line, any_rows = 1, False
+    for content, complete in _blocks(path, advance):
+        num_lines = content.count(b"\n")
+        content = _as_utf8(content, path, line, layout.encoding).replace(b"\r\n", b"\n")
+        skipped = min(num_lines, max(0, layout.header_lines - (line - 1)))
+        for _ in range(skipped):
+            content = content[content.index(b"\n") + 1 :]
+        block = _parse(content, path, line + skipped, layout, rejections, complete)
+        if block is not None:
+            any_rows = True
+            yield block
+            rejections.check()
+        line += num_lines
+    if not any_rows:
+        rejections.check(final=True)
+        raise ValueError(f"{path}: the file holds no rows")
+
+
+def read_header(path: Path, encoding: str = "utf-8") -> str:
+    """The first line."""
+    for content, _ in _blocks(path, lambda size: None, 2**16):
+        return _as_utf8(content, path, 1, encoding).decode().splitlines()[0].lstrip("\ufeff")
+    raise ValueError(f"{path}: the file is empty")
+
+
+def count_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -> int:
+    """Lines of the file, blank ones included."""
+    return sum(content.count(b"\n") for content, _ in _blocks(path, advance))
+
+
+def _blocks(path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, bool]]:
+    """Whole lines; False beside a last line that has no end."""
+    stream, raw = open_raw(path)
+    position, rest = 0, b""
+    with raw, stream:
+        while True:
+            try:
+                content = stream.read(size)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path}: the gzip file is truncated or damaged ({error}); fetch it again") from error
+            advance(raw.tell() - position)
+            position = raw.tell()
+            if not content:
+                break
+            end = content.rfind(b"\n") + 1
+            if end:
+                yield rest + content[:end], True
+                rest = content[end:]
+            else:
+                rest += content
+                if len(rest) > 2**26:
+                    raise ValueError(f"{path}: no line ends within 64 MiB: not a text file of rows")
+    if rest:
+        yield rest + b"\n", False
+
+
+def _as_utf8(content: bytes, path: Path, line: int, encoding: str) -> bytes:
+    nul = content.find(b"\0")
+    if nul >= 0:
+        line += content.count(b"\n", 0, nul)
+        raise ValueError(f"{path}:{line}: a NUL byte: this is a binary file, not text")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: not {encoding} text (byte {content[error.start]:#04x})") from error
+    return content if encoding == "utf-8" else text.encode()
+
+
+def _parse(
+    content: bytes, path: Path, line: int, layout: Format, rejections: Rejections, complete: bool
+) -> Block | None:
+    width = len(layout.columns)
+    if not content.strip(b"\n"):
+        return None
+    separator = layout.separator
+    if len(separator) > 1:  # an ASCII control character that separates units, absent from text
+        content, separator = content.replace(separator.encode(), b"\x1f"), "\x1f"
+    if layout.quoted and b'"' in content:
+        return _parse_quoted(content, path, line, layout, rejections, complete)
+    characters = np.frombuffer(content, np.uint8)
+    ends = np.flatnonzero(characters == ord("\n"))
+    fields = np.diff(np.searchsorted(np.flatnonzero(characters == ord(separator)), ends), prepend=0) + 1
+    lines = line + np.arange(len(ends))
+    blank = np.diff(ends, prepend=-1) == 1
+    good = (fields == width) & ~blank
+    rejections.rows_read += len(ends) - int(blank.sum())
+    if not good.all():
+        bad = np.flatnonzero(~good & ~blank)
+        if not complete and not good[-1] and not blank[-1]:
+            raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
+        _reject(path, lines[bad], fields[bad], width, rejections)
+        starts = np.r_[0, ends[:-1] + 1]
+        content = b"".join(content[starts[i] : ends[i] + 1] for i in np.flatnonzero(good))
+        lines = lines[good]
+    if len(lines) == 0:
+        return None
+    frame = pl.read_csv(
+        content,
+        has_header=False,
+        separator=separator,
+        quote_char=None,
+        schema={name: pl.String for name in layout.columns},
+    )
+    assert len(frame) == len(lines), (path, len(frame), len(lines))
+    return Block(frame, lines)
+
+
+def _parse_quoted(
+    content: bytes, path: Path, line: int, layout: Format, rejections: Rejections, complete: bool
+) -> Block | None:
+    width = len(layout.columns)
+    texts = content.decode().split("\n")[:-1]
+    rows: list[Sequence[str]] = []
+    lines, bad_lines, bad_fields = [], [], []
+    for number, text in enumerate(texts, line):
+        if not text:
+            continue
+        rejections.rows_read += 1
+        try:
+            fields = next(csv.reader([text], delimiter=layout.separator, strict=True))
+        except csv.Error:
+            fields = []
+        if len(fields) == width:
+            rows.append(fields)
+            lines.append(number)
+        else:
+            if not complete and number == line + len(texts) - 1:
+                raise _truncated(path, number, len(fields), width)
+            bad_lines.append(number)
+            bad_fields.append(len(fields))
+    _reject(path, np.array(bad_lines, np.int64), np.array(bad_fields, np.int64), width, rejections)
+    if not rows:
+        return None
+    columns = {name: [value or None for value in values] for name, values in zip(layout.columns, zip(*rows))}
+    frame = pl.DataFrame(columns, schema={name: pl.String for name in layout.columns})
+    return Block(frame, np.array(lines))
+
+
+def _reject(path: Path, lines: np.ndarray, fields: np.ndarray, width: int, rejections: Rejections) -> None:
+    if len(lines):
+        found = {int(line): int(count) for line, count in zip(lines[:1], fields[:1])}
+        reason = f"not {width} columns"
+        rejections.add(reason, lines, lambda number: f"{path}:{number} ({found[number]} columns)")
+
+
+def _truncated(path: Path, line: int, fields: int, width: int) -> ValueError:
+    return ValueError(
+        f"{path}:{line}: the file ends inside a row ({fields} of {width} columns): it is truncated; fetch it again"
+    )
