@@ -135,9 +135,10 @@ class Lookups(nn.Module):
         if not self.pads:
             return parts
         padded = self._padded(picked)
+        skipped = [padded if p.subset is None else padded.reshape(-1)[p.subset] for p in parts]
         return [
-            Part(p.width, p.rows.masked_fill(padded.view(*padded.shape, *[1] * (p.rows.ndim - padded.ndim)), -1))
-            for p in parts
+            Part(p.width, p.rows.masked_fill(s.view(*s.shape, *[1] * (p.rows.ndim - s.ndim)), -1), p.subset)
+            for p, s in zip(parts, skipped)
         ]
 
     # ---- after the block -----------------------------------------------------------------------------------------

@@ -19,10 +19,15 @@ from embtables.optimizers import FusedOptimizer
 
 
 class Part(NamedTuple):
-    """A request to the store: ``rows`` (int64 of any shape, counted within ``width``; −1 yields zeros)."""
+    """A request to the store: ``rows`` (int64 of any shape, counted within ``width``; −1 yields zeros).
+
+    ``subset``: which of the ids, counted flat, the first dimension of ``rows`` stands for; ``None`` for all of them, in
+    their own shape.
+    """
 
     width: int
     rows: Tensor
+    subset: Tensor | None = None
 
 
 class Store(nn.Module):

@@ -212,7 +212,8 @@ class _MixedBlock(Block):
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         rows, width = self._places(ids, feature)
-        return [Part(w, rows[width == w]) for w in self.widths]
+        subsets = [(width == w).nonzero().squeeze(1) for w in self.widths]
+        return [Part(w, rows[subset], subset) for w, subset in zip(self.widths, subsets)]
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         _, width = self._places(ids, feature)
