@@ -60,6 +60,8 @@ class Store(nn.Module):
         self.trainable = trainable
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
         self._hook = torch.zeros((), device="cpu", requires_grad=True)
+        # Extras in the present forward: two blocks that use one have to update it once, by the sum of their gradients.
+        self._in_use: dict[str, Tensor] = {}
         self._initial_device = torch.device(device) if device is not None else torch.get_default_device()
         self._slabs: dict[str, tuple[int, Slab]] = {}
         rows: dict[int, int] = {}
@@ -142,10 +144,12 @@ class Store(nn.Module):
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole; in training with a fused optimiser its backward updates it."""
         weight: Tensor = getattr(self, self._extras[name])
-        if self.optimizer is not None and self.training and torch.is_grad_enabled():
+        if self.optimizer is None or not self.training or not torch.is_grad_enabled():
+            return weight
+        if name not in self._in_use:
             state = self._state(self._extras[name])
-            return ops.fused_dense(weight, state, self._hook, self._hyper, self.optimizer.kind)
-        return weight
+            self._in_use[name] = ops.fused_dense(weight, state, self._hook, self._hyper, self.optimizer.kind)
+        return self._in_use[name]
 
     def code(self, name: str) -> Tensor:
         buffer: Tensor = getattr(self, self._codes[name])
@@ -153,6 +157,7 @@ class Store(nn.Module):
 
     def begin_step(self) -> None:
         """Called once a training forward: Adam's bias correction counts it."""
+        self._in_use.clear()
         if self.optimizer is not None and self.optimizer.counts_steps:
             self._step += 1
 
@@ -162,6 +167,10 @@ class Store(nn.Module):
         count = len(self.optimizer.state_widths(width.shape[-1]))
         state: list[Tensor] = [getattr(self, f"_state_{i}_{name}") for i in range(count)]
         return [*state, self._step.clone()] if self.optimizer.counts_steps else state
+
+    def end_step(self) -> None:
+        """Called at the end of a forward."""
+        self._in_use.clear()
 
     @property
     def device(self) -> torch.device:

@@ -217,6 +217,7 @@ class EmbeddingTables(nn.Module):
             lookups.mask(lookups.block.combine([next(gathered) for _ in ps], p.ids, p.feature), p)
             for lookups, p, ps in zip(each, picked, parts)
         ]
+        self.store.end_step()
         if pooling is None:
             weighted = [v if p.weights is None else v * p.weights.unsqueeze(-1) for v, p in zip(vectors, picked)]
             if offsets is None:
