@@ -1,0 +1,234 @@
+"""Complementary partitions: a few small tables whose rows, combined, give every id a code of its own."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+from itertools import accumulate
+from math import gcd, prod, sqrt
+from operator import mul
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from embtables.budget import allocate, collision_weights
+from embtables.config import TableConfig
+from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, full_entry
+from embtables.store import Part, Store
+
+Radices = Literal["quotient_remainder", "chinese_remainder"]
+MAX_PARTITIONS = 8
+# Spread of the factors that start near 1, so that ids which share the largest factor are not equal at the start.
+_NOISE = 0.01
+# The greedy coprime moduli from c on stay below c + this, for every c that a table of up to 2**40 rows can need.
+_COPRIME_SPREAD = {1: 0, 2: 1}
+_MOST_COPRIME_SPREAD = 48
+
+
+class Compositional(Method):
+    """e(x) = W₀[x₀] ∘ … ∘ W_{k−1}[x_{k−1}], where the digits (x₀, …, x_{k−1}) are different for every id x.
+
+    ``operation``: ``"mult"`` and ``"add"`` combine k rows of D, ``"concat"`` joins k rows of about D/k.
+    ``radices``: ``"quotient_remainder"`` takes the digits of x in the mixed radix (m, c, …, c): x₀ = x mod m, and the
+    others are digits of the quotient; ``"chinese_remainder"`` takes x modulo pairwise coprime numbers. Either code is
+    unique since the product of the radices reaches the number of ids.
+    ``num_partitions``: k, from 2 to 8; by default the fewest that fit, table by table. Per table c, the number of ids
+    that can share a row of the largest partition, is the smallest that fits, and m takes the rows that are left.
+
+    Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation Systems",
+    KDD 2020.
+    """
+
+    kind: ClassVar[str] = "compositional"
+    num_partitions: int | None = Field(default=None, ge=2, le=MAX_PARTITIONS)
+    operation: Literal["mult", "add", "concat"] = "mult"
+    radices: Radices = "quotient_remainder"
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    def floor(self, group: Group) -> Floor:
+        num_bytes = sum(4 * self._unit(t) * self._least(t) for t in group.tables)
+        most = self.num_partitions or MAX_PARTITIONS
+        partitions = f"{most} partitions" if self.num_partitions else f"at most {most} partitions"
+        return Floor(num_bytes, f"the smallest tables whose combinations number every id, with {partitions}")
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        units = np.array([self._unit(t) for t in group.tables], dtype=np.int64)
+        in_row = group.dims // units
+        lower = np.array([self._least(t) for t in group.tables], dtype=np.int64)
+        sizes = allocate(collision_weights(group) * in_row, lower, group.num_rows * in_row, 4 * units, limit)
+        entries: dict[str, Entry] = {}
+        slabs: list[Slab] = []
+        for table, size in zip(group.tables, sizes):
+            radices = self._solve(table, int(size))
+            if radices is None:
+                entries[table.name], slab = full_entry(table)
+                slabs.append(slab)
+                continue
+            entries[table.name] = Entry(f"{self.operation} of {len(radices)}", {"rows": list(radices)})
+            widths = self.widths(table.embedding_dim, len(radices))
+            slabs += [Slab(f"{table.name}/{j}", m, width) for j, (m, width) in enumerate(zip(radices, widths))]
+        return Layout.of(entries, Form(slabs=tuple(slabs)))
+
+    def _unit(self, table: TableConfig) -> int:
+        """Scalars in the unit that sizes are counted in: a row; 1 for ``concat``, whose partitions differ in width."""
+        return 1 if self.operation == "concat" else table.embedding_dim
+
+    def widths(self, dim: int, k: int) -> tuple[int, ...]:
+        """Scalars a row of each partition."""
+        if self.operation != "concat":
+            return (dim,) * k
+        return tuple(dim // k + (j < dim % k) for j in range(k))
+
+    def _choices(self, table: TableConfig) -> list[tuple[int, ...]]:
+        """The width of every partition, in units, for each number of partitions that may be tried, the fewest first."""
+        ks = [self.num_partitions] if self.num_partitions else range(2, MAX_PARTITIONS + 1)
+        unit = self._unit(table)
+        choices = (self.widths(table.embedding_dim, k) for k in ks)
+        return [tuple(w // unit for w in widths) for widths in choices if min(widths) > 0]
+
+    def _full(self, table: TableConfig) -> int:
+        assert table.rows is not None
+        return table.rows * table.embedding_dim // self._unit(table)
+
+    def _least(self, table: TableConfig) -> int:
+        assert table.rows is not None
+        sizes = [least_size(table.rows, widths, self.radices) for widths in self._choices(table)]
+        return min([self._full(table), *sizes])
+
+    def _solve(self, table: TableConfig, size: int) -> tuple[int, ...] | None:
+        """Rows of each partition within ``size`` units; ``None``: keep the table whole."""
+        assert table.rows is not None
+        if size >= self._full(table):
+            return None
+        found = (fewest_collisions(table.rows, widths, self.radices, size) for widths in self._choices(table))
+        return next(radices for radices in found if radices is not None)
+
+    # ---- the module ----------------------------------------------------------------------------------------------
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        return CompositionalBlock(self, entries, store)
+
+    def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
+        for table in group.tables:
+            entry = layout.entries[table.name]
+            if entry.variant == FULL:
+                init.uniform_(store.slab(table.name), table.name, init.std)
+                continue
+            rows: list[int] = entry.values["rows"]
+            # With "mult" the largest partition carries the spread, the others start near 1: a product of k factors
+            # with mean 0 would leave each factor with next to no gradient.
+            scale = {
+                "mult": (1 + _NOISE**2) ** (-(len(rows) - 1) / 2),
+                "add": 1 / sqrt(len(rows)),
+                "concat": 1.0,
+            }[self.operation]
+            for j in range(len(rows)):
+                name = f"{table.name}/{j}"
+                if self.operation == "mult" and j != rows.index(max(rows)):
+                    init.uniform_(store.slab(name), name, _NOISE, mean=1.0)
+                else:
+                    init.uniform_(store.slab(name), name, init.std * scale)
+
+
+# ---- the arithmetic of sizes, in integers throughout -----------------------------------------------------------------
+
+
+def fewest_collisions(n: int, widths: Sequence[int], radices: Radices, limit: int) -> tuple[int, ...] | None:
+    """Rows of each partition for n ids within ``limit`` = Σ rows·widths, the largest first; ``None`` if none fits.
+
+    c is the smallest for which they fit; then the largest partition grows into what is left.
+    """
+    k, first, others = len(widths), widths[0], sum(widths[1:])
+    spread = 0 if radices == "quotient_remainder" else _COPRIME_SPREAD.get(k - 1, _MOST_COPRIME_SPREAD)
+
+    def possible(c: int) -> bool:
+        # Necessary: the others have c … c + spread rows each, so the largest has at least n / (c + spread)^(k−1).
+        return bool((limit - others * c) * (c + spread) ** (k - 1) >= first * n)
+
+    # The left side rises up to its real peak and falls beyond, so what is possible is one interval of c.
+    peak = max(2, ((k - 1) * limit - others * spread) // (others * k))
+    c = 2 + bisect_left(range(2, peak + 1), True, key=possible)
+    while possible(c):
+        small = _small_radices(c, k - 1, radices)
+        largest = (limit - sum(map(mul, small, widths[1:]))) // first
+        if largest >= _least_radix(n, small, radices):
+            largest = min(largest, n)
+            while radices == "chinese_remainder" and gcd(largest, prod(small)) > 1:
+                largest -= 1
+            return (largest, *small)
+        c += 1
+    return None
+
+
+@lru_cache(maxsize=4096)
+def least_size(n: int, widths: tuple[int, ...], radices: Radices) -> int:
+    """The least Σ rows·widths of any partitions for n ids, exactly."""
+    # Any start will do; this one is next to the minimum of the real function.
+    k = len(widths)
+    start = max(2, round(((k - 1) * widths[0] * n / sum(widths[1:])) ** (1 / k)))
+    small = _small_radices(start, k - 1, radices)
+    rows: tuple[int, ...] | None = (_least_radix(n, small, radices), *small)
+    while rows is not None:
+        size = sum(map(mul, rows, widths))
+        rows = fewest_collisions(n, widths, radices, size - 1)
+    return size
+
+
+def _small_radices(c: int, count: int, radices: Radices) -> list[int]:
+    if radices == "quotient_remainder":
+        return [c] * count
+    found = [c]
+    while len(found) < count:
+        found.append(_coprime_from(found[-1] + 1, prod(found)))
+    return found
+
+
+def _least_radix(n: int, small: list[int], radices: Radices) -> int:
+    """The fewest rows of the largest partition, given the others."""
+    quotient = -(-n // prod(small))
+    return quotient if radices == "quotient_remainder" else _coprime_from(quotient, prod(small))
+
+
+def _coprime_from(m: int, product: int) -> int:
+    while gcd(m, product) > 1:
+        m += 1
+    return m
+
+
+class CompositionalBlock(Block):
+    base: Tensor
+    divisor: Tensor
+    radix: Tensor
+
+    def __init__(self, method: Compositional, entries: Sequence[TableEntry], store: Store) -> None:
+        super().__init__(entries, store)
+        rows: list[list[int]] = [e.entry.values["rows"] for e in entries]
+        self.operation = method.operation
+        self.widths = method.widths(self.embedding_dim, len(rows[0]))
+        self.constant(
+            "base", [[store.start(f"{e.table.name}/{j}") for j in range(len(r))] for e, r in zip(entries, rows)]
+        )
+        self.constant("radix", rows)
+        by_quotient = method.radices == "quotient_remainder"
+        self.constant("divisor", [list(accumulate([1, *r[:-1]], mul)) if by_quotient else [1] * len(r) for r in rows])
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        # Integers only: a quotient by way of floating point is wrong beyond 2**24 (float32) or 2**53.
+        quotient = torch.div(ids.unsqueeze(-1), self.divisor[feature], rounding_mode="floor")
+        rows = self.base[feature] + quotient % self.radix[feature]
+        wide = self.widths.count(self.widths[0])
+        parts = [Part(self.widths[0], rows[..., :wide]), Part(self.widths[-1], rows[..., wide:])]
+        return parts[: 1 + (wide < len(self.widths))]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        if self.operation == "concat":
+            return torch.cat([v.flatten(-2) for v in values], dim=-1)
+        if self.operation == "add":
+            return values[0].sum(-2)
+        return reduce(torch.mul, values[0].unbind(-2))

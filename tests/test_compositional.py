@@ -1,0 +1,322 @@
+"""Compositional tables: sizes against brute force, codes against Python integers, vectors against scalar loops."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import gcd, prod, sqrt
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
+from embtables.methods import compositional
+from embtables.methods.compositional import Compositional, fewest_collisions, least_size
+
+RADICES = ("quotient_remainder", "chinese_remainder")
+OPERATIONS = ("mult", "add", "concat")
+
+
+def small_radices(c: int, count: int, radices: str) -> list[int]:
+    found = [c]
+    while len(found) < count:
+        candidate = c if radices == "quotient_remainder" else found[-1] + 1
+        while radices == "chinese_remainder" and any(gcd(candidate, f) > 1 for f in found):
+            candidate += 1
+        found.append(candidate)
+    return found
+
+
+def least_cost(n: int, c: int, widths: tuple[int, ...], radices: str) -> int:
+    small = small_radices(c, len(widths) - 1, radices)
+    largest = (n + prod(small) - 1) // prod(small)
+    while radices == "chinese_remainder" and any(gcd(largest, m) > 1 for m in small):
+        largest += 1
+    return sum(m * w for m, w in zip([largest, *small], widths))
+
+
+@pytest.mark.parametrize("radices", RADICES)
+@pytest.mark.parametrize("widths", [(1, 1), (1, 1, 1), (3, 2), (2, 2, 1, 1), (1,) * 5, (1,) * 8])
+def test_sizes_are_the_first_that_fit_by_brute_force(radices: str, widths: tuple[int, ...]) -> None:
+    for n in (2, 3, 7, 10, 37, 64, 100, 211, 1000):
+        costs = {c: least_cost(n, c, widths, radices) for c in range(2, n + 2)}
+        assert least_size(n, widths, radices) == min(costs.values())  # type: ignore[arg-type]
+        for limit in range(1, n * sum(widths), 1 + n // 40):
+            rows = fewest_collisions(n, widths, radices, limit)  # type: ignore[arg-type]
+            fitting = [c for c, cost in costs.items() if cost <= limit]
+            if not fitting:
+                assert rows is None
+                continue
+            assert rows is not None
+            assert rows[1:] == tuple(small_radices(fitting[0], len(widths) - 1, radices))
+            assert sum(m * w for m, w in zip(rows, widths)) <= limit
+            assert prod(rows) >= n
+            if radices == "chinese_remainder":
+                assert all(gcd(a, b) == 1 for i, a in enumerate(rows) for b in rows[:i])
+            elif rows[0] < n:
+                assert sum(m * w for m, w in zip(rows, widths)) > limit - widths[0]
+
+
+def test_the_square_root_is_the_least_for_two_partitions() -> None:
+    for n in (10**6, 2**24 + 1, 2**31, 10**10 + 7, 2**40, 2**40 + 1):
+        around = range(max(2, int(sqrt(n)) - 3000), int(sqrt(n)) + 3000)
+        assert least_size(n, (1, 1), "quotient_remainder") == min(c + -(-n // c) for c in around)
+        assert least_size(n, (1, 1), "chinese_remainder") == min(
+            least_cost(n, c, (1, 1), "chinese_remainder") for c in around
+        )
+
+
+def test_coprime_moduli_stay_together_as_the_search_presumes() -> None:
+    for count in range(1, 8):
+        spread = compositional._COPRIME_SPREAD.get(count, compositional._MOST_COPRIME_SPREAD)
+        for c in range(2, min(3000, int(2.5 * 2 ** (40 / (count + 1))) + 50)):
+            assert small_radices(c, count, "chinese_remainder")[-1] <= c + spread
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+table_sizes = st.one_of(st.integers(1, 50), st.integers(51, 3000), st.integers(3001, 30_000))
+groups = st.lists(st.tuples(table_sizes, st.integers(1, 9)), min_size=1, max_size=5)
+methods = st.builds(
+    Compositional,
+    num_partitions=st.one_of(st.none(), st.integers(2, 8)),
+    operation=st.sampled_from(OPERATIONS),
+    radices=st.sampled_from(RADICES),
+)
+
+
+def configs(sizes: list[tuple[int, int]]) -> list[TableConfig]:
+    return [TableConfig(f"t{i}", n, d) for i, (n, d) in enumerate(sizes)]
+
+
+def own_bytes(tables: EmbeddingTables) -> int:
+    tensors = [*tables.parameters(), *(b for name, b in tables.store.named_buffers() if "state" not in name)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+@settings(max_examples=150)
+@given(groups, methods, st.floats(0.001, 1.0), st.booleans())
+def test_plan_is_exact_or_names_its_floor(
+    sizes: list[tuple[int, int]], method: Compositional, share: float, counted: bool
+) -> None:
+    tables = configs(sizes)
+    full = sum(4 * n * d for n, d in sizes)
+    counts = {t.name: np.arange(t.num_embeddings)[::-1] ** 2 for t in tables} if counted else None
+    budget = max(1, int(share * full))
+    try:
+        solved = plan(tables, method, budget, counts, optimizer=None)
+    except InfeasibleBudget as error:
+        assert error.floor_bytes > budget
+        solved = plan(tables, method, error.floor_bytes, counts, optimizer=None)
+        assert solved.inference_bytes <= error.floor_bytes
+        with pytest.raises(InfeasibleBudget):
+            plan(tables, method, error.floor_bytes - 1, counts, optimizer=None)
+        budget = error.floor_bytes
+    assert solved.inference_bytes <= budget
+    built = EmbeddingTables(solved)
+    assert own_bytes(built) == solved.inference_bytes == built.memory().inference_bytes
+    for table in tables:
+        assert built.collision_share(table.name) == 0.0
+
+
+@settings(max_examples=100)
+@given(groups, methods, st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4))
+def test_a_larger_budget_shrinks_no_table(
+    sizes: list[tuple[int, int]], method: Compositional, shares: list[float]
+) -> None:
+    tables = configs(sizes)
+    full = sum(4 * n * d for n, d in sizes)
+    before = dict.fromkeys([t.name for t in tables], 0)
+    feasible = False
+    near = [int(share * full) + 1 for share in shares]
+    for budget in sorted({b + more for b in near for more in (0, 1, 4, 7)}):
+        try:
+            lines = plan(tables, method, budget)._lines()
+        except InfeasibleBudget:
+            assert not feasible
+            continue
+        feasible = True
+        after = {line["table"]: line["inference_bytes"] for line in lines}
+        assert all(after[name] >= before[name] for name in before)
+        before = after
+    assert plan(tables, method, full).inference_bytes == full
+
+
+@pytest.mark.parametrize("radices", RADICES)
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.1, 0.03, 0.01])
+def test_large_tables_use_their_budget(radices: str, share: float) -> None:
+    tables = [TableConfig("a", 100_000, 16), TableConfig("b", 1_000_000, 16), TableConfig("c", 300_000, 32)]
+    solved = plan(tables, {"kind": "compositional", "radices": radices}, share)
+    assert solved.full_bytes is not None
+    assert 0.95 * share * solved.full_bytes <= solved.inference_bytes <= share * solved.full_bytes
+
+
+def test_the_fewest_partitions_that_fit() -> None:
+    table = [TableConfig("a", 10**6, 8)]
+    stored = [plan(table, "compositional", 32 * rows).groups[0].layout.entries["a"] for rows in (2000, 1999, 300, 299)]
+    assert [len(entry.values["rows"]) for entry in stored] == [2, 3, 3, 4]
+    assert stored[0].values["rows"] == [1000, 1000]
+    assert plan(table, "compositional", 32 * 500_002).groups[0].layout.entries["a"].values["rows"] == [500_000, 2]
+
+
+def test_tables_too_small_to_gain_stay_full() -> None:
+    solved = plan([TableConfig("tiny", 4, 8), TableConfig("large", 10**5, 8)], Compositional(num_partitions=4), "1%")
+    assert solved.groups[0].layout.entries["tiny"].variant == "full"
+    assert solved.groups[0].layout.entries["large"].variant == "mult of 4"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_partitions": 1}, {"num_partitions": 9}, {"operation": "min"}, {"radices": "x"}]
+)
+def test_bad_fields_are_named(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"compositional, field '{next(iter(fields))}'"):
+        Compositional(**fields)
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+def addresses(tables: EmbeddingTables, ids: list[int]) -> list[list[int]]:
+    """Digits of each id, in the order of the partitions."""
+    lookups = next(iter(tables._each_lookup()))
+    found = torch.tensor(ids)
+    parts = lookups.block.address(found, torch.zeros_like(found))
+    rows = torch.cat([part.rows for part in parts], dim=-1)
+    return (rows - lookups.block.base[0]).tolist()  # type: ignore[index]
+
+
+def decode(digits: list[int], rows: list[int], radices: str) -> int:
+    """The id that has these digits, in Python's integers."""
+    if radices == "quotient_remainder":
+        x = 0
+        for digit, m in zip(reversed(digits), reversed(rows)):
+            x = x * m + digit
+        return x
+    whole = prod(rows)
+    return sum(digit * (whole // m) * pow(whole // m, -1, m) for digit, m in zip(digits, rows)) % whole
+
+
+@pytest.mark.parametrize("radices", RADICES)
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+@pytest.mark.parametrize("n", [2**24 + 1000, 10**8, 2**31 + 1000, 2**40])
+def test_every_code_beyond_2_24_leads_back_to_its_id(radices: str, k: int, n: int) -> None:
+    method = Compositional(num_partitions=k, radices=radices)  # type: ignore[arg-type]
+    tables = [TableConfig("a", n, 1)]
+    floor = method.floor(plan(tables, method, 4 * 10**8).groups[0].group).num_bytes
+    built = EmbeddingTables(plan(tables, method, int(1.3 * floor)), device="meta")
+    built = EmbeddingTables(built.plan, device="cpu") if built.plan.inference_bytes < 10**8 else built
+    rows = built.plan.groups[0].layout.entries["a"].values["rows"]
+    edges = [2**24, 2**31, 10**8, n - 1, *rows, *(prod(rows[:i]) for i in range(1, k))]
+    ids = sorted({x for edge in edges for x in range(edge - 50, edge + 50) if 0 <= x < n})
+    ids += np.random.default_rng(0).integers(0, n, 2000).tolist()
+    for x, digits in zip(ids, addresses(built, ids)):
+        assert all(0 <= digit < m for digit, m in zip(digits, rows))
+        assert decode(digits, rows, radices) == x
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def scalar_vector(tables: EmbeddingTables, name: str, x: int, method: Compositional) -> list[float]:
+    """e(x), one scalar after the other."""
+    group = tables.plan.groups[0]
+    entry = group.layout.entries[name]
+    if entry.variant == "full":
+        return tables.store.slab(name)[x].tolist()
+    rows, divisor, picked = entry.values["rows"], 1, []
+    for j, m in enumerate(rows):
+        picked.append(tables.store.slab(f"{name}/{j}")[x // divisor % m].tolist())
+        divisor *= m if method.radices == "quotient_remainder" else 1
+    if method.operation == "concat":
+        return [value for row in picked for value in row]
+    result = picked[0]
+    for row in picked[1:]:
+        result = [a * b if method.operation == "mult" else a + b for a, b in zip(result, row)]
+    return result
+
+
+CASES = [
+    Compositional(num_partitions=k, operation=o, radices=r) for k, o, r in product((None, 2, 3), OPERATIONS, RADICES)
+]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_ids_are_combined_first_and_pooled_after(method: Compositional) -> None:
+    configs = [
+        TableConfig("a", 500, 5, feature_names=["a1", "a2"]),
+        TableConfig("b", 3, 5, pooling="mean"),
+        TableConfig("c", 2000, 5, pooling="mean", on_out_of_range="oov", padding_idx=7),
+        TableConfig("d", 90, 4),
+    ]
+    tables = EmbeddingTables(plan(configs, method, 0.3), std=0.7)
+    generator = np.random.default_rng(1)
+    lengths = generator.integers(0, 5, 5 * 4)
+    sizes = [500, 500, 3, 2000, 90]
+    values = np.concatenate([generator.integers(0, sizes[i // 4], length) for i, length in enumerate(lengths)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    weights = generator.normal(size=len(values)).astype(np.float32)
+    values[offsets[12]] = 7 if lengths[12] else values[offsets[12]]
+    values[offsets[13] : offsets[14]] = 5_000_000  # out of range, so the oov row
+    found = tables(torch.tensor(values), torch.tensor(offsets), torch.tensor(weights))
+    names, dims = ["a", "a", "b", "c", "d"], [5, 5, 5, 5, 4]
+    expected = np.zeros((4, sum(dims)))
+    for f, b in product(range(5), range(4)):
+        start, stop = offsets[4 * f + b], offsets[4 * f + b + 1]
+        kept = [i for i in range(start, stop) if not (names[f] == "c" and values[i] == 7)]
+        total = np.zeros(dims[f])
+        for i in kept:
+            x = 2000 if names[f] == "c" and values[i] >= 2000 else int(values[i])
+            total += weights[i] * np.array(scalar_vector(tables, names[f], x, method))
+        expected[b, sum(dims[:f]) : sum(dims[: f + 1])] = total / (max(1, len(kept)) if names[f] in "bc" else 1)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    for name in "ad":
+        dense = tables.to_dense(name)
+        ids = torch.arange(dense.shape[0])
+        assert torch.equal(dense[17], tables.to_dense(name, slice(17, 18))[0])
+        expected_rows = [scalar_vector(tables, name, int(x), method) for x in ids[::7]]
+        torch.testing.assert_close(dense[::7], torch.tensor(expected_rows))
+
+
+@pytest.mark.parametrize("method", CASES[:6], ids=str)
+def test_gradients_are_finite_differences(method: Compositional) -> None:
+    configs = [TableConfig("a", 40, 3), TableConfig("b", 300, 3, pooling="mean")]
+    tables = EmbeddingTables(plan(configs, method, 0.5, optimizer=None), std=0.5).double()
+    ids = torch.tensor([1, 39, 1, 7, 250, 250, 3, 299])
+    offsets = torch.tensor([0, 3, 4, 6, 8])
+    out_weights = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss() -> torch.Tensor:
+        return (tables(ids, offsets).sin() * out_weights).sum()
+
+    loss().backward()
+    step = 1e-6
+    for parameter in tables.parameters():
+        flat, grad = parameter.detach().view(-1), parameter.grad
+        assert grad is not None and grad.abs().max() > 0
+        for i in range(flat.numel()):
+            value = flat[i].item()
+            flat[i] = value + step
+            up = loss().item()
+            flat[i] = value - step
+            down = loss().item()
+            flat[i] = value
+            assert abs((up - down) / (2 * step) - grad.view(-1)[i].item()) < 1e-6
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_outputs_start_with_the_standard_deviation_of_the_model(method: Compositional) -> None:
+    configs = [TableConfig("a", 200_000, 16), TableConfig("b", 50, 16)]
+    tables = EmbeddingTables(plan(configs, method, "20%"), std=0.02)
+    assert tables.plan.groups[0].layout.entries["b"].variant == "full"
+    rows = tables.plan.groups[0].layout.entries["a"].values["rows"]
+    ids = torch.randint(200_000, (10_000, 1), generator=torch.Generator().manual_seed(3))
+    found = tables(torch.cat([ids, ids % 50], dim=1)).detach()
+    # With "mult" the small partitions only add noise near 1; in a sum or a concatenation their few rows show.
+    scalars = max(rows) * 16 if method.operation == "mult" else min(rows) * tables.store.slab("a/1").shape[1]
+    for columns, independent in ((slice(0, 16), scalars), (slice(16, 32), 50 * 16)):
+        tolerance = max(0.05, 4 / sqrt(2 * independent))
+        assert abs(found[:, columns].square().mean().sqrt().item() / 0.02 - 1) < tolerance
+        assert abs(found[:, columns].mean().item()) < 4 * 0.02 / sqrt(independent)
