@@ -56,7 +56,7 @@ def jagged(
     lengths = torch.randint(0, 5, (len(rows) * batch,), generator=generator)
     counts = lengths.view(len(rows), batch).sum(1).tolist()
     values = torch.cat([torch.randint(n, (c,), generator=generator) for n, c in zip(rows.values(), counts)])
-    weights = torch.rand(values.numel(), generator=generator) if weighted else None
+    weights = torch.randint(1, 17, (values.numel(),), generator=generator) / 16 if weighted else None
     return KeyedJaggedTensor(list(rows), values.to(dtype), weights, lengths=lengths)
 
 
@@ -118,7 +118,8 @@ def test_full_equals_stock(case: tuple[list[EmbeddingBagConfig], KeyedJaggedTens
     assert result.length_per_key() == expected.length_per_key()
     assert torch.equal(result.values(), expected.values())
 
-    direction = torch.randn(expected.values().shape)
+    # Small multiples of 1/16, so that the order of a sum hardly matters.
+    direction = torch.randint(-4, 5, expected.values().shape) / 16
     (result.values() * direction).sum().backward()
     (expected.values() * direction).sum().backward()
     gradients = {}
