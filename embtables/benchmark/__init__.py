@@ -1,0 +1,1 @@
+"""Sweeps over method × budget × seed, and the reports made of them."""

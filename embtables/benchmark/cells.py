@@ -1,0 +1,86 @@
+"""The cells of a sweep: method × budget × seed, and their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from embtables.training.planning import method_label
+
+MethodSpec = str | dict[str, Any]
+
+#: Rows without which a sweep cannot be read: the upper mark, and two things that cost nothing to try.
+BASELINES = ("full", "drop_feature", "frequency_cutoff")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    `budget` is the text the user gave, and empty where the method takes none; `learning_rate` is None where the
+    training configuration's own applies.
+    """
+
+    method: str
+    budget: str
+    seed: int
+    learning_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique in its sweep and fit for a file name: ``hash-10pct-s0``."""
+        rate = "" if self.learning_rate is None else f"lr{self.learning_rate:g}"
+        parts = [self.method, self.budget.replace("%", "pct"), f"s{self.seed}", rate]
+        return "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts if part)
+
+
+def parse_methods(text: str) -> dict[str, MethodSpec]:
+    """``"full,hash,{kind: compositional, operation: add}"`` as {label: specification}, in the order given.
+
+    Raises:
+        ValueError: the text is empty, is no such list, or an entry is neither a kind nor a mapping with a kind.
+    """
+    try:
+        entries = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        raise ValueError(
+            f"methods {text!r} cannot be read: give kinds separated by commas, such as full,hash, "
+            "or mappings such as {kind: compositional, operation: add}"
+        ) from None
+    if not entries:
+        raise ValueError("no methods given: name at least one, such as --methods hash")
+    for entry in entries:
+        if not isinstance(entry, (str, dict)):
+            raise ValueError(f"method {entry!r} is neither a kind, such as hash, nor a mapping such as {{kind: hash}}")
+    return {method_label(entry): entry for entry in entries}
+
+
+def takes_budget(spec: MethodSpec) -> bool:
+    """Full tables are what they are; every other method is solved for a budget."""
+    if isinstance(spec, dict) and "kind" not in spec:
+        return any(takes_budget(part) for part in spec.values())
+    return (spec if isinstance(spec, str) else spec["kind"]) != "full"
+
+
+def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
+    """`methods` and the baselines that it lacks: full first, the others last."""
+    missing: dict[str, MethodSpec] = {kind: kind for kind in BASELINES if kind not in methods}
+    first: dict[str, MethodSpec] = {"full": "full"} if "full" in missing else {}
+    return {**first, **methods, **missing}
+
+
+def parse_budgets(text: str) -> list[str]:
+    """``"50%,10%"`` as its parts, once each. What a part means is for the planner to say."""
+    budgets = [part.strip() for part in text.split(",")]
+    if not all(budgets):
+        raise ValueError(f"budgets {text!r} has an empty entry: give for example --budgets 50%,10%,1%")
+    return list(dict.fromkeys(budgets))
+
+
+def points(methods: Mapping[str, MethodSpec], budgets: Sequence[str]) -> list[tuple[str, str]]:
+    """Every (method, budget), in the order of the results. Full has one, with an empty budget."""
+    return [(label, budget) for label, spec in methods.items() for budget in (budgets if takes_budget(spec) else [""])]

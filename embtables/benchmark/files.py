@@ -1,0 +1,59 @@
+"""Files that are whole or not there, and the lock on a sweep's directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_PATIENCE_SECONDS = 2.0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not name the file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Hold `folder` for this process; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        # Cells of a process that was killed a moment ago may need one to die.
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    owner = lock.read().strip()
+                    raise ValueError(
+                        f"{folder} is in use by process {owner or '?'}: wait for it, stop it, or give another --out"
+                    ) from None
+                time.sleep(0.1)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield lock

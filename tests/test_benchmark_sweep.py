@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from embtables.benchmark.cells import Cell, parse_budgets, parse_methods, points, with_baselines
+from embtables.benchmark.runner import Job, last_line, run_jobs, threads_per_job
+from embtables.benchmark.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
+from embtables.datasets import PreparedDataset
+from embtables.datasets.synthetic import Synthetic, prepare_synthetic
+from embtables.training.config import load_config
+
+CELL = Path(__file__).with_name("benchmark_cell.py")
+METHODS = with_baselines(parse_methods("hash"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    prepare_synthetic(folder, Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
+    return folder
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    monkeypatch.setenv("FAKE", str(folder))
+    return folder
+
+
+def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
+    command = train_command(config, cell, run)
+    assert command[:4] == [sys.executable, "-m", "embtables", "train"]
+    return [sys.executable, str(CELL), *command[4:]]
+
+
+def config_of(data: Path, seeds: int = 2, rates: list[float] | None = None, **flags: object) -> SweepConfig:
+    return describe(data, METHODS, ["50%", "1%", "8"], seeds, load_config(flags=flags), rates or [])
+
+
+def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., list[str]] = fake_cell) -> list[dict]:
+    return run_sweep(config, out, jobs=jobs, console=Console(quiet=True), command=command)
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def started(fake: Path) -> list[str]:
+    file = fake / "started"
+    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_names_are_unique_and_fit_for_files() -> None:
+    assert Cell("hash", "10%", 0).name == "hash-10pct-s0"
+    assert Cell("full", "", 2).name == "full-s2"
+    assert Cell("robe", "64MB", 1, 0.03).name == "robe-64MB-s1-lr0.03"
+    odd = Cell("compositional(operation=add,k=2)", "0.1", 0).name
+    assert odd == "compositional_operation=add_k=2-0.1-s0"
+
+
+def test_methods_and_budgets_of_the_command_line() -> None:
+    methods = parse_methods("full, hash,{kind: compositional, operation: add}")
+    assert methods == {
+        "full": "full",
+        "hash": "hash",
+        "compositional(operation=add)": {"kind": "compositional", "operation": "add"},
+    }
+    assert parse_budgets(" 50%,10% ,64MB,10%") == ["50%", "10%", "64MB"]
+    assert points(methods, ["50%", "1%"]) == [
+        ("full", ""),
+        ("hash", "50%"),
+        ("hash", "1%"),
+        ("compositional(operation=add)", "50%"),
+        ("compositional(operation=add)", "1%"),
+    ]
+    assert list(with_baselines(parse_methods("hash"))) == ["full", "hash", "drop_feature", "frequency_cutoff"]
+    assert list(with_baselines(parse_methods("hash,drop_feature,full"))) == [
+        "hash",
+        "drop_feature",
+        "full",
+        "frequency_cutoff",
+    ]
+    for text in ("", "hash,{kind: ", "hash,3"):
+        with pytest.raises(ValueError, match="method"):
+            parse_methods(text)
+    with pytest.raises(ValueError, match="empty entry"):
+        parse_budgets("50%,,1%")
+
+
+def test_the_command_of_a_cell(data: Path) -> None:
+    config = describe(data, parse_methods("{kind: multi_hash, num_hashes: 2}"), ["10%"], 1, load_config(), [])
+    (label,) = config.methods
+    command = train_command(config, Cell(label, "10%", 4, 0.1), Path("/s/cells/x"))
+    assert command[3:] == [
+        "train",
+        str(data.resolve()),
+        *("--out", "/s/cells/x"),
+        *("--config", "/s/train.yaml"),
+        *("--method", '{"kind": "multi_hash", "num_hashes": 2}'),
+        *("--budget", "10%"),
+        *("--seed", "4"),
+        *("--set", "tables.learning_rate=0.1"),
+    ]
+
+
+def test_a_whole_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    rows = run(config_of(data), out, jobs=2)
+    read_rows = read(out)
+    assert list(read_rows[0])[:16] == (
+        "dataset,model,method,budget,seed,inference_bytes,training_bytes,ratio,valid_auc,test_auc,test_logloss,"
+        "best_epoch,examples_per_second,train_seconds,peak_rss_bytes,status"
+    ).split(",")
+    assert [(r["method"], r["budget"], r["seed"], r["status"]) for r in read_rows[:6]] == [
+        ("full", "", "0", "ok"),
+        ("full", "", "1", "ok"),
+        ("hash", "50%", "0", "ok"),
+        ("hash", "50%", "1", "ok"),
+        ("hash", "1%", "0", "ok"),
+        ("hash", "1%", "1", "ok"),
+    ]
+    assert len(read_rows) == len(rows) == 2 + 3 * 3 * 2
+    infeasible = [r for r in read_rows if r["status"] == "infeasible"]
+    # One row of 16 floats for each of two tables is hash's floor: 8 bytes are too few.
+    assert ("hash", "8", "128") in {(r["method"], r["budget"], r["floor_bytes"]) for r in infeasible}
+    assert all(r["test_auc"] == "" and "too small" in r["message"] for r in infeasible)
+    # Seed by seed, full first; nothing infeasible was started, nothing twice.
+    order = started(fake)
+    assert len(order) == len(set(order)) == sum(r["status"] == "ok" for r in read_rows)
+    assert {name.rsplit("-s", 1)[1] for name in order[: len(order) // 2]} == {"0"}
+    ok = next(r for r in read_rows if r["method"] == "hash" and r["budget"] == "50%")
+    metrics = json.loads((out / "cells" / ok["cell"] / "metrics.json").read_text())
+    assert float(ok["test_auc"]) == metrics["test_auc"] and int(ok["inference_bytes"]) <= 552 * 16 * 4 // 2
+    assert ok["dataset"] == PreparedDataset(data).name and ok["test_auc_unseen"] == ""
+    labels = np.concatenate([batch.labels.numpy() for batch in PreparedDataset(data).batches("test", 1000)])
+    assert np.array_equal(np.load(out / "test_labels.npy"), labels)
+    assert yaml.safe_load((out / "train.yaml").read_text())["tables"]["embedding_dim"] == 16
+    assert json.loads((out / "environment.json").read_text())["jobs"] == 2
+    assert list((out / "tensorboard" / ok["cell"]).glob("events*"))
+    assert not list(out.glob("**/*.tmp"))
+
+
+def test_finished_cells_are_not_redone_and_failed_ones_are(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    (fake / "fail-hash").touch()
+    failed = [row for row in run(config_of(data), out) if row["status"] == "failed"]
+    assert [row["method"] for row in failed] == ["hash"] * 4
+    assert {row["message"] for row in failed} == {"the loss is NaN at step 7"}
+    (fake / "fail-hash").unlink()
+    before = started(fake)
+    rows = run(config_of(data), out)
+    again = started(fake)[len(before) :]
+    assert sorted(again) == sorted(row["cell"] for row in failed)
+    assert not [row for row in rows if row["status"] == "failed"]
+    assert len(run(config_of(data), out)) == len(rows) and started(fake) == [*before, *again]
+
+
+def test_a_killed_cell_is_failed_and_says_so(data: Path, fake: Path, tmp_path: Path) -> None:
+    (fake / "die").touch()
+    rows = run(config_of(data, seeds=1), tmp_path / "sweep")
+    assert {row["message"] for row in rows if row["status"] == "failed"} == {
+        "killed by SIGKILL, perhaps for want of memory"
+    }
+
+
+def test_learning_rates_are_chosen_on_validation(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    rows = run(config_of(data, seeds=2, rates=[0.1, 0.3]), out)
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert {row["learning_rate"] for row in ok} == {0.3}  # where the fake cell has least noise
+    # The grid for the first seed, the choice alone for the second.
+    assert sum("-s0-" in name for name in started(fake)) == 2 * sum("-s1-" in name for name in started(fake))
+    with (out / "learning_rates.csv").open() as file:
+        grid = list(csv.DictReader(file))
+    assert {row["learning_rate"] for row in grid if row["chosen"] == "1"} == {"0.3"}
+    assert len(grid) == 2 * len(ok) / 2
+
+
+def test_planning_comes_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    train = load_config()
+    for methods, budgets, message in [
+        ("hash,hsah", ["10%"], "unknown method 'hsah'"),
+        ("hash,{kind: hash, sides: 2}", ["10%"], "sides"),
+        ("hash", ["10%", "ten"], "'ten'"),
+        ("hash", ["0"], "0"),
+        ("hash", ["-5%"], "-5%"),
+        ("hash", ["120%"], "120%"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(describe(data, parse_methods(methods), budgets, 1, train, []), out)
+        assert not out.exists()
+
+
+def test_a_fixed_hash_seed_is_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="tables.hash_seed is 3"):
+        config_of(data, **{"tables.hash_seed": 3})
+
+
+def test_another_sweep_in_the_directory_is_refused(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    run(config_of(data, seeds=1), out)
+    with pytest.raises(ValueError, match=r"another train.training.batch_size: 2048 there, 64 now"):
+        run(config_of(data, seeds=1, **{"training.batch_size": 64}), out)
+    with pytest.raises(ValueError, match=r"another seeds: 1 there, 2 now"):
+        run(config_of(data, seeds=2), out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"is not a sweep \(it holds thesis.tex\)"):
+        run(config_of(data, seeds=1), other)
+    with pytest.raises(ValueError, match="is a file"):
+        run(config_of(data, seeds=1), other / "thesis.tex")
+
+
+def test_changed_data_is_another_sweep(fake: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    prepare_synthetic(folder, Synthetic(rows=2000, cardinalities=(50,), seed=3))
+    run(config_of(folder, seeds=1), tmp_path / "sweep")
+    os.rename(folder, tmp_path / "old")
+    prepare_synthetic(folder, Synthetic(rows=2000, cardinalities=(50,), seed=4))
+    with pytest.raises(ValueError, match="another manifest_sha256"):
+        run(config_of(folder, seeds=1), tmp_path / "sweep")
+
+
+def test_a_damaged_shard_stops_the_sweep(fake: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    prepare_synthetic(folder, Synthetic(rows=2000, cardinalities=(50,), seed=3))
+    shard = next((folder / "valid").glob("*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=shard.name):
+        run(config_of(folder, seeds=1), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_first_difference() -> None:
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == ("a.b", "1", "2")
+    assert first_difference({"a": 1}, {"a": 1, "c": 2}) == ("c", "nothing", "2")
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_benchmark_sweep as t
+t.run(t.config_of(Path({data!r}), seeds=1), Path({out!r}), jobs=2)
+"""
+
+
+def start(data: Path, out: Path) -> subprocess.Popen[bytes]:
+    script = SCRIPT.format(tests=str(CELL.parent), data=str(data), out=str(out))
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie that nobody reaps (its new parent may not) does no work any more.
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_sweep_leaves_no_children_and_goes_on(
+    sign: signal.Signals, data: Path, fake: Path, tmp_path: Path
+) -> None:
+    if sign == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux ends the children of a killed process")
+    out = tmp_path / "sweep"
+    (fake / "slow").touch()
+    process = start(data, out)
+    wait_until(lambda: len(started(fake)) == 2)
+    if sign == signal.SIGINT:
+        with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
+            run(config_of(data, seeds=1), out)
+    pids = [int(line.split()[1]) for line in (fake / "started").read_text().splitlines()]
+    process.send_signal(sign)
+    process.wait(20)
+    wait_until(lambda: not any(map(alive, pids)), 10)
+    assert process.stderr is not None
+    process.stderr.close()
+    (fake / "slow").unlink()
+    rows = run(config_of(data, seeds=1), out)
+    assert len([row for row in rows if row["status"] == "ok"]) == len(set(started(fake)))
+    assert not [row for row in rows if row["status"] == "failed"]
+
+
+def test_jobs_run_side_by_side_with_their_share_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embtables.benchmark.runner.cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (threads_per_job(2), threads_per_job(3), threads_per_job(16)) == (4, 2, 1)
+    program = "import os, time; print(os.environ['OMP_NUM_THREADS']); time.sleep(0.4)"
+    jobs = [Job(str(i), [sys.executable, "-c", program], tmp_path / f"{i}.log") for i in range(3)]
+    begin = time.monotonic()
+    ended = list(run_jobs(jobs, 3))
+    assert time.monotonic() - begin < 1.2 and [item.code for item in ended] == [0, 0, 0]
+    assert last_line(tmp_path / "0.log") == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads_per_job(2) == 1
+
+
+def test_the_last_line_is_found_behind_a_progress_bar(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"10%\r20%\r\x1b[31mError: no room\x1b[0m\n\n")
+    assert last_line(log) == "no room"
+    log.write_bytes(b"")
+    assert last_line(log) == ""
