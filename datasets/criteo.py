@@ -135,4 +135,5 @@ def _unparsed(raw: pl.Series, parsed: pl.Series) -> pl.Series:
 
 
 def _not_hex(raw: pl.Series, parsed: pl.Series) -> pl.Series:
-    return _unparsed(raw, parsed) | ((raw.str.len_bytes() != 8) & raw.is_not_null())
+    signed = (parsed < 0) | raw.str.starts_with("+")  # the parser takes a sign for a digit
+    return _unparsed(raw, parsed) | (raw.is_not_null() & (signed | (raw.str.len_bytes() != 8)))

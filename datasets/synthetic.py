@@ -175,6 +175,8 @@ def expected_auc(probabilities: Sequence[float] | np.ndarray) -> float:
 def expected_logloss(probabilities: Sequence[float] | np.ndarray) -> float:
     """Log loss (nats) of predicting each row's own probability: the mean entropy."""
     p = np.clip(np.asarray(probabilities, np.float64), 1e-300, 1 - 1e-16)
+    if len(p) == 0:
+        return math.nan
     return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
 
 

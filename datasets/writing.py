@@ -224,7 +224,8 @@ def _prepare_locked(
         os.replace(partial, out)
     except OSError as error:
         if error.filename is None or str(error.filename).startswith(str(partial)):
-            raise OSError(f"{out}: {error.strerror or error}; nothing was written") from error
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(f"{out}: {reason}; nothing was written") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -242,13 +243,22 @@ def _check_same(out: Path, kind: str, config: dict[str, Any], inputs: Sequence[P
     _, manifest = read_manifest(out)
     if manifest.kind != kind:
         raise ValueError(f"{out} holds a prepared data set of kind '{manifest.kind}', not '{kind}': {remedy}")
-    for key in sorted(config.keys() | manifest.config.keys()):
-        old, new = manifest.config.get(key), config.get(key)
+    before, now = _flat(manifest.config), _flat(config)
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
         if old != new:
             raise ValueError(f"{out} was prepared with {key} = {old}, not {new}: {remedy}")
     same = len(inputs) == len(manifest.inputs) and all(map(_unchanged, inputs, manifest.inputs))
     if not same:
         raise ValueError(f"{out} was prepared from another input or an older version of it: {remedy}")
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Nested options by their innermost names, which are unique within a kind."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value) if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def describe_input(path: Path) -> dict[str, Any]:
