@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-ROUNDS = 20
+ROUNDS = 100  # cheap: each round draws only for the clicks that are still without
 ABSENT = -1
 
 

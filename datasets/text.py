@@ -71,7 +71,7 @@ def read_text(
         if block is not None:
             any_rows = True
             yield block
-            rejections.check()
+        rejections.check()
         line += num_lines
     if not any_rows:
         rejections.check(final=True)
