@@ -1,0 +1,479 @@
+"""Trained dense, pruned by magnitude on a schedule, served sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from math import exp, gcd, isqrt, log
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from embtables.budget import split
+from embtables.config import TableConfig
+from embtables.layout import FULL, Code, Entry, Form, Group, Layout, Slab
+from embtables.methods.base import Block, Floor, Method, Stage, TableEntry, full_entry
+from embtables.store import Part, Store
+
+# Without for_training.
+_WARMUP_STEPS, _PRUNE_STEPS = 1_000, 10_000
+# Of the run, with it.
+_WARMUP_SHARE, _PRUNE_SHARE = 0.1, 0.5
+# An event costs about two passes over the table; this few of them vanish among thousands of steps.
+_EVENTS = 20
+# DeepLight's schedule stops short of its target by e^-ct; it ends here where a thousandth is left.
+_STEEPNESS = log(1000)
+
+_CHUNK = 2**18
+# Entries whose magnitudes stand for those of all, between the beginning and the end of pruning.
+_SAMPLE = 2**18
+_WORDS = 8  # int64 words of the bitmap for each entry of its directory
+
+
+class Pruned(Method):
+    """e(x) = E[x] with E of shape ``[n, embedding_dim]``, of whose entries only the largest are kept.
+
+    Training works on the full tables. From ``warmup_steps`` on, for ``prune_steps``, every ``interval`` training
+    forwards the smallest magnitudes are set to zero, ever more of them, ``"cubic"``-ally or ``"exponential"``-ly
+    towards what the budget can hold, and at that level from then on. There is no mask: zeros may grow again. All tables
+    of one dimension compete for the entries. What is ``None`` is settled by ``for_training``; without it warm-up takes
+    1,000 steps and pruning 10,000, with 20 events.
+
+    Served (``finalize``, ``serve``, ``save``) are exactly as many entries as the budget holds, in the form that holds
+    most: a bitmap and values, compressed rows, or sorted (row, column, value) entries.
+
+    Zhu & Gupta, "To Prune, or Not to Prune", 2017 (cubic); Deng et al., "DeepLight", WSDM 2021 (exponential).
+    """
+
+    kind: ClassVar[str] = "pruned"
+    warmup_steps: int | None = Field(default=None, ge=0)
+    prune_steps: int | None = Field(default=None, ge=1)
+    interval: int | None = Field(default=None, ge=1)
+    schedule: Literal["cubic", "exponential"] = "cubic"
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    def floor(self, group: Group) -> Floor:
+        floors = [min(tables.full_bytes, tables.least_bytes) for tables in by_dim(group)]
+        return Floor(sum(floors), "one entry for all tables of a dimension")
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        parts = by_dim(group)
+        floors = [min(tables.full_bytes, tables.least_bytes) for tables in parts]
+        shares = split(limit, floors, [tables.full_bytes for tables in parts])
+        entries: dict[str, Entry] = {}
+        training: list[Slab] = []
+        whole: list[Slab] = []
+        codes: list[Code] = []
+        for tables, share in zip(parts, shares):
+            if share >= tables.full_bytes:
+                pairs = [full_entry(table) for table in tables.tables]
+                entries |= {table.name: entry for table, (entry, _) in zip(tables.tables, pairs)}
+                whole += [slab for _, slab in pairs]
+                continue
+            form, kept, form_codes = tables.largest_form(share)
+            for table, first in zip(tables.tables, tables.first_rows):
+                entries[table.name] = Entry(form, {"entries": kept, "first_row": first})
+            training.append(Slab(tables.name, tables.rows, tables.dim))
+            codes += form_codes
+        return Layout(
+            {table.name: entries[table.name] for table in group.tables},
+            Form(slabs=(*training, *whole)),
+            Form(slabs=tuple(whole), codes=tuple(codes)),
+        )
+
+    def for_training(self, num_steps: int) -> Method:
+        """Ten percent of the run for warm-up and half of it for pruning, where the method does not say otherwise."""
+        warmup = round(_WARMUP_SHARE * num_steps) if self.warmup_steps is None else self.warmup_steps
+        prune = max(1, round(_PRUNE_SHARE * num_steps)) if self.prune_steps is None else self.prune_steps
+        return self.model_copy(update={"warmup_steps": warmup, "prune_steps": prune})
+
+    # ---- the module ----------------------------------------------------------------------------------------------
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        return DenseBlock(entries, group, store)
+
+    def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        return _SERVED[entries[0].entry.variant](entries, group, store)
+
+    def stage(self, layout: Layout, group: Group, store: Store) -> Stage | None:
+        kept = {
+            _name(group, table.embedding_dim): int(layout.entries[table.name].values["entries"])
+            for table in group.tables
+            if layout.entries[table.name].variant != FULL
+        }
+        return PruningStage(self, kept, store) if kept else None
+
+    def serve(self, layout: Layout, group: Group, trained: Store, served: Store) -> None:
+        for slab in layout.serving.slabs:
+            served.slab(slab.name).copy_(trained.slab(slab.name))
+        for tables in by_dim(group):
+            entry = layout.entries[tables.tables[0].name]
+            if entry.variant != FULL:
+                fill = _SERVED[entry.variant].fill
+                fill(tables.name, trained.slab(tables.name), entry.values["entries"], served)
+
+
+# ---- sizes of the served forms ---------------------------------------------------------------------------------------
+
+
+def _name(group: Group, dim: int) -> str:
+    return f"{group.name}/{dim}"
+
+
+def by_dim(group: Group) -> list[Tables]:
+    """The tables of a group, those of one dimension together."""
+    dims = dict.fromkeys(table.embedding_dim for table in group.tables)
+    return [Tables(_name(group, d), d, tuple(t for t in group.tables if t.embedding_dim == d)) for d in dims]
+
+
+class Tables(NamedTuple):
+    """Tables of one dimension, stored as one, row after row."""
+
+    name: str
+    dim: int
+    tables: tuple[TableConfig, ...]
+
+    @property
+    def first_rows(self) -> list[int]:
+        return [0, *accumulate(t.rows or 0 for t in self.tables)][:-1]
+
+    @property
+    def rows(self) -> int:
+        return sum(t.rows or 0 for t in self.tables)
+
+    @property
+    def full_bytes(self) -> int:
+        return 4 * self.rows * self.dim
+
+    @property
+    def least_bytes(self) -> int:
+        return sum(code.num_bytes for code in self._entries(1, 1))
+
+    def largest_form(self, limit: int) -> tuple[str, int, tuple[Code, ...]]:
+        """The form that holds most entries within ``limit`` bytes, their number, and its codes."""
+        best: tuple[str, int, tuple[Code, ...]] = ("", 0, ())
+        # Where two hold as many the first is taken: it is also the faster. With one fixed order the bytes never fall
+        # as the limit rises, since a form takes over with an entry that has just become affordable.
+        for form, make in (("bitmap", self._bitmap), ("compressed rows", self._rows), ("entries", self._entries)):
+            for most in (2**31 - 1, self.rows * self.dim):
+                fixed = sum(code.num_bytes for code in make(0, most))
+                each = sum(code.num_bytes for code in make(1, most)) - fixed
+                kept = min((limit - fixed) // each, most, self.rows * self.dim)
+                if kept > best[1]:
+                    best = form, kept, make(kept, most)
+        return best
+
+    def _bitmap(self, kept: int, most: int) -> tuple[Code, ...]:
+        blocks = -(-self.rows * self.dim // (64 * _WORDS))
+        return (
+            Code(f"{self.name}/values", (kept,), "float32", "weights"),
+            Code(f"{self.name}/bitmap", (blocks * _WORDS,), "int64", "index"),
+            Code(f"{self.name}/directory", (blocks,), _integer(most), "index"),
+        )
+
+    def _rows(self, kept: int, most: int) -> tuple[Code, ...]:
+        return (
+            Code(f"{self.name}/values", (kept,), "float32", "weights"),
+            Code(f"{self.name}/columns", (kept,), self._column, "index"),
+            Code(f"{self.name}/pointers", (self.rows + 1,), _integer(most), "index"),
+        )
+
+    def _entries(self, kept: int, most: int) -> tuple[Code, ...]:
+        return (
+            Code(f"{self.name}/values", (kept,), "float32", "weights"),
+            Code(f"{self.name}/columns", (kept,), self._column, "index"),
+            Code(f"{self.name}/ids", (kept,), _integer(self.rows), "index"),
+        )
+
+    @property
+    def _column(self) -> str:
+        return "uint8" if self.dim <= 2**8 else "int16" if self.dim <= 2**15 else "int32"
+
+
+def _integer(largest: int) -> str:
+    return "int32" if largest < 2**31 else "int64"
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class DenseBlock(Block):
+    base: Tensor
+
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
+        super().__init__(entries, store)
+        start = store.start(_name(group, self.embedding_dim))
+        self.constant("base", [start + e.entry.values["first_row"] for e in entries])
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        return [Part(self.embedding_dim, self.base[feature] + ids)]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        return values[0]
+
+
+class PruningStage(Stage):
+    """Counts training forwards, and prunes at some of them.
+
+    Args:
+        method: the schedule.
+        kept: for each slab how many entries are left in the end.
+        store: where the slabs are.
+    """
+
+    def __init__(self, method: Pruned, kept: dict[str, int], store: Store) -> None:
+        super().__init__()
+        self._store = [store]
+        self.kept = kept
+        self.schedule = method.schedule
+        self.warmup_steps = _WARMUP_STEPS if method.warmup_steps is None else method.warmup_steps
+        self.prune_steps = _PRUNE_STEPS if method.prune_steps is None else method.prune_steps
+        self.interval = method.interval or max(1, self.prune_steps // _EVENTS)
+        # On the CPU, so that looking at it waits for no device.
+        self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def state(self) -> dict[str, Tensor]:
+        return {"steps": self.steps}
+
+    def progress(self, step: int) -> float:
+        """Share of the entries to be pruned that are gone by a step: 0 before, 1 at the end of pruning and after."""
+        time = min(max((step - self.warmup_steps) / self.prune_steps, 0.0), 1.0)
+        if self.schedule == "cubic":
+            return 1 - (1 - time) ** 3
+        return (1 - exp(-_STEEPNESS * time)) / (1 - exp(-_STEEPNESS))
+
+    def prunes_at(self, step: int) -> bool:
+        since = step - self.warmup_steps
+        # Counted back from the end, so that one event is exactly there.
+        return since > 0 and (since - self.prune_steps) % self.interval == 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        step = int(self.steps)
+        if not self.prunes_at(step):
+            return
+        for name, kept in self.kept.items():
+            slab = self._store[0].slab(name)
+            number = round(slab.numel() - self.progress(step) * (slab.numel() - kept))
+            exact = step == self.warmup_steps + self.prune_steps or slab.numel() <= _SAMPLE
+            threshold = _magnitude_of_rank(slab.view(-1), number) if exact else _estimated_magnitude(slab, number)
+            below = float(torch.nextafter(threshold, torch.zeros_like(threshold)))
+            for chunk in slab.view(-1).split(_CHUNK):
+                chunk.copy_(F.hardshrink(chunk, below))  # zero where |x| ≤ below; many times faster than a mask
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    """|x| as int32 in the same order: without the sign the bits of a float32 count up as it does."""
+    return values.float().view(torch.int32) & (2**31 - 1)
+
+
+def _magnitude_of_rank(flat: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest magnitude (from 1) as float32, exactly: two passes with a histogram each, and no copy."""
+    high = torch.zeros(2**15, dtype=torch.int64, device=flat.device)
+    for chunk in flat.split(_CHUNK):
+        high += torch.bincount(_magnitudes(chunk) >> 16, minlength=2**15)
+    upper, above = _bin_of_rank(high, rank)
+    low = torch.zeros(2**16, dtype=torch.int64, device=flat.device)
+    for chunk in flat.split(_CHUNK):
+        bits = _magnitudes(chunk)
+        low += torch.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=2**16)
+    lower, _ = _bin_of_rank(low, rank - above)
+    return torch.tensor((upper << 16) + lower, dtype=torch.int32, device=flat.device).view(torch.float32)
+
+
+def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the ``rank``-th from the top, and how many lie in the bins above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    i = int(torch.searchsorted(from_top, rank))
+    return len(histogram) - 1 - i, int(from_top[i - 1]) if i else 0
+
+
+def _estimated_magnitude(slab: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest magnitude of ``[rows, D]`` or a little less, from every s-th entry, s prime to D."""
+    stride = slab.numel() // _SAMPLE
+    while gcd(stride, slab.shape[1]) > 1:
+        stride += 1
+    sample = slab.view(-1)[::stride].contiguous()
+    expected = rank // stride
+    # Two standard deviations on the safe side: what is pruned too much is lost, what is left too much goes later.
+    return _magnitude_of_rank(sample, min(1 + expected + 2 * isqrt(expected), sample.numel()))
+
+
+# ---- serving ---------------------------------------------------------------------------------------------------------
+
+
+def _largest(flat: Tensor, number: int) -> Iterator[tuple[int, Tensor]]:
+    """``(start, mask)`` of every chunk, set at the ``number`` largest magnitudes; among equals the first ones count."""
+    threshold = _magnitudes(_magnitude_of_rank(flat, number))
+    above = sum(int((_magnitudes(chunk) > threshold).sum()) for chunk in flat.split(_CHUNK))
+    equals = number - above
+    for start, chunk in zip(range(0, flat.numel(), _CHUNK), flat.split(_CHUNK)):
+        bits = _magnitudes(chunk)
+        equal = bits == threshold
+        chosen = equal & (equal.cumsum(0) <= equals)
+        equals -= int(chosen.sum())
+        yield start, (bits > threshold) | chosen
+
+
+class SparseBlock(Block):
+    """Values in the order of rows and columns; a form says where those of a row begin and in which columns they are."""
+
+    first: Tensor
+    column_range: Tensor
+
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
+        super().__init__(entries, store)
+        self.name = _name(group, self.embedding_dim)
+        self.kept = int(entries[0].entry.values["entries"])
+        self.constant("first", [e.entry.values["first_row"] for e in entries])
+        self.constant("column_range", list(range(self.embedding_dim)))
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        return []
+
+    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
+        return (self.first[feature] + ids).unsqueeze(-1)
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        return self.decode(self.first[feature] + ids)
+
+    def code(self, name: str) -> Tensor:
+        return self.store.code(f"{self.name}/{name}")
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Vectors ``[..., D]`` of rows ``[...]``."""
+        raise NotImplementedError
+
+    @classmethod
+    def fill(cls, name: str, slab: Tensor, kept: int, store: Store) -> None:
+        """Writes the ``kept`` largest entries of ``slab`` [rows, D] into the codes of ``name``."""
+        flat, done, dim = slab.view(-1), 0, slab.shape[1]
+        for start, mask in _largest(flat, kept):
+            position = mask.nonzero().squeeze(1)
+            chunk = slice(done, done + position.numel())
+            store.code(f"{name}/values")[chunk] = flat[start : start + mask.numel()][position]
+            cls.write(name, store, chunk, start, mask, (start + position) // dim, (start + position) % dim)
+            done = chunk.stop
+        cls.finish(name, store)
+
+    @classmethod
+    def write(
+        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
+    ) -> None:
+        """Notes where the entries ``chunk`` are: in a mask of the flat table from ``start``, or by row and column."""
+        raise NotImplementedError
+
+    @classmethod
+    def finish(cls, name: str, store: Store) -> None:
+        """Called after the last ``write``."""
+
+
+class BitmapBlock(SparseBlock):
+    """A bit an entry of the full table, and how many of them are set before each block of 8 words."""
+
+    def decode(self, rows: Tensor) -> Tensor:
+        bitmap = self.code("bitmap")
+        bit = rows.unsqueeze(-1) * self.embedding_dim + self.column_range
+        kept = (bitmap[bit >> 6] >> (bit & 63)) & 1
+        position = self._set_before(bit[..., 0]).unsqueeze(-1) + kept.cumsum(-1) - kept
+        values = self.code("values")[position.clamp(max=self.kept - 1)]
+        return torch.where(kept.bool(), values, values.new_zeros(()))
+
+    def _set_before(self, bit: Tensor) -> Tensor:
+        """How many bits are set before ``bit`` [...]."""
+        block = bit // (64 * _WORDS)
+        words = block.unsqueeze(-1) * _WORDS + torch.arange(_WORDS, device=bit.device)
+        before = (bit.unsqueeze(-1) - 64 * words).clamp(0, 64)
+        below = torch.where(before < 64, (1 << before.clamp(max=63)) - 1, -1)
+        return self.code("directory")[block].long() + _count_bits(self.code("bitmap")[words] & below).sum(-1)
+
+    @classmethod
+    def write(
+        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
+    ) -> None:
+        size = 64 * _WORDS
+        bits = F.pad(mask.long(), (0, -mask.numel() % size)).view(-1, 64)
+        words = (bits << torch.arange(64, device=mask.device)).sum(1)
+        store.code(f"{name}/bitmap")[start // 64 : start // 64 + len(words)] = words
+        counts = bits.view(-1, size).sum(1)
+        directory = store.code(f"{name}/directory")[start // size : start // size + len(counts)]
+        directory.copy_(chunk.start + counts.cumsum(0) - counts)
+
+
+class RowsBlock(SparseBlock):
+    """Compressed rows: the column of every entry, and where each row's entries begin."""
+
+    def decode(self, rows: Tensor) -> Tensor:
+        pointers = self.code("pointers")
+        return self.scatter(pointers[rows].long(), pointers[rows + 1].long())
+
+    def scatter(self, start: Tensor, end: Tensor) -> Tensor:
+        """Vectors ``[..., D]`` from the entries ``start`` to ``end`` [...] of each row."""
+        position = start.unsqueeze(-1) + self.column_range
+        inside = position < end.unsqueeze(-1)
+        position = position.clamp(max=self.kept - 1)
+        # What is not of this row adds zero to column 0, so that shapes do not depend on how full the rows are.
+        column = torch.where(inside, self.code("columns")[position].long(), 0)
+        values = self.code("values")[position]
+        values = torch.where(inside, values, values.new_zeros(()))
+        return torch.zeros_like(values).scatter_add(-1, column, values)
+
+    @classmethod
+    def write(
+        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
+    ) -> None:
+        store.code(f"{name}/columns")[chunk] = columns.to(store.code(f"{name}/columns").dtype)
+        if rows.numel():
+            counts = torch.bincount(rows - rows[0])
+            first = int(rows[0]) + 1
+            store.code(f"{name}/pointers")[first : first + len(counts)] += counts.to(
+                store.code(f"{name}/pointers").dtype
+            )
+
+    @classmethod
+    def finish(cls, name: str, store: Store) -> None:
+        pointers = store.code(f"{name}/pointers")
+        pointers.copy_(pointers.cumsum(0))
+
+
+class EntriesBlock(RowsBlock):
+    """Sorted entries, each with its row and column; a row's are found by bisection."""
+
+    def decode(self, rows: Tensor) -> Tensor:
+        ids = self.code("ids")
+        wanted = rows.to(ids.dtype)
+        return self.scatter(torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True))
+
+    @classmethod
+    def write(
+        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
+    ) -> None:
+        store.code(f"{name}/columns")[chunk] = columns.to(store.code(f"{name}/columns").dtype)
+        store.code(f"{name}/ids")[chunk] = rows.to(store.code(f"{name}/ids").dtype)
+
+    @classmethod
+    def finish(cls, name: str, store: Store) -> None:
+        pass
+
+
+_SERVED: dict[str, type[SparseBlock]] = {
+    "bitmap": BitmapBlock,
+    "compressed rows": RowsBlock,
+    "entries": EntriesBlock,
+}
+
+
+# SWAR counts of bits: pairs, nibbles, bytes; their sum ends up in the top byte.
+_PAIRS, _NIBBLES, _BYTES, _ONES = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x0101010101010101
+
+
+def _count_bits(words: Tensor) -> Tensor:
+    """Bits set in each int64; the masks clear what an arithmetic shift brings in."""
+    words = words - (words >> 1 & _PAIRS)
+    words = (words & _NIBBLES) + (words >> 2 & _NIBBLES)
+    return ((words + (words >> 4) & _BYTES) * _ONES) >> 56
