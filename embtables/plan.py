@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -287,6 +288,7 @@ def plan(
         bound = parse_budget(training_budget, full)
         if result.training_bytes > bound:
             result = _under_training_budget(solve, floor, limit or floor, bound)
+    _check_names(result)
     return result
 
 
@@ -316,6 +318,15 @@ def _check_tables(tables: tuple[TableConfig, ...]) -> None:
         if table.name in seen:
             raise ValueError(f"two tables are named '{table.name}'")
         seen.add(table.name)
+
+
+def _check_names(solved: Plan) -> None:
+    """Methods name their storage after tables (``a/0``) and groups (``unified``), and a table may be called the same."""
+    for form in ("training", "serving"):
+        names = [item.name for g in solved.groups for item in getattr(g.layout, form).items()]
+        twice = next((name for name, times in Counter(names).items() if times > 1), None)
+        if twice is not None:
+            raise ValueError(f"a part of the storage is named '{twice}' as well as a table: rename table '{twice}'")
 
 
 def _counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | None) -> dict[str, Counts]:

@@ -1,0 +1,165 @@
+"""Random tables, methods, budgets and frequencies for the tests of the core. New methods are covered as they appear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from embtables import EmbeddingTables, TableConfig
+from embtables.methods import Method, from_config, kinds
+
+# Configurations besides the default one of every kind.
+VARIANTS: list[dict[str, Any]] = [
+    {"kind": "multi_hash", "num_hashes": 3, "operation": "mean"},
+    {"kind": "multi_hash", "num_hashes": 2, "operation": "concat"},
+    {"kind": "multi_hash", "num_hashes": 4, "operation": "sum", "signs": True},
+    {"kind": "compositional", "operation": "add"},
+    {"kind": "compositional", "operation": "concat"},
+    {"kind": "compositional", "num_partitions": 3},
+    {"kind": "compositional", "radices": "chinese_remainder"},
+    {"kind": "unified", "width": 2},
+    {"kind": "robe", "block_size": 1},
+    {"kind": "robe", "block_size": 4, "signs": True},
+]
+
+
+def all_methods() -> list[Method]:
+    """The default of every kind, and further configurations of those that have any."""
+    variants = [v for v in VARIANTS if v["kind"] in kinds()]
+    return [from_config(kind) for kind in kinds()] + [from_config(v) for v in variants]
+
+
+def method_id(method: Method) -> str:
+    settings = method.model_dump(exclude_defaults=True)
+    return "-".join([method.kind, *(f"{k}={v}" for k, v in settings.items())])
+
+
+def falling_counts(n: int) -> npt.NDArray[np.int64]:
+    """Counts of ids that are numbered by frequency, as prepared data has them."""
+    return np.maximum(1, 10_000 // np.arange(1, n + 1)).astype(np.int64)
+
+
+def shuffled_counts(n: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Counts of ids in no order of frequency."""
+    return np.random.default_rng(seed).permutation(falling_counts(n))
+
+
+def counted_bytes(module: nn.Module) -> int:
+    """Bytes of the distinct storages of a module's parameters and persistent buffers."""
+    tensors: list[Tensor] = [p.data for p in module.parameters()]
+    for child in module.modules():
+        skipped = child._non_persistent_buffers_set
+        tensors += [b for name, b in child._buffers.items() if b is not None and name not in skipped]
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def random_ids(tables: EmbeddingTables, batch: int, seed: int = 0) -> Tensor:
+    """``[B, F]``: uniform ids, a column a feature."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {f: t.num_embeddings or 2**40 for t in tables.plan.tables for f in t.feature_names}
+    columns = [torch.randint(sizes[f], (batch,), generator=generator) for f in tables.feature_names]
+    return torch.stack(columns, dim=1)
+
+
+# ---- hypothesis ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of ``plan``."""
+
+    tables: list[TableConfig]
+    method: Any
+    frequencies: dict[str, npt.NDArray[np.int64]] | None
+
+    @property
+    def full_bytes(self) -> int:
+        return sum(4 * t.embedding_dim * (t.num_embeddings + (t.on_out_of_range == "oov")) for t in self.tables)
+
+
+@st.composite
+def log_integers(draw: st.DrawFn, low: int, high: int) -> int:
+    """Integers whose logarithm is about uniform, both ends included often."""
+    exponent = draw(st.floats(0, 1))
+    return min(high, max(low, round(low * (high / low) ** exponent)))
+
+
+@st.composite
+def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
+    """A configuration of a kind that fits tables of these dimensions."""
+    if kind == "multi_hash":
+        k = draw(st.integers(2, 4))
+        operation = draw(st.sampled_from(["sum", "mean", "concat"] if min(dims) >= k else ["sum", "mean"]))
+        signs = operation != "concat" and draw(st.booleans())
+        return {"kind": kind, "num_hashes": k, "operation": operation, "signs": signs}
+    if kind == "compositional":
+        operation = draw(st.sampled_from(["mult", "add", "concat"]))
+        most = min(min(dims), 4) if operation == "concat" else 4
+        partitions = draw(st.none() | st.integers(2, most)) if most >= 2 else None
+        radices = draw(st.sampled_from(["quotient_remainder", "chinese_remainder"]))
+        return {"kind": kind, "operation": operation, "num_partitions": partitions, "radices": radices}
+    if kind == "mixed_dimension":
+        return {"kind": kind, "first_block": draw(st.integers(1, 100)), "block_growth": draw(st.integers(2, 8))}
+    if kind == "unified":
+        common = int(np.gcd.reduce(dims))
+        widths = [w for w in range(1, common + 1) if common % w == 0]
+        return {"kind": kind, "width": draw(st.none() | st.sampled_from(widths))}
+    if kind == "robe":
+        return {"kind": kind, "block_size": draw(st.integers(1, 16)), "signs": draw(st.booleans())}
+    return {"kind": kind}
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, max_rows: int, use: list[str] | None = None, min_rows: int = 1, patterns: bool = True
+) -> Case:
+    """Tables with a method, or with methods by name pattern, and frequencies or none."""
+    use = use or kinds()
+    step = draw(st.sampled_from([1, 1, 2, 8]))
+    tables = []
+    for i in range(draw(st.integers(1, 5))):
+        n = draw(log_integers(min_rows, max_rows))
+        tables.append(
+            TableConfig(
+                f"{draw(st.sampled_from('xy'))}{i}",
+                n,
+                step * draw(st.sampled_from([1, 2, 3, 4, 5, 8])),
+                feature_names=[f"f{i}", "shared"] if draw(st.booleans()) else [],
+                pooling=draw(st.sampled_from(["sum", "mean"])),
+                on_out_of_range=draw(st.sampled_from(["error", "hash", "oov"])),
+                padding_idx=draw(st.none() | st.just(n // 2)),
+            )
+        )
+    by_letter = {letter: [t for t in tables if t.name[0] == letter] for letter in "xy"}
+    chosen: Any
+    if patterns and all(by_letter.values()) and draw(st.booleans()):
+        chosen = {
+            f"{letter}*": draw(configs([t.embedding_dim for t in members], draw(st.sampled_from(use))))
+            for letter, members in by_letter.items()
+        }
+        needed = {c["kind"] for c in chosen.values()}
+    else:
+        chosen = draw(configs([t.embedding_dim for t in tables], draw(st.sampled_from(use))))
+        needed = {chosen["kind"]}
+    frequencies = None
+    if max(t.num_embeddings for t in tables) <= 10_000:
+        frequencies = {t.name: draw(counts(t.num_embeddings)) for t in tables if draw(st.booleans())}
+    if "frequency_cutoff" in needed:
+        frequencies = {t.name: draw(counts(t.num_embeddings)) for t in tables}
+    return Case(tables, chosen, frequencies)
+
+
+@st.composite
+def counts(draw: st.DrawFn, n: int) -> npt.NDArray[np.int64]:
+    how = draw(st.sampled_from(["falling", "shuffled", "zeros", "uniform"]))
+    if how == "falling":
+        return falling_counts(n)
+    if how == "shuffled":
+        return shuffled_counts(n, draw(st.integers(0, 3)))
+    return np.zeros(n, np.int64) if how == "zeros" else np.full(n, 7)

@@ -1,0 +1,336 @@
+"""What ``plan`` promises about bytes, over random tables, methods and budgets; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_cases import Case, all_methods, cases, counted_bytes, falling_counts, log_integers, method_id
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embtables import Adam, EmbeddingTables, InfeasibleBudget, Plan, RowWiseAdagrad, TableConfig, plan
+from embtables.methods import Method, kinds
+
+HASHES = ["hash", "multi_hash", "unified", "robe"]
+
+
+def solve(case: Case, budget: Any, **others: Any) -> Plan:
+    # Robe has no rows, and so refuses the default optimizer.
+    return plan(case.tables, case.method, budget, case.frequencies, others.pop("optimizer", "adagrad"), **others)
+
+
+def feasible(case: Case, budget: int) -> Plan | None:
+    try:
+        return solve(case, budget)
+    except InfeasibleBudget:
+        return None
+
+
+def own_bytes(solved: Plan) -> dict[str, int]:
+    frame = solved.to_pandas()
+    own = frame[frame["embedding_dim"].notna()]
+    assert frame["inference_bytes"].sum() == solved.inference_bytes
+    return dict(zip(own["table"], own["inference_bytes"]))
+
+
+@given(cases(max_rows=2_000) | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"]), st.data())
+@settings(max_examples=2500)
+def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Case, data: st.DataObject) -> None:
+    full = case.full_bytes
+    small = data.draw(log_integers(1, full + 100))
+    large = data.draw(log_integers(small, 2 * full + 200) | st.integers(small, small + 300))
+    first, second = feasible(case, small), feasible(case, large)
+    if first is None:
+        with pytest.raises(InfeasibleBudget) as caught:
+            solve(case, small)
+        floor = caught.value.floor_bytes
+        assert floor > small and f"{floor:,}" in str(caught.value)
+        assert 0 < solve(case, floor).inference_bytes <= floor
+        with pytest.raises(InfeasibleBudget):
+            solve(case, floor - 1)
+        assert (second is not None) == (large >= floor)
+        return
+    assert first.inference_bytes <= small and first.full_bytes == full
+    assert second is not None and second.inference_bytes <= large
+    assert first.inference_bytes <= second.inference_bytes
+    before, after = own_bytes(first), own_bytes(second)
+    assert all(before[name] <= after[name] for name in before), (before, after)
+
+
+@given(cases(max_rows=300), st.floats(0.02, 1.1), st.sampled_from(["sgd", "adagrad", "adam", None]))
+@settings(max_examples=250)
+def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, optimizer: str | None) -> None:
+    budget = max(1, int(share * case.full_bytes))
+    try:
+        solved = solve(case, budget, optimizer=optimizer)
+    except InfeasibleBudget as error:
+        solved = solve(case, error.floor_bytes, optimizer=optimizer)
+    tables = EmbeddingTables(solved)
+    state = tables.store.optimizer_state()
+    extra = sum(t.untyped_storage().nbytes() for name, t in state.items() if name != "hyper")
+    gradients = sum(p.numel() * p.element_size() for p in tables.parameters())
+    assert counted_bytes(tables) + extra + gradients == solved.training_bytes == tables.memory().training_bytes
+    assert tables.memory().inference_bytes == solved.inference_bytes
+    tables.finalize()
+    assert counted_bytes(tables) == solved.inference_bytes == tables.memory().inference_bytes
+
+
+@given(cases(max_rows=500), st.floats(0.02, 1.0))
+@settings(max_examples=200)
+def test_survives_json(case: Case, share: float) -> None:
+    solved = feasible(case, max(1, int(share * case.full_bytes)))
+    if solved is None:
+        return
+    again = Plan.from_dict(json.loads(json.dumps(solved.to_dict())))
+    assert again == solved and again.fingerprint == solved.fingerprint
+    assert again.inference_bytes == solved.inference_bytes and again.training_bytes == solved.training_bytes
+    assert str(again) == str(solved)
+
+
+@given(cases(max_rows=10**7, min_rows=10**5, use=HASHES, patterns=False), st.floats(0.0005, 1.0), st.booleans())
+@settings(max_examples=150)
+def test_hash_like_methods_use_the_budget(case: Case, share: float, counted: bool) -> None:
+    if counted:
+        tables = [TableConfig(t.name, 10**5, t.embedding_dim) for t in case.tables]
+        case = Case(tables, case.method, {t.name: falling_counts(10**5) for t in tables})
+    budget = int(share * case.full_bytes)
+    assert 0.95 * budget <= solve(case, budget).inference_bytes <= budget
+
+
+@pytest.mark.parametrize("kind", [k for k in kinds() if k not in ("frequency_cutoff", "full")])
+def test_a_billion_ids_are_planned_without_a_table_of_them(kind: str) -> None:
+    tables = [TableConfig("ids", 10**9, 16), TableConfig("small", 10, 16)]
+    try:
+        solved = plan(tables, kind, "1%", optimizer="adagrad")
+    except InfeasibleBudget as error:
+        solved = plan(tables, kind, error.floor_bytes, optimizer="adagrad")
+    assert solved.inference_bytes <= (solved.budget_bytes or 0)
+
+
+@given(cases(max_rows=500), st.floats(0.05, 1.0), st.floats(0.1, 2.5))
+@settings(max_examples=150)
+def test_training_budget_is_respected(case: Case, share: float, training_share: float) -> None:
+    free = feasible(case, max(1, int(share * case.full_bytes)))
+    if free is None:
+        return
+    bound = max(1, int(training_share * case.full_bytes))
+    budget = free.budget_bytes
+    try:
+        bounded = solve(case, budget, training_budget=bound)
+    except InfeasibleBudget as error:
+        assert error.floor_bytes > bound and "training" in str(error)
+        assert solve(case, budget, training_budget=error.floor_bytes).training_bytes == error.floor_bytes
+        with pytest.raises(InfeasibleBudget):
+            solve(case, budget, training_budget=error.floor_bytes - 1)
+        return
+    assert bounded.training_bytes <= bound and bounded.inference_bytes <= free.inference_bytes
+    if free.training_bytes <= bound:
+        assert bounded == free
+
+
+def test_frequencies_move_bytes_to_the_table_that_is_looked_up() -> None:
+    tables = [TableConfig("hot", 50_000, 8), TableConfig("cold", 50_000, 8)]
+    counts = {"hot": np.full(50_000, 100), "cold": np.full(50_000, 1)}
+    own = own_bytes(plan(tables, "hash", "10%", counts))
+    # m is proportional to the root of the traffic, here 10 to 1 (methods.md, the Lagrange solution of Σ T/m).
+    assert own["hot"] / own["cold"] == pytest.approx(10, rel=0.01)
+    even = own_bytes(plan(tables, "hash", "10%"))
+    assert even["hot"] == even["cold"]
+
+
+def test_patterns_share_one_budget_and_the_first_that_matches_counts() -> None:
+    tables = [TableConfig(n, 1000, 8) for n in ("user_id", "user_city", "item_id")]
+    solved = plan(tables, {"user_id": "full", "user_*": "hash", "*": {"kind": "hash"}}, "60%")
+    lines = solved.to_pandas().set_index("table")
+    assert list(lines["method"]) == ["full", "hash", "hash"]
+    assert lines.loc["user_id", "inference_bytes"] == 32_000
+    assert solved.inference_bytes <= 0.6 * 96_000
+    assert [table.name for table in solved.tables] == ["user_id", "user_city", "item_id"]
+
+
+def test_full_needs_no_budget_and_refuses_one_that_is_too_small() -> None:
+    tables = [TableConfig("a", 100, 4), TableConfig("b", 10, 3, on_out_of_range="oov")]
+    solved = plan(tables, "full")
+    assert solved.budget_bytes is None and solved.inference_bytes == solved.full_bytes == 4 * (100 * 4 + 11 * 3)
+    with pytest.raises(InfeasibleBudget) as caught:
+        plan(tables, "full", "50%")
+    assert caught.value.floor_bytes == 4 * (100 * 4 + 11 * 3)
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [("sgd", 1), ("adagrad", 2), (None, 2)])
+def test_training_bytes_of_full(optimizer: str | None, factor: int) -> None:
+    assert plan([TableConfig("a", 100, 8)], "full", optimizer=optimizer).training_bytes == factor * 3200
+
+
+def test_training_bytes_of_row_wise_state_and_of_adam() -> None:
+    table = TableConfig("a", 100, 8)
+    assert plan([table], "full", optimizer=RowWiseAdagrad()).training_bytes == 3200 + 400
+    assert plan([table], "full", optimizer=Adam()).training_bytes == 3 * 3200 + 8
+
+
+def test_ids_without_a_vocabulary() -> None:
+    table = TableConfig("raw", None, 16)
+    solved = plan([table], "hash", 64_000)
+    assert solved.full_bytes is None and solved.inference_bytes == 64_000
+    with pytest.raises(ValueError, match="give bytes"):
+        plan([table], "hash", "10%")
+    with pytest.raises(ValueError, match="table 'raw'.*num_embeddings"):
+        plan([table], "full", 64_000)
+
+
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_prints_every_table_and_its_bytes(method: Method) -> None:
+    tables = [TableConfig("users", 4000, 8), TableConfig("cities", 30, 8)]
+    counts = {t.name: falling_counts(t.num_embeddings or 0) for t in tables}
+    text = str(plan(tables, method, None if method.kind == "full" else "50%", counts, "adagrad"))
+    assert "users" in text and "cities" in text and method.kind in text
+    assert "inference" in text and "training" in text
+
+
+def test_the_same_arguments_give_the_same_plan_and_a_seed_is_part_of_it() -> None:
+    tables = [TableConfig("a", 1000, 8)]
+    assert plan(tables, "hash", "10%") == plan(tables, "hash", "10%")
+    assert plan(tables, "hash", "10%").fingerprint != plan(tables, "hash", "10%", hash_seed=1).fingerprint
+    # Neither budget nor optimizer changes an address, so weights may move between such plans.
+    other = plan(tables, "hash", plan(tables, "hash", "10%").inference_bytes + 1, optimizer="adam")
+    assert plan(tables, "hash", "10%").fingerprint == other.fingerprint
+
+
+# ---- bad input: every message names the culprit ----------------------------------------------------------------------
+
+TABLES = [TableConfig("user", 100, 8), TableConfig("item", 50, 8)]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("nope", "unknown method 'nope'.*hash"),
+        ({"kind": "nope"}, "unknown method.*nope"),
+        ({"kind": "hash", "size": 3}, "method hash has no field 'size'"),
+        ({"kind": "multi_hash", "num_hashes": 1}, "method multi_hash, field 'num_hashes'.*not 1"),
+        ({"kind": "multi_hash", "operation": "max"}, "method multi_hash, field 'operation'"),
+        ({"user": "hash"}, "matches table 'item'"),
+        ({"user": "hash", "*": "hash", "none_*": "hash"}, "pattern 'none_\\*'"),
+        ({"*": "nope"}, "unknown method 'nope'"),
+        ({}, "empty mapping"),
+        (7, "unknown method 7"),
+        (None, "unknown method None"),
+    ],
+)
+def test_bad_methods(method: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(TABLES, method, "10%")
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "message"),
+    [
+        ({"nobody": [1]}, "frequencies name 'nobody'"),
+        ({"user": np.ones(99, int)}, "table 'user' hold 99 counts, but it has 100 ids"),
+        ({"user": np.full(100, -1)}, "table 'user' hold a negative"),
+        ({"user": np.full(100, np.nan)}, "table 'user' hold a negative or non-finite"),
+        ({"user": np.full(100, np.inf)}, "table 'user' hold a negative or non-finite"),
+        ({"user": np.full(100, 0.01)}, "table 'user' hold fractions"),
+        ({"user": np.ones((10, 10), int)}, "table 'user' must be a 1-D array"),
+        ({"user": ["a"] * 100}, "table 'user' must be a 1-D array"),
+        ([1, 2], "map table names"),
+    ],
+)
+def test_bad_frequencies(frequencies: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(TABLES, "hash", "10%", frequencies)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("lion", "unknown optimizer 'lion'"),
+        ({"kind": "sgd", "eps": 1}, "optimizer sgd has no field 'eps'"),
+        ({"kind": "adam", "lr": -1}, "Adam.lr must be a non-negative number, not -1"),
+        ({"lr": 1}, "unknown optimizer"),
+        (3, "unknown optimizer 3"),
+    ],
+)
+def test_bad_optimizers(optimizer: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(TABLES, "hash", "10%", optimizer=optimizer)
+
+
+def test_other_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="two tables are named 'user'"):
+        plan([TABLES[0], TABLES[0]], "hash", "10%")
+    with pytest.raises(ValueError, match="no tables"):
+        plan([], "hash", "10%")
+    with pytest.raises(ValueError, match="TableConfig, not str"):
+        plan(["user"], "hash", "10%")  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="one table 'user'"):
+        plan(TABLES[0], "hash", "10%")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hash_seed must be an integer, not '1'"):
+        plan(TABLES, "hash", "10%", hash_seed="1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hash needs a budget"):
+        plan(TABLES, "hash")
+    with pytest.raises(ValueError, match="robe.*rowwise_adagrad.*adagrad"):
+        plan(TABLES, "robe", "10%")
+    with pytest.raises(ValueError, match="table 'user'.*frequency_cutoff.*frequencies"):
+        plan(TABLES, "frequency_cutoff", "10%")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ""}, "name must be a non-empty string"),
+        ({"num_embeddings": 0}, "table 't': num_embeddings.*not 0"),
+        ({"num_embeddings": True}, "table 't': num_embeddings.*not True"),
+        ({"num_embeddings": 2.0}, "table 't': num_embeddings"),
+        ({"num_embeddings": 2**41}, "table 't': num_embeddings"),
+        ({"embedding_dim": 0}, "table 't': embedding_dim.*not 0"),
+        ({"feature_names": "abc"}, "table 't': feature_names"),
+        ({"feature_names": None}, "table 't': feature_names"),
+        ({"feature_names": ["a", "a"]}, "table 't': feature_names lists 'a' twice"),
+        ({"feature_names": [3]}, "table 't': feature_names holds 3"),
+        ({"pooling": "max"}, "table 't': pooling must be one of sum, mean, not 'max'"),
+        ({"on_out_of_range": "clip"}, "table 't': on_out_of_range"),
+        ({"num_embeddings": None, "on_out_of_range": "oov"}, "table 't': on_out_of_range"),
+        ({"padding_idx": 10}, "table 't': padding_idx 10"),
+        ({"padding_idx": -1}, "table 't': padding_idx -1"),
+        ({"init_fn": 3}, "table 't': init_fn"),
+    ],
+)
+def test_bad_table_configs(fields: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"name": "t", "num_embeddings": 10, "embedding_dim": 4}
+    with pytest.raises(ValueError, match=message):
+        TableConfig(**(values | fields))
+
+
+@pytest.mark.parametrize("damage", [5, {}, {"format_version": 99}, "drop", "kind"])
+def test_bad_plan_data(damage: Any) -> None:
+    data = plan(TABLES, "hash", "10%").to_dict()
+    if damage == "drop":
+        del data["groups"]
+    elif damage == "kind":
+        data["groups"][0]["method"]["kind"] = "nope"
+    else:
+        data = damage
+    with pytest.raises(ValueError, match="plan|unknown method"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_names_that_look_like_parts_of_the_storage_work_or_are_refused(method: Method) -> None:
+    names = [method.kind, f"{method.kind}/rank", "a", "a/0", "a/1", "a/0/1", f"{method.kind}#1"]
+    # The small ones are kept in full, under their own names.
+    tables = [TableConfig(name, 400 if name == "a" else 4, 8) for name in names] + [TableConfig("big", 400, 8)]
+    counts = {t.name: falling_counts(t.num_embeddings or 0)[::-1].copy() for t in tables}
+    try:
+        solved = plan(tables, method, None if method.kind == "full" else "60%", counts, "adagrad")
+    except ValueError as error:
+        assert "rename" in str(error) and any(f"'{name}'" in str(error) for name in names)
+        return
+    built = EmbeddingTables(solved)
+    assert counted_bytes(built.finalize()) == solved.inference_bytes
+    with torch.no_grad():
+        assert built(torch.zeros(2, len(tables), dtype=torch.int64)).shape == (2, 8 * len(tables))
