@@ -1,11 +1,14 @@
 """The documentation as a reader uses it: its Python runs, its commands exist, its links lead somewhere.
 
 A block that needs an optional package stands under the line ``<!-- requires: torchrec -->`` and is left out without it.
+A block under ``<!-- prints -->`` is what the Python block before it prints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -21,15 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/methods/*.md")) + sorted(ROOT.glob("README.md"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _REQUIRES = re.compile(r"<!-- requires: ([\w., ]+) -->\n\Z")
+_PRINTS = "<!-- prints -->\n"
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, the line it begins on, and the packages it cannot run without."""
+    """A fenced block, the line it begins on, the packages it cannot run without, and whether it is an output."""
 
     language: str
     text: str
     line: int
     requires: tuple[str, ...]
+    is_output: bool
 
 
 def blocks(markdown: str) -> list[Block]:
@@ -38,7 +43,8 @@ def blocks(markdown: str) -> list[Block]:
         before = markdown[: match.start()]
         requires = _REQUIRES.search(before)
         names = tuple(requires[1].replace(",", " ").split()) if requires else ()
-        found.append(Block(match[1], match[2], before.count("\n") + 2, names))
+        line = before.count("\n") + 2
+        found.append(Block(match[1], match[2], line, names, before.endswith(_PRINTS)))
     return found
 
 
@@ -63,14 +69,20 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "docs"}
     left_out = set()
+    printed = io.StringIO()
     for block in blocks(page.read_text(encoding="utf-8")):
+        if block.is_output:
+            assert block.text.strip() == printed.getvalue().strip(), f"line {block.line}: not what the code prints"
         if block.language != "python":
             continue
         absent = {package for package in block.requires if missing(package)}
         left_out |= absent
         if not absent:
             # The empty lines in front make a traceback name the line of the page.
-            exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, namespace)
     if left_out:
         pytest.skip(f"the blocks that need {', '.join(sorted(left_out))} did not run")
 
