@@ -321,7 +321,7 @@ def _check_tables(tables: tuple[TableConfig, ...]) -> None:
 
 
 def _check_names(solved: Plan) -> None:
-    """Methods name their storage after tables (``a/0``) and groups (``unified``), and a table may be called the same."""
+    """Methods name their storage after tables (``a/0``) and groups (``unified``); a table may be called the same."""
     for form in ("training", "serving"):
         names = [item.name for g in solved.groups for item in getattr(g.layout, form).items()]
         twice = next((name for name, times in Counter(names).items() if times > 1), None)
