@@ -34,7 +34,8 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         # weights_only: tensors and plain values, never code.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it to start again") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): delete it to start again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of embtables")
     if content.get("version") != VERSION:

@@ -25,7 +25,7 @@ __all__ = ["DenseConfig", "ModelConfig", "RunConfig", "TablesConfig", "TrainingC
 
 Bytes = StrictInt | StrictFloat | StrictStr
 
-DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.001}
+DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.003}
 """What ``tables.learning_rate: null`` means, by optimizer."""
 
 
@@ -49,7 +49,7 @@ class TablesConfig(_Section):
     budget: Bytes | None = Field(default=None, description='inference bytes: 67108864, "64MB", 0.1, "10%"')
     training_budget: Bytes | None = Field(default=None, description="bound on the training bytes as well")
     embedding_dim: int = Field(default=16, ge=1)
-    optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "adagrad"
+    optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "adam"
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: by optimizer")
     l2: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of the touched rows")
     fused: bool = Field(

@@ -118,6 +118,7 @@ class Trainer:
             plan = plan_tables(self.config, self.data)
         except InfeasibleBudget as error:
             return self._write_infeasible(identity, error)
+        self._remove_leftovers()
         with _threads(self.config.training.threads), _own_random_numbers(self.device):
             _seed(self.config.training.seed)
             tables = EmbeddingTables(
@@ -132,6 +133,12 @@ class Trainer:
             model.to(self.device)
             self._write_start(identity, plan)
             return _Run(self, identity, plan, tables, model).run()
+
+    def _remove_leftovers(self) -> None:
+        """What a killed run was writing when it died."""
+        for folder in (self.out, self.checkpoint):
+            for path in folder.glob(".*.tmp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two starts to be the same run."""

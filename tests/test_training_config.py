@@ -1,0 +1,105 @@
+"""The configuration of a run: where values come from, and what wrong ones are told."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from embtables.training import load_config
+from embtables.training.config import RunConfig
+
+
+def test_order_of_sources(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {batch_size: 64, epochs: 3, seed: 5}\ntables: {method: hash, budget: 10%}\nmodel:\n")
+    config = load_config(
+        path,
+        flags={"training.epochs": 4, "training.seed": 6, "tables.optimizer": None},
+        overrides=["training.seed=7", "model.hyperparameters.top_units=[8, 4]", "dense.learning_rate=1e-2"],
+    )
+    assert (config.training.batch_size, config.training.epochs, config.training.seed) == (64, 4, 7)
+    assert (config.tables.method, config.tables.budget) == ("hash", "10%")
+    assert config.model.hyperparameters == {"top_units": [8, 4]}
+    assert config.dense.learning_rate == 0.01
+    assert config.training.patience == RunConfig().training.patience
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.1", 0.1), ("10%", "10%"), ("64MB", "64MB"), ("67108864", 67108864), ("null", None)],
+)
+def test_budget_keeps_its_type(text, value):
+    budget = load_config(overrides=[f"tables.budget={text}"]).tables.budget
+    assert budget == value and type(budget) is type(value)
+
+
+def test_methods_may_be_words_mappings_and_patterns():
+    for text in ("hash", "{kind: multi_hash, num_hashes: 2}", "{'user*': hash, '*': {kind: full}}"):
+        assert load_config(overrides=[f"tables.method={text}"]).tables.method == yaml.safe_load(text)
+
+
+def test_resolved_configuration_reads_back_the_same(tmp_path):
+    config = load_config(overrides=["tables.optimizer=adam", "tables.budget=10%", "model.hyperparameters.dropout=0.1"])
+    assert config.tables.learning_rate is not None
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batch_size=0", r"^training\.batch_size: input should be greater than or equal to 1, not 0$"),
+        ("training.batch_size=many", r"^training\.batch_size: .*integer.*, not 'many'$"),
+        ("training.batchsize=10", r"^training\.batchsize is not a field .*did you mean training\.batch_size\?$"),
+        ("training.colour=red", r"^training\.colour is not a field of the configuration: training has batch_size, "),
+        ("batch_size=10", r"^batch_size is not a section .*did you mean training\.batch_size\?$"),
+        ("tables.optimizer=lamb", r"^tables\.optimizer: .*'sgd', 'rowwise_adagrad', 'adagrad' or 'adam', not 'lamb'$"),
+        ("tables.learning_rate=-1", r"^tables\.learning_rate: .*greater than 0, not -1$"),
+        ("tables.learning_rate=.inf", r"^tables\.learning_rate: .*finite number"),
+        ("tables.budget=true", r"^tables\.budget: must be bytes .* or a share .*, not True$"),
+        ("tables.budget=[1]", r"^tables\.budget: must be bytes .* or a share"),
+        ("tables.method=3", r"^tables\.method: must be a method's kind.*, not 3$"),
+        ("tables.embedding_dim=0", r"^tables\.embedding_dim: "),
+        ("tables.sparse_gradients=true", r"^tables: sparse_gradients needs tables\.fused=false"),
+        ("training.device=tpu0", r"^training\.device: give cpu, cuda or cuda:<number>, not 'tpu0'$"),
+        ("training.patience=0", r"^training\.patience: "),
+        ("training.batch_size.x=1", r"^training\.batch_size"),
+        ("training.batch_size", r"^override 'training\.batch_size' is not of the form field=value"),
+        ("model.hyperparameters.top_units=[1", r"^model\.hyperparameters\.top_units: the value .* not valid YAML"),
+    ],
+)
+def test_errors_name_the_field(override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_rowwise_adagrad_is_fused_only():
+    with pytest.raises(ValueError, match="rowwise_adagrad exists fused only"):
+        load_config(overrides=["tables.fused=false", "tables.optimizer=rowwise_adagrad"])
+
+
+def test_a_value_where_a_field_is_meant(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {batch_size: 3}")
+    with pytest.raises(ValueError, match="training.batch_size holds a single value, so there is no field"):
+        load_config(path, overrides=["training.batch_size.x=1"])
+
+
+def test_errors_name_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {epochs: 0}")
+    with pytest.raises(ValueError, match=r"run\.yaml: training\.epochs: "):
+        load_config(path)
+    path.write_text("training:\n  epochs: 1\n  seed: [1\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: line \d is not valid YAML"):
+        load_config(path)
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="must hold the sections model, tables, dense, training, not list"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match="run.yaml is not"):
+        load_config(path)
+    with pytest.raises(OSError):
+        load_config(tmp_path / "absent.yaml")
