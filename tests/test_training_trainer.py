@@ -468,7 +468,7 @@ def test_training_imports_nothing_heavy_before_it_must():
 
 @pytest.mark.parametrize(("model", "interactions"), [("dlrm", 0.5), ("mlp", 0.0)])
 def test_full_tables_reach_what_is_attainable(model, interactions, tmp_path):
-    config = Synthetic(rows=100_000, cardinalities=(300, 100), interaction_std=interactions, num_dense=1, seed=1)
+    config = Synthetic(rows=150_000, cardinalities=(400, 100), interaction_std=interactions, num_dense=1, seed=1)
     data = prepare_synthetic(tmp_path / "data", config)
     result = Trainer(load_config(flags={"model.name": model, "training.epochs": 6}), data, tmp_path / "run").run()
     attainable = data.manifest["bayes_auc"] - 0.5
