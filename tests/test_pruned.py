@@ -220,23 +220,37 @@ def test_lookups_pool_what_the_dense_reconstruction_holds(form: str, tmp_path: P
 
 
 def test_no_dense_table_comes_up_in_a_lookup() -> None:
-    """The widest tensor of a lookup depends on the ids, not on the table."""
+    """The largest tensor that a lookup makes depends on the ids, not on the table."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Widest(TorchDispatchMode):
-        widest = 0
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __init__(self, own: set[int]) -> None:
+            super().__init__()
+            self.own = own
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and func not in (torch.ops.aten.detach.default,):
-                self.widest = max(self.widest, out.numel())
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.own:
+                    self.made = max(self.made, tensor.untyped_storage().nbytes())
             return out
 
-    for share in (0.5, 0.001):
+    for share, form in ((0.5, "bitmap"), (0.001, "entries")):
         tables = EmbeddingTables(plan([TableConfig("a", 100_000, 8)], "pruned", share)).finalize()
-        with Widest() as mode:
+        assert variant(tables, "a") == form
+        with Largest({t.untyped_storage().data_ptr() for t in tables.store.state_dict().values()}) as mode:
             tables(torch.arange(0, 100_000, 9999).unsqueeze(1))
-        assert mode.widest <= 11 * 8 * 8
+        assert 0 < mode.made <= 11 * 8 * 8
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_empty_batches(share: float) -> None:
+    tables = EmbeddingTables(plan([TableConfig("a", 1000, 8), TableConfig("b", 1000, 8)], "pruned", share)).finalize()
+    assert tables(torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 16)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert torch.equal(tables(none, torch.zeros(7, dtype=torch.int64)), torch.zeros(3, 16))
 
 
 def test_tables_that_fit_stay_full() -> None:

@@ -324,14 +324,11 @@ class SparseBlock(Block):
     """Values in the order of rows and columns; a form says where those of a row begin and in which columns they are."""
 
     first: Tensor
-    column_range: Tensor
 
     def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
         super().__init__(entries, store)
         self.name = _name(group, self.embedding_dim)
-        self.kept = int(entries[0].entry.values["entries"])
         self.constant("first", [e.entry.values["first_row"] for e in entries])
-        self.constant("column_range", list(range(self.embedding_dim)))
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         return []
@@ -348,6 +345,18 @@ class SparseBlock(Block):
     def decode(self, rows: Tensor) -> Tensor:
         """Vectors ``[..., D]`` of rows ``[...]``."""
         raise NotImplementedError
+
+    def place(self, start: Tensor, counts: Tensor, row: Tensor, column: Tensor | None) -> Tensor:
+        """Vectors ``[n, D]`` from ``counts`` entries from ``start`` on [n]; of each entry its row, 0 … n−1, and column.
+
+        The work is that of the entries found, not of n·D.
+        """
+        position = (start - counts.cumsum(0) + counts)[row] + torch.arange(row.numel(), device=row.device)
+        column = self.code("columns")[position].long() if column is None else column
+        values = self.code("values")[position]
+        vectors = values.new_zeros(start.numel(), self.embedding_dim)
+        vectors.view(-1)[row * self.embedding_dim + column] = values
+        return vectors
 
     @classmethod
     def fill(cls, name: str, slab: Tensor, kept: int, store: Store) -> None:
@@ -377,20 +386,33 @@ class BitmapBlock(SparseBlock):
     """A bit an entry of the full table, and how many of them are set before each block of 8 words."""
 
     def decode(self, rows: Tensor) -> Tensor:
+        first = rows.reshape(-1) * self.embedding_dim
+        bits = self._bits(first)
+        row, column = bits.nonzero(as_tuple=True)
+        return self.place(self._set_before(first), bits.sum(1), row, column).view(*rows.shape, self.embedding_dim)
+
+    def _bits(self, first: Tensor) -> Tensor:
+        """The bits ``[n, D]`` that begin at ``first`` [n]."""
         bitmap = self.code("bitmap")
-        bit = rows.unsqueeze(-1) * self.embedding_dim + self.column_range
-        kept = (bitmap[bit >> 6] >> (bit & 63)) & 1
-        position = self._set_before(bit[..., 0]).unsqueeze(-1) + kept.cumsum(-1) - kept
-        values = self.code("values")[position.clamp(max=self.kept - 1)]
-        return torch.where(kept.bool(), values, values.new_zeros(()))
+        number = -(-self.embedding_dim // 64)
+        word = (first >> 6).unsqueeze(1) + torch.arange(number + 1, device=first.device)
+        words = bitmap[word.clamp(max=len(bitmap) - 1)]
+        # Aligned with the row: the upper bits of a word and the lower ones of the next. Shifts stay below 64.
+        shift = (first & 63).unsqueeze(1)
+        upper = words[:, :-1] >> shift & ~(-1 << (63 - shift) << 1)
+        aligned = upper | (words[:, 1:] << (63 - shift) << 1)
+        bits = aligned.unsqueeze(2) >> torch.arange(min(64, self.embedding_dim), device=first.device) & 1
+        return bits.flatten(1)[:, : self.embedding_dim]
 
     def _set_before(self, bit: Tensor) -> Tensor:
-        """How many bits are set before ``bit`` [...]."""
+        """How many bits are set before ``bit`` [n]."""
         block = bit // (64 * _WORDS)
-        words = block.unsqueeze(-1) * _WORDS + torch.arange(_WORDS, device=bit.device)
-        before = (bit.unsqueeze(-1) - 64 * words).clamp(0, 64)
-        below = torch.where(before < 64, (1 << before.clamp(max=63)) - 1, -1)
-        return self.code("directory")[block].long() + _count_bits(self.code("bitmap")[words] & below).sum(-1)
+        words = self.code("bitmap").view(-1, _WORDS).index_select(0, block)
+        starts = 64 * torch.arange(_WORDS, device=bit.device)
+        before = ((bit - 64 * _WORDS * block).unsqueeze(1) - starts).clamp(0, 64)
+        half = before >> 1
+        below = words & ~(-1 << half << (before - half))
+        return self.code("directory").index_select(0, block) + _count_bits(below).sum(1)
 
     @classmethod
     def write(
@@ -409,19 +431,12 @@ class RowsBlock(SparseBlock):
     """Compressed rows: the column of every entry, and where each row's entries begin."""
 
     def decode(self, rows: Tensor) -> Tensor:
-        pointers = self.code("pointers")
-        return self.scatter(pointers[rows].long(), pointers[rows + 1].long())
+        pointers, flat = self.code("pointers"), rows.reshape(-1)
+        return self.between(pointers[flat].long(), pointers[flat + 1].long()).view(*rows.shape, self.embedding_dim)
 
-    def scatter(self, start: Tensor, end: Tensor) -> Tensor:
-        """Vectors ``[..., D]`` from the entries ``start`` to ``end`` [...] of each row."""
-        position = start.unsqueeze(-1) + self.column_range
-        inside = position < end.unsqueeze(-1)
-        position = position.clamp(max=self.kept - 1)
-        # What is not of this row adds zero to column 0, so that shapes do not depend on how full the rows are.
-        column = torch.where(inside, self.code("columns")[position].long(), 0)
-        values = self.code("values")[position]
-        values = torch.where(inside, values, values.new_zeros(()))
-        return torch.zeros_like(values).scatter_add(-1, column, values)
+    def between(self, start: Tensor, end: Tensor) -> Tensor:
+        """Vectors ``[n, D]`` from the entries ``start`` to ``end`` [n] of each row."""
+        return self.place(start, end - start, torch.repeat_interleave(end - start), None)
 
     @classmethod
     def write(
@@ -446,8 +461,9 @@ class EntriesBlock(RowsBlock):
 
     def decode(self, rows: Tensor) -> Tensor:
         ids = self.code("ids")
-        wanted = rows.to(ids.dtype)
-        return self.scatter(torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True))
+        wanted = rows.reshape(-1).to(ids.dtype)
+        found = self.between(torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True))
+        return found.view(*rows.shape, self.embedding_dim)
 
     @classmethod
     def write(
