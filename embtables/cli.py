@@ -52,7 +52,7 @@ EPILOG = """Examples:
 
   embtables plan data/demo --method hash --budget 10%
 
-  embtables sweep data/demo --model dlrm --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/demo
+  embtables sweep data/demo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/demo
 
   embtables report runs/demo
 

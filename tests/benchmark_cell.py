@@ -49,7 +49,9 @@ def main() -> None:
     rate = next((float(item.split("=")[1]) for item in args.set), 0.05)
     labels = np.load(args.out.parent.parent / "test_labels.npy")
     generator = np.random.default_rng(args.seed)
-    noise = NOISE[args.method] * (1 + 10 * abs(rate - 0.3) if args.set else 1) + ("1%" == args.budget)
+    noise = NOISE.get(args.method, 1.2 + len(args.method) / 20) * (1 + 10 * abs(rate - 0.3) if args.set else 1) + (
+        "1%" == args.budget
+    )
     scores = (labels + noise * generator.standard_normal(len(labels))).astype(np.float32)
     args.out.mkdir(parents=True, exist_ok=True)
     np.save(args.out / "test_scores.npy", scores)

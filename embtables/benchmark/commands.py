@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-DATA = typer.Argument(..., help="Prepared data: a directory that `embtables prepare` wrote.", show_default=False)
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.", show_default=False)]
 
 
 def plan(
-    data: Path = DATA,
-    method: str = typer.Option(..., help="Kind of method, such as hash, or {kind: compositional, operation: add}."),
-    budget: str | None = typer.Option(
-        None, help="Inference bytes of all tables: 10%, 0.1, 64MB, 64MiB or a number of bytes. Not needed for full."
-    ),
-    embedding_dim: int = typer.Option(16, min=1, help="Length of the vectors."),
-    optimizer: str = typer.Option(
-        "adagrad", help="sgd, rowwise_adagrad, adagrad or adam, for the training bytes; none: any of torch.optim."
-    ),
-    training_budget: str | None = typer.Option(None, help="Bound on the training bytes as well."),
-    as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
+    data: Data,
+    method: Annotated[str, typer.Option(help="A kind, such as hash, or {kind: compositional, operation: add}.")],
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864. Not needed for full.")
+    ] = None,
+    embedding_dim: Annotated[int, typer.Option(min=1, help="Length of every vector.")] = 16,
+    optimizer: Annotated[
+        str, typer.Option(help="For the training bytes: sgd, rowwise_adagrad, adagrad, adam; none: any of torch.optim.")
+    ] = "adagrad",
+    training_budget: Annotated[str | None, typer.Option(help="Bound on the training bytes as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show the tables a method makes of a byte budget, to the byte, without training anything.
 
-    Example: embtables plan data/globo --method compositional --budget 10%
+    Example:
+
+      embtables plan data/globo --method compositional --budget 10%
     """
     from embtables.datasets import PreparedDataset
     from embtables.training.config import load_config, parse_value
@@ -43,33 +46,42 @@ def plan(
 
 
 def sweep(
-    data: Path = DATA,
-    model: str | None = typer.Option(
-        None, help="dlrm, mlp, or your own as package.module:Class; without it that of --config, or dlrm."
-    ),
-    methods: str = typer.Option(
-        ..., help="Kinds separated by commas; with options as {kind: compositional, operation: add}."
-    ),
-    budgets: str = typer.Option(..., help="Budgets separated by commas, such as 50%,10%,1% or 64MB,8MB."),
-    seeds: int = typer.Option(3, min=1, help="Number of seeds, 0, 1, …; a seed sets initialization and hashing."),
-    out: Path = typer.Option(..., help="Directory of the sweep. An unfinished one is gone on with."),
-    jobs: int = typer.Option(1, min=1, help="Cells at a time; each gets its share of the cores."),
-    config: Path | None = typer.Option(None, help="Training configuration (YAML) of every cell."),
-    overrides: list[str] | None = typer.Option(
-        None, "--set", metavar="FIELD=VALUE", help="Set a field of the training configuration; may be repeated."
-    ),
-    learning_rates: str | None = typer.Option(
-        None, help="Grid of table learning rates, chosen for each method and budget on validation with the first seed."
-    ),
-    baselines: bool = typer.Option(True, help="Add full, drop_feature and frequency_cutoff where they are missing."),
+    data: Data,
+    methods: Annotated[
+        str, typer.Option(help="Kinds separated by commas; with options as {kind: compositional, operation: add}.")
+    ],
+    budgets: Annotated[str, typer.Option(help="Separated by commas, such as 50%,10%,1% or 64MB,8MB.")],
+    out: Annotated[Path, typer.Option(help="The sweep's folder. An unfinished sweep in it is gone on with.")],
+    model: Annotated[
+        str | None, typer.Option(help="dlrm, mlp or package.module:Class; without it that of --config, or dlrm.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds: 0, 1, …; each sets initialization, hashing and order.")
+    ] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores.")] = 1,
+    config: Annotated[Path | None, typer.Option(help="YAML for every cell: model, tables, dense, training.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
+    ] = None,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Grid for the tables, such as 0.02,0.05,0.1; chosen on validation by method and budget."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Add full, drop_feature and frequency_cutoff where they are missing.")
+    ] = True,
 ) -> None:
     """Train every method at every budget with every seed; stopped and started again, it goes on.
 
     Infeasible cells are listed with their floors and not trained; full ignores the budgets. The result is
     OUT/results.csv; `embtables report OUT` makes a table and a figure of it, at any time.
 
-    Example: embtables sweep data/globo --model dlrm --methods full,hash,compositional --budgets 50%,10%,1%
-    --seeds 3 --out runs/globo
+    Examples:
+
+      embtables sweep data/globo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/globo
+
+      embtables sweep data/globo --methods robe --budgets 64MB --learning-rates 0.02,0.05,0.1 --out runs/robe
     """
     from embtables.benchmark.cells import parse_budgets, parse_methods, with_baselines
     from embtables.benchmark.sweep import describe, run_sweep
@@ -118,12 +130,14 @@ def _numbers(text: str | None) -> list[float]:
 
 
 def report(
-    folder: Path = typer.Argument(..., help="Directory of a sweep, finished or not.", show_default=False),
-    resamples: int = typer.Option(200, min=20, help="Resamples of the paired bootstrap over test rows."),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep, finished or not.", show_default=False)],
+    resamples: Annotated[int, typer.Option(min=20, help="Of the test rows, for the paired bootstrap.")] = 200,
 ) -> None:
     """Print the accuracy-memory table of a sweep; write report.md and accuracy_memory.png and .svg beside its results.
 
-    Example: embtables report runs/globo
+    Example:
+
+      embtables report runs/globo
     """
     import sys
 

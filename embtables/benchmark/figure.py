@@ -6,7 +6,9 @@ import math
 import os
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from embtables.benchmark.summary import DROP, Point, Summary
 from embtables.memory import format_bytes
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colors, which the color-blind can tell apart, without the yellow that is too faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195", "#5C4033")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
-_BASELINE_STYLES = {DROP: ("x", (0, (1, 1.5))), "frequency_cutoff": ("+", (0, (5, 2)))}
+_BASELINE_STYLES: dict[str, tuple[str, Any]] = {DROP: ("x", (0, (1, 1.5))), "frequency_cutoff": ("+", (0, (5, 2)))}
 _BASELINE_LABELS = {DROP: "features dropped", "frequency_cutoff": "rare ids cut off"}
 _GRAY = "#666666"
 _STYLE = {
@@ -49,6 +51,7 @@ def draw(summary: Summary, target: Path) -> list[Path]:
         axes = figure.add_subplot()
         _draw_full(axes, summary)
         _draw_methods(axes, summary)
+        _mark_dropped(axes, summary)
         _label_axes(axes, summary)
         _footnote(figure, summary)
         paths = [Path(f"{target}{suffix}") for suffix in (".png", ".svg")]
@@ -64,12 +67,12 @@ def _draw_full(axes: Axes, summary: Summary) -> None:
     if full is None or not full.num_ok:
         return
     low, high = full.rows["test_auc"].min(), full.rows["test_auc"].max()
-    size = full.inference_bytes
+    size = full.inference_bytes or 0
     axes.axhspan(low, high, color="black", alpha=0.10, linewidth=0)
     axes.axhline(full.mean("test_auc"), color="black", linewidth=1.2, label="full tables")
     axes.plot([size], [full.mean("test_auc")], marker="o", color="black", markersize=5)
     axes.annotate(
-        f"full: {format_bytes(size or 0)}",
+        f"full: {format_bytes(size)}",
         (1.0, full.mean("test_auc")),
         xycoords=("axes fraction", "data"),
         xytext=(0, 5),
@@ -90,7 +93,7 @@ def _draw_methods(axes: Axes, summary: Summary) -> None:
             color, label, width = _GRAY, _BASELINE_LABELS[name], 1.2
         else:
             number = plain.index(name)
-            marker, dashes = _MARKERS[number % len(_MARKERS)], (0, ())
+            marker, dashes = _MARKERS[number % len(_MARKERS)], "-"
             color, label, width = _COLORS[number % len(_COLORS)], name, 1.6
         means = [point.mean("test_auc") for point in curve]
         below = [mean - point.rows["test_auc"].min() for mean, point in zip(means, curve)]
@@ -114,9 +117,39 @@ def _draw_methods(axes: Axes, summary: Summary) -> None:
 
 
 def _curve(summary: Summary, method: str) -> list[Point]:
-    """The points of a method that have results, from the smallest up; none for full tables."""
-    found = [point for point in summary.points if point.method == method and point.takes_budget and point.num_ok]
+    """The points of a method that have results and bytes, from the smallest up; none for full tables."""
+    found = [
+        point for point in summary.points if point.method == method and point.takes_budget and point.inference_bytes
+    ]
     return sorted(found, key=lambda point: point.inference_bytes or 0)
+
+
+def _mark_dropped(axes: Axes, summary: Summary) -> None:
+    """Dropped features that the axes cannot show.
+
+    Where no table is left there are no bytes: a dotted line. Where they are far below all else they would squeeze the
+    rest: they leave at the bottom edge.
+    """
+    others = [point for point in summary.points if point.method != DROP and point.num_ok]
+    dropped = [point for point in summary.points if point.method == DROP and point.num_ok]
+    if not others or not dropped:
+        return
+    low = min(point.rows["test_auc"].min() for point in others)
+    high = max(point.rows["test_auc"].max() for point in [*others, *dropped])
+    span = high - low
+    # Budgets that leave nothing but the smallest tables come out at one size.
+    by_size = {point.inference_bytes or 0: point.mean("test_auc") for point in dropped}
+    far = {size: value for size, value in by_size.items() if span > 0 and value < low - 0.4 * span}
+    if far:
+        axes.set_ylim(low - 0.18 * span, high + 0.08 * span)
+    for size, value in far.items():
+        if size:
+            axes.text(size, 0.012, f"↓ {value:.3f}", transform=axes.get_xaxis_transform(), color=_GRAY, fontsize=9)
+        else:
+            text = f"↓ without any table {value:.3f}"
+            axes.text(0.06, 0.012, text, transform=axes.transAxes, color=_GRAY, fontsize=9)
+    if 0 in by_size and 0 not in far:
+        axes.axhline(by_size[0], color=_GRAY, linewidth=0.9, linestyle=(0, (1, 3)), label="no table left (0 B)")
 
 
 def _label_axes(axes: Axes, summary: Summary) -> None:
@@ -125,7 +158,7 @@ def _label_axes(axes: Axes, summary: Summary) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0,), numticks=12))
     low, high = axes.get_xlim()
-    if math.log10(high / low) < 2:
+    if math.log10(high / low) < 3:
         axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
@@ -140,19 +173,27 @@ def _label_axes(axes: Axes, summary: Summary) -> None:
     full = summary.full
     if full is not None and full.num_ok and full.inference_bytes:
         size = full.inference_bytes
-        share = axes.secondary_xaxis("top", functions=(lambda x: x / size, lambda x: x * size))
+        share = axes.secondary_xaxis("top", functions=(lambda x: np.asarray(x) / size, lambda x: np.asarray(x) * size))
         share.xaxis.set_minor_locator(NullLocator())
         share.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
         share.spines["top"].set_visible(False)
         share.tick_params(length=0, labelsize=8.5, labelcolor=_GRAY, pad=0)
-        share.set_xlabel("of the full tables", fontsize=8.5, color=_GRAY, loc="right")
+        axes.annotate(
+            "of the full tables",
+            (1.0, 1.0),
+            xycoords="axes fraction",
+            xytext=(8, 2),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=_GRAY,
+        )
     handles, labels = axes.get_legend_handles_labels()
     # Full comes first; the others are in the order of their smallest budget's AUC.
     axes.legend(
         handles,
         labels,
         loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
+        bbox_to_anchor=(1.01, 0.97),
         frameon=False,
         handlelength=2.6,
         labelspacing=0.75,
@@ -160,9 +201,11 @@ def _label_axes(axes: Axes, summary: Summary) -> None:
 
 
 def _footnote(figure: Figure, summary: Summary) -> None:
-    missing = [
-        f"{p.method} at {p.budget} (floor {format_bytes(p.floor_bytes)})" for p in summary.points if p.floor_bytes
-    ]
-    if missing:
-        text = textwrap.fill(f"Infeasible: {', '.join(missing)}.", 120)
+    floors: dict[tuple[str, int], list[str]] = {}
+    for point in summary.points:
+        if point.floor_bytes is not None:
+            floors.setdefault((point.method, point.floor_bytes), []).append(point.budget)
+    if floors:
+        parts = [f"{name} at {', '.join(at)} (floor {format_bytes(size)})" for (name, size), at in floors.items()]
+        text = textwrap.fill(f"Infeasible: {'; '.join(parts)}.", 125)
         figure.supxlabel(text, fontsize=8, color=_GRAY, ha="left", x=0.01)

@@ -186,7 +186,7 @@ def markdown(summary: Summary, resamples: int, figures: Sequence[Path]) -> str:
     points = [point for section in sections(summary) for point in section]
     parts = [f"# {title}", *status]
     parts.append(_table(HEADER, [line(point, summary) for point in points]))
-    parts += [f"- {remark}" for remark in remarks(summary)]
+    parts.append("\n".join(f"- {remark}" for remark in remarks(summary)))
     png = next((path for path in figures if path.suffix == ".png"), None)
     if png is not None:
         parts.append(f"![Test AUC against the bytes of the served tables]({png.name})")
@@ -202,15 +202,19 @@ def markdown(summary: Summary, resamples: int, figures: Sequence[Path]) -> str:
     if differences:
         header = ("method", "budget", "seed", "difference to full", "95 % over test rows")
         parts += ["## Differences to full, seed by seed", _table(header, differences)]
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ").replace(".\n- ", ".\n- ") + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
-HOW_TO_READ = """Bytes are those of the served tables, with every code and index counted; AUC and log loss are those of the served form, loaded
-from its file. Training stopped and models were chosen on validation alone; the test rows were read once, at the end.
+HOW_TO_READ = """\
+Bytes are those of the served tables, with every code and index counted; AUC and log loss are those of the served form,
+loaded from its file. Training stopped and models were chosen on validation alone; the test rows were read once, at the
+end.
 
-- **test AUC**: mean ± sample standard deviation over seeds. A seed sets initialization, hashing and the order of the examples, so that luck with collisions is part of the spread.
+- **test AUC**: mean ± sample standard deviation over seeds. A seed sets initialization, hashing and the order of the
+  examples, so that luck with collisions is part of the spread.
 - **difference to full**: of the same seed, on the same test rows; mean over seeds and [lowest, highest].
-- **95 % ≠ 0**: in how many seeds the 95 % interval of the difference (paired bootstrap, {resamples} resamples of the test rows) lies below (↓) or above (↑) zero.
+- **95 % ≠ 0**: in how many seeds the 95 % interval of the difference (paired bootstrap, {resamples} resamples of the
+  test rows) lies below (↓) or above (↑) zero.
 - **infeasible**: the method cannot be that small; the floor is the least budget that works."""
 
 

@@ -187,7 +187,7 @@ class _Sweep:
         return [cell for cell in cells if cell.learning_rate is not None or not self.feasible(cell)]
 
     def chosen_rates(self) -> dict[tuple[str, str], float]:
-        """The learning rate with the best validation AUC, of each point whose grid is done (failed cells count as worst)."""
+        """The learning rate with the best validation AUC, of each point whose grid is done (failed cells left out)."""
         valid: dict[tuple[str, str], dict[float, float]] = {}
         missing: set[tuple[str, str]] = set()
         for cell in self.tuning_cells():
