@@ -15,6 +15,7 @@ from torch import nn
 from embtables import EmbeddingTables
 from embtables.cli import run as main
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
+from embtables.methods import kinds
 from embtables.training import Trainer, load_config, load_served, metrics
 from embtables.training.finite import NonFiniteError
 from embtables.training.planning import plan_tables
@@ -169,6 +170,37 @@ def test_patience_null_trains_to_the_end(data, tmp_path):
     overrides = ["training.epochs=6", "training.patience=null", "tables.learning_rate=0.5", "dense.learning_rate=0.02"]
     result = Trainer(config_of(*overrides), data, tmp_path / "run").run()
     assert result["epochs"] == 6 > result["best_epoch"]
+
+
+def test_early_stop_waits_for_a_method_that_is_under_way(data, tmp_path, monkeypatch):
+    from embtables.methods.pruned import PruningStage
+
+    overrides = ["tables.method=pruned", "tables.budget=20%", "tables.learning_rate=0.3", "dense.learning_rate=0.02"]
+    config = config_of(*overrides, "training.epochs=12", "training.patience=1")
+    seen = []
+
+    def done(stage):
+        seen.append(int(stage.steps))
+        return seen[-1] >= 70
+
+    monkeypatch.setattr(PruningStage, "done", done, raising=False)
+    result = Trainer(config, data, tmp_path / "run").run()
+    assert len(seen) > 1 and seen[0] < 70 <= seen[-1]
+    assert result["steps"] == seen[-1]
+
+
+@pytest.mark.parametrize("model", ["dlrm", "mlp"])
+@pytest.mark.parametrize("kind", kinds())
+def test_every_method_trains_and_serves(kind, model, data, tmp_path):
+    config = config_of(f"tables.method={kind}", "tables.budget=100%", f"model.name={model}", "training.epochs=1")
+    if kind != "full":
+        config.tables.budget = "30%"
+    result = Trainer(config, data, tmp_path / "run").run()
+    assert (
+        result["status"] == "ok" and result["inference_bytes"] <= (1 if kind == "full" else 0.3) * result["full_bytes"]
+    )
+    labels, logits = split_of(data, "test").labels.numpy(), np.load(tmp_path / "run" / "test_scores.npy")
+    assert result["test_auc"] == metrics.auc(labels, logits)
 
 
 def test_evaluations_within_an_epoch(data, tmp_path):

@@ -309,7 +309,12 @@ class _Run:
         if progress.batch == self.steps_per_epoch:
             progress.epoch, progress.batch = progress.epoch + 1, 0
         patience = training.patience
-        progress.finished = progress.epoch == training.epochs or (patience is not None and progress.stale >= patience)
+        out_of_patience = patience is not None and progress.stale >= patience and self._stages_done()
+        progress.finished = progress.epoch == training.epochs or out_of_patience
+
+    def _stages_done(self) -> bool:
+        """Whether no method is under way, such as in the middle of pruning, when the AUC may fall and recover."""
+        return all(getattr(stage, "done", lambda: True)() for stage in self.tables.stages)
 
     def _learning_rates(self) -> dict[str, float | None]:
         dense = self.dense_optimizer.param_groups[0]["lr"] if self.dense_optimizer else None
