@@ -40,8 +40,9 @@ def _adagrad(weight: Tensor, rows: Tensor, grad: Tensor, state: list[Tensor], hy
 
 def _adam(weight: Tensor, rows: Tensor, grad: Tensor, state: list[Tensor], hyper: Tensor) -> Tensor:
     first, second, step = state
-    m = torch.lerp(grad, first[rows], hyper[BETA1].to(grad.dtype))
-    v = torch.lerp(grad.square(), second[rows], hyper[BETA2].to(grad.dtype))
+    # 1 − β is taken in float64: in float32 1 − 0.999 is off by 1e-5.
+    m = hyper[BETA1] * first[rows] + (1 - hyper[BETA1]) * grad
+    v = hyper[BETA2] * second[rows] + (1 - hyper[BETA2]) * grad.square()
     first[rows], second[rows] = m, v
     m_hat = m / (1 - hyper[BETA1] ** step)
     v_hat = v / (1 - hyper[BETA2] ** step)
