@@ -43,6 +43,7 @@ class Store(nn.Module):
     """
 
     _hyper: Tensor
+    _place: Tensor
     _step: Tensor
 
     def __init__(
@@ -62,7 +63,8 @@ class Store(nn.Module):
         self._hook = torch.zeros((), device="cpu", requires_grad=True)
         # Extras in the present forward: two blocks that use one have to update it once, by the sum of their gradients.
         self._in_use: dict[str, Tensor] = {}
-        self._initial_device = torch.device(device) if device is not None else torch.get_default_device()
+        # Moves along with the module, where there may be no other tensor (every table dropped).
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         self._slabs: dict[str, tuple[int, Slab]] = {}
         rows: dict[int, int] = {}
         for slab in (s for form in forms for s in form.slabs):
@@ -175,7 +177,7 @@ class Store(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return next((tensor.device for _, tensor, _ in self.tensors()), self._initial_device)
+        return self._place.device
 
     # ---- names, views and sizes ----------------------------------------------------------------------------------
 
