@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+import signal
 import subprocess
 import sys
 
@@ -448,6 +451,34 @@ def test_export(run, data, tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
     assert "is not a finished run" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("limit", [1_000, 5_000, 10_000, 60_000])
+def test_a_disk_that_cannot_take_more(limit, data, tmp_path):
+    """Plan, tables, model or checkpoint are too large to be written: an OSError, nothing half-written, and a later start goes on."""
+    config = config_of("training.epochs=1", "model.hyperparameters.top_units=[128]")
+    for split in ("train", "valid", "test"):
+        next(data.batches(split, 10))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            Trainer(config, data, tmp_path / "run").run()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__mro__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    message = os.read(reading, 10_000).decode()
+    os.close(reading)
+    assert "OSError" in message
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert Trainer(config, data, tmp_path / "run").run()["status"] == "ok"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

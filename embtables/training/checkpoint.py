@@ -18,9 +18,17 @@ FORMAT, VERSION = "embtables-checkpoint", 1
 
 
 def save_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write ``state`` (nested dicts and lists of tensors, numbers and strings), and whose state it is."""
+    """Write ``state`` (nested dicts and lists of tensors, numbers and strings), and whose state it is.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = {"format": FORMAT, "version": VERSION, "identity": identity, "state": state}
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, "identity": identity, "state": state}, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"cannot write {path}: is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ __all__ = ["DenseConfig", "ModelConfig", "RunConfig", "TablesConfig", "TrainingC
 
 Bytes = StrictInt | StrictFloat | StrictStr
 
-DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.003}
+DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.01}
 """What ``tables.learning_rate: null`` means, by optimizer."""
 
 

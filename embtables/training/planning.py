@@ -11,6 +11,10 @@ from embtables.optimizers import FusedOptimizer, optimizer_from_config
 from embtables.plan import Plan, plan
 from embtables.training.config import RunConfig, TablesConfig
 
+# CTR models over-fit their embeddings within a few epochs and early stop ends them there (Zhang et al., "Towards
+# Understanding the Overfitting Phenomenon of Deep CTR Models", CIKM 2022), so schedules are laid over at most these.
+_SCHEDULED_EPOCHS = 3
+
 __all__ = ["fused_optimizer", "method_for", "method_label", "plan_tables", "steps_per_epoch"]
 
 
@@ -48,7 +52,7 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
     hash_seed = config.training.seed if tables.hash_seed is None else tables.hash_seed
     return plan(
         data.table_configs(tables.embedding_dim),
-        method_for(config, config.training.epochs * steps_per_epoch(config, data)),
+        method_for(config, min(config.training.epochs, _SCHEDULED_EPOCHS) * steps_per_epoch(config, data)),
         tables.budget,
         data.frequencies,
         fused_optimizer(tables),

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,6 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: Mapping[str, torch.Tensor]) -> None:
     """Write ``folder`` in one step; a folder of that name is replaced."""
-    temporary = _fresh(folder)
-    tables.save(temporary / TABLES)
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -57,18 +55,22 @@ def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: 
         "hyperparameters": dict(served.hyperparameters),
         "feature_names": served.feature_names,
         "dense_features": served.dense_features,
-        "sha256": {name: _sha256(temporary / name) for name in (TABLES, WEIGHTS)},
     }
-    (temporary / MODEL).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    _put(temporary, folder)
+    with _replacing_folder(folder) as temporary:
+        tables.save(temporary / TABLES)
+        try:
+            save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+        description["sha256"] = {name: _sha256(temporary / name) for name in (TABLES, WEIGHTS)}
+        (temporary / MODEL).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_served(source: Path, target: Path) -> None:
     """Copy the three files in one step; a folder of the target's name is replaced."""
-    temporary = _fresh(target)
-    for name in (TABLES, WEIGHTS, MODEL):
-        shutil.copyfile(source / name, temporary / name)
-    _put(temporary, target)
+    with _replacing_folder(target) as temporary:
+        for name in (TABLES, WEIGHTS, MODEL):
+            shutil.copyfile(source / name, temporary / name)
 
 
 def load_served(folder: str | Path, device: torch.device | str | None = None) -> nn.Module:
@@ -133,18 +135,19 @@ def _read(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _fresh(folder: Path) -> Path:
-    """An empty folder beside ``folder``, in which to write what becomes ``folder``."""
+@contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``folder``; when the block ends well it becomes ``folder``, else it is removed."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    return temporary
-
-
-def _put(temporary: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    try:
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -314,7 +314,7 @@ class _Run:
 
     def _stages_done(self) -> bool:
         """Whether no method is under way, such as in the middle of pruning, when the AUC may fall and recover."""
-        return all(getattr(stage, "done", lambda: True)() for stage in self.tables.stages)
+        return all(stage.done() for stage in self.tables.stages)
 
     def _learning_rates(self) -> dict[str, float | None]:
         dense = self.dense_optimizer.param_groups[0]["lr"] if self.dense_optimizer else None
