@@ -110,6 +110,10 @@ class Stage(nn.Module):
     def step(self) -> None:
         raise NotImplementedError
 
+    def done(self) -> bool:
+        """Whether what the stage does is over, so that a model's AUC will not fall and recover once more."""
+        return True
+
     def state(self) -> dict[str, Tensor]:
         """Tensors that exact resume needs, to be filled in place."""
         raise NotImplementedError

@@ -236,6 +236,9 @@ class PruningStage(Stage):
         # On the CPU, so that looking at it waits for no device.
         self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
 
+    def done(self) -> bool:
+        return int(self.steps) >= self.warmup_steps + self.prune_steps
+
     def state(self) -> dict[str, Tensor]:
         return {"steps": self.steps}
 

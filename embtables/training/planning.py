@@ -11,8 +11,8 @@ from embtables.optimizers import FusedOptimizer, optimizer_from_config
 from embtables.plan import Plan, plan
 from embtables.training.config import RunConfig, TablesConfig
 
-# CTR models over-fit their embeddings within a few epochs and early stop ends them there (Zhang et al., "Towards
-# Understanding the Overfitting Phenomenon of Deep CTR Models", CIKM 2022), so schedules are laid over at most these.
+# CTR models over-fit within a few epochs and early stop ends them there (Zhang et al., "Towards Understanding the
+# Overfitting Phenomenon of Deep Click-Through Rate Prediction Models", CIKM 2022): schedules span at most these.
 _SCHEDULED_EPOCHS = 3
 
 __all__ = ["fused_optimizer", "method_for", "method_label", "plan_tables", "steps_per_epoch"]
