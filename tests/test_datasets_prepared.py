@@ -166,13 +166,19 @@ def test_skipping_reads_no_shard_that_is_not_needed(numbered: PreparedDataset, m
 
 
 def test_a_batch_is_the_callers_to_change(numbered: PreparedDataset) -> None:
-    for seed in (None, 1):
-        before = [batch.labels.clone() for batch in numbered.batches("train", 100, seed=seed)]
+    def tensors(seed: int | None) -> list[torch.Tensor]:
+        found = []
         for batch in numbered.batches("train", 100, seed=seed):
-            for tensor in (batch.labels, batch.dense, batch.ids, batch.groups):
-                tensor.fill_(-7)
-        after = [batch.labels for batch in numbered.batches("train", 100, seed=seed)]
-        assert all(torch.equal(a, b) for a, b in zip(before, after))
+            assert batch.groups is not None
+            found += [batch.labels, batch.dense, batch.ids, batch.groups]
+        return found
+
+    for seed in (None, 1):
+        before = tensors(seed)
+        copies = [tensor.clone() for tensor in before]
+        for tensor in before:
+            tensor.fill_(-7)
+        assert all(torch.equal(a, b) for a, b in zip(copies, tensors(seed)))
 
 
 def test_bad_arguments(numbered: PreparedDataset) -> None:
