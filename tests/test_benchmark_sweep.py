@@ -326,6 +326,20 @@ def test_jobs_run_side_by_side_with_their_share_of_threads(tmp_path: Path, monke
     assert threads_per_job(2) == 1
 
 
+def test_leaving_the_jobs_ends_them(tmp_path: Path) -> None:
+    begin = "import os, signal, time; "
+    wait = "print(os.getpid(), flush=True); time.sleep(99)"
+    programs = ["pass", begin + wait, begin + "signal.signal(signal.SIGTERM, signal.SIG_IGN); " + wait]
+    jobs = [Job(str(i), [sys.executable, "-c", text], tmp_path / f"{i}.log") for i, text in enumerate(programs)]
+    running = run_jobs(jobs, 3)
+    assert next(running).job.name == "0"
+    wait_until(lambda: all(last_line(tmp_path / f"{i}.log") for i in (1, 2)))
+    pids = [int(last_line(tmp_path / f"{i}.log")) for i in (1, 2)]
+    assert all(map(alive, pids))
+    running.close()  # type: ignore[attr-defined]
+    assert not any(map(alive, pids))
+
+
 def test_the_last_line_is_found_behind_a_progress_bar(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"10%\r20%\r\x1b[31mError: no room\x1b[0m\n\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embtables.benchmark.summary import DROP, Point, Summary
+from embtables.files import replacing
 from embtables.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def draw(summary: Summary, target: Path) -> list[Path]:
         _footnote(figure, summary)
         paths = [Path(f"{target}{suffix}") for suffix in (".png", ".svg")]
         for path in paths:
-            temporary = path.with_name(f".{os.getpid()}.{path.name}")
-            figure.savefig(temporary, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                undated = {"Date": None} if path.suffix == ".svg" else None
+                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=undated)
     return paths
 
 

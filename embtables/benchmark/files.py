@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from embtables.files import replacing
+
 _PATIENCE_SECONDS = 2.0
 
 
@@ -20,14 +22,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not name the file
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
