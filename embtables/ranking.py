@@ -10,10 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from embtables.layout import Code, Counts, Group
+from embtables.layout import Code, Counts, Group, Layout
+from embtables.methods.base import Method
 
 # Prepared data gives id 0 to missing values and id 1 to unseen ones; from 2 on ids fall in frequency.
 _RESERVED = 2
+
+
+class RankedMethod(Method):
+    """A method that keeps the remap, where one is needed, among its codes."""
+
+    def fixed_codes(self, layout: Layout) -> tuple[str, ...]:
+        return tuple(code.name for code in layout.training.codes)
+
+    def make_fixed_codes(self, layout: Layout, group: Group) -> dict[str, Any]:
+        return make_ranks(group) if layout.training.codes else {}
 
 
 def is_ranked(counts: Counts) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
-from embtables.layout import FULL, Entry, Group, Layout, Slab
+from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -217,6 +217,13 @@ class Method(BaseModel):
 def chunk_widths(embedding_dim: int, chunks: int) -> list[int]:
     """An embedding cut into chunks as equal as can be: ``chunk_widths(10, 4)`` is ``[3, 3, 2, 2]``."""
     return [embedding_dim // chunks + (j < embedding_dim % chunks) for j in range(chunks)]
+
+
+def full_layout(group: Group) -> Layout:
+    """All tables of a group kept whole."""
+    pairs = {table.name: full_entry(table) for table in group.tables}
+    form = Form(slabs=tuple(slab for _, slab in pairs.values()))
+    return Layout.of({name: entry for name, (entry, _) in pairs.items()}, form)
 
 
 def full_entry(table: TableConfig) -> tuple[Entry, Slab]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from embtables.layout import Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.methods.base import Block, Floor, TableEntry, full_layout
 from embtables.optimizers import FusedOptimizer
-from embtables.ranking import counts_by_rank, make_ranks, rank_code, rank_code_name, remapped
+from embtables.ranking import RankedMethod, counts_by_rank, rank_code, rank_code_name, remapped
 from embtables.store import Part, Store
 
 
-class FrequencyCutoff(Method):
+class FrequencyCutoff(RankedMethod):
     """The most frequent ids have rows of their own, all others of a table share one: e(x) = E[min(rank(x), r)].
 
     What every feature pipeline's minimum count does, here with one threshold of occurrences per byte for all tables,
@@ -42,8 +42,7 @@ class FrequencyCutoff(Method):
 
     def fit(self, group: Group, limit: int) -> Layout:
         if limit >= group.full_bytes:
-            pairs = {table.name: full_entry(table) for table in group.tables}
-            return Layout.of({n: e for n, (e, _) in pairs.items()}, Form(slabs=tuple(s for _, s in pairs.values())))
+            return full_layout(group)
         code = rank_code(group)
         own = self._own_rows(group, limit - int(4 * group.dims.sum()) - sum(c.num_bytes for c in code))
         starts = remapped(group)
@@ -67,12 +66,6 @@ class FrequencyCutoff(Method):
         order = np.argsort(-(np.concatenate(counts) / row_bytes), kind="stable")
         fitting = int(np.searchsorted(np.cumsum(row_bytes[order]), limit, side="right"))
         return np.bincount(table[order[:fitting]], minlength=len(counts))
-
-    def fixed_codes(self, layout: Layout) -> tuple[str, ...]:
-        return tuple(code.name for code in layout.training.codes)
-
-    def make_fixed_codes(self, layout: Layout, group: Group) -> dict[str, Any]:
-        return make_ranks(group) if layout.training.codes else {}
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return _CutoffBlock(entries, group, store)

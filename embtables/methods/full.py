@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from embtables.layout import Form, Group, Layout
-from embtables.methods.base import Floor, Method, full_entry
+from embtables.layout import Group, Layout
+from embtables.methods.base import Floor, Method, full_layout
 
 
 class Full(Method):
@@ -21,6 +21,4 @@ class Full(Method):
         return Floor(group.full_bytes, "the full tables")
 
     def fit(self, group: Group, limit: int) -> Layout:
-        pairs = [full_entry(table) for table in group.tables]
-        entries = {table.name: entry for table, (entry, _) in zip(group.tables, pairs)}
-        return Layout.of(entries, Form(slabs=tuple(slab for _, slab in pairs)))
+        return full_layout(group)

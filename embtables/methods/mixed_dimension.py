@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log, sqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, full_entry
-from embtables.ranking import counts_by_rank, make_ranks, rank_code, rank_code_name, remapped
+from embtables.methods.base import Block, Floor, Initializer, TableEntry, full_entry, full_layout
+from embtables.ranking import RankedMethod, counts_by_rank, rank_code, rank_code_name, remapped
 from embtables.store import Part, Store
 
 
-class MixedDimension(Method):
+class MixedDimension(RankedMethod):
     """Mixed dimensions: block b of ids has vectors of width d_b, projected to the common dimension D.
 
     e(x) = E_b[x]·P_{d_b}, with E_b of shape ``[n_b, d_b]`` and one projection ``[d_b, D]`` for each width below D.
@@ -46,8 +46,7 @@ class MixedDimension(Method):
     def fit(self, group: Group, limit: int) -> Layout:
         chosen = next(step for step in self._steps(group) if step.num_bytes <= limit)
         if all(w == b.widest for w, b in zip(chosen.widths, chosen.blocks)):
-            pairs = {table.name: full_entry(table) for table in group.tables}
-            return Layout.of({n: e for n, (e, _) in pairs.items()}, Form(slabs=tuple(s for _, s in pairs.values())))
+            return full_layout(group)
         starts = remapped(group)
         entries: dict[str, Entry] = {}
         slabs: list[Slab] = []
@@ -118,12 +117,6 @@ class MixedDimension(Method):
         return steps
 
     # ---- the module ----------------------------------------------------------------------------------------------
-
-    def fixed_codes(self, layout: Layout) -> tuple[str, ...]:
-        return tuple(code.name for code in layout.training.codes)
-
-    def make_fixed_codes(self, layout: Layout, group: Group) -> dict[str, Any]:
-        return make_ranks(group) if layout.training.codes else {}
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return _MixedBlock(entries, group, store)
