@@ -151,7 +151,7 @@ class Lookups(nn.Module):
 
     def pool(self, vectors: Tensor, picked: Picked, pooling: str | Mapping[str, str], batch: int) -> Tensor:
         """Pooled vectors ``[L, B, D]``."""
-        weights = picked.weights
+        weights = None if picked.weights is None else picked.weights.to(vectors.dtype)
         if picked.bags is None:
             return vectors if weights is None else vectors * weights.unsqueeze(-1)
         means = [self._pooling(i, pooling) == "mean" for i in range(len(self.tables))]

@@ -203,8 +203,6 @@ class EmbeddingTables(nn.Module):
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
         if offsets is not None:
             offsets = offsets.long()
-        if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights.to(torch.float32)
         each = list(self._each_lookup())
         picked = [lookups.pick(ids, offsets, per_sample_weights, batch) for lookups in each]
         if self.training and torch.is_grad_enabled() and not self.served:
@@ -219,7 +217,9 @@ class EmbeddingTables(nn.Module):
         ]
         self.store.end_step()
         if pooling is None:
-            weighted = [v if p.weights is None else v * p.weights.unsqueeze(-1) for v, p in zip(vectors, picked)]
+            weighted = [
+                v if p.weights is None else v * p.weights.to(v.dtype).unsqueeze(-1) for v, p in zip(vectors, picked)
+            ]
             if offsets is None:
                 return torch.cat(weighted)[self._vector_order].transpose(0, 1)
             positions = [p.position for p in picked if p.position is not None]

@@ -71,6 +71,7 @@ class DLRM(nn.Module):
         num_pairs = self.num_vectors * (self.num_vectors - 1) // 2
         self.top = MLP(num_pairs + (self.embedding_dim if self.bottom else 0), top_units, dropout)
         self.output = nn.Linear(self.top.num_outputs, 1)
+        self.pairs: Tensor
         rows, columns = torch.tril_indices(self.num_vectors, self.num_vectors, offset=-1)
         self.register_buffer("pairs", rows * self.num_vectors + columns, persistent=False)
 

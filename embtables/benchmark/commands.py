@@ -19,8 +19,12 @@ def plan(
     ] = None,
     embedding_dim: Annotated[int, typer.Option(min=1, help="Length of every vector.")] = 16,
     optimizer: Annotated[
-        str, typer.Option(help="For the training bytes: sgd, rowwise_adagrad, adagrad, adam; none: any of torch.optim.")
-    ] = "adagrad",
+        str | None,
+        typer.Option(
+            help="For the training bytes: sgd, rowwise_adagrad, adagrad, adam, or none for any of torch.optim; "
+            "without it what `embtables train` takes."
+        ),
+    ] = None,
     training_budget: Annotated[str | None, typer.Option(help="Bound on the training bytes as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
