@@ -6,6 +6,10 @@ Nothing here is taken from the package but what a plan says about sizes; it is w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from math import prod
+
+from embtables import EmbeddingTables
 
 MASK = 2**64 - 1
 
@@ -35,3 +39,74 @@ def sign_of(x: int, seed: int) -> float:
 
 def hash_address(x: int, hash_seed: int, table: str, lookup: int, size: int) -> int:
     return bucket(mix64((x ^ seed_of(hash_seed, table, "row", lookup)) & MASK), size)
+
+
+def vector(tables: EmbeddingTables, name: str, x: int, counts: Sequence[int] | None = None) -> list[float]:
+    """The vector of one id of a table, from the weights that ``tables`` holds and the sizes in its plan.
+
+    ``counts`` are the frequencies that the plan was made with, for methods that go by rank.
+    """
+    solved = tables.plan
+    g = next(g for g in solved.groups if any(t.name == name for t in g.group.tables))
+    dim = next(t.embedding_dim for t in g.group.tables if t.name == name)
+    entry, config, seed = g.layout.entries[name], g.method.model_dump(), solved.hash_seed
+
+    def row(slab: str, index: int) -> list[float]:
+        return [float(v) for v in tables.store.slab(slab)[index]]
+
+    if entry.variant == "full":
+        return row(name, x)
+    size = entry.values.get("rows")
+    if g.method.kind == "hash":
+        return row(name, hash_address(x, seed, name, 0, size))
+    if g.method.kind == "multi_hash":
+        lookups = range(config["num_hashes"])
+        addresses = [hash_address(x, seed, name, j, size) for j in lookups]
+        if config["operation"] == "concat":
+            return [v for j in lookups for v in row(f"{name}/{j}", addresses[j])]
+        signs = [sign_of(x, seed_of(seed, name, "sign", j)) if config["signs"] else 1.0 for j in lookups]
+        total = [sum(s * v for s, v in zip(signs, column)) for column in zip(*(row(name, a) for a in addresses))]
+        return [v / len(lookups) for v in total] if config["operation"] == "mean" else total
+    if g.method.kind == "unified":
+        rows, width = tables.store.slab(g.group.name).shape
+        return [v for j in range(dim // width) for v in row(g.group.name, hash_address(x, seed, name, j, rows))]
+    if g.method.kind == "robe":
+        array = tables.store.slab(g.group.name).flatten()
+        found = []
+        for coordinate in range(dim):
+            block, offset = divmod(coordinate, config["block_size"])
+            place = (hash_address(x, seed, name, block, len(array)) + offset) % len(array)
+            sign = sign_of(x, seed_of(seed, name, "sign", block)) if config["signs"] else 1.0
+            found.append(sign * float(array[place]))
+        return found
+    if g.method.kind == "compositional":
+        parts, quotient = [], x
+        for j, radix in enumerate(size):
+            parts.append(row(f"{name}/{j}", quotient % radix))
+            if config["radices"] == "quotient_remainder":
+                quotient //= radix
+        if config["operation"] == "concat":
+            return [v for part in parts for v in part]
+        return [sum(c) if config["operation"] == "add" else prod(c) for c in zip(*parts)]
+    if g.method.kind == "mixed_dimension":
+        rank, block = rank_of(x, counts if "by_rank" in entry.variant else None), 0
+        while rank >= size[block]:
+            rank, block = rank - size[block], block + 1
+        width = entry.values["widths"][block]
+        narrow = row(f"{name}/{block}", rank)
+        if width == dim:
+            return narrow
+        projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
+        return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
+    if g.method.kind == "frequency_cutoff":
+        return row(name, min(rank_of(x, counts if "by_rank" in entry.variant else None), entry.values["own_rows"]))
+    if g.method.kind == "drop_feature":
+        return [0.0] * dim
+    raise NotImplementedError(g.method.kind)
+
+
+def rank_of(x: int, counts: Sequence[int] | None) -> int:
+    """How many ids are more frequent; of equals the smaller id comes first. Without counts ids are ranks."""
+    if counts is None:
+        return x
+    return sum(c > counts[x] or (c == counts[x] and i < x) for i, c in enumerate(counts))
