@@ -16,7 +16,9 @@ import yaml
 from rich.console import Console
 
 from embtables.benchmark.cells import Cell, parse_budgets, parse_methods, points, with_baselines
+from embtables.benchmark.report import markdown
 from embtables.benchmark.runner import Job, last_line, run_jobs, threads_per_job
+from embtables.benchmark.summary import summarize
 from embtables.benchmark.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
 from embtables.datasets import PreparedDataset
 from embtables.datasets.synthetic import Synthetic, prepare_synthetic
@@ -47,8 +49,8 @@ def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
     return [sys.executable, str(CELL), *command[4:]]
 
 
-def config_of(data: Path, seeds: int = 2, rates: list[float] | None = None, **flags: object) -> SweepConfig:
-    return describe(data, METHODS, ["50%", "1%", "8"], seeds, load_config(flags=flags), rates or [])
+def config_of(data: Path, seeds: int = 2, budgets: str = "50%,1%,8", **flags: object) -> SweepConfig:
+    return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags), [])
 
 
 def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., list[str]] = fake_cell) -> list[dict]:
@@ -158,21 +160,21 @@ def test_a_whole_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
 def test_finished_cells_are_not_redone_and_failed_ones_are(data: Path, fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     (fake / "fail-hash").touch()
-    failed = [row for row in run(config_of(data), out) if row["status"] == "failed"]
-    assert [row["method"] for row in failed] == ["hash"] * 4
+    failed = [row for row in run(config_of(data, budgets="50%"), out) if row["status"] == "failed"]
+    assert [row["method"] for row in failed] == ["hash"] * 2
     assert {row["message"] for row in failed} == {"the loss is NaN at step 7"}
     (fake / "fail-hash").unlink()
     before = started(fake)
-    rows = run(config_of(data), out)
+    rows = run(config_of(data, budgets="50%"), out)
     again = started(fake)[len(before) :]
     assert sorted(again) == sorted(row["cell"] for row in failed)
-    assert not [row for row in rows if row["status"] == "failed"]
-    assert len(run(config_of(data), out)) == len(rows) and started(fake) == [*before, *again]
+    assert not [row for row in rows if row["status"] == "failed"] and not list(out.glob("cells/*.failed.json"))
+    assert len(run(config_of(data, budgets="50%"), out)) == len(rows) and started(fake) == [*before, *again]
 
 
 def test_a_killed_cell_is_failed_and_says_so(data: Path, fake: Path, tmp_path: Path) -> None:
     (fake / "die").touch()
-    rows = run(config_of(data, seeds=1), tmp_path / "sweep")
+    rows = run(config_of(data, seeds=1, budgets="50%"), tmp_path / "sweep")
     assert {row["message"] for row in rows if row["status"] == "failed"} == {
         "killed by SIGKILL, perhaps for want of memory"
     }
@@ -180,7 +182,8 @@ def test_a_killed_cell_is_failed_and_says_so(data: Path, fake: Path, tmp_path: P
 
 def test_learning_rates_are_chosen_on_validation(data: Path, fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    rows = run(config_of(data, seeds=2, rates=[0.1, 0.3]), out)
+    config = describe(data, parse_methods("full,hash"), ["50%", "8"], 2, load_config(), [0.1, 0.3])
+    rows = run(config, out)
     ok = [row for row in rows if row["status"] == "ok"]
     assert {row["learning_rate"] for row in ok} == {0.3}  # where the fake cell has least noise
     # The grid for the first seed, the choice alone for the second.
@@ -189,6 +192,9 @@ def test_learning_rates_are_chosen_on_validation(data: Path, fake: Path, tmp_pat
         grid = list(csv.DictReader(file))
     assert {row["learning_rate"] for row in grid if row["chosen"] == "1"} == {"0.3"}
     assert len(grid) == 2 * len(ok) / 2
+    text = markdown(summarize(out, resamples=20), 20, [])
+    assert "was chosen for each method and budget from 0.1, 0.3 on validation with seed 0" in text
+    assert text.count("| learning rate 0.3") == 2
 
 
 def test_planning_comes_before_anything_is_written(data: Path, tmp_path: Path) -> None:
@@ -214,28 +220,28 @@ def test_a_fixed_hash_seed_is_refused(data: Path) -> None:
 
 def test_another_sweep_in_the_directory_is_refused(data: Path, fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    run(config_of(data, seeds=1), out)
+    run(config_of(data, seeds=1, budgets="50%"), out)
     with pytest.raises(ValueError, match=r"another train.training.batch_size: 2048 there, 64 now"):
-        run(config_of(data, seeds=1, **{"training.batch_size": 64}), out)
+        run(config_of(data, seeds=1, budgets="50%", **{"training.batch_size": 64}), out)
     with pytest.raises(ValueError, match=r"another seeds: 1 there, 2 now"):
-        run(config_of(data, seeds=2), out)
+        run(config_of(data, seeds=2, budgets="50%"), out)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"is not a sweep \(it holds thesis.tex\)"):
-        run(config_of(data, seeds=1), other)
+        run(config_of(data, seeds=1, budgets="50%"), other)
     with pytest.raises(ValueError, match="is a file"):
-        run(config_of(data, seeds=1), other / "thesis.tex")
+        run(config_of(data, seeds=1, budgets="50%"), other / "thesis.tex")
 
 
 def test_changed_data_is_another_sweep(fake: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     prepare_synthetic(folder, Synthetic(rows=2000, cardinalities=(50,), seed=3))
-    run(config_of(folder, seeds=1), tmp_path / "sweep")
+    run(config_of(folder, seeds=1, budgets="50%"), tmp_path / "sweep")
     os.rename(folder, tmp_path / "old")
     prepare_synthetic(folder, Synthetic(rows=2000, cardinalities=(50,), seed=4))
     with pytest.raises(ValueError, match="another manifest_sha256"):
-        run(config_of(folder, seeds=1), tmp_path / "sweep")
+        run(config_of(folder, seeds=1, budgets="50%"), tmp_path / "sweep")
 
 
 def test_a_damaged_shard_stops_the_sweep(fake: Path, tmp_path: Path) -> None:
@@ -261,7 +267,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_benchmark_sweep as t
-t.run(t.config_of(Path({data!r}), seeds=1), Path({out!r}), jobs=2)
+t.run(t.config_of(Path({data!r}), seeds=1, budgets="50%"), Path({out!r}), jobs=2)
 """
 
 
@@ -296,18 +302,19 @@ def test_a_stopped_sweep_leaves_no_children_and_goes_on(
     out = tmp_path / "sweep"
     (fake / "slow").touch()
     process = start(data, out)
-    wait_until(lambda: len(started(fake)) == 2)
+    wait_until(lambda: len(started(fake)) == 2 or process.poll() is not None)
+    assert process.stderr is not None
+    assert process.poll() is None, process.stderr.read().decode()
     if sign == signal.SIGINT:
         with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
-            run(config_of(data, seeds=1), out)
+            run(config_of(data, seeds=1, budgets="50%"), out)
     pids = [int(line.split()[1]) for line in (fake / "started").read_text().splitlines()]
     process.send_signal(sign)
     process.wait(20)
     wait_until(lambda: not any(map(alive, pids)), 10)
-    assert process.stderr is not None
     process.stderr.close()
     (fake / "slow").unlink()
-    rows = run(config_of(data, seeds=1), out)
+    rows = run(config_of(data, seeds=1, budgets="50%"), out)
     assert len([row for row in rows if row["status"] == "ok"]) == len(set(started(fake)))
     assert not [row for row in rows if row["status"] == "failed"]
 
@@ -346,3 +353,29 @@ def test_the_last_line_is_found_behind_a_progress_bar(tmp_path: Path) -> None:
     assert last_line(log) == "no room"
     log.write_bytes(b"")
     assert last_line(log) == ""
+
+
+@pytest.mark.slow
+def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    prepare_synthetic(tmp_path / "data", Synthetic(rows=20_000, cardinalities=(2000, 100), num_dense=2, seed=3))
+    command = [sys.executable, "-m", "embtables", "sweep", str(tmp_path / "data"), "--methods", "full,hash"]
+    command += ["--budgets", "10%", "--seeds", "1", "--no-baselines", "--jobs", "2"]
+    command += ["--set", "training.epochs=3", "--set", "training.batch_size=128"]
+    command += ["--set", "training.checkpoint_seconds=0", "--set", "training.threads=1"]
+
+    def results(name: str) -> list[tuple[str, ...]]:
+        done = subprocess.run([*command, "--out", str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("2 ok, 0 infeasible, 0 failed")
+        return [(r["method"], r["budget"], r["test_auc"], r["valid_auc"]) for r in read(tmp_path / name)]
+
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    wait_until(lambda: bool(list((tmp_path / "killed").glob("cells/*/checkpoint/*"))), 120)
+    process.kill()
+    process.wait()
+    assert not list((tmp_path / "killed").glob("cells/*/metrics.json"))
+    killed = results("killed")
+    assert killed == results("whole")
+    assert [row[:2] for row in killed] == [("full", ""), ("hash", "10%")] and float(killed[0][2]) > 0.6
+    log = (tmp_path / "killed" / "cells" / "full-s0.log").read_text()
+    assert "test AUC" in log

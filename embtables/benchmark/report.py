@@ -124,6 +124,8 @@ def note(point: Point, summary: Summary) -> str:
         notes.append(f"WORSE than {DROP} ({point.to_drop:+.4f})")
     if point.num_failed:
         notes.append(f"{point.num_failed} failed: {point.message}")
+    if summary.config.learning_rates and point.num_ok:
+        notes.append(f"learning rate {point.mean('learning_rate'):g}")
     if point.p_value is not None:
         notes.append(f"p = {point.p_value:.3g}")
     if not point.num_ok and not notes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -23,7 +22,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the file that receives what it prints."""
+    """A command, whose first word is a path, and the file that receives what it prints."""
 
     name: str
     command: Sequence[str]
@@ -109,7 +108,7 @@ def _environment(threads: int) -> dict[str, str]:
 def _start(job: Job, environment: dict[str, str], lock: IO[str] | None) -> subprocess.Popen[bytes]:
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            list(job.command),
+            [*_dying_with_parent(), *job.command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -117,13 +116,19 @@ def _start(job: Job, environment: dict[str, str], lock: IO[str] | None) -> subpr
             pass_fds=() if lock is None else (lock.fileno(),),
             # A group of its own: Ctrl-C in the terminal reaches this process alone, which then ends the group.
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
 
 
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+# Asks Linux (PR_SET_PDEATHSIG) to kill this process when its parent dies, and becomes the command: the wish outlasts
+# exec. (A preexec_fn would do without the detour, but may hang where another thread held a lock at the fork.)
+_DYING = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, int(signal.SIGKILL)); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def _dying_with_parent() -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", _DYING, str(os.getpid())] if sys.platform == "linux" else []
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
