@@ -186,7 +186,7 @@ def test_early_stop_waits_for_a_method_that_is_under_way(data, tmp_path, monkeyp
         seen.append(int(stage.steps))
         return seen[-1] >= 70
 
-    monkeypatch.setattr(PruningStage, "done", done, raising=False)
+    monkeypatch.setattr(PruningStage, "done", done)
     result = Trainer(config, data, tmp_path / "run").run()
     assert len(seen) > 1 and seen[0] < 70 <= seen[-1]
     assert result["steps"] == seen[-1]
