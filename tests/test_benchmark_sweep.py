@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -271,12 +272,17 @@ t.run(t.config_of(Path({data!r}), seeds=1, budgets="50%"), Path({out!r}), jobs=2
 """
 
 
-def start(data: Path, out: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def started_sweep(data: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     script = SCRIPT.format(tests=str(CELL.parent), data=str(data), out=str(out))
-    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
@@ -301,18 +307,17 @@ def test_a_stopped_sweep_leaves_no_children_and_goes_on(
         pytest.skip("only Linux ends the children of a killed process")
     out = tmp_path / "sweep"
     (fake / "slow").touch()
-    process = start(data, out)
-    wait_until(lambda: len(started(fake)) == 2 or process.poll() is not None)
-    assert process.stderr is not None
-    assert process.poll() is None, process.stderr.read().decode()
-    if sign == signal.SIGINT:
-        with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
-            run(config_of(data, seeds=1, budgets="50%"), out)
-    pids = [int(line.split()[1]) for line in (fake / "started").read_text().splitlines()]
-    process.send_signal(sign)
-    process.wait(20)
-    wait_until(lambda: not any(map(alive, pids)), 10)
-    process.stderr.close()
+    with started_sweep(data, out) as process:
+        wait_until(lambda: len(started(fake)) == 2 or process.poll() is not None)
+        assert process.stderr is not None
+        assert process.poll() is None, process.stderr.read().decode()
+        if sign == signal.SIGINT:
+            with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
+                run(config_of(data, seeds=1, budgets="50%"), out)
+        pids = [int(line.split()[1]) for line in (fake / "started").read_text().splitlines()]
+        process.send_signal(sign)
+        process.wait(60)
+        wait_until(lambda: not any(map(alive, pids)), 30)
     (fake / "slow").unlink()
     rows = run(config_of(data, seeds=1, budgets="50%"), out)
     assert len([row for row in rows if row["status"] == "ok"]) == len(set(started(fake)))
@@ -323,11 +328,15 @@ def test_jobs_run_side_by_side_with_their_share_of_threads(tmp_path: Path, monke
     monkeypatch.setattr("embtables.benchmark.runner.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert (threads_per_job(2), threads_per_job(3), threads_per_job(16)) == (4, 2, 1)
-    program = "import os, time; print(os.environ['OMP_NUM_THREADS']); time.sleep(0.4)"
-    jobs = [Job(str(i), [sys.executable, "-c", program], tmp_path / f"{i}.log") for i in range(3)]
-    begin = time.monotonic()
-    ended = list(run_jobs(jobs, 3))
-    assert time.monotonic() - begin < 1.2 and [item.code for item in ended] == [0, 0, 0]
+    # Each waits for the others: one at a time they would never end.
+    program = (
+        "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); print(os.environ['OMP_NUM_THREADS'])\n"
+        "while len(list(pathlib.Path(sys.argv[1]).parent.glob('*.up'))) < 3: time.sleep(0.02)"
+    )
+    jobs = [
+        Job(str(i), [sys.executable, "-c", program, str(tmp_path / f"{i}.up")], tmp_path / f"{i}.log") for i in range(3)
+    ]
+    assert [item.code for item in run_jobs(jobs, 3)] == [0, 0, 0]
     assert last_line(tmp_path / "0.log") == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert threads_per_job(2) == 1
@@ -370,7 +379,7 @@ def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) 
         return [(r["method"], r["budget"], r["test_auc"], r["valid_auc"]) for r in read(tmp_path / name)]
 
     process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    wait_until(lambda: bool(list((tmp_path / "killed").glob("cells/*/checkpoint/*"))), 120)
+    wait_until(lambda: bool(list((tmp_path / "killed").glob("cells/*/checkpoint/*"))))
     process.kill()
     process.wait()
     assert not list((tmp_path / "killed").glob("cells/*/metrics.json"))

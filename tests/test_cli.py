@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_imports_no_part_and_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
-    begin = time.monotonic()
     program = (
         "import sys; from embtables.cli import run; code = run(['--help']); "
         "print(code, sorted({'torch', 'pandas', 'matplotlib', 'pydantic', 'embtables.benchmark'} & set(sys.modules)))"
@@ -41,7 +39,6 @@ def test_help_imports_no_part_and_names_every_command(capfd: pytest.CaptureFixtu
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
-    assert time.monotonic() - begin < 10
     for command in COMMANDS:
         assert command.name in done.stdout
 
