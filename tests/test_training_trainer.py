@@ -456,7 +456,7 @@ def test_export(run, data, tmp_path, capsys):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("limit", [1_000, 5_000, 10_000, 60_000])
 def test_a_disk_that_cannot_take_more(limit, data, tmp_path):
-    """Plan, tables, model or checkpoint cannot be written: an OSError, nothing half-written, and a later start goes on."""
+    """Plan, tables, model or checkpoint cannot be written: an OSError, nothing half-written; later it goes on."""
     config = config_of("training.epochs=1", "model.hyperparameters.top_units=[128]")
     for split in ("train", "valid", "test"):
         next(data.batches(split, 10))
