@@ -1,7 +1,7 @@
-"""What collisions cost, predicted from the planted effects and the addresses alone, then measured by training.
+"""What collisions cost, predicted from the planted effects and the addresses, then measured by training.
 
-With additive effects the best a model can do on ids that share a vector is their mean effect, weighted by how often each
-occurs. That gives every method's attainable AUC before anything is trained.
+With additive effects the best a model can do on ids that share a vector is their mean effect, weighted by how often
+each occurs. That gives every method's attainable AUC before anything is trained.
 """
 
 from __future__ import annotations
