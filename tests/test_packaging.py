@@ -94,7 +94,9 @@ def test_constraints_pin_the_matching_set() -> None:
 
 
 def test_readme_opens_with_the_two_commands() -> None:
-    blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```(?:sh|bash|console)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert [command for command in commands if command][:2] == ["make demo", "make test"]
 
