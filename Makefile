@@ -38,11 +38,12 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	@$(PIP) --no-deps torchrec fbgemm-gpu-cpu
 	@touch $@
 
-# 300,000 generated rows over 1.4 MB of tables; 34 cells. A second call shows the results again; `make clean` forgets them.
+# 200,000 generated rows over 1.4 MB of tables; 34 cells. A second call shows the results again; `make clean` forgets them.
 DEMO := runs/demo
 demo: $(STAMP) ## the main job on generated data: accuracy of each method at 10 % and 1 % of the bytes
-	$(BIN)/embtables prepare synthetic - $(DEMO)/synthetic --rows 300000 --cardinalities 20000,5000,1000,100 --unseen 0.02
+	$(BIN)/embtables prepare synthetic - $(DEMO)/synthetic --rows 200000 --cardinalities 20000,5000,1000,100 --unseen 0.02
 	$(BIN)/embtables sweep $(DEMO)/synthetic --model dlrm --budgets 10%,1% --seeds 2 --jobs $(JOBS) --out $(DEMO)/sweep \
+		--set tables.learning_rate=0.01 \
 		--methods full,hash,compositional,mixed_dimension,unified,robe,pruned,drop_feature,frequency_cutoff
 	$(BIN)/embtables report $(DEMO)/sweep
 
