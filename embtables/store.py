@@ -6,7 +6,7 @@ stable names, for checkpoints and for sharding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,14 @@ class Store(nn.Module):
             fields = self.optimizer.to_dict()
             hyper = [float(fields.get(name, 0.0)) for name in ("lr", "l2", "eps", "beta1", "beta2")]
             self._hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Store:
+        """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
+        hyper = self._buffers.get("_hyper")
+        super()._apply(fn, recurse)
+        if hyper is not None and self._hyper.dtype != hyper.dtype:
+            self._hyper = hyper.to(self._hyper.device)
+        return self
 
     def _add_weight(self, name: str, weight: Tensor) -> None:
         if self.trainable and self.optimizer is None:
