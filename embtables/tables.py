@@ -122,7 +122,13 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises everything anew from ``seed``, optimiser state included; nothing yet on the meta device."""
+        """Initialises everything anew from ``seed``, optimiser state included; nothing yet on the meta device.
+
+        Raises:
+            ValueError: for served tables, whose trained form is gone.
+        """
+        if self.served:
+            raise ValueError("served tables cannot be initialised anew: build EmbeddingTables(plan)")
         if self.store.device.type == "meta":
             return
         self.store.reset_state()
@@ -282,15 +288,16 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def to_dense(self, table: str, rows: slice = slice(None)) -> Tensor:
-        """The equivalent full table ``[n, D]``, or some of its rows: what ``forward`` gives for these ids, bit for bit.
+        """The equivalent full table ``[n, D]``, or some of its rows: what ``forward`` gives for these ids.
+
+        Bit for bit, but for products of matrices (mixed_dimension): their last bit depends on how many rows there are.
 
         Raises:
             ValueError: for an unknown table, or one without ``num_embeddings``.
         """
         lookups, feature, num_rows = self._find(table)
         ids = torch.arange(num_rows, device=self.store.device)[rows]
-        vectors = [lookups.block.rows(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
-        dense = torch.cat(vectors) if vectors else torch.empty(0, lookups.block.embedding_dim)
+        dense = torch.cat([lookups.block.rows(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)])
         dense[ids == lookups.padding[feature]] = 0
         return dense
 
@@ -325,7 +332,7 @@ class EmbeddingTables(nn.Module):
         held = sum(by_kind.values())
         changes_form = any(g.layout.serving != g.layout.training for g in self.plan.groups)
         inference = self.plan.inference_bytes if changes_form and not self.served else held
-        gradients = sum(by_kind.values()) - sum(n for k, n in by_kind.items() if k != "weights")
+        gradients = by_kind.get("weights", 0)
         training = held + (state if self.plan.optimizer is not None else gradients)
         if self.served:
             training = self.plan.training_bytes
@@ -382,7 +389,7 @@ class EmbeddingTables(nn.Module):
         return served.train(self.training)
 
     def finalize(self) -> EmbeddingTables:
-        """Ends training: this module takes on the served form, in place, and is returned."""
+        """Takes on the served form, in place, and returns this module; nothing changes where it is the trained one."""
         served = self.serve()
         if served is not self:
             self.served = True
@@ -427,7 +434,7 @@ class EmbeddingTables(nn.Module):
             tables = cls._empty_served(Plan.from_dict(json.loads(metadata)), device)
             tables.store.load_state_dict(tensors)
         except (SafetensorError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())
             raise ValueError(f"{path} holds no embedding tables that can be read: {reason}") from error
         return tables.eval()
 

@@ -357,6 +357,23 @@ def test_reset_starts_anew(optimizer: str | None) -> None:
         assert torch.equal(tensor, tables.optimizer_state_dict()[name]), name
 
 
+def test_served_tables_are_not_initialised_anew() -> None:
+    tables = small("adam", "pruned").finalize()
+    with pytest.raises(ValueError, match="cannot be initialised"):
+        tables.reset_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_casting_the_tables_leaves_the_hyper_parameters_alone(dtype: torch.dtype) -> None:
+    tables, other = small("adam", "hash"), small("adam", "hash").to(dtype)
+    train(tables, 3)
+    train(other, 3)
+    # In bfloat16 0.999 would be 1, and the second moment 0 / 0.
+    assert other.to_dense("a").dtype == dtype
+    assert torch.allclose(other.to_dense("a").float(), tables.to_dense("a"), rtol=0.02, atol=1e-4)
+    assert torch.equal(other.optimizer_state_dict()["hyper"], tables.optimizer_state_dict()["hyper"])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

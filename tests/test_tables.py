@@ -355,6 +355,11 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3)}, path, metadata={"embtables": json.dumps({"format_version": 1})})
     with pytest.raises(ValueError, match="t.safetensors"):
         EmbeddingTables.load(path)
+    # Twice the rows of the plan.
+    fewer = plan([TableConfig("a", 200, 8)], "hash", "25%", optimizer=None)
+    save_file({"weight_8": torch.zeros(100, 8)}, path, metadata={"embtables": json.dumps(fewer.to_dict())})
+    with pytest.raises(ValueError, match="t.safetensors.*weight_8"):
+        EmbeddingTables.load(path)
     with pytest.raises(FileNotFoundError, match="missing"):
         EmbeddingTables.load(tmp_path / "missing")
 
