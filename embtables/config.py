@@ -27,10 +27,11 @@ class TableConfig:
         feature_names: the features that are looked up here; the table's own name by default.
         pooling: how the vectors of a bag become one, unless a call says otherwise.
         on_out_of_range: what an id outside the range does: ``"error"`` names the feature and the id, ``"hash"`` folds
-            it into the range, ``"oov"`` sends it to one more row, which counts in the bytes.
+            it into the range (``padding_idx`` is part of it), ``"oov"`` sends it to one more row, which counts in the
+            bytes.
         padding_idx: an id that yields zeros and receives no gradient.
         init_fn: initialises a tensor in place, as in torchrec. Tables stored in full use it as it is, compressed ones
-            take its standard deviation.
+            take its spread (root mean square), about 0.
 
     Raises:
         ValueError: naming the table and the field.
@@ -78,7 +79,6 @@ class TableConfig:
             raise ValueError(
                 f"table '{self.name}': padding_idx {p!r} is not an id of the table (0 … num_embeddings - 1)"
             )
-
         if self.init_fn is not None and not callable(self.init_fn):
             raise ValueError(f"table '{self.name}': init_fn must be a function of a tensor, not {self.init_fn!r}")
 

@@ -149,11 +149,7 @@ class Plan:
         cells = [
             (
                 line["table"],
-                "any"
-                if line["embedding_dim"] and not line["num_embeddings"]
-                else f"{line['num_embeddings'] or '':,}"
-                if line["num_embeddings"]
-                else "",
+                f"{line['num_embeddings']:,}" if line["num_embeddings"] else "any" if line["embedding_dim"] else "",
                 str(line["embedding_dim"] or ""),
                 line["method"],
                 line["stored_as"],
@@ -233,7 +229,8 @@ def plan(
         budget: inference bytes for all tables together: ``67_108_864``, ``"64MB"``, ``"64MiB"``, or a share of the full
             fp32 tables: ``0.1``, ``"10%"``. ``None`` for methods that need none, such as ``full``.
         frequencies: ``{table name: counts}``, one count an id. They steer the split of the budget towards the tables
-            where it avoids most collisions, and are what frequency-based methods rank ids by.
+            where it avoids most collisions, if all tables of a method have them, and are what frequency-based methods
+            rank ids by.
         optimizer: the fused optimiser: ``"sgd"``, ``"rowwise_adagrad"``, ``"adagrad"``, ``"adam"`` or a config of
             ``embtables``; ``None`` for ordinary parameters under any ``torch.optim`` optimiser.
         training_budget: a bound on the training bytes as well.

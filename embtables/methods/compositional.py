@@ -18,7 +18,7 @@ from torch import Tensor
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, full_entry
+from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
 from embtables.store import Part, Store
 
 Radices = Literal["quotient_remainder", "chinese_remainder"]
@@ -81,9 +81,7 @@ class Compositional(Method):
 
     def widths(self, dim: int, k: int) -> tuple[int, ...]:
         """Scalars a row of each partition."""
-        if self.operation != "concat":
-            return (dim,) * k
-        return tuple(dim // k + (j < dim % k) for j in range(k))
+        return tuple(chunk_widths(dim, k)) if self.operation == "concat" else (dim,) * k
 
     def _choices(self, table: TableConfig) -> list[tuple[int, ...]]:
         """The width of every partition, in units, for each number of partitions that may be tried, the fewest first."""

@@ -69,7 +69,7 @@ def auc(labels: NDArray, scores: NDArray) -> float:
     if num_positives == 0 or num_negatives == 0:
         return float("nan")
     below = np.cumsum(negatives) - negatives
-    # Twice the number of won pairs is an integer: exact in int64 up to 3e9 rows of each class.
+    # Twice the number of won pairs is an integer: exact in int64 up to 2e9 rows of each class.
     twice_won = int(np.dot(positives, 2 * below + negatives))
     return twice_won / (2 * num_positives * num_negatives)
 
