@@ -201,6 +201,25 @@ def test_only_touched_rows_and_their_state_change(optimizer: str) -> None:
         assert torch.equal(before[name][kept], after[name][kept])
 
 
+@pytest.mark.parametrize("optimizer", NAMES)
+def test_rows_move_and_are_reset_with_their_state(optimizer: str) -> None:
+    tables = small(optimizer)
+    train(tables, 5)
+    views = [tables.store.slab("b"), *tables.store.slab_state("b")]
+    assert len(views) == {"sgd": 1, "rowwise_adagrad": 2, "adagrad": 2, "adam": 3}[optimizer]
+    before = [v.clone() for v in views]
+    other = tables.to_dense("a")
+    # Sources are read before targets are written.
+    tables.store.move("b", torch.tensor([4, 7]), torch.tensor([7, 9]))
+    tables.store.reset("b", torch.tensor([0, 29]))
+    for old, new in zip(before, views):
+        assert torch.equal(new[[4, 7, 9]], old[[4, 4, 7]])
+        assert not new[[0, 29]].any()
+        kept = [r for r in range(30) if r not in (0, 7, 9, 29)]
+        assert torch.equal(new[kept], old[kept])
+    assert torch.equal(tables.to_dense("a"), other)
+
+
 @pytest.mark.parametrize("method", all_methods(), ids=method_id)
 def test_parameters_are_what_is_not_fused(method: Method) -> None:
     assert list(small("sgd", method if method.kind != "full" else "full").parameters()) == []

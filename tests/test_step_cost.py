@@ -96,6 +96,12 @@ def test_the_tensors_of_a_step_do_not_grow_with_the_rows(method: Method, optimiz
         with watch:
             step(tables, ids)()
         assert not any(p.grad is not None for p in tables.parameters())
+        # Neither does a lookup without gradients, in training or in serving.
+        tables.eval()
+        reading = LargestTensor(watch.ignored)
+        with reading:
+            tables(ids)
+        assert 0 < reading.numel <= 64 * 64
         seen.append(watch)
     assert seen[0].numel <= 64 * 64 and seen[1].numel <= 64 * 64
     assert abs(seen[0].total - seen[1].total) < 0.1 * seen[0].total
