@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from embtables.files import sha256
 
 from .prepared import FORMAT, FREQUENCIES, GROUP, LABEL, MANIFEST, VERSION, PreparedDataset, read_manifest
 from .splits import SPLITS
@@ -271,14 +272,6 @@ def _unchanged(path: Path, known: dict[str, Any]) -> bool:
     if (path.name, stat.st_size) != (known.get("file"), known.get("bytes")):
         return False
     return stat.st_mtime_ns == known.get("modified_ns") or sha256(path) == known.get("sha256")
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_parquet(rows: pl.DataFrame, path: Path) -> None:

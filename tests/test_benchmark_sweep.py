@@ -219,6 +219,14 @@ def test_a_fixed_hash_seed_is_refused(data: Path) -> None:
         config_of(data, **{"tables.hash_seed": 3})
 
 
+def test_cells_that_would_share_a_folder_are_refused(data: Path) -> None:
+    alike = parse_methods("{'feature_*': hash, '*': full}, {'feature_?': hash, '*': full}")
+    with pytest.raises(ValueError, match="two cells would both be named 'feature__hash_full-10pct-s0'"):
+        describe(data, alike, ["10%"], 1, load_config(), [])
+    with pytest.raises(ValueError, match="learning rates are too alike"):
+        describe(data, parse_methods("hash"), ["10%"], 1, load_config(), [0.1, 0.10000001])
+
+
 def test_another_sweep_in_the_directory_is_refused(data: Path, fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     run(config_of(data, seeds=1, budgets="50%"), out)

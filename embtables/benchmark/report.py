@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from embtables.benchmark.figure import draw
-from embtables.benchmark.files import write_text
 from embtables.benchmark.summary import DROP, LEAST_SEEDS_FOR_P, Point, Summary, summarize
+from embtables.files import write_text
 from embtables.memory import format_bytes
 
 HEADER = (

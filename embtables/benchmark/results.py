@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embtables.benchmark.cells import Cell
-from embtables.benchmark.files import write_text
+from embtables.files import write_text
 
 #: The columns of results.csv. A column is only ever added at the end of its part.
 COLUMNS = (

@@ -17,9 +17,9 @@ import yaml
 from rich.progress import track
 
 from embtables.benchmark.cells import takes_budget
-from embtables.benchmark.files import write_text
 from embtables.benchmark.results import COLUMNS
 from embtables.benchmark.sweep import SweepConfig, read_config
+from embtables.files import write_text
 from embtables.training.metrics import bootstrap_auc_difference
 
 DROP = "drop_feature"

@@ -17,10 +17,10 @@ A sweep is a directory::
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -34,10 +34,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from embtables.benchmark import results
 from embtables.benchmark.cells import Cell, MethodSpec, points
-from embtables.benchmark.files import locked, write_bytes, write_text
+from embtables.benchmark.lock import locked
 from embtables.benchmark.planning import cell_config, plan_points
 from embtables.benchmark.runner import Ended, Job, run_jobs, threads_per_job
 from embtables.datasets import PreparedDataset
+from embtables.files import sha256, write_bytes, write_text
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 
@@ -107,16 +108,21 @@ def describe(
             "includes luck with collisions: leave it null"
         )
     dataset = PreparedDataset(data)
-    return SweepConfig(
+    config = SweepConfig(
         data=str(data.resolve()),
         dataset=dataset.name,
-        manifest_sha256=hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
+        manifest_sha256=sha256(data / "manifest.json"),
         methods=methods,
         budgets=budgets,
         seeds=seeds,
         learning_rates=learning_rates,
         train=cell_config(train, "full", "", seed=0),
     )
+    names = Counter(cell.name for cell in config.cells([0], learning_rates or [None]))
+    twice = next((name for name, times in names.items() if times > 1), None)
+    if twice is not None:
+        raise ValueError(f"two cells would both be named '{twice}': methods, budgets or learning rates are too alike")
+    return config
 
 
 def run_sweep(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from embtables.files import sha256
 from embtables.models import build_model
 from embtables.tables import EmbeddingTables
 
@@ -62,7 +62,7 @@ def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: 
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
         except SafetensorError as error:
             raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
-        description["sha256"] = {name: _sha256(temporary / name) for name in (TABLES, WEIGHTS)}
+        description["sha256"] = {name: sha256(temporary / name) for name in (TABLES, WEIGHTS)}
         (temporary / MODEL).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -93,7 +93,7 @@ def load_served(folder: str | Path, device: torch.device | str | None = None) ->
     for name in (TABLES, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
-        if _sha256(folder / name) != description["sha256"].get(name):
+        if sha256(folder / name) != description["sha256"].get(name):
             raise ValueError(f"{folder / name} does not match its checksum in {MODEL}: it is damaged")
     tables = EmbeddingTables.load(folder / TABLES, device)
     # The constructor draws weights that are overwritten: the caller's random numbers must not notice.
@@ -148,11 +148,3 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

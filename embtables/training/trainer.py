@@ -11,7 +11,6 @@ A run is one folder::
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -30,7 +29,7 @@ from torch import nn
 
 from embtables.budget import InfeasibleBudget
 from embtables.datasets import Batch, PreparedDataset
-from embtables.files import replacing
+from embtables.files import replacing, sha256, write_text
 from embtables.models import build_model
 from embtables.plan import Plan
 from embtables.tables import EmbeddingTables
@@ -142,9 +141,8 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two starts to be the same run."""
-        manifest = (self.data.path / "manifest.json").read_bytes()
         fields = {name: value for name, value in self.config.flat().items() if name not in _FREE}
-        return {"data": hashlib.sha256(manifest).hexdigest(), **fields}
+        return {"data": sha256(self.data.path / "manifest.json"), **fields}
 
     def _refuse_other(self, identity: dict[str, Any]) -> None:
         if self.out.exists() and not self.out.is_dir():
@@ -170,7 +168,7 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         # First, so that a folder that holds anything says whose it is.
         header = f"# the prepared data: {self.data.name}\ndata_sha256: {identity['data']}\n"
-        _write_text(self.out / "config.yaml", header + self.config.to_yaml())
+        write_text(self.out / "config.yaml", header + self.config.to_yaml())
         _write_json(self.out / "environment.json", environment(self.device, torch.get_num_threads()))
         if plan is not None:
             _write_json(self.out / "plan.json", plan.to_dict())
@@ -529,10 +527,5 @@ def _seed(seed: int) -> None:
     random.seed(seed)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")

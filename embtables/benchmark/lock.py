@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the lock on a sweep's directory."""
+"""The lock on a sweep's directory."""
 
 from __future__ import annotations
 
@@ -10,23 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from embtables.files import replacing
-
 _PATIENCE_SECONDS = 2.0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not name the file
 
 
 @contextmanager
