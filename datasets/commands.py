@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -176,6 +177,9 @@ def synthetic(
 def numbers(option: str, text: str) -> tuple[float, ...]:
     """The numbers of a comma-separated list."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{option} {text!r}: numbers separated by commas are needed") from None
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{option} {text!r}: numbers separated by commas are needed")
+    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,7 @@ ROLES = {
         *("click_timestamp", "unixreviewtime", "created_at"),
     ),
 }
+RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # RecBole's headers: name:type
 UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 SPAN_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -65,8 +67,8 @@ class Interactions:
     def __post_init__(self) -> None:
         if self.time_unit not in ("auto", *UNITS_MS):
             raise ValueError(f"time_unit '{self.time_unit}': auto, s, ms, us or ns is needed")
-        if self.days is not None and not self.days > 0:
-            raise ValueError(f"days {self.days}: more than 0 is needed")
+        if self.days is not None and not 0 < self.days < float("inf"):
+            raise ValueError(f"days {self.days}: a number above 0 is needed")
         if self.days is not None and self.end is not None:
             raise ValueError("both days and an end are given: one of them is enough")
         if self.label is None and self.positive_from is not None:
@@ -149,7 +151,7 @@ class Clock:
         """A moment that the user names: a number in the log's unit or an ISO date."""
         try:
             return int(float(text) * (self._scale or 1000.0))
-        except ValueError:
+        except (ValueError, OverflowError):
             moment = _iso_ms(text)
             if moment is None:
                 raise ValueError(
@@ -188,7 +190,10 @@ def parse_duration(text: str) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if match is None:
         raise ValueError(f"duration {text!r}: e.g. 90s, 30m, 1h, 2d or all is needed")
-    return round(float(match[1]) * SPAN_MS[match[2]])
+    milliseconds = round(float(match[1]) * SPAN_MS[match[2]])
+    if milliseconds >= 2**62:
+        raise ValueError(f"duration {text!r}: it is beyond any time; write all")
+    return milliseconds
 
 
 def _read(
@@ -196,6 +201,9 @@ def _read(
 ) -> tuple[Log, dict[str, KeyColumn], Clock]:
     names, frames = _open(path, config, rejections, writer)
     roles = {role: _column(path, role, getattr(config, role), names) for role in ROLES}
+    for role, other in (("user", "item"), ("user", "time"), ("item", "time")):
+        if roles[role] == roles[other]:
+            raise ValueError(f"{path}: column '{roles[role]}' cannot be both the {role} and the {other}")
     for name in (*config.context, *([config.label] if config.label else [])):
         if name not in names:
             raise ValueError(f"{path}: no column '{name}'; there are {', '.join(names)}")
@@ -271,7 +279,9 @@ def _open(path: Path, config: Interactions, rejections: Rejections, writer: Writ
         )
     header = read_header(path)
     separator = config.separator or max("\t,;|", key=header.count)
-    names = [name.strip().strip('"').split(":")[0] for name in header.split(separator)]  # RecBole: name:type
+    quoted = separator != "\t" and len(separator) == 1
+    fields = next(csv.reader([header], delimiter=separator), []) if quoted else header.split(separator)
+    names = [RECBOLE_TYPE.sub("", name.strip().strip('"')) for name in fields]
     if len(names) < 3:
         raise ValueError(f"{path}:1: a header with at least user, item and time is needed, this is {header[:80]!r}")
     repeated = [name for name in names if names.count(name) > 1]

@@ -248,6 +248,7 @@ class PreparedDataset:
         start = 0
         for shard in window:
             table = self._table(shard, [LABEL, *self.dense_features, *self.feature_names, *groups])
+            self._check_values(shard, table)
             part = slice(start, start + shard.rows)
             rows.labels[part] = table.column(LABEL).to_numpy()
             for column, name in enumerate(self.dense_features):
@@ -261,16 +262,35 @@ class PreparedDataset:
             self._cache[split] = rows
         return rows
 
+    def _check_values(self, shard: Shard, table: pa.Table) -> None:
+        """A checksum vouches for what was written, not for who wrote it: labels are 0 or 1, ids in their range."""
+        bounds = {LABEL: 1} | {name: size - 1 for name, size in self.num_embeddings.items()}
+        for name, most in bounds.items():
+            column = table.column(name)
+            allowed = pa.types.is_floating(column.type) if name == LABEL else pa.types.is_integer(column.type)
+            if not allowed or column.null_count:
+                found = f"of type {column.type}" if not allowed else "empty in some rows"
+                raise ValueError(f"{self.path / shard.file}: column '{name}' is {found}")
+            values = column.to_numpy()
+            wrong = ~np.isin(values, (0, 1)) if name == LABEL else (values < 0) | (values > most)
+            if wrong.any():
+                row = int(wrong.argmax())
+                range_ = "0 or 1" if name == LABEL else f"0 … {most}, as {MANIFEST} says"
+                raise ValueError(
+                    f"{self.path / shard.file}: column '{name}' holds {values[row]} in row {row + 1}, outside {range_}"
+                )
+
     def _table(self, shard: Shard, columns: list[str] | None) -> pa.Table:
         try:
-            table = pq.read_table(io.BytesIO(self._read(shard)), columns=columns)
+            parquet = pq.ParquetFile(io.BytesIO(self._read(shard)))
+            missing = [name for name in columns or [] if name not in parquet.schema_arrow.names]
+            if missing:
+                raise ValueError(f"{self.path / shard.file}: no column '{missing[0]}'")
+            table = parquet.read(columns)
         except pa.ArrowException as error:
             raise ValueError(f"{self.path / shard.file}: not a readable Parquet file: {error}") from error
         if table.num_rows != shard.rows:
             raise ValueError(f"{self.path / shard.file}: {table.num_rows} rows where {MANIFEST} says {shard.rows}")
-        missing = [name for name in columns or [] if name not in table.column_names]
-        if missing:
-            raise ValueError(f"{self.path / shard.file}: no column '{missing[0]}'")
         return table
 
     def _read(self, file: File) -> bytes:
@@ -356,6 +376,10 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
         field = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{path}: field '{field}': {first['msg'].lower()}") from error
     names = [feature.name for feature in manifest.features]
+    columns = [*names, *manifest.dense_features]
+    repeated = next((name for name in columns if columns.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{path}: field 'features': two features are named '{repeated}'")
     for field, value in (("group_feature", manifest.group_feature), ("slice_feature", manifest.slice_feature)):
         if value is not None and value not in names:
             raise ValueError(f"{path}: field '{field}': '{value}' is none of the features {', '.join(names)}")

@@ -17,6 +17,7 @@ from .writing import Contents, Writer
 from .writing import prepare as prepare_folder
 
 CHUNK = 2**18
+MOST_IDS = 10**8  # effects and probabilities of all ids lie in memory, 8 bytes each
 PROBABILITY = "_probability"
 
 
@@ -52,8 +53,13 @@ class Synthetic:
         check_shares(self.shares)
         if self.rows < 1:
             raise ValueError(f"rows {self.rows}: at least 1 is needed")
-        if not self.cardinalities or min(self.cardinalities) < 1:
-            raise ValueError(f"cardinalities {self.cardinalities}: one or more numbers of at least 1 are needed")
+        if not self.cardinalities or min(self.cardinalities) < 1 or max(self.cardinalities) > MOST_IDS:
+            raise ValueError(f"cardinalities {self.cardinalities}: one or more numbers from 1 to {MOST_IDS} are needed")
+        numbers = ("zipf", self.zipf), ("bias", self.bias), ("interaction_std", self.interaction_std)
+        more = ("dense_std", self.dense_std), *(("effect_std", std) for std in self.effect_std)
+        for name, value in (*numbers, *more):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} {value}: a finite number is needed")
         if len(self.effect_std) not in (1, len(self.cardinalities)):
             raise ValueError(
                 f"effect_std has {len(self.effect_std)} values for {len(self.cardinalities)} features: "

@@ -69,6 +69,7 @@ def test_an_error_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
 def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
     for arguments, sentence in (
         (["synthetic", "-", str(tmp_path / "out"), "--cardinalities", "5,x"], "--cardinalities '5,x': numbers"),
+        (["synthetic", "-", str(tmp_path / "out"), "--cardinalities", "5,inf"], "--cardinalities '5,inf': numbers"),
         (["synthetic", "here", str(tmp_path / "out")], "INPUT 'here'"),
         (["interactions", "x.csv", str(tmp_path / "out"), "--negative-window", "soon"], "duration 'soon'"),
     ):

@@ -293,6 +293,8 @@ def damaged_parquet(path: Path) -> None:
         ("user,item,time\n1,2,3\n1,2\n", {}, r"log:3 \(2 columns\): not 3 columns; 1 of 2 rows"),
         ("user,item,time\n1,2,3\n1,2", {}, "log:3: the file ends inside a row"),
         ("user,item,time\n1,2,3\n1,\0,3\n", {}, "log:3: a NUL byte"),
+        ("user,item,time\n1,2,3\n", {"user": "item"}, "column 'item' cannot be both the user and the item"),
+        ("user,item,time\n1,2,3\n", {"start": "inf"}, "from 'inf': a number or an ISO date"),
         ("user,item,time\n1,2,noon\n", {}, "log:2: no valid time in 'time'"),
     ],
 )
@@ -313,6 +315,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         (dict(days=0.0), "days 0.0"),
+        (dict(days=float("inf")), "days inf"),
         (dict(days=1.0, end="3"), "both days and an end"),
         (dict(positive_from=4.0), "needs a label"),
         (dict(negatives=Negatives(0)), "at least 1 negative"),
@@ -329,8 +332,18 @@ def test_durations() -> None:
         *(90_000, 1_800_000, 3_600_000, 172_800_000, 1_800_000),
         None,
     ]
-    with pytest.raises(ValueError, match="duration 'soon'"):
-        parse_duration("soon")
+    for text in ("soon", f"{10**20}d"):
+        with pytest.raises(ValueError, match=f"duration '{text}'"):
+            parse_duration(text)
+
+
+def test_column_names_with_separators_and_colons(tmp_path: Path) -> None:
+    rows = "".join(f'u{i % 9},"i{i * 7 % 31}",{1700000000 + i},x{i % 3},y{i % 2}\n' for i in range(300))
+    (tmp_path / "log.csv").write_text('"user_id",item_id:token,timestamp:float,"size, in cm",os:name\n' + rows)
+    context = ("size, in cm", "os:name")
+    data = prepare_interactions(tmp_path / "log.csv", tmp_path / "out", Interactions(context=context))
+    assert data.feature_names == ["user_id", "item_id", *context]
+    assert set(raw(data, "size, in cm").values()) == {None, "unseen", "x0", "x1", "x2"}
 
 
 @pytest.mark.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 from collections import Counter
@@ -228,6 +229,7 @@ def test_a_damaged_shard_is_named(numbered: PreparedDataset) -> None:
         ({"version": 99}, "version 99"),
         ({"rows_read": "many"}, "field 'rows_read'"),
         ({"features": [{"name": "a"}]}, "field 'features.0.num_embeddings'"),
+        ({"dense_features": ["a"]}, "two features are named 'a'"),
         ({"slice_feature": "z"}, "field 'slice_feature': 'z' is none of the features a, b"),
         ({"splits": {}}, "'train' is missing"),
     ],
@@ -237,6 +239,36 @@ def test_a_wrong_manifest_names_file_and_field(numbered: PreparedDataset, change
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match="manifest.json") as error:
         PreparedDataset(numbered.path)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "sentence"),
+    [
+        (pl.Series("a", [0] * 127 + [2002], dtype=pl.Int32), "column 'a' holds 2002 in row 128, outside 0 … 2001"),
+        (pl.Series("a", [-1] * 128, dtype=pl.Int32), "column 'a' holds -1 in row 1,"),
+        (pl.Series("a", [2**40] * 128), "column 'a' holds 1099511627776 in row 1,"),
+        (pl.Series("a", [3, None] * 64, dtype=pl.Int32), "column 'a' is empty in some rows"),
+        (pl.Series("a", ["3"] * 128), "column 'a' is of type"),
+        (pl.Series("label", [1.0, 2.0] * 64, dtype=pl.Float32), "column 'label' holds 2.0 in row 2, outside 0 or 1"),
+        (pl.Series("label", [float("nan")] * 128, dtype=pl.Float32), "column 'label' holds nan in row 1,"),
+        (None, "no column 'b'"),
+    ],
+)
+def test_values_that_another_writer_got_wrong(
+    numbered: PreparedDataset, column: pl.Series | None, sentence: str
+) -> None:
+    shard, path = numbered.path / "train" / "00003.parquet", numbered.path / "manifest.json"
+    rows = pl.read_parquet(shard)
+    (rows.drop("b") if column is None else rows.with_columns(column)).write_parquet(shard)
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["shards"][3] |= {
+        "bytes": shard.stat().st_size,
+        "sha256": hashlib.sha256(shard.read_bytes()).hexdigest(),
+    }
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="00003.parquet: ") as error:
+        list(PreparedDataset(numbered.path).batches("train", 10))
     assert sentence in str(error.value)
 
 
