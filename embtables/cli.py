@@ -143,6 +143,8 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("EMBTABLES_TRACEBACK"):
             raise
         return fail(sentence(error))
+    except MemoryError as error:
+        return fail(f"not enough memory: {' '.join(str(error).split())}")
     except Exception as error:
         # Usage errors: typer's own class moved between its releases; all of them can show themselves.
         show, usage_code = getattr(error, "show", None), getattr(error, "exit_code", None)

@@ -42,7 +42,9 @@ def plan(
         "tables.method": parse_value(method, "method"),
         "tables.budget": parse_value(budget, "budget") if budget is not None else None,
         "tables.embedding_dim": embedding_dim,
-        "tables.training_budget": parse_value(training_budget, "training budget") if training_budget else None,
+        "tables.training_budget": (
+            parse_value(training_budget, "training budget") if training_budget is not None else None
+        ),
         **({"tables.fused": False} if optimizer == "none" else {"tables.optimizer": optimizer}),
     }
     solved = plan_tables(load_config(flags=flags), PreparedDataset(data))

@@ -56,7 +56,7 @@ class TablesConfig(_Section):
         default=True, description="update inside backward; false: ordinary parameters under torch.optim"
     )
     sparse_gradients: bool = Field(default=False, description="with fused: false, sparse instead of dense gradients")
-    init_std: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: the tables' own default")
+    init_std: float | None = Field(default=None, gt=0, le=1e6, description="null: the tables' own default")
     hash_seed: int | None = Field(default=None, description="null: the seed of the run")
 
     @model_validator(mode="after")
@@ -105,7 +105,9 @@ class TrainingConfig(_Section):
         try:
             kind = torch.device(device).type
         except RuntimeError:
-            raise ValueError("give cpu, cuda or cuda:<number>") from None
+            kind = ""
+        if kind not in ("cpu", "cuda"):
+            raise ValueError("give cpu, cuda or cuda:<number>")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device on this machine")
         return device
@@ -164,6 +166,8 @@ def load_config(
 
 def parse_value(text: str, name: str) -> Any:
     """A value of the command line as YAML reads it: numbers, words, ``null``, ``[64, 32]``, ``{kind: hash}``."""
+    if not text.strip():
+        raise ValueError(f"{name}: the value is empty; for none write null")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
