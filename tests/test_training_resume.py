@@ -160,6 +160,15 @@ def test_a_finished_run_is_not_run_again(data, tmp_path, monkeypatch):
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_damaged_metrics_are_named(data, tmp_path, content):
+    config = config_of("training.epochs=1")
+    Trainer(config, data, tmp_path / "run").run()
+    (tmp_path / "run" / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged: delete it to go on from the checkpoint"):
+        Trainer(config, data, tmp_path / "run").run()
+
+
 def test_checkpoint_may_be_dropped_at_the_end(data, tmp_path):
     Trainer(config_of("training.epochs=1", "training.keep_checkpoint=false"), data, tmp_path / "run").run()
     assert not (tmp_path / "run" / "checkpoint").exists()

@@ -108,8 +108,7 @@ class Trainer:
         identity = self._identity()
         self._refuse_other(identity)
         if (self.out / "metrics.json").exists():
-            done: dict[str, Any] = json.loads((self.out / "metrics.json").read_text(encoding="utf-8"))
-            return done
+            return self._metrics()
         for split in ("train", "valid", "test"):
             if not self.data.num_rows(split):
                 raise ValueError(f"split '{split}' of {self.data.path} has no rows")
@@ -132,6 +131,16 @@ class Trainer:
             model.to(self.device)
             self._write_start(identity, plan)
             return _Run(self, identity, plan, tables, model).run()
+
+    def _metrics(self) -> dict[str, Any]:
+        path = self.out / "metrics.json"
+        try:
+            done = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            done = None
+        if not isinstance(done, dict) or "status" not in done:
+            raise ValueError(f"{path} is damaged: delete it to go on from the checkpoint")
+        return done
 
     def _remove_leftovers(self) -> None:
         """What a killed run was writing when it died."""
