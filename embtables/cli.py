@@ -168,7 +168,7 @@ def sentence(error: Exception) -> str:
     if callable(problems):  # pydantic.ValidationError, without importing pydantic
         return "; ".join(_field_problem(problem) for problem in problems())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename2 or error.filename}: {error.strerror}"  # of two, the second is the one to write
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError):
         return f"a part that this command needs cannot be imported: {text}"

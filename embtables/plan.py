@@ -335,7 +335,10 @@ def _counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | No
         if name not in by_name:
             raise ValueError(f"frequencies name '{name}', which is not a table; the tables: {', '.join(by_name)}")
         table = by_name[name]
-        counts = np.asarray(values)
+        try:
+            counts = np.asarray(values)
+        except ValueError:  # rows of different lengths
+            counts = np.empty((0, 0))
         if counts.ndim != 1 or not (
             np.issubdtype(counts.dtype, np.integer) or np.issubdtype(counts.dtype, np.floating)
         ):
@@ -350,6 +353,8 @@ def _counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | No
             raise ValueError(f"frequencies of table '{name}' hold a negative or non-finite count")
         if (counts != np.floor(counts)).any():
             raise ValueError(f"frequencies of table '{name}' hold fractions: give counts, not shares")
+        if counts.sum(dtype=np.float64) >= 2**62:
+            raise ValueError(f"frequencies of table '{name}' add up to more than 2**62")
         counts = counts.astype(np.int64)
         # The oov row is an id like the others, never counted.
         result[name] = np.append(counts, 0) if table.rows != table.num_embeddings else counts

@@ -61,8 +61,8 @@ class EmbeddingTables(nn.Module):
             raise ValueError(
                 "sparse gradients need plan(..., optimizer=None): a fused optimizer makes no gradient at all"
             )
-        if std is not None and not std > 0:
-            raise ValueError(f"std must be a positive number, not {std!r}")
+        if std is not None and not 0 < std <= 1e6:
+            raise ValueError(f"std must be a positive number of at most 1e6, not {std!r}")
         self._prepare(plan, seed, std)
         self._build(Store([g.layout.training for g in plan.groups], plan.optimizer, sparse=sparse, device=device))
         self._initialize()
@@ -243,8 +243,9 @@ class EmbeddingTables(nn.Module):
 
     def _check_input(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
         num_features = len(self.feature_names)
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"ids must be a tensor, not a {type(ids).__name__}")
+        for name, value in (("ids", ids), ("offsets", offsets), ("per_sample_weights", weights)):
+            if not isinstance(value, Tensor) and (value is not None or name == "ids"):
+                raise TypeError(f"{name} must be a tensor, not a {type(value).__name__}")
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")
         if weights is not None and weights.shape != ids.shape:

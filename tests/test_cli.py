@@ -98,6 +98,8 @@ def test_errors_become_sentences(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
         (ValueError("table 'x':\n  too many ids"), "Error: table 'x': too many ids"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), "Error: a/b: No such file or directory"),
         (OSError(28, "No space left on device", "out/x.csv"), "Error: out/x.csv: No space left on device"),
+        (OSError(28, "No space left on device", "source", None, "target"), "Error: target: No space left on device"),
+        (MemoryError("Unable to allocate 21.8 TiB"), "Error: not enough memory: Unable to allocate 21.8 TiB"),
         (OSError("libfbgemm.so cannot be opened"), "Error: libfbgemm.so cannot be opened"),
         (FloatingPointError("NaN in step 3"), "Error: NaN in step 3"),
     ]:

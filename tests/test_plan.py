@@ -237,6 +237,9 @@ def test_bad_methods(method: Any, message: str) -> None:
         ({"user": np.full(100, 0.01)}, "table 'user' hold fractions"),
         ({"user": np.ones((10, 10), int)}, "table 'user' must be a 1-D array"),
         ({"user": ["a"] * 100}, "table 'user' must be a 1-D array"),
+        ({"user": [[1], [1, 2]]}, "table 'user' must be a 1-D array"),
+        ({"user": np.full(100, 2**62)}, r"table 'user' add up to more than 2\*\*62"),
+        ({"user": np.full(100, 1e300)}, r"table 'user' add up to more than 2\*\*62"),
         ([1, 2], "map table names"),
     ],
 )

@@ -259,7 +259,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
         assert not torch.equal(first.to_dense(name), build(configs, seed=8).to_dense(name))
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(3))
-    for bad in (0.0, -1.0, float("nan")):
+    for bad in (0.0, -1.0, float("nan"), float("inf"), 1e39):
         with pytest.raises(ValueError, match="std must be a positive number"):
             build(configs, std=bad)
 
@@ -449,6 +449,8 @@ def test_share_of_colliding_ids() -> None:
         ((torch.ones(2, 4),), TypeError, "ids must be int32 or int64, not torch.float32"),
         ((torch.ones(2, 4, dtype=torch.bool),), TypeError, "not torch.bool"),
         (([[1, 2, 3, 4]],), TypeError, "ids must be a tensor, not a list"),
+        ((torch.tensor([1]), [0, 1, 1, 1, 1]), TypeError, "offsets must be a tensor, not a list"),
+        ((torch.tensor([[1, 2, 3, 4]]), None, [[1, 1, 1, 1]]), TypeError, "per_sample_weights must be a tensor, not a"),
         ((torch.ones(2, 3, dtype=torch.int64),), ValueError, r"ids must be \[batch, 4\].*user, item, history, city"),
         ((torch.ones(4, dtype=torch.int64),), ValueError, "flat with offsets"),
         ((torch.ones(2, 4, dtype=torch.int64), torch.tensor([0, 8])), ValueError, "ids must be flat"),
