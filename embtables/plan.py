@@ -290,7 +290,11 @@ def plan(
 
 
 def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, bound: int) -> Plan:
-    """The largest plan between floor and limit whose training bytes fit: they grow with the inference budget."""
+    """The largest plan between floor and limit whose training bytes fit.
+
+    They grow with the inference budget, but for a row-wise state that falls where tables of narrow rows become full:
+    there a larger plan may be missed, never the bound.
+    """
     best = solve(floor)
     if best.training_bytes > bound:
         raise infeasible(bound, best.training_bytes, "the smallest tables these methods can train", phase="training")
