@@ -145,7 +145,10 @@ def test_a_whole_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
     # Seed by seed, full first; nothing infeasible was started, nothing twice.
     order = started(fake)
     assert len(order) == len(set(order)) == sum(r["status"] == "ok" for r in read_rows)
-    assert {name.rsplit("-s", 1)[1] for name in order[: len(order) // 2]} == {"0"}
+    # Two cells run at a time and note their own start, so the two at the border may change places.
+    half = len(order) // 2
+    assert {name.rsplit("-s", 1)[1] for name in order[: half - 1]} == {"0"}
+    assert {name.rsplit("-s", 1)[1] for name in order[half + 1 :]} == {"1"}
     ok = next(r for r in read_rows if r["method"] == "hash" and r["budget"] == "50%")
     metrics = json.loads((out / "cells" / ok["cell"] / "metrics.json").read_text())
     assert float(ok["test_auc"]) == metrics["test_auc"] and int(ok["inference_bytes"]) <= 552 * 16 * 4 // 2

@@ -223,7 +223,7 @@ def test_the_process_ends_with_the_code(data: Path, tmp_path: Path) -> None:  # 
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
     assert "\x1b" not in done.stderr  # no color into files
     done = call("plan", str(data), "--method", "hash", "--budget", "10%")
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("(with adagrad state)")
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("(with adam state)")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
