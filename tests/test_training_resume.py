@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from embtables.datasets import Synthetic, prepare_synthetic
+from embtables.lock import locked
 from embtables.methods import kinds
 from embtables.training import Trainer, load_config
 
@@ -158,6 +159,15 @@ def test_a_finished_run_is_not_run_again(data, tmp_path, monkeypatch):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert Trainer(config, data, tmp_path / "run").run() == first
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_two_processes_do_not_train_into_one_folder(data, tmp_path):
+    config, run = config_of("training.epochs=1"), tmp_path / "run"
+    run.mkdir()
+    with locked(run), pytest.raises(ValueError, match=rf"run is in use by process {os.getpid()}: wait for it"):
+        Trainer(config, data, run).run()
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    assert Trainer(config, data, run).run()["status"] == "ok"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])

@@ -34,11 +34,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from embtables.benchmark import results
 from embtables.benchmark.cells import Cell, MethodSpec, points
-from embtables.benchmark.lock import locked
 from embtables.benchmark.planning import cell_config, plan_points
 from embtables.benchmark.runner import Ended, Job, run_jobs, threads_per_job
 from embtables.datasets import PreparedDataset
 from embtables.files import sha256, write_bytes, write_text
+from embtables.lock import locked
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 

@@ -30,6 +30,7 @@ from torch import nn
 from embtables.budget import InfeasibleBudget
 from embtables.datasets import Batch, PreparedDataset
 from embtables.files import replacing, sha256, write_text
+from embtables.lock import locked
 from embtables.models import build_model
 from embtables.plan import Plan
 from embtables.tables import EmbeddingTables
@@ -101,7 +102,7 @@ class Trainer:
         A finished run is not run again. A budget that no tables fit gives ``status`` "infeasible" with ``floor_bytes``.
 
         Raises:
-            ValueError: wrong configuration or data, or ``out`` belongs to another run.
+            ValueError: wrong configuration or data, or ``out`` belongs to another run or is in use by another process.
             OSError: a file cannot be read or written.
             FloatingPointError: a loss, gradient or weight became NaN or infinite; the sentence names step and tensor.
         """
@@ -116,7 +117,6 @@ class Trainer:
             plan = plan_tables(self.config, self.data)
         except InfeasibleBudget as error:
             return self._write_infeasible(identity, error)
-        self._remove_leftovers()
         with _threads(self.config.training.threads), _own_random_numbers(self.device):
             _seed(self.config.training.seed)
             tables = EmbeddingTables(
@@ -129,8 +129,14 @@ class Trainer:
             settings = self.config.model
             model = build_model(settings.name, tables, len(self.data.dense_features), settings.hyperparameters)
             model.to(self.device)
-            self._write_start(identity, plan)
-            return _Run(self, identity, plan, tables, model).run()
+            self.out.mkdir(parents=True, exist_ok=True)
+            with locked(self.out):
+                self._refuse_other(identity)  # again: another process may have been here meanwhile
+                if (self.out / "metrics.json").exists():
+                    return self._metrics()
+                self._remove_leftovers()
+                self._write_start(identity, plan)
+                return _Run(self, identity, plan, tables, model).run()
 
     def _metrics(self) -> dict[str, Any]:
         path = self.out / "metrics.json"

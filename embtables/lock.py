@@ -1,4 +1,4 @@
-"""The lock on a sweep's directory."""
+"""The lock on the directory of a run or a sweep."""
 
 from __future__ import annotations
 
