@@ -42,7 +42,8 @@ class Contents:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(
-                f"column '{repeated[0]}' would occur twice: '{LABEL}' and '{GROUP}' are reserved, rename it"
+                f"column '{repeated[0]}' would occur twice: "
+                f"{', '.join((LABEL, GROUP, *self.histories))} are reserved, rename it"
             )
 
 

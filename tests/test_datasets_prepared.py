@@ -378,6 +378,8 @@ def test_an_empty_split_and_a_reserved_column_are_refused(tmp_path: Path) -> Non
     vocabulary = Vocabulary(np.arange(3), np.ones(3, np.int64))
     with pytest.raises(ValueError, match="column 'label' would occur twice"):
         Contents({"label": vocabulary}).check()
+    with pytest.raises(ValueError, match="column 'past' would occur twice: label, _group, past are reserved"):
+        Contents({"a": vocabulary, "past": vocabulary}, histories={"past": "a"}).check()
 
 
 def test_the_same_input_and_options_give_the_same_bytes(tmp_path: Path) -> None:

@@ -315,6 +315,16 @@ class WrongShape(nn.Module):
         return self.layer(self.embeddings(batch.ids))
 
 
+class Pair(WrongShape):
+    def forward(self, batch):
+        return super().forward(batch).squeeze(1), None
+
+
+class Rounded(WrongShape):
+    def forward(self, batch):
+        return super().forward(batch).squeeze(1).long()
+
+
 class SquareRoot(WrongShape):
     """Finite logits whose gradient at zero is not."""
 
@@ -332,6 +342,12 @@ class SquareRootOfWeight(WrongShape):
 def test_a_model_must_return_one_logit_a_row(data, tmp_path):
     with pytest.raises(ValueError, match=r"WrongShape must return one logit a row, shape \(512,\), not \(512, 1\)"):
         Trainer(config_of(f"model.name={__name__}:WrongShape"), data, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(("model", "found"), [("Pair", "tuple"), ("Rounded", "torch.int64")])
+def test_a_model_must_return_floating_point_logits(data, tmp_path, model, found):
+    with pytest.raises(ValueError, match=rf"{model} must return a tensor of floating-point logits, not {found}"):
+        Trainer(config_of(f"model.name={__name__}:{model}"), data, tmp_path / "run").run()
 
 
 def test_a_loss_that_is_not_finite_names_step_and_tensor(data, tmp_path):

@@ -71,6 +71,9 @@ def score(model: nn.Module, data: PreparedDataset, split: str, batch_size: int, 
 
 
 def check_logits(model: nn.Module, logits: torch.Tensor, batch: Batch) -> None:
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        found = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"model {type(model).__name__} must return a tensor of floating-point logits, not {found}")
     if logits.shape != batch.labels.shape:
         raise ValueError(
             f"model {type(model).__name__} must return one logit a row, shape {tuple(batch.labels.shape)}, "
