@@ -32,18 +32,20 @@ class Memory:
     ``inference_bytes``: the served form. ``training_bytes``: weights and the fused optimiser's state, or weights and
     their gradient where there is no fused optimiser (the state of a ``torch.optim`` optimiser comes on top).
     ``full_bytes``: the equivalent full fp32 tables, ``None`` where a table has no vocabulary. ``by_kind``: the present
-    form's bytes.
+    form's bytes. ``constants``: seeds, sizes and offsets of every lookup, which follow from the plan, are in no file
+    and count in none of the others.
     """
 
     inference_bytes: int
     training_bytes: int
     full_bytes: int | None
     by_kind: Mapping[str, int]
+    constants: int
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.by_kind.items())
         ratio = f" ({self.inference_bytes / self.full_bytes:.2%} of full)" if self.full_bytes else ""
         return (
             f"inference {format_bytes(self.inference_bytes)}{ratio}: {kinds}; "
-            f"training {format_bytes(self.training_bytes)}"
+            f"training {format_bytes(self.training_bytes)}; constants {format_bytes(self.constants)}"
         )

@@ -56,6 +56,14 @@ class Plan:
         """Bytes of the served form, with codes, index maps, scales and padding."""
         return sum(g.layout.serving.num_bytes for g in self.groups)
 
+    def bytes_by_kind(self) -> dict[str, int]:
+        """The inference bytes by kind: ``weights``, ``index``, ``codes``, ``scales``, ``padding``, those that occur."""
+        kinds: dict[str, int] = {}
+        for g in self.groups:
+            for kind, num_bytes in g.layout.serving.bytes_by_kind().items():
+                kinds[kind] = kinds.get(kind, 0) + num_bytes
+        return kinds
+
     @property
     def training_bytes(self) -> int:
         """Bytes of the trained form and its fused optimiser's state; without one, of weights and gradient."""
@@ -174,7 +182,9 @@ class Plan:
             if self.optimizer is not None
             else "weights and gradient; the optimizer's state comes on top"
         )
-        text.append(f"inference {self.inference_bytes:,} B{budget}{ratio}")
+        kinds = self.bytes_by_kind()
+        split = ": " + ", ".join(f"{kind} {n:,} B" for kind, n in kinds.items()) if set(kinds) - {"weights"} else ""
+        text.append(f"inference {self.inference_bytes:,} B{budget}{ratio}{split}")
         text.append(f"training  {self.training_bytes:,} B ({training})")
         return "\n".join(text)
 

@@ -337,9 +337,9 @@ class EmbeddingTables(nn.Module):
         training = held + (state if self.plan.optimizer is not None else gradients)
         if self.served:
             training = self.plan.training_bytes
-        return Memory(
-            inference, training, self.plan.full_bytes, by_kind | ({"optimizer state": state} if state else {})
-        )
+        by_kind |= {"optimizer state": state} if state else {}
+        constants = storage_bytes([*self.lookups.buffers(), self._columns])
+        return Memory(inference, training, self.plan.full_bytes, by_kind, constants)
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
 

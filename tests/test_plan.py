@@ -337,3 +337,23 @@ def test_names_that_look_like_parts_of_the_storage_work_or_are_refused(method: M
     assert counted_bytes(built.finalize()) == solved.inference_bytes
     with torch.no_grad():
         assert built(torch.zeros(2, len(tables), dtype=torch.int64)).shape == (2, 8 * len(tables))
+
+
+def test_bytes_by_kind_are_printed_and_add_up() -> None:
+    tables = [TableConfig("user", 20_000, 16)]
+    solved = plan(tables, "pruned", "10%")
+    kinds = solved.bytes_by_kind()
+    assert set(kinds) == {"weights", "index"} and sum(kinds.values()) == solved.inference_bytes
+    assert f"weights {kinds['weights']:,} B, index {kinds['index']:,} B" in str(solved)
+    assert set(plan(tables, "hash", "10%").bytes_by_kind()) == {"weights"}
+
+
+def test_constants_are_listed_and_not_counted() -> None:
+    tables = [TableConfig(f"table_{i}", 20_000, 16) for i in range(4)]
+    module = EmbeddingTables(plan(tables, "hash", "10%"))
+    memory = module.memory()
+    parameters = sum(weight.untyped_storage().nbytes() for weight in module.store.state_dict().values())
+    others = [b for name, b in module.named_buffers() if name.startswith(("lookups.", "_columns"))]
+    assert memory.constants == sum(b.untyped_storage().nbytes() for b in others) > 0
+    assert memory.inference_bytes == parameters
+    assert "constants" in str(memory)
