@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ def parse_budget(budget: Budget, full_bytes: int | None) -> int:
         ValueError: for anything else, with the forms that are understood.
     """
     forms = 'a number of bytes (67_108_864, "64MB", "64MiB") or a share of the full tables (0.1, "10%")'
-    share: float | None = None
+    share: Fraction | None = None
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise ValueError(f"budget {budget!r} is not {forms}")
     if isinstance(budget, int):
@@ -68,26 +69,27 @@ def parse_budget(budget: Budget, full_bytes: int | None) -> int:
     elif isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ValueError(f"budget {budget!r} is a float, thus a share of the full tables, and must lie in (0, 1]")
-        share = budget
+        share = Fraction(repr(budget))
     else:
         match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)\s*(%|[A-Za-z]*)\s*", budget)
         if not match or match[2] not in (*_UNITS, "%"):
             raise ValueError(f"budget {budget!r} is not {forms}")
-        number = float(match[1])
+        number = Fraction(match[1].replace("_", ""))
         if match[2] == "%":
             share = number / 100
             if not 0 < share <= 1:
                 raise ValueError(f"budget {budget!r} must lie above 0% and be at most 100%")
         elif match[2] == "" and "." in match[1]:
-            return parse_budget(number, full_bytes)
+            return parse_budget(float(number), full_bytes)
         else:
-            num_bytes = int(match[1]) * _UNITS[match[2]] if "." not in match[1] else int(number * _UNITS[match[2]])
+            num_bytes = int(number * _UNITS[match[2]])
     if share is not None:
         if full_bytes is None:
             raise ValueError(
                 f"budget {budget!r} is a share of the full tables, whose size is unknown while a table has no "
                 'num_embeddings: give bytes, such as "64MB"'
             )
+        # In fractions: 29 % of 100 bytes are 29, not the 28.999… of floating point.
         num_bytes = int(share * full_bytes)
     if num_bytes < 1 and not share:
         raise ValueError(f"budget {budget!r} must be at least 1 byte")

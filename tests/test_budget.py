@@ -150,3 +150,9 @@ def test_collision_weights_minimise_the_expected_collisions() -> None:
                 moved[i] += 1 / dims[i]
                 moved[j] -= 1 / dims[j]
                 assert collisions(moved) > collisions(best)
+
+
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_a_share_of_round_numbers_is_exact(percent: int) -> None:
+    assert parse_budget(f"{percent}%", 100) == percent
+    assert parse_budget(percent / 100, 1_000_000) == percent * 10_000
