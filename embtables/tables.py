@@ -99,15 +99,17 @@ class EmbeddingTables(nn.Module):
         self.stages = [] if self.served else [s for s in map(self._stage, self.plan.groups) if s is not None]
         outputs = [(table.name, feature) for table in self.plan.tables for feature in table.feature_names]
         # Blocks deliver their outputs one after another; these put vectors and columns in the order promised.
-        self._vector_order = [order.index(pair) for pair in outputs]
+        vector_order = [order.index(pair) for pair in outputs]
         starts = [0]
         for pair in order:
             starts.append(starts[-1] + self.embedding_dims[outputs.index(pair)])
-        columns = [c for i in self._vector_order for c in range(starts[i], starts[i + 1])]
+        columns = [c for i in vector_order for c in range(starts[i], starts[i + 1])]
         self._in_order = columns == list(range(len(columns)))
         self.register_buffer("_columns", torch.tensor(columns, device=store.device), persistent=False)
+        self.register_buffer("_vectors", torch.tensor(vector_order, device=store.device), persistent=False)
 
     _columns: Tensor
+    _vectors: Tensor
 
     def _block(self, g: GroupPlan, entries: list[TableEntry], store: Store) -> Block:
         if entries[0].entry.variant == FULL:
@@ -227,12 +229,20 @@ class EmbeddingTables(nn.Module):
                 v if p.weights is None else v * p.weights.to(v.dtype).unsqueeze(-1) for v, p in zip(vectors, picked)
             ]
             if offsets is None:
-                return torch.cat(weighted)[self._vector_order].transpose(0, 1)
+                return self._ordered(weighted).transpose(0, 1)
             positions = [p.position for p in picked if p.position is not None]
             return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
         pooled = [lookups.pool(v, p, pooling, batch) for lookups, v, p in zip(each, vectors, picked)]
+        if len(set(self.embedding_dims)) == 1:
+            # Whole vectors are put in order, which is many times faster than single columns.
+            return self._ordered(pooled).transpose(0, 1).flatten(1)
         flat = torch.cat([v.transpose(0, 1).flatten(1) for v in pooled], dim=1)
         return flat if self._in_order else flat.index_select(1, self._columns)
+
+    def _ordered(self, blocks: list[Tensor]) -> Tensor:
+        """The vectors ``[L, B, D]`` of all blocks, in the order of the outputs."""
+        stacked = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return stacked if self._in_order else stacked.index_select(0, self._vectors)
 
     def _begin_step(self) -> None:
         if self.store.optimizer is not None:
@@ -338,7 +348,7 @@ class EmbeddingTables(nn.Module):
         if self.served:
             training = self.plan.training_bytes
         by_kind |= {"optimizer state": state} if state else {}
-        constants = storage_bytes([*self.lookups.buffers(), self._columns])
+        constants = storage_bytes([*self.lookups.buffers(), self._columns, self._vectors])
         return Memory(inference, training, self.plan.full_bytes, by_kind, constants)
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
