@@ -27,7 +27,7 @@ class TableConfig:
         feature_names: the features that are looked up here; the table's own name by default.
         pooling: how the vectors of a bag become one, unless a call says otherwise.
         on_out_of_range: what an id outside the range does: ``"error"`` names the feature and the id, ``"hash"`` folds
-            it into the range (``padding_idx`` is part of it), ``"oov"`` sends it to one more row, which counts in the
+            it into the range, though not onto ``padding_idx``, ``"oov"`` sends it to one more row, which counts in the
             bytes.
         padding_idx: an id that yields zeros and receives no gradient.
         init_fn: initialises a tensor in place, as in torchrec. Tables stored in full use it as it is, compressed ones

@@ -112,7 +112,10 @@ class Lookups(nn.Module):
             if wrong.any():
                 self._refuse(ids, feature, wrong)
         if "hash" in self.policies:
-            ids = torch.where(bad & (policy == 1), hash_ids(ids, self.seed[feature], size), ids)
+            folded = hash_ids(ids, self.seed[feature], size)
+            if self.pads:  # an id that means something must not become one that means nothing
+                folded = torch.where(folded == self.padding[feature], (folded + 1) % size, folded)
+            ids = torch.where(bad & (policy == 1), folded, ids)
         if "oov" in self.policies:
             ids = torch.where(bad & (policy == 2), size, ids)
         return ids

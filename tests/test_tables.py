@@ -483,3 +483,12 @@ def test_bad_pooling() -> None:
             tables(ids, pooling=pooling)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no feature in two tables"):
         build([TableConfig("a", 10, 2, ["x"]), TableConfig("b", 10, 2, ["x"])])(ids[:, :1], pooling=None)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 3])
+def test_an_id_out_of_range_is_not_folded_onto_the_padding(padding_idx: int) -> None:
+    table = TableConfig("user", 4, 8, on_out_of_range="hash", padding_idx=padding_idx)
+    module = EmbeddingTables(plan([table], "full"))
+    vectors = module(torch.arange(4, 1004).unsqueeze(1))
+    assert (vectors.abs().sum(1) > 0).all()
+    assert (module(torch.tensor([[padding_idx]])) == 0).all()
