@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from embtables.budget import keep_apart
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
@@ -224,6 +225,25 @@ def full_layout(group: Group) -> Layout:
     pairs = {table.name: full_entry(table) for table in group.tables}
     form = Form(slabs=tuple(slab for _, slab in pairs.values()))
     return Layout.of({name: entry for name, (entry, _) in pairs.items()}, form)
+
+
+def shared_layout(
+    group: Group, limit: int, width: int, least_rows: int, entry: Callable[[TableConfig], Entry]
+) -> Layout:
+    """One slab for the whole group, under its name, beside the tables that ``keep_apart`` leaves out of it, in full.
+
+    Args:
+        width: columns of the shared slab.
+        least_rows: rows that it has in any case.
+        entry: what is noted of a table that shares it.
+    """
+    apart, left = keep_apart(group, limit, reserve=4 * width * least_rows)
+    pairs = {table.name: full_entry(table) for table in apart}
+    slabs = [slab for _, slab in pairs.values()]
+    if len(apart) < len(group.tables):
+        slabs.append(Slab(group.name, left // (4 * width), width))
+    entries = {t.name: pairs[t.name][0] if t.name in pairs else entry(t) for t in group.tables}
+    return Layout.of(entries, Form(slabs=tuple(slabs)))
 
 
 def full_entry(table: TableConfig) -> tuple[Entry, Slab]:

@@ -9,10 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from embtables.budget import keep_apart
 from embtables.hashing import hash_ids, hash_signs, seed_for
-from embtables.layout import Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.layout import Entry, Group, Layout
+from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer, RowWiseAdagrad
 from embtables.store import Part, Store
 
@@ -46,18 +45,8 @@ class Robe(Method):
         return Floor(4 * self.block_size, "one block of the array")
 
     def fit(self, group: Group, limit: int) -> Layout:
-        apart, shared_bytes = keep_apart(group, limit, reserve=4 * self.block_size)
-        pairs = {table.name: full_entry(table) for table in apart}
-        slabs = [slab for _, slab in pairs.values()]
-        if len(apart) < len(group.tables):
-            slabs.append(Slab(group.name, shared_bytes // 4, 1))
-        entries = {
-            t.name: pairs[t.name][0]
-            if t.name in pairs
-            else Entry("blocks", {"blocks": -(-t.embedding_dim // self.block_size)})
-            for t in group.tables
-        }
-        return Layout.of(entries, Form(slabs=tuple(slabs)))
+        size = self.block_size
+        return shared_layout(group, limit, 1, size, lambda t: Entry("blocks", {"blocks": -(-t.embedding_dim // size)}))
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return _RobeBlock(entries, group, store, self)

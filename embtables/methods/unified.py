@@ -9,10 +9,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from embtables.budget import keep_apart
 from embtables.hashing import hash_ids, seed_for
-from embtables.layout import Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.layout import Entry, Group, Layout
+from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -54,16 +53,9 @@ class Unified(Method):
 
     def fit(self, group: Group, limit: int) -> Layout:
         width = self._width(group)
-        apart, shared_bytes = keep_apart(group, limit, reserve=4 * width)
-        pairs = {table.name: full_entry(table) for table in apart}
-        slabs = [slab for _, slab in pairs.values()]
-        if len(apart) < len(group.tables):
-            slabs.append(Slab(group.name, shared_bytes // (4 * width), width))
-        entries = {
-            t.name: pairs[t.name][0] if t.name in pairs else Entry("multiplexed", {"lookups": t.embedding_dim // width})
-            for t in group.tables
-        }
-        return Layout.of(entries, Form(slabs=tuple(slabs)))
+        return shared_layout(
+            group, limit, width, 1, lambda t: Entry("multiplexed", {"lookups": t.embedding_dim // width})
+        )
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return _UnifiedBlock(entries, group, store, self._width(group))
