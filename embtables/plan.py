@@ -73,8 +73,7 @@ class Plan:
     @property
     def full_bytes(self) -> int | None:
         """Bytes of the full fp32 tables; ``None`` where a table has no vocabulary."""
-        sizes = [table.full_bytes for table in self.tables]
-        return None if None in sizes else sum(n for n in sizes if n is not None)
+        return _full_bytes(self.tables)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Neither the tables' ``init_fn`` nor the rankings of unranked ids go in."""
@@ -267,8 +266,7 @@ def plan(
     pairs = _groups(tables, method, _counts(tables, frequencies), hash_seed)
     for group, chosen in pairs:
         chosen.check(group, fused)
-    sizes = [table.full_bytes for table in tables]
-    full = None if None in sizes else sum(n for n in sizes if n is not None)
+    full = _full_bytes(tables)
     limit = None if budget is None else parse_budget(budget, full)
     floors = [chosen.floor(group) for group, chosen in pairs]
     floor = max(1, sum(f.num_bytes for f in floors))
@@ -317,6 +315,11 @@ def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int,
         else:
             high = middle
     return best
+
+
+def _full_bytes(tables: Sequence[TableConfig]) -> int | None:
+    sizes = [table.full_bytes for table in tables]
+    return None if None in sizes else sum(n for n in sizes if n is not None)
 
 
 def _check_tables(tables: tuple[TableConfig, ...]) -> None:

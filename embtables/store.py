@@ -172,11 +172,15 @@ class Store(nn.Module):
             self._step += 1
 
     def _state(self, name: str) -> list[Tensor]:
-        assert self.optimizer is not None
-        width = getattr(self, name)
-        count = len(self.optimizer.state_widths(width.shape[-1]))
-        state: list[Tensor] = [getattr(self, f"_state_{i}_{name}") for i in range(count)]
-        return [*state, self._step.clone()] if self.optimizer.counts_steps else state
+        """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
+        state = self._state_of_rows(name)
+        return [*state, self._step.clone()] if self.optimizer is not None and self.optimizer.counts_steps else state
+
+    def _state_of_rows(self, name: str) -> list[Tensor]:
+        if self.optimizer is None:
+            return []
+        count = len(self.optimizer.state_widths(getattr(self, name).shape[-1]))
+        return [getattr(self, f"_state_{i}_{name}") for i in range(count)]
 
     def end_step(self) -> None:
         """Called at the end of a forward."""
@@ -224,12 +228,8 @@ class Store(nn.Module):
 
     def slab_state(self, name: str) -> list[Tensor]:
         """Views ``[rows, *]`` of a slab's optimiser state."""
-        if self.optimizer is None:
-            return []
         start, slab = self._slabs[name]
-        count = len(self.optimizer.state_widths(slab.width))
-        states: list[Tensor] = [getattr(self, f"_state_{i}_weight_{slab.width}") for i in range(count)]
-        return [state[start : start + slab.rows] for state in states]
+        return [state[start : start + slab.rows] for state in self._state_of_rows(f"weight_{slab.width}")]
 
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:

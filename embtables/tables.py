@@ -153,9 +153,7 @@ class EmbeddingTables(nn.Module):
                 self.store.code(name).copy_(torch.from_numpy(self.plan.codes[name]))
             g.method.initialize(g.layout, g.group, self.store, init)
             for table in g.group.tables:
-                slabs = [slab.name for slab in g.layout.training.slabs]
-                whole = g.layout.entries[table.name].variant == FULL and table.name in slabs
-                if table.init_fn is not None and self.std is None and whole:
+                if table.init_fn is not None and self.std is None and g.layout.entries[table.name].variant == FULL:
                     self._call_init_fn(table, self.store.slab(table.name))
 
     def _default_std(self) -> float:

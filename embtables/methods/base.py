@@ -71,6 +71,11 @@ class Block(nn.Module):
         """Keeps addressing constants, as a rule one (or a list) a lookup, as a buffer outside the state dict."""
         self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
 
+    def seeds(self, name: str, entries: Sequence[TableEntry], group: Group, purpose: str, count: int) -> None:
+        """Keeps ``count`` seeds a lookup, ``[F, count]``, each of its own table, purpose and number."""
+        seed = group.hash_seed
+        self.constant(name, [[seed_for(seed, e.table.name, purpose, j) for j in range(count)] for e in entries])
+
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         """Where the values of each id lie."""
         raise NotImplementedError

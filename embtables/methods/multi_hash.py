@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
-from embtables.hashing import hash_ids, hash_signs, seed_for
+from embtables.hashing import hash_ids, hash_signs
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
 from embtables.optimizers import FusedOptimizer
@@ -90,12 +90,10 @@ class _SumBlock(Block):
     def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: MultiHash) -> None:
         super().__init__(entries, store)
         self.method = method
-        lookups = range(method.num_hashes)
         self.constant("base", [[store.start(e.table.name)] for e in entries])
         self.constant("size", [[e.entry.values["rows"]] for e in entries])
-        self.constant("seed", [[seed_for(group.hash_seed, e.table.name, "row", j) for j in lookups] for e in entries])
-        signs = [[seed_for(group.hash_seed, e.table.name, "sign", j) for j in lookups] for e in entries]
-        self.constant("sign_seed", signs)
+        self.seeds("seed", entries, group, "row", method.num_hashes)
+        self.seeds("sign_seed", entries, group, "sign", method.num_hashes)
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         hashed = hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size[feature])
@@ -123,10 +121,10 @@ class _ConcatBlock(Block):
     def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: MultiHash) -> None:
         super().__init__(entries, store)
         self.widths = chunk_widths(self.embedding_dim, method.num_hashes)
-        lookups = range(method.num_hashes)
-        self.constant("base", [[store.start(f"{e.table.name}/{j}") for j in lookups] for e in entries])
+        chunks = range(method.num_hashes)
+        self.constant("base", [[store.start(f"{e.table.name}/{j}") for j in chunks] for e in entries])
         self.constant("size", [[e.entry.values["rows"]] for e in entries])
-        self.constant("seed", [[seed_for(group.hash_seed, e.table.name, "row", j) for j in lookups] for e in entries])
+        self.seeds("seed", entries, group, "row", method.num_hashes)
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         rows = self.base[feature] + hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size[feature])

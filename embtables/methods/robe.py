@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from embtables.hashing import hash_ids, hash_signs, seed_for
+from embtables.hashing import hash_ids, hash_signs
 from embtables.layout import Entry, Group, Layout
 from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer, RowWiseAdagrad
@@ -63,12 +63,11 @@ class _RobeBlock(Block):
         self.signs = method.signs
         self.block_size = method.block_size
         self.start = store.start(group.name)
-        blocks = range(-(-self.embedding_dim // method.block_size))
+        blocks = -(-self.embedding_dim // method.block_size)
         self.constant("size", store.slab(group.name).shape[0])
         self.constant("offset", list(range(method.block_size)))
-        self.constant("seed", [[seed_for(group.hash_seed, e.table.name, "row", c) for c in blocks] for e in entries])
-        signs = [[seed_for(group.hash_seed, e.table.name, "sign", c) for c in blocks] for e in entries]
-        self.constant("sign_seed", signs)
+        self.seeds("seed", entries, group, "row", blocks)
+        self.seeds("sign_seed", entries, group, "sign", blocks)
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         starts = hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from embtables.hashing import hash_ids, seed_for
+from embtables.hashing import hash_ids
 from embtables.layout import Entry, Group, Layout
 from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer
@@ -70,8 +70,7 @@ class _UnifiedBlock(Block):
         self.width = width
         self.start = store.start(group.name)
         self.constant("size", store.slab(group.name).shape[0])
-        lookups = range(self.embedding_dim // width)
-        self.constant("seed", [[seed_for(group.hash_seed, e.table.name, "row", j) for j in lookups] for e in entries])
+        self.seeds("seed", entries, group, "row", self.embedding_dim // width)
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         return [Part(self.width, self.start + hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size))]

@@ -206,6 +206,9 @@ class Trainer:
         }
 
 
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+
+
 class _Run:
     """The state of a run that is under way."""
 
@@ -232,8 +235,7 @@ class _Run:
         dense = self.config.dense
         if not parameters:
             return None
-        kinds = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-        return kinds[dense.optimizer](parameters, lr=dense.learning_rate, weight_decay=dense.weight_decay)
+        return _OPTIMIZERS[dense.optimizer](parameters, lr=dense.learning_rate, weight_decay=dense.weight_decay)
 
     def _table_optimizer(self) -> torch.optim.Optimizer | None:
         """For tables that are ordinary parameters; ``None`` where their update is fused into backward."""
@@ -246,8 +248,7 @@ class _Run:
             if tables.l2:
                 raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
             return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
-        kinds = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-        return kinds[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+        return _OPTIMIZERS[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
