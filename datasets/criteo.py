@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
+import typer
 
+from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
 from .prepared import LABEL, PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
 from .splits import DEFAULT_SHARES, SPLITS, check_shares, random_split
@@ -137,3 +139,22 @@ def _unparsed(raw: pl.Series, parsed: pl.Series) -> pl.Series:
 def _not_hex(raw: pl.Series, parsed: pl.Series) -> pl.Series:
     signed = (parsed < 0) | raw.str.starts_with("+")  # the parser takes a sign for a digit
     return _unparsed(raw, parsed) | (raw.is_not_null() & (signed | (raw.str.len_bytes() != 8)))
+
+
+@app.command(
+    epilog="Example: embtables prepare criteo train.txt data/criteo --min-count 10   (train.txt may be gzipped)"
+)
+def criteo(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="train.txt as published.", show_default=False)],
+    out: Out,
+    split: Annotated[
+        Literal["order", "random"], typer.Option(help="order: first 6/7 train, next 1/14 tests, last 1/14 validates.")
+    ] = "order",
+    shares: Shares = "0.8,0.1,0.1",
+    min_count: MinCount = 1,
+    seed: Seed = 0,
+    max_rejected: MaxRejected = DEFAULT_LIMIT,
+) -> None:
+    """Criteo's display ads (Kaggle): 13 integers as ln(1 + max(x, 0)), 26 categories."""
+    config = Criteo(split, numbers("--shares", shares), min_count, seed, max_rejected)
+    prepare_criteo(source, out, config, progress=True)

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import typer
 
 from .columns import KeyColumn
 from .log import ITEM, USER, Log, LogOptions, write_log
 from .negatives import Negatives
+from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
 from .prepared import PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
 from .text import Format, read_header, read_text
@@ -329,3 +331,58 @@ def _column(path: Path, role: str, given: str | None, names: list[str]) -> str:
         if candidate in known:
             return known[candidate]
     raise ValueError(f"{path}: which column is the {role}? Give --{role}, one of {', '.join(names)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "embtables prepare interactions clicks.parquet data/clicks --context device,country --days 3\n\n"
+    "embtables prepare interactions log.csv.gz data/log --user uid --item sku --time ts --label bought --split time"
+)
+def interactions(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="CSV with a header (may be gzipped) or Parquet.", show_default=False)
+    ],
+    out: Out,
+    user: Annotated[str | None, typer.Option(help="Column of the user; by default recognised by name.")] = None,
+    item: Annotated[str | None, typer.Option(help="Column of the item; by default recognised by name.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column of the time; by default recognised by name.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label; without it every row is a click.")] = None,
+    positive_from: Annotated[float | None, typer.Option(help="Labels from here on are positive.")] = None,
+    context: Annotated[str, typer.Option(help="Further columns to use as features, separated by commas.")] = "",
+    separator: Annotated[str | None, typer.Option(help="Of the CSV's fields; by default recognised.")] = None,
+    time_unit: Annotated[
+        Literal["auto", "s", "ms", "us", "ns"], typer.Option(help="Of times that are numbers; auto: by their size.")
+    ] = "auto",
+    start: Annotated[str | None, typer.Option("--from", help="First time to use: ISO date (UTC) or number.")] = None,
+    end: Annotated[str | None, typer.Option("--to", help="First time not to use any more.")] = None,
+    days: Annotated[float | None, typer.Option(help="Length of the span, from --from or the first row.")] = None,
+    negatives: Annotated[int, typer.Option(help="Negatives a click, where there is no label.")] = 1,
+    negative_sampling: Annotated[
+        Literal["popularity", "uniform"], typer.Option(help="By clicks in the window, or any item alike.")
+    ] = "popularity",
+    negative_window: Annotated[str, typer.Option(help="Preceding clicks to draw from: 30m, 1h, 2d, all.")] = "1h",
+    history: History = 50,
+    split: Split = "random",
+    shares: Shares = "0.8,0.1,0.1",
+    min_count: MinCount = 1,
+    seed: Seed = 0,
+    max_rejected: MaxRejected = DEFAULT_LIMIT,
+) -> None:
+    """Any log of users, items and times. A negative is an item that the user never clicked, at the click's context."""
+    config = Interactions(
+        user=user,
+        item=item,
+        time=time,
+        label=label,
+        positive_from=positive_from,
+        context=tuple(name for name in context.split(",") if name),
+        separator=separator.replace("\\t", "\t") if separator else None,
+        time_unit=time_unit,
+        start=start,
+        end=end,
+        days=days,
+        max_rejected=max_rejected,
+        negatives=Negatives(negatives, negative_sampling, parse_duration(negative_window)),
+        log=LogOptions(split, numbers("--shares", shares), history, min_count, seed),
+    )
+    prepare_interactions(source, out, config, progress=True)

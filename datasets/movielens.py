@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import polars as pl
+import typer
 
 from .columns import KeyColumn
 from .log import ITEM, USER, Log, LogOptions, write_log
+from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
 from .prepared import PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
 from .text import Format, read_header, read_text
@@ -221,3 +224,23 @@ def _look_up(side: Side, ids: pl.Series, limit: float, writer: Writer) -> dict[s
     table = pl.concat(frames).unique(side.key, keep="first", maintain_order=True)
     joined = pl.DataFrame({side.key: ids}).join(table, on=side.key, how="left", maintain_order="left")
     return {name: joined[name] for name in side.features}
+
+
+@app.command(epilog="Example: embtables prepare movielens ml-1m data/ml-1m --split leave-last-out")
+def movielens(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="Folder: 100K, 1M, latest …, or RecBole's files.", show_default=False),
+    ],
+    out: Out,
+    split: Split = "random",
+    shares: Shares = "0.8,0.1,0.1",
+    positive_from: Annotated[float, typer.Option(help="Ratings from here on are label 1.")] = 4.0,
+    history: History = 50,
+    min_count: MinCount = 1,
+    seed: Seed = 0,
+    max_rejected: MaxRejected = DEFAULT_LIMIT,
+) -> None:
+    """MovieLens ratings with what is known of users and films."""
+    options = LogOptions(split, numbers("--shares", shares), history, min_count, seed)
+    prepare_movielens(source, out, MovieLens(positive_from, max_rejected, options), progress=True)
