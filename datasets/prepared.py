@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +30,13 @@ WINDOW_BYTES = 2**31
 """Rows shuffled together: a split that fits in this many bytes is shuffled as a whole and stays in memory."""
 
 
+class Jagged(NamedTuple):
+    """A list of ids for each of B examples; that of example b is `values[offsets[b]:offsets[b + 1]]`."""
+
+    values: Tensor  # int64 [N]
+    offsets: Tensor  # int64 [B + 1]
+
+
 class Batch(NamedTuple):
     """B examples. Columns of `dense` and `ids` follow the data set's `dense_features` and `feature_names`."""
 
@@ -36,6 +44,7 @@ class Batch(NamedTuple):
     dense: Tensor  # float32 [B, num_dense]
     ids: Tensor  # int64 [B, F]
     groups: Tensor | None  # int64 [B], the group (e.g. user) of each row for grouped metrics
+    lists: dict[str, Jagged] = {}  # multi-valued features and histories, by name
 
 
 class File(BaseModel):
@@ -46,6 +55,7 @@ class File(BaseModel):
 class Shard(File):
     rows: int = Field(ge=0)
     bytes: int = Field(ge=0)
+    list_values: dict[str, int] = {}  # ids in all lists of a column
 
 
 class Split(BaseModel):
@@ -57,6 +67,7 @@ class Feature(BaseModel):
     name: str
     num_embeddings: int = Field(ge=2)
     vocabulary: File | None = None
+    list: bool = False  # multi-valued: a column of lists
 
 
 class History(BaseModel):
@@ -91,24 +102,37 @@ class Manifest(BaseModel):
 class PreparedDataset:
     """A folder written by `embtables prepare`.
 
+    `leave_out` names features, dense features and histories that are as if they were not there; with a feature go its
+    histories. Of histories longer than `max_history` the latest entries are read.
+
     Example::
 
         data = PreparedDataset("runs/globo")
-        for labels, dense, ids, groups in data.batches("train", 2048, seed=1, epoch=0):
-            ...
+        for batch in data.batches("train", 2048, seed=1, epoch=0):
+            print(batch.labels.shape, batch.ids.shape, batch.lists["history"].values.shape)
 
     Raises ValueError, naming file and field, where the folder is not a prepared data set or is damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, leave_out: Collection[str] = (), max_history: int | None = None) -> None:
         self.path = Path(path)
         self.manifest, self._manifest = read_manifest(self.path)
         self.name = self._manifest.name
-        self.feature_names = [feature.name for feature in self._manifest.features]
-        self.dense_features = list(self._manifest.dense_features)
-        self.num_embeddings = {feature.name: feature.num_embeddings for feature in self._manifest.features}
+        self.max_history = max_history
+        features = [feature for feature in self._manifest.features if feature.name not in leave_out]
+        self.feature_names = [feature.name for feature in features if not feature.list]
+        self.list_features = [feature.name for feature in features if feature.list]
+        self.dense_features = [name for name in self._manifest.dense_features if name not in leave_out]
+        self.num_embeddings = {feature.name: feature.num_embeddings for feature in features}
+        self.histories = {
+            history.name: history.feature
+            for history in self._manifest.histories
+            if history.name not in leave_out and history.feature in self.num_embeddings
+        }
+        self._check_selection(leave_out)
         self.group_feature = self._manifest.group_feature
-        self.slice_feature = self._manifest.slice_feature
+        kept = self._manifest.slice_feature in self.num_embeddings
+        self.slice_feature = self._manifest.slice_feature if kept else None
         self._frequencies: dict[str, np.ndarray] | None = None
         self._checked: set[str] = set()
         self._cache: dict[str, _Rows] = {}
@@ -123,6 +147,23 @@ class PreparedDataset:
                         "the shard is damaged; prepare the data set again"
                     )
 
+    def _check_selection(self, leave_out: Collection[str]) -> None:
+        features = [feature.name for feature in self._manifest.features]
+        known = [*features, *self._manifest.dense_features, *(history.name for history in self._manifest.histories)]
+        for name in leave_out:
+            if name not in known:
+                raise ValueError(f"leave_out: {self.path} has no feature '{name}'; it has {', '.join(known)}")
+        if not self.feature_names:
+            raise ValueError(f"leave_out: no single-valued feature of {self.path} is left")
+        if self.max_history is not None and self.max_history < 1:
+            raise ValueError(
+                f"max_history {self.max_history}: at least 1 is needed; to do without, leave histories out"
+            )
+
+    def select(self, leave_out: Collection[str] = (), max_history: int | None = None) -> PreparedDataset:
+        """The same data with other features left out and other lengths of histories."""
+        return PreparedDataset(self.path, leave_out, max_history)
+
     @property
     def frequencies(self) -> dict[str, np.ndarray]:
         """Training counts per id, int64[num_embeddings], by feature."""
@@ -130,7 +171,9 @@ class PreparedDataset:
             table = pq.read_table(io.BytesIO(self._read(self._manifest.frequencies)))
             counts = table.column("counts")
             self._frequencies = {
-                name: counts[row].values.to_numpy() for row, name in enumerate(table.column("feature").to_pylist())
+                name: counts[row].values.to_numpy()
+                for row, name in enumerate(table.column("feature").to_pylist())
+                if name in self.num_embeddings
             }
             for name, size in self.num_embeddings.items():
                 if name not in self._frequencies or len(self._frequencies[name]) != size:
@@ -143,13 +186,15 @@ class PreparedDataset:
         return self._split(split).rows
 
     def table_configs(self, embedding_dim: int) -> list[TableConfig]:
-        """One table a feature, of the feature's name."""
+        """One table a feature, of the feature's name, which its histories share; lists are averaged."""
         from embtables import TableConfig
 
-        return [
-            TableConfig(name=name, num_embeddings=size, embedding_dim=embedding_dim, feature_names=[name])
-            for name, size in self.num_embeddings.items()
-        ]
+        configs = []
+        for name, size in self.num_embeddings.items():
+            histories = [history for history, feature in self.histories.items() if feature == name]
+            pooling: Literal["sum", "mean"] = "mean" if histories or name in self.list_features else "sum"
+            configs.append(TableConfig(name, size, embedding_dim, [name, *histories], pooling))
+        return configs
 
     def verify(self, progress: bool = False) -> None:
         """Compares every file with its checksum. Raises ValueError naming the first that differs."""
@@ -218,7 +263,7 @@ class PreparedDataset:
 
     def _windows(self, split: str, seed: int | None, epoch: int) -> list[list[Shard]]:
         shards = [shard for shard in self._split(split).shards if shard.rows]
-        limit = max(1, WINDOW_BYTES // (4 * (1 + len(self.dense_features) + len(self.feature_names)) + 8))
+        limit = max(1, WINDOW_BYTES // self._row_bytes(split))
         if self.num_rows(split) <= limit:
             return [shards] if shards else []
         if seed is None:
@@ -233,6 +278,13 @@ class PreparedDataset:
             filled += shards[index].rows
         return windows
 
+    def _row_bytes(self, split: str) -> int:
+        """Of a row in memory, on average."""
+        flat = 4 * (1 + len(self.dense_features) + len(self.feature_names)) + 8
+        lists = [*self.list_features, *self.histories]
+        values = sum(shard.list_values.get(name, 0) for shard in self._split(split).shards for name in lists)
+        return flat + 8 * len(lists) + 4 * values // max(1, self.num_rows(split))
+
     def _rows(self, split: str, window: list[Shard]) -> _Rows:
         whole = sum(shard.rows for shard in window) == self.num_rows(split)
         if whole and split in self._cache:
@@ -243,11 +295,13 @@ class PreparedDataset:
             np.empty((size, len(self.dense_features)), np.float32),
             np.empty((size, len(self.feature_names)), np.int32),
             None if self.group_feature is None else np.empty(size, np.int64),
+            {},
         )
         groups = [] if rows.groups is None else [GROUP]
+        lists: dict[str, list[_Lists]] = {name: [] for name in (*self.list_features, *self.histories)}
         start = 0
         for shard in window:
-            table = self._table(shard, [LABEL, *self.dense_features, *self.feature_names, *groups])
+            table = self._table(shard, [LABEL, *self.dense_features, *self.feature_names, *groups, *lists])
             self._check_values(shard, table)
             part = slice(start, start + shard.rows)
             rows.labels[part] = table.column(LABEL).to_numpy()
@@ -257,14 +311,34 @@ class PreparedDataset:
                 rows.ids[part, column] = table.column(name).to_numpy()
             if rows.groups is not None:
                 rows.groups[part] = table.column(GROUP).to_numpy()
+            for name, parts in lists.items():
+                parts.append(self._lists(shard, table, name))
             start += shard.rows
+        rows.lists.update({name: _Lists.concatenated(parts) for name, parts in lists.items()})
         if whole:
             self._cache[split] = rows
         return rows
 
+    def _lists(self, shard: Shard, table: pa.Table, name: str) -> _Lists:
+        column = table.column(name)
+        listed = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if not listed or not pa.types.is_integer(column.type.value_type) or column.null_count:
+            found = "empty in some rows" if listed and column.null_count else f"of type {column.type}"
+            raise ValueError(f"{self.path / shard.file}: column '{name}' is {found}, where lists of ids are needed")
+        lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+        values = pc.list_flatten(column)
+        most = self.num_embeddings[self.histories.get(name, name)] - 1
+        ids = values.to_numpy()
+        if values.null_count or (len(ids) and not 0 <= ids.min() <= ids.max() <= most):
+            raise ValueError(
+                f"{self.path / shard.file}: column '{name}' holds an id outside 0 … {most}, as {MANIFEST} says"
+            )
+        lists = _Lists(ids.astype(np.int32, copy=False), np.r_[0, np.cumsum(lengths)])
+        return lists.latest(self.max_history) if self.max_history is not None and name in self.histories else lists
+
     def _check_values(self, shard: Shard, table: pa.Table) -> None:
         """A checksum vouches for what was written, not for who wrote it: labels are 0 or 1, ids in their range."""
-        bounds = {LABEL: 1} | {name: size - 1 for name, size in self.num_embeddings.items()}
+        bounds = {LABEL: 1} | {name: self.num_embeddings[name] - 1 for name in self.feature_names}
         for name, most in bounds.items():
             column = table.column(name)
             allowed = pa.types.is_floating(column.type) if name == LABEL else pa.types.is_integer(column.type)
@@ -314,19 +388,53 @@ class PreparedDataset:
         return self._manifest.splits[split]
 
 
+class _Lists(NamedTuple):
+    """Lists of ids, one after another."""
+
+    values: np.ndarray  # int32
+    offsets: np.ndarray  # int64, one more than lists
+
+    @staticmethod
+    def concatenated(parts: list[_Lists]) -> _Lists:
+        if len(parts) == 1:
+            return parts[0]
+        lengths = [np.diff(part.offsets) for part in parts]
+        return _Lists(np.concatenate([part.values for part in parts]), np.r_[0, np.cumsum(np.concatenate(lengths))])
+
+    def _between(self, begin: np.ndarray, end: np.ndarray) -> _Lists:
+        offsets = np.r_[0, np.cumsum(end - begin)]
+        places = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin)
+        return _Lists(self.values.take(places), offsets)
+
+    def latest(self, most: int) -> _Lists:
+        """The last `most` ids of each list."""
+        begin, end = self.offsets[:-1], self.offsets[1:]
+        return self._between(np.maximum(begin, end - most), end)
+
+    def take(self, rows: np.ndarray) -> _Lists:
+        return self._between(self.offsets.take(rows), self.offsets.take(rows + 1))
+
+    def cut(self, rows: slice) -> _Lists:
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        return _Lists(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
 class _Rows(NamedTuple):
     labels: np.ndarray
     dense: np.ndarray
     ids: np.ndarray  # int32: half the memory of what a batch hands out
     groups: np.ndarray | None
+    lists: dict[str, _Lists]
 
     def take(self, rows: np.ndarray) -> _Rows:
         groups = None if self.groups is None else self.groups.take(rows)
-        return _Rows(self.labels.take(rows), self.dense.take(rows, axis=0), self.ids.take(rows, axis=0), groups)
+        lists = {name: of.take(rows) for name, of in self.lists.items()}
+        return _Rows(self.labels.take(rows), self.dense.take(rows, axis=0), self.ids.take(rows, axis=0), groups, lists)
 
     def cut(self, rows: slice) -> _Rows:
         groups = None if self.groups is None else self.groups[rows].copy()
-        return _Rows(self.labels[rows].copy(), self.dense[rows].copy(), self.ids[rows], groups)
+        lists = {name: of.cut(rows) for name, of in self.lists.items()}
+        return _Rows(self.labels[rows].copy(), self.dense[rows].copy(), self.ids[rows], groups, lists)
 
     def joined(self, other: _Rows) -> _Rows:
         groups = None
@@ -337,6 +445,7 @@ class _Rows(NamedTuple):
             np.concatenate([self.dense, other.dense]),
             np.concatenate([self.ids, other.ids]),
             groups,
+            {name: _Lists.concatenated([of, other.lists[name]]) for name, of in self.lists.items()},
         )
 
     def batch(self) -> Batch:
@@ -345,6 +454,10 @@ class _Rows(NamedTuple):
             torch.from_numpy(self.dense),
             torch.from_numpy(self.ids.astype(np.int64)),
             None if self.groups is None else torch.from_numpy(self.groups),
+            {
+                name: Jagged(torch.from_numpy(of.values.astype(np.int64)), torch.from_numpy(of.offsets))
+                for name, of in self.lists.items()
+            },
         )
 
 
@@ -376,13 +489,16 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
         field = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{path}: field '{field}': {first['msg'].lower()}") from error
     names = [feature.name for feature in manifest.features]
-    columns = [*names, *manifest.dense_features]
+    columns = [*names, *manifest.dense_features, *(history.name for history in manifest.histories)]
     repeated = next((name for name in columns if columns.count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f"{path}: field 'features': two features are named '{repeated}'")
     for field, value in (("group_feature", manifest.group_feature), ("slice_feature", manifest.slice_feature)):
         if value is not None and value not in names:
             raise ValueError(f"{path}: field '{field}': '{value}' is none of the features {', '.join(names)}")
+    for history in manifest.histories:
+        if history.feature not in names:
+            raise ValueError(f"{path}: field 'histories': '{history.feature}' is none of the features")
     for split in SPLITS:
         if split not in manifest.splits:
             raise ValueError(f"{path}: field 'splits': '{split}' is missing")

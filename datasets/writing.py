@@ -32,13 +32,14 @@ class Contents:
 
     features: Mapping[str, Vocabulary]
     dense_features: Sequence[str] = ()
+    lists: Mapping[str, Vocabulary] = field(default_factory=dict)  # multi-valued features: columns of lists
     histories: Mapping[str, str] = field(default_factory=dict)  # list column: the feature whose ids it holds
     group_feature: str | None = None
     slice_feature: str | None = None
     published: Mapping[str, pl.Series] = field(default_factory=dict)  # raw values in id order where keys are not they
 
     def check(self) -> None:
-        names = [LABEL, GROUP, *self.dense_features, *self.features, *self.histories]
+        names = [LABEL, GROUP, *self.dense_features, *self.features, *self.lists, *self.histories]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(
@@ -78,14 +79,15 @@ class Writer:
         contents.check()
         self._contents = contents
         (self.folder / "vocabulary").mkdir()
-        for number, (name, vocabulary) in enumerate(contents.features.items()):
+        vocabularies = {**contents.features, **contents.lists}
+        for number, (name, vocabulary) in enumerate(vocabularies.items()):
             values = contents.published.get(name, pl.Series(vocabulary.keys))
             file = f"vocabulary/{number:05d}.parquet"
             _write_parquet(pl.DataFrame({"value": values}), self.folder / file)
             self._vocabularies.append({"file": file, "sha256": sha256(self.folder / file)})
         frequencies = {
-            "feature": list(contents.features),
-            "counts": [pl.Series(vocabulary.counts) for vocabulary in contents.features.values()],
+            "feature": list(vocabularies),
+            "counts": [pl.Series(vocabulary.counts) for vocabulary in vocabularies.values()],
         }
         _write_parquet(pl.DataFrame(frequencies), self.folder / FREQUENCIES)
 
@@ -104,7 +106,7 @@ class Writer:
         types |= {name: pl.Int32 for name in self._contents.features}
         if self._contents.group_feature is not None:
             types[GROUP] = pl.Int64
-        types |= {name: pl.List(pl.Int32) for name in self._contents.histories}
+        types |= {name: pl.List(pl.Int32) for name in (*self._contents.lists, *self._contents.histories)}
         types |= {name: dtype for name, dtype in rows.schema.items() if name not in types}
         waiting = self._waiting[split]
         waiting.append(rows.select(pl.col(name).cast(dtype) for name, dtype in types.items()))
@@ -121,6 +123,9 @@ class Writer:
         path = self.folder / name
         _write_parquet(rows, path)
         entry = {"file": name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        assert self._contents is not None
+        lists = (*self._contents.lists, *self._contents.histories)
+        entry["list_values"] = {name: int(rows[name].list.len().sum()) for name in lists}
         self._shards[split].append(entry)
 
     def finish(self, kind: str, name: str, config: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
@@ -151,8 +156,15 @@ class Writer:
             "rows_rejected": self.rows_rejected,
             "dense_features": list(contents.dense_features),
             "features": [
-                {"name": feature, "num_embeddings": vocabulary.num_embeddings, "vocabulary": file}
-                for (feature, vocabulary), file in zip(contents.features.items(), self._vocabularies)
+                {
+                    "name": feature,
+                    "num_embeddings": vocabulary.num_embeddings,
+                    "vocabulary": file,
+                    "list": feature in contents.lists,
+                }
+                for (feature, vocabulary), file in zip(
+                    {**contents.features, **contents.lists}.items(), self._vocabularies
+                )
             ],
             "histories": [{"name": column, "feature": of} for column, of in contents.histories.items()],
             "group_feature": contents.group_feature,
