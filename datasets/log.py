@@ -15,12 +15,33 @@ from .columns import KeyColumn
 from .negatives import ABSENT, Negatives, draw_negatives
 from .prepared import GROUP, LABEL
 from .splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
-from .vocabulary import Vocabulary
+from .vocabulary import MISSING, Vocabulary
 from .writing import Contents, Writer
 
 USER, ITEM, HISTORY = "user_id", "item_id", "history"
 CLICKS_AT_ONCE = 2**17
 NO_NEGATIVES = Negatives(per_click=0)
+
+
+@dataclass
+class ItemFeatures:
+    """What is known of items, in whatever row they occur: a negative gets its own item's values.
+
+    `values` are single-valued features, parallel to `items`; `lists` multi-valued ones, the keys of all items one
+    after another and the offsets, one more than items. Items that are not among `items` have nothing.
+    """
+
+    items: np.ndarray  # keys, distinct
+    values: dict[str, np.ndarray] = field(default_factory=dict)  # keys
+    lists: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # keys, offsets
+
+    def places(self, items: np.ndarray) -> np.ndarray:
+        """Where the given items stand in `items`; −1 for unknown ones."""
+        if len(self.items) == 0:
+            return np.full(len(items), -1)
+        order = np.argsort(self.items)
+        place = order[np.minimum(np.searchsorted(self.items, items, sorter=order), len(order) - 1)]
+        return np.where(self.items[place] == items, place, -1)
 
 
 @dataclass
@@ -33,22 +54,30 @@ class Log:
     rows: np.ndarray  # row numbers in the file: the random split hashes them
     labels: np.ndarray | None = None  # 0 or 1
     context: dict[str, np.ndarray] = field(default_factory=dict)  # further features, as keys
+    items_known: ItemFeatures | None = None
 
     def take(self, rows: np.ndarray) -> Log:
         labels = None if self.labels is None else self.labels[rows]
         context = {name: keys[rows] for name, keys in self.context.items()}
-        return Log(self.users[rows], self.items[rows], self.times[rows], self.rows[rows], labels, context)
+        log = Log(self.users[rows], self.items[rows], self.times[rows], self.rows[rows], labels, context)
+        log.items_known = self.items_known
+        return log
 
 
 @dataclass(frozen=True)
 class LogOptions:
-    """How a log becomes examples. `history` caps the list of a user's earlier items; 0: no such column."""
+    """How a log becomes examples.
+
+    `history` caps the list of a user's earlier items, of which the latest stay; 0: no such column. A row with fewer
+    than `min_history` earlier items is no example, though part of later rows' histories.
+    """
 
     split: Literal["random", "time", "leave-last-out"] = "random"
     shares: tuple[float, ...] = DEFAULT_SHARES
     history: int = 50
     min_count: int = 1
     seed: int = 0
+    min_history: int = 0
 
     def __post_init__(self) -> None:
         if self.split not in ("random", "time", "leave-last-out"):
@@ -56,6 +85,8 @@ class LogOptions:
         check_shares(self.shares)
         if self.history < 0:
             raise ValueError(f"history {self.history}: it cannot be negative")
+        if not 0 <= self.min_history <= self.history:
+            raise ValueError(f"min_history {self.min_history}: a number from 0 to history, {self.history}, is needed")
         if self.min_count < 1:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
         if self.seed < 0:
@@ -71,11 +102,20 @@ def write_log(
 ) -> None:
     """Splits, draws negatives where there are no labels, and writes, in the order of time.
 
-    A click and its negatives share split, context and history. The history of a row is its user's items with label 1
-    at strictly earlier times, whatever their split. `columns` knows the raw values of keys.
+    A click and its negatives share split, context and history; what is known of an item goes with the item. The history
+    of a row is its user's items with label 1 at strictly earlier times, whatever their split; the values of these
+    items are histories of their own, aligned with it. `columns` knows the raw values of keys.
     """
     log = log.take(np.argsort(log.times, kind="stable"))
     users, items = _numbered(log.users), _numbered(log.items)
+    histories = Histories(users, log.times, log.labels, options.history)
+    examples = np.flatnonzero(histories.lengths >= options.min_history)
+    if not len(examples):
+        raise ValueError(f"no user has more than {options.min_history} rows, so min_history leaves no example")
+    writer.extra |= {
+        "histories_cut": int((histories.lengths > options.history)[examples].sum()) if options.history else 0,
+        "rows_without_history": len(items) - len(examples),
+    }
     if options.split == "random":
         split = random_split(log.rows, options.seed, options.shares)
     elif options.split == "time":
@@ -90,53 +130,90 @@ def write_log(
         writer.extra |= notes
     item_keys = np.zeros(int(items.max()) + 1, np.int64)
     item_keys[items] = log.items
-    rows_a_click = 1 + (drawn != ABSENT).sum(1)
 
-    train = split == 0
-    vocabularies = {USER: _vocabulary(log.users[train], rows_a_click[train], options.min_count)}
+    train = examples[split[examples] == 0]
+    shown_with = 1 + (drawn[train] != ABSENT).sum(1)  # rows that a click becomes
     shown = np.concatenate([items[train], drawn[train].ravel()])
     counts = np.bincount(shown[shown != ABSENT], minlength=len(item_keys))
-    vocabularies[ITEM] = Vocabulary(item_keys[counts > 0], counts[counts > 0], options.min_count)
-    for name, keys in log.context.items():
-        vocabularies[name] = _vocabulary(keys[train], rows_a_click[train], options.min_count)
+    known = _Known(log.items_known, item_keys, counts, options.min_count)
+    vocabularies = {
+        USER: _vocabulary(log.users[train], shown_with, options.min_count),
+        ITEM: Vocabulary(item_keys[counts > 0], counts[counts > 0], options.min_count),
+        **{name: _vocabulary(keys[train], shown_with, options.min_count) for name, keys in log.context.items()},
+        **known.vocabularies,
+    }
+    of_history = {HISTORY: ITEM, **{f"{name}_{HISTORY}": name for name in known.values}} if options.history else {}
+    published = {**vocabularies, **known.list_vocabularies}
     contents = Contents(
         vocabularies,
-        histories={HISTORY: ITEM} if options.history else {},
+        lists=known.list_vocabularies,
+        histories=of_history,
         group_feature=USER,
         slice_feature=ITEM,
-        published={name: column.values(vocabularies[name].keys) for name, column in columns.items()},
+        published={name: column.values(published[name].keys) for name, column in columns.items()},
     )
     writer.declare(contents)
 
-    item_ids = vocabularies[ITEM].ids(item_keys)
-    histories = Histories(users, item_ids[items], log.times, log.labels, options.history)
-    writer.progress.update(task, description="Writing rows", total=len(items))
-    for start in range(0, len(items), CLICKS_AT_ONCE):
-        part = slice(start, min(start + CLICKS_AT_ONCE, len(items)))
+    of_item = {ITEM: vocabularies[ITEM].ids(item_keys), **known.values}
+    writer.progress.update(task, description="Writing rows", total=len(examples))
+    for start in range(0, len(examples), CLICKS_AT_ONCE):
+        part = examples[start : start + CLICKS_AT_ONCE]
         offered = np.concatenate([items[part, None], drawn[part]], axis=1)
         click, place = np.nonzero(offered != ABSENT)  # row-major: a click, then its negatives
-        source = start + click
+        source, item = part[click], offered[click, place]
         frame: dict[str, pl.Series | np.ndarray] = {
             LABEL: (place == 0) if log.labels is None else log.labels[source],
             USER: vocabularies[USER].ids(log.users[source]),
-            ITEM: item_ids[offered[click, place]],
         }
+        frame |= {name: ids[item] for name, ids in of_item.items()}
         frame |= {name: vocabularies[name].ids(keys[source]) for name, keys in log.context.items()}
+        frame |= {
+            name: _lists(values, offsets[item], offsets[item + 1]) for name, (values, offsets) in known.lists.items()
+        }
         frame[GROUP] = users[source]
-        if options.history:
-            frame[HISTORY] = histories.of(source)
+        if of_history:
+            earlier, offsets = histories.of(source)
+            frame |= {name: _series(of_item[feature][items[earlier]], offsets) for name, feature in of_history.items()}
         rows = pl.DataFrame(frame)
         for code, name in enumerate(SPLITS):
             writer.write(name, rows.filter(pl.Series(split[source] == code)))
-        writer.progress.advance(task, part.stop - start)
+        writer.progress.advance(task, len(part))
+
+
+class _Known:
+    """What is known of items, as ids: an item's number → its value, or its list of values.
+
+    `counts`: how often training shows each item. An item of which nothing is known has id 0, or an empty list.
+    """
+
+    def __init__(self, known: ItemFeatures | None, item_keys: np.ndarray, counts: np.ndarray, min_count: int) -> None:
+        known = known or ItemFeatures(np.zeros(0, np.int64))
+        place = known.places(item_keys)
+        self.vocabularies: dict[str, Vocabulary] = {}
+        self.values: dict[str, np.ndarray] = {}
+        for name, keys in known.values.items():
+            of_item = np.where(place >= 0, keys[place] if len(keys) else MISSING, MISSING)
+            shown = counts > 0
+            self.vocabularies[name] = _vocabulary(of_item[shown], counts[shown], min_count)
+            self.values[name] = self.vocabularies[name].ids(of_item)
+        self.list_vocabularies: dict[str, Vocabulary] = {}
+        self.lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name, (keys, offsets) in known.lists.items():
+            begin = np.where(place >= 0, offsets[place], 0)
+            end = np.where(place >= 0, offsets[place + 1], 0)
+            chosen, starts = _chosen(begin, end)
+            times = np.repeat(counts, end - begin)
+            self.list_vocabularies[name] = _vocabulary(keys[chosen][times > 0], times[times > 0], min_count)
+            self.lists[name] = self.list_vocabularies[name].ids(keys[chosen]), starts
 
 
 class Histories:
-    """For each row of a log in time order: its user's ids with label 1 at strictly earlier times, the last `cap`."""
+    """For each row of a log in time order: its user's rows with label 1 at strictly earlier times, the last `cap`.
 
-    def __init__(
-        self, users: np.ndarray, ids: np.ndarray, times: np.ndarray, labels: np.ndarray | None, cap: int
-    ) -> None:
+    `lengths`: how many there are, before the cap.
+    """
+
+    def __init__(self, users: np.ndarray, times: np.ndarray, labels: np.ndarray | None, cap: int) -> None:
         order = np.argsort(users, kind="stable")  # by user, then time
         users, times = users[order], times[order]
         positive = np.ones(len(order), bool) if labels is None else labels[order] > 0
@@ -146,19 +223,32 @@ class Histories:
         places = np.arange(len(order))
         first_of_user = before[np.maximum.accumulate(np.where(new_user, places, 0))]
         end = before[np.maximum.accumulate(np.where(new_instant, places, 0))]
-        self._ids = ids[order][positive]
-        self._begin, self._end = np.empty_like(end), np.empty_like(end)
-        self._begin[order] = np.maximum(first_of_user, end - cap)
+        self._rows = order[positive]
+        self.lengths = np.empty_like(end)
+        self._end = np.empty_like(end)
         self._end[order] = end
+        self.lengths[order] = end - first_of_user
+        self._begin = self._end - np.minimum(self.lengths, cap)
 
-    def of(self, rows: np.ndarray) -> pl.Series:
-        """The lists of the given rows, oldest first."""
-        begin = self._begin[rows]
-        lengths = self._end[rows] - begin
-        offsets = np.r_[0, np.cumsum(lengths)]
-        places = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
-        lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(self._ids[places]))
-        return pl.Series(pl.from_arrow(lists))
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The earlier rows of the given ones, oldest first, one list after another, and the lists' offsets."""
+        chosen, offsets = _chosen(self._begin[rows], self._end[rows])
+        return self._rows[chosen], offsets
+
+
+def _chosen(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of all ranges one after another, and the offsets of the ranges among them."""
+    offsets = np.r_[0, np.cumsum(end - begin)]
+    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin), offsets
+
+
+def _lists(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> pl.Series:
+    chosen, offsets = _chosen(begin, end)
+    return _series(values[chosen], offsets)
+
+
+def _series(values: np.ndarray, offsets: np.ndarray) -> pl.Series:
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
 
 
 def _numbered(keys: np.ndarray) -> np.ndarray:

@@ -85,6 +85,20 @@ def read_header(path: Path, encoding: str = "utf-8") -> str:
     raise ValueError(f"{path}: the file is empty")
 
 
+def read_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their 1-based numbers.
+
+    Raises ValueError naming file and line where the file is binary, damaged or not UTF-8 text.
+    """
+    number = 1
+    for content, _ in _blocks(path, advance):
+        text = _as_utf8(content, path, number, "utf-8").decode()
+        for line in text.split("\n")[:-1]:
+            if line.strip():
+                yield number, line
+            number += 1
+
+
 def count_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -> int:
     """Lines of the file, blank ones included."""
     return sum(content.count(b"\n") for content, _ in _blocks(path, advance))

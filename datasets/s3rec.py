@@ -1,0 +1,130 @@
+"""Users' sequences of items with the items' attributes, as published with S3-Rec (Zhou et al., CIKM 2020).
+
+`<name>.txt` holds a line a user: `user item item …` in the order of time; `<name>_item2attributes.json` maps each item
+to its attributes. Source of the files: the authors' repository RUCAIBox/CIKM2020-S3Rec (Beauty, Sports, Toys, Yelp).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+
+from .log import ItemFeatures, Log, LogOptions, write_log
+from .negatives import Negatives
+from .options import History, MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from .prepared import PreparedDataset
+from .rejections import DEFAULT_LIMIT, Rejections
+from .text import read_lines
+from .writing import Writer
+from .writing import prepare as prepare_folder
+
+ATTRIBUTES = "attributes"
+
+
+@dataclass(frozen=True)
+class S3Rec:
+    """Every place of a sequence is a click, with negatives that the user has nowhere; its number is its time."""
+
+    max_rejected: float = DEFAULT_LIMIT
+    negatives: Negatives = field(default_factory=lambda: Negatives(1, "uniform", None))
+    log: LogOptions = field(default_factory=lambda: LogOptions(split="leave-last-out", min_history=1))
+
+
+def prepare_s3rec(
+    source: str | Path, out: str | Path, config: S3Rec = S3Rec(), *, progress: bool = False
+) -> PreparedDataset:
+    """Prepares `<name>.txt` and, where it lies beside, `<name>_item2attributes.json`.
+
+    Features: user_id, item_id and the multi-valued `attributes` of the item; groups are users; slices go by item.
+
+    Example::
+
+        data = prepare_s3rec("Yelp.txt", "data/yelp")
+    """
+    path = Path(source)
+    attributes = path.with_name(f"{path.stem}_item2attributes.json")
+    inputs = [path, *([attributes] if attributes.is_file() else [])]
+    return prepare_folder(
+        out, "s3rec", asdict(config), inputs, lambda writer: _fill(writer, inputs, config), progress=progress
+    )
+
+
+def _fill(writer: Writer, inputs: list[Path], config: S3Rec) -> None:
+    rejections = Rejections(config.max_rejected)
+    task = writer.progress.add_task("Reading sequences", total=inputs[0].stat().st_size)
+    lines = list(_sequences(inputs[0], rejections, lambda size: writer.progress.advance(task, size)))
+    rejections.check(final=True)
+    if not lines:
+        raise ValueError(f"{inputs[0]}: the file holds no sequences")
+    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
+    writer.report(rejections.lines())
+    lengths = np.array([len(line) - 1 for line in lines])
+    users = np.array([line[0] for line in lines])
+    if len(np.unique(users)) < len(users):
+        raise ValueError(f"{inputs[0]}: a user has two lines, but a line must be a user's whole sequence")
+    log = Log(
+        users=np.repeat(users, lengths),
+        items=np.concatenate([line[1:] for line in lines]),
+        times=np.concatenate([np.arange(length) for length in lengths]),
+        rows=np.arange(lengths.sum()),
+        items_known=read_attributes(inputs[1]) if len(inputs) > 1 else None,
+    )
+    write_log(writer, log, config.log, config.negatives)
+
+
+def _sequences(path: Path, rejections: Rejections, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    for number, line in read_lines(path, advance):
+        rejections.rows_read += 1
+        try:
+            sequence = np.array(line.split(), dtype=np.int64)
+        except (ValueError, OverflowError):
+            sequence = np.zeros(0, np.int64)
+        if len(sequence) < 2 or sequence.min() < 0:
+            rejections.add("no line of a user and items, all integers", np.array([number]), lambda n: f"{path}:{n}")
+            rejections.check()
+        else:
+            yield sequence
+
+
+def read_attributes(path: Path) -> ItemFeatures:
+    """The items' attributes from a JSON object {item: [attribute, …]}, all integers."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}): truncated? fetch it again") from None
+    try:
+        items = np.array([int(item) for item in content], dtype=np.int64)
+        lengths = np.array([len(content[item]) for item in content], dtype=np.int64)
+        keys = np.array([int(value) for values in content.values() for value in values], dtype=np.int64)
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise ValueError(f'{path}: an object such as {{"11394": [1, 2, 3]}} is needed, all integers') from None
+    return ItemFeatures(items, lists={ATTRIBUTES: (keys, np.r_[0, np.cumsum(lengths)])})
+
+
+@app.command(epilog="Example: embtables prepare s3rec Yelp.txt data/yelp   (reads Yelp_item2attributes.json beside it)")
+def s3rec(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A line a user: user item item …", show_default=False)
+    ],
+    out: Out,
+    split: Annotated[
+        Literal["random", "leave-last-out"], typer.Option(help="leave-last-out: each user's last item tests.")
+    ] = "leave-last-out",
+    shares: Shares = "0.8,0.1,0.1",
+    negatives: Annotated[int, typer.Option(help="Negatives a place, drawn among all items alike.")] = 1,
+    history: History = 50,
+    min_history: Annotated[int, typer.Option(help="Places with fewer items before them give no example.")] = 1,
+    min_count: MinCount = 1,
+    seed: Seed = 0,
+    max_rejected: MaxRejected = DEFAULT_LIMIT,
+) -> None:
+    """Sequences of items, a line a user, with the items' attributes (S3-Rec's Yelp, Sports, Beauty, Toys)."""
+    options = LogOptions(split, numbers("--shares", shares), history, min_count, seed, min_history)
+    config = S3Rec(max_rejected, Negatives(negatives, "uniform", None), options)
+    prepare_s3rec(source, out, config, progress=True)
