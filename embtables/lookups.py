@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtables.hashing import hash_ids, seed_for
+from embtables.inputs import CONFIG, PoolingLike
 from embtables.methods.base import Block, TableEntry
 from embtables.store import Part
 
-CONFIG = "config"
 _POLICIES = ("error", "hash", "oov")
 
 
@@ -30,6 +30,37 @@ class Picked(NamedTuple):
     bags: Tensor | None
     weights: Tensor | None
     position: Tensor | None
+
+    def only(self, which: Sequence[int], sizes: Sequence[int]) -> Picked:
+        """Flat ids of some lookups, where ``sizes`` says how many each has."""
+        assert self.bags is not None
+        lengths = self.bags.diff().view(len(sizes), -1)
+
+        def chosen(values: Tensor) -> Tensor:
+            chunks = values.split(list(sizes))
+            return torch.cat([chunks[i] for i in which])
+
+        return Picked(
+            chosen(self.ids),
+            chosen(self.feature),
+            F.pad(torch.cat([lengths[i] for i in which]).cumsum(0), (1, 0)),
+            None if self.weights is None else chosen(self.weights),
+            None if self.position is None else chosen(self.position),
+        )
+
+
+class Bags(NamedTuple):
+    """What the host has to know of the bags: how many ids each feature has, and whether all its bags hold one."""
+
+    sizes: list[int]
+    single: list[bool]
+
+    @classmethod
+    def of(cls, offsets: Tensor, num_features: int) -> Bags:
+        lengths = offsets.diff().view(num_features, -1)
+        known = torch.stack([lengths.sum(1), (lengths == 1).all(1)])
+        sizes, single = known.tolist()
+        return cls(sizes, [bool(flag) for flag in single])
 
 
 class Lookups(nn.Module):
@@ -64,6 +95,7 @@ class Lookups(nn.Module):
         self.features = list(features)
         self.tables = [e.table for e in entries]
         columns = [feature_names.index(feature) for feature in features]
+        self.places = columns
         self.num_features = len(feature_names)
         self.takes_all = columns == list(range(self.num_features))
         unbounded = 2**62
@@ -152,24 +184,48 @@ class Lookups(nn.Module):
             return vectors
         return vectors * ~self._padded(picked).unsqueeze(-1)
 
-    def pool(self, vectors: Tensor, picked: Picked, pooling: str | Mapping[str, str], batch: int) -> Tensor:
-        """Pooled vectors ``[L, B, D]``."""
-        weights = None if picked.weights is None else picked.weights.to(vectors.dtype)
+    def weighted(self, vectors: Tensor, picked: Picked) -> Tensor:
+        """The vectors, each times its weight where there are weights."""
+        return vectors if picked.weights is None else vectors * picked.weights.to(vectors.dtype).unsqueeze(-1)
+
+    def outputs(self, vectors: Tensor, picked: Picked, pooling: PoolingLike, bags: Bags | None) -> list[Tensor]:
+        """A tensor for each lookup: ``[B, D]`` where it is pooled, ``[N_l, D]`` where it is not."""
+        if bags is None:
+            return list(self.weighted(vectors, picked).unbind())
+        sizes = [bags.sizes[place] for place in self.places]
+        # A bag of one is its vector: nothing is left to pool.
+        modes = [None if bags.single[place] else mode for place, mode in zip(self.places, self.modes(pooling))]
+        which = [i for i, mode in enumerate(modes) if mode is not None]
+        if len(which) == len(modes):
+            return list(self.pool(vectors, picked, modes).unbind())
+        outputs = list(self.weighted(vectors, picked).split(sizes))
+        if which:
+            chunks = vectors.split(sizes)
+            pooled = self.pool(
+                torch.cat([chunks[i] for i in which]), picked.only(which, sizes), [modes[i] for i in which]
+            )
+            for i, output in zip(which, pooled.unbind()):
+                outputs[i] = output
+        return outputs
+
+    def pool(self, vectors: Tensor, picked: Picked, modes: Sequence[str | None]) -> Tensor:
+        """Pooled vectors ``[L, B, D]``, each lookup by its mode."""
         if picked.bags is None:
-            return vectors if weights is None else vectors * weights.unsqueeze(-1)
-        means = [self._pooling(i, pooling) == "mean" for i in range(len(self.tables))]
+            return self.weighted(vectors, picked)
+        means = [mode == "mean" for mode in modes]
         index = torch.arange(vectors.shape[0], device=vectors.device)
-        shape = (len(means), batch, vectors.shape[-1])
+        shape = (len(means), (picked.bags.numel() - 1) // len(means), vectors.shape[-1])
         summed = averaged = None
         if not all(means):
+            weights = None if picked.weights is None else picked.weights.to(vectors.dtype)
             summed = F.embedding_bag(
                 index, vectors, picked.bags, mode="sum", per_sample_weights=weights, include_last_offset=True
             ).view(shape)
         if any(means):
-            weighted = vectors if weights is None else vectors * weights.unsqueeze(-1)
+            weighted = self.weighted(vectors, picked)
             averaged = F.embedding_bag(index, weighted, picked.bags, mode="mean", include_last_offset=True).view(shape)
             if self.pads:
-                averaged = averaged * self._share_padded(picked).view(len(means), batch, 1)
+                averaged = averaged * self._share_padded(picked).view(*shape[:2], 1)
         if summed is None or averaged is None:
             return averaged if summed is None else summed  # type: ignore[return-value]
         return torch.where(torch.tensor(means, device=vectors.device).view(-1, 1, 1), averaged, summed)
@@ -181,8 +237,9 @@ class Lookups(nn.Module):
         kept = F.pad(kept.cumsum(0), (1, 0))[picked.bags].diff()
         return picked.bags.diff() / kept.clamp(min=1)
 
-    def _pooling(self, lookup: int, pooling: str | Mapping[str, str]) -> str:
-        own = self.tables[lookup].pooling
-        if isinstance(pooling, str):
-            return own if pooling == CONFIG else pooling
-        return pooling.get(self.features[lookup], own)
+    def modes(self, pooling: PoolingLike) -> list[str | None]:
+        """The pooling of each lookup: as the call says, else its table's own."""
+        own = [table.pooling for table in self.tables]
+        if isinstance(pooling, Mapping):
+            return [pooling.get(feature, mode) for feature, mode in zip(self.features, own)]
+        return [mode if pooling == CONFIG else pooling for mode in own]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from math import sqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from embtables.config import TableConfig
 from embtables.files import replacing
 from embtables.hashing import seed_for
+from embtables.inputs import CONFIG, PoolingLike, check_input, check_pooling
 from embtables.layout import FULL
-from embtables.lookups import CONFIG, Lookups
+from embtables.lookups import Bags, Lookups, Picked
 from embtables.memory import Memory, storage_bytes
 from embtables.methods.base import Block, FullBlock, Initializer, Stage, TableEntry
 from embtables.plan import GroupPlan, Plan
@@ -104,6 +106,7 @@ class EmbeddingTables(nn.Module):
         for pair in order:
             starts.append(starts[-1] + self.embedding_dims[outputs.index(pair)])
         columns = [c for i in vector_order for c in range(starts[i], starts[i + 1])]
+        self._order = vector_order
         self._in_order = columns == list(range(len(columns)))
         self.register_buffer("_columns", torch.tensor(columns, device=store.device), persistent=False)
         self.register_buffer("_vectors", torch.tensor(vector_order, device=store.device), persistent=False)
@@ -197,20 +200,77 @@ class EmbeddingTables(nn.Module):
         Returns:
             ``[B, ΣD]``: the outputs side by side. Every id becomes a vector first, then the bag is pooled; an empty bag
             gives zeros. With ``pooling=None`` ``[B, F, D]``, or ``[N, D]`` for flat values: all tables must then have
-            one D, and no feature may be in two tables.
+            one D, and no feature may be in two tables; ``lookup`` has neither limit.
 
         Raises:
             IndexError: for an id out of range, naming feature and id.
             ValueError: for shapes or offsets that do not fit, or an unknown pooling.
             TypeError: for ids that are not int32 or int64.
         """
-        self._check_input(ids, offsets, per_sample_weights)
-        self._check_pooling(pooling)
+        check_input(ids, offsets, per_sample_weights, self.feature_names)
+        self._check_one_tensor(pooling)
+        found = self._look_up(ids, offsets, per_sample_weights)
+        if pooling is None:
+            weighted = [f.lookups.weighted(f.vectors, f.picked) for f in found]
+            if offsets is None:
+                return self._ordered(weighted).transpose(0, 1)
+            positions = [f.picked.position for f in found if f.picked.position is not None]
+            return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
+        pooled = [f.lookups.pool(f.vectors, f.picked, f.lookups.modes(pooling)) for f in found]
+        if len(set(self.embedding_dims)) == 1:
+            # Whole vectors are put in order, which is many times faster than single columns.
+            return self._ordered(pooled).transpose(0, 1).flatten(1)
+        flat = torch.cat([v.transpose(0, 1).flatten(1) for v in pooled], dim=1)
+        return flat if self._in_order else flat.index_select(1, self._columns)
+
+    def lookup(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        pooling: PoolingLike = CONFIG,
+    ) -> dict[str, Tensor]:
+        """Looks up all features, each output by itself: pooled, or the vectors of a history's ids as they are.
+
+        Args:
+            ids: as in ``forward``.
+            offsets: as in ``forward``.
+            per_sample_weights: as in ``forward``; they multiply unpooled vectors too.
+            pooling: as in ``forward``, and a mapping may say ``None`` for a feature, as in ``{"history": None}``.
+
+        Returns:
+            A tensor for each of ``output_names``, in their order: ``[B, D]`` where it is pooled, and where it is not
+            ``[N_f, D]``, a vector for each of the feature's ids, in the order given. Without ``offsets`` all are
+            ``[B, D]``. D may differ from table to table.
+
+        It is one gather, and one update in ``backward``, whatever part of the outputs the loss depends on: vectors
+        that it does not depend on get a gradient of zero.
+
+        Raises:
+            IndexError, ValueError, TypeError: as in ``forward``.
+
+        Example::
+
+            items = TableConfig("item", 1_000_000, 16, ["item", "history"])
+            tables = EmbeddingTables(plan([items], "hash", budget="10%"))
+            ids, offsets = torch.tensor([7, 8, 1, 2, 3]), torch.tensor([0, 1, 2, 5, 5])
+            found = tables.lookup(ids, offsets, pooling={"history": None})
+            found["item"], found["history"]    # [2, 16], [3, 16]: three earlier items of the first example
+        """
+        check_input(ids, offsets, per_sample_weights, self.feature_names)
+        check_pooling(pooling, self.feature_names)
+        found = self._look_up(ids, offsets, per_sample_weights)
+        bags = None if offsets is None else Bags.of(offsets, len(self.feature_names))
+        outputs = [output for f in found for output in f.lookups.outputs(f.vectors, f.picked, pooling, bags)]
+        return {name: outputs[i] for name, i in zip(self.output_names, self._order)}
+
+    def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> list[_Found]:
+        """The vector of every id, for each block; one gather in all."""
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
         if offsets is not None:
             offsets = offsets.long()
         each = list(self._each_lookup())
-        picked = [lookups.pick(ids, offsets, per_sample_weights, batch) for lookups in each]
+        picked = [lookups.pick(ids, offsets, weights, batch) for lookups in each]
         if self.training and torch.is_grad_enabled() and not self.served:
             self._begin_step()
         parts = [
@@ -222,20 +282,24 @@ class EmbeddingTables(nn.Module):
             for lookups, p, ps in zip(each, picked, parts)
         ]
         self.store.end_step()
-        if pooling is None:
-            weighted = [
-                v if p.weights is None else v * p.weights.to(v.dtype).unsqueeze(-1) for v, p in zip(vectors, picked)
-            ]
-            if offsets is None:
-                return self._ordered(weighted).transpose(0, 1)
-            positions = [p.position for p in picked if p.position is not None]
-            return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
-        pooled = [lookups.pool(v, p, pooling, batch) for lookups, v, p in zip(each, vectors, picked)]
-        if len(set(self.embedding_dims)) == 1:
-            # Whole vectors are put in order, which is many times faster than single columns.
-            return self._ordered(pooled).transpose(0, 1).flatten(1)
-        flat = torch.cat([v.transpose(0, 1).flatten(1) for v in pooled], dim=1)
-        return flat if self._in_order else flat.index_select(1, self._columns)
+        return [_Found(*found) for found in zip(each, picked, vectors)]
+
+    def _check_one_tensor(self, pooling: PoolingLike) -> None:
+        """Raises ``ValueError`` for an unknown pooling, and one whose outputs do not fit into one tensor."""
+        check_pooling(pooling, self.feature_names)
+        if isinstance(pooling, Mapping):
+            unpooled = [feature for feature, mode in pooling.items() if mode is None]
+            if unpooled:
+                raise ValueError(
+                    f"pooling is None for '{unpooled[0]}', whose vectors do not fit beside pooled ones: "
+                    "call lookup, which gives each output by itself"
+                )
+        elif pooling is None and (
+            len(set(self.embedding_dims)) > 1 or len(self.output_names) > len(self.feature_names)
+        ):
+            raise ValueError(
+                "pooling=None needs tables of one embedding_dim, and no feature in two tables; lookup takes any"
+            )
 
     def _ordered(self, blocks: list[Tensor]) -> Tensor:
         """The vectors ``[L, B, D]`` of all blocks, in the order of the outputs."""
@@ -248,50 +312,6 @@ class EmbeddingTables(nn.Module):
         self.store.begin_step()
         for stage in self.stages:
             stage.step()
-
-    def _check_input(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
-        num_features = len(self.feature_names)
-        for name, value in (("ids", ids), ("offsets", offsets), ("per_sample_weights", weights)):
-            if not isinstance(value, Tensor) and (value is not None or name == "ids"):
-                raise TypeError(f"{name} must be a tensor, not a {type(value).__name__}")
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")
-        if weights is not None and weights.shape != ids.shape:
-            raise ValueError(f"per_sample_weights have shape {tuple(weights.shape)}, but ids {tuple(ids.shape)}")
-        if offsets is None:
-            if ids.ndim != 2 or ids.shape[1] != num_features:
-                raise ValueError(
-                    f"ids must be [batch, {num_features}], a column for each of {', '.join(self.feature_names[:8])}"
-                    f"{', …' if num_features > 8 else ''}, or flat with offsets; they have shape {tuple(ids.shape)}"
-                )
-            return
-        if ids.ndim != 1:
-            raise ValueError(f"ids must be flat where offsets are given; they have shape {tuple(ids.shape)}")
-        if offsets.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"offsets must be int32 or int64, not {offsets.dtype}")
-        if offsets.ndim != 1 or (offsets.numel() - 1) % num_features or not offsets.numel():
-            raise ValueError(
-                f"offsets must be 1-D with {num_features}·batch + 1 elements for {num_features} features; "
-                f"they have shape {tuple(offsets.shape)}"
-            )
-        first, last = int(offsets[0]), int(offsets[-1])
-        if first != 0 or last != ids.numel() or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"offsets must rise from 0 to the number of ids, {ids.numel()}; they run from {first} to {last}"
-                f"{'' if bool((offsets.diff() >= 0).all()) else ' and fall in between'}"
-            )
-
-    def _check_pooling(self, pooling: str | Mapping[str, str] | None) -> None:
-        if pooling is None:
-            if len(set(self.embedding_dims)) > 1 or len(self.output_names) > len(self.feature_names):
-                raise ValueError("pooling=None needs tables of one embedding_dim, and no feature in two tables")
-            return
-        given = pooling if isinstance(pooling, Mapping) else {"": pooling}
-        for feature, mode in given.items():
-            if feature and feature not in self.feature_names:
-                raise ValueError(f"pooling names the feature '{feature}', which no table has")
-            if mode not in ("sum", "mean") and not (mode == CONFIG and not feature):
-                raise ValueError(f"pooling must be 'sum', 'mean' or None, not {mode!r}")
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -463,6 +483,14 @@ class EmbeddingTables(nn.Module):
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)
         return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
+
+
+class _Found(NamedTuple):
+    """A block's lookups, their ids, and the vector of every id: ``[L, B, D]`` or flat ``[N, D]``."""
+
+    lookups: Lookups
+    picked: Picked
+    vectors: Tensor
 
 
 def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:

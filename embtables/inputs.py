@@ -1,0 +1,59 @@
+"""What a lookup is given: ids, offsets, weights and pooling, checked before anything happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# The pooling of each table's own config.
+CONFIG = "config"
+
+# ``CONFIG``, one mode for all features, or a mode for some; ``None`` leaves a feature's vectors unpooled.
+PoolingLike: TypeAlias = str | Mapping[str, str | None] | None
+
+
+def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, feature_names: Sequence[str]) -> None:
+    """Raises ``TypeError`` or ``ValueError``, naming the argument that does not fit."""
+    num_features = len(feature_names)
+    for name, value in (("ids", ids), ("offsets", offsets), ("per_sample_weights", weights)):
+        if not isinstance(value, Tensor) and (value is not None or name == "ids"):
+            raise TypeError(f"{name} must be a tensor, not a {type(value).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")
+    if weights is not None and weights.shape != ids.shape:
+        raise ValueError(f"per_sample_weights have shape {tuple(weights.shape)}, but ids {tuple(ids.shape)}")
+    if offsets is None:
+        if ids.ndim != 2 or ids.shape[1] != num_features:
+            raise ValueError(
+                f"ids must be [batch, {num_features}], a column for each of {', '.join(feature_names[:8])}"
+                f"{', …' if num_features > 8 else ''}, or flat with offsets; they have shape {tuple(ids.shape)}"
+            )
+        return
+    if ids.ndim != 1:
+        raise ValueError(f"ids must be flat where offsets are given; they have shape {tuple(ids.shape)}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be int32 or int64, not {offsets.dtype}")
+    if offsets.ndim != 1 or (offsets.numel() - 1) % num_features or not offsets.numel():
+        raise ValueError(
+            f"offsets must be 1-D with {num_features}·batch + 1 elements for {num_features} features; "
+            f"they have shape {tuple(offsets.shape)}"
+        )
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != ids.numel() or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"offsets must rise from 0 to the number of ids, {ids.numel()}; they run from {first} to {last}"
+            f"{'' if bool((offsets.diff() >= 0).all()) else ' and fall in between'}"
+        )
+
+
+def check_pooling(pooling: PoolingLike, feature_names: Sequence[str]) -> None:
+    """Raises ``ValueError``, naming the unknown feature or pooling."""
+    given = pooling if isinstance(pooling, Mapping) else {"": pooling}
+    for feature, mode in given.items():
+        if feature and feature not in feature_names:
+            raise ValueError(f"pooling names the feature '{feature}', which no table has")
+        if mode not in ("sum", "mean", None) and not (mode == CONFIG and not feature):
+            raise ValueError(f"pooling must be 'sum', 'mean' or None, not {mode!r}")
