@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from .columns import KeyColumn
+from .histories import EventHistories, Events, Histories, ranges
 from .negatives import ABSENT, Negatives, draw_negatives
 from .prepared import GROUP, LABEL
 from .splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
@@ -25,7 +26,7 @@ NO_NEGATIVES = Negatives(per_click=0)
 
 @dataclass
 class ItemFeatures:
-    """What is known of items, in whatever row they occur: a negative gets its own item's values.
+    """What is known of items (or users), in whatever row they occur: a negative gets its own item's values.
 
     `values` are single-valued features, parallel to `items`; `lists` multi-valued ones, the keys of all items one
     after another and the offsets, one more than items. Items that are not among `items` have nothing.
@@ -55,13 +56,24 @@ class Log:
     labels: np.ndarray | None = None  # 0 or 1
     context: dict[str, np.ndarray] = field(default_factory=dict)  # further features, as keys
     items_known: ItemFeatures | None = None
+    users_known: ItemFeatures | None = None  # the same of users
+    splits: np.ndarray | None = None  # index into SPLITS, int8, where the reader knows better than LogOptions.split
+    remembered: np.ndarray | None = None  # bool: rows that histories hold; without it those with label 1
+    events: Events | None = None  # histories hold these, and no rows of the log
 
     def take(self, rows: np.ndarray) -> Log:
-        labels = None if self.labels is None else self.labels[rows]
-        context = {name: keys[rows] for name, keys in self.context.items()}
-        log = Log(self.users[rows], self.items[rows], self.times[rows], self.rows[rows], labels, context)
-        log.items_known = self.items_known
-        return log
+        """The given rows; what is known of users and items, and events, stay as they are."""
+        return replace(
+            self,
+            users=self.users[rows],
+            items=self.items[rows],
+            times=self.times[rows],
+            rows=self.rows[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            context={name: keys[rows] for name, keys in self.context.items()},
+            splits=None if self.splits is None else self.splits[rows],
+            remembered=None if self.remembered is None else self.remembered[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +116,20 @@ def write_log(
 
     A click and its negatives share split, context and history; what is known of an item goes with the item. The history
     of a row is its user's items with label 1 at strictly earlier times, whatever their split; the values of these
-    items are histories of their own, aligned with it. `columns` knows the raw values of keys.
+    items are histories of their own, aligned with it. Where the log comes with events, these make the histories; those
+    up to the last training row count in the vocabularies of their features. `columns` knows the raw values of keys.
     """
     log = log.take(np.argsort(log.times, kind="stable"))
-    users, items = _numbered(log.users), _numbered(log.items)
-    histories = Histories(users, log.times, log.labels, options.history)
+    user_keys, users = _numbered(log.users)
+    item_keys, items = _numbered(log.items)
+    histories: Histories | EventHistories
+    if log.events is not None:
+        events = replace(log.events, users=np.searchsorted(user_keys, log.events.users))
+        histories = EventHistories(users, log.times, events, options.history)
+    else:
+        positive = np.ones(len(users), bool) if log.labels is None else log.labels > 0
+        remembered = positive if log.remembered is None else log.remembered
+        histories = Histories(users, log.times, remembered, options.history)
     examples = np.flatnonzero(histories.lengths >= options.min_history)
     if not len(examples):
         raise ValueError(f"no user has more than {options.min_history} rows, so min_history leaves no example")
@@ -116,7 +137,9 @@ def write_log(
         "histories_cut": int((histories.lengths > options.history)[examples].sum()) if options.history else 0,
         "rows_without_history": len(items) - len(examples),
     }
-    if options.split == "random":
+    if log.splits is not None:
+        split = log.splits
+    elif options.split == "random":
         split = random_split(log.rows, options.seed, options.shares)
     elif options.split == "time":
         split = time_split(log.times, options.shares)
@@ -128,25 +151,32 @@ def write_log(
     if log.labels is None:
         drawn, notes = draw_negatives(users, items, log.times, negatives, options.seed)
         writer.extra |= notes
-    item_keys = np.zeros(int(items.max()) + 1, np.int64)
-    item_keys[items] = log.items
 
     train = examples[split[examples] == 0]
     shown_with = 1 + (drawn[train] != ABSENT).sum(1)  # rows that a click becomes
     shown = np.concatenate([items[train], drawn[train].ravel()])
     counts = np.bincount(shown[shown != ABSENT], minlength=len(item_keys))
-    known = _Known(log.items_known, item_keys, counts, options.min_count)
+    user_counts = np.bincount(users[train], shown_with, len(user_keys)).astype(np.int64)
+    seen = {}
+    if log.events is not None:
+        until = log.times[train].max() if len(train) else 0
+        seen = {name: keys[log.events.times <= until] for name, keys in log.events.values.items()}
+    of_user = _Known(log.users_known, user_keys, user_counts, options.min_count)
+    known = _Known(log.items_known, item_keys, counts, options.min_count, seen)
     vocabularies = {
-        USER: _vocabulary(log.users[train], shown_with, options.min_count),
+        USER: Vocabulary(user_keys[user_counts > 0], user_counts[user_counts > 0], options.min_count),
         ITEM: Vocabulary(item_keys[counts > 0], counts[counts > 0], options.min_count),
         **{name: _vocabulary(keys[train], shown_with, options.min_count) for name, keys in log.context.items()},
+        **of_user.vocabularies,
         **known.vocabularies,
     }
-    of_history = {HISTORY: ITEM, **{f"{name}_{HISTORY}": name for name in known.values}} if options.history else {}
-    published = {**vocabularies, **known.list_vocabularies}
+    list_vocabularies = {**of_user.list_vocabularies, **known.list_vocabularies}
+    in_history = [ITEM, *known.values] if log.events is None else list(log.events.values)
+    of_history = {_history_name(name): name for name in in_history} if options.history else {}
+    published = {**vocabularies, **list_vocabularies}
     contents = Contents(
         vocabularies,
-        lists=known.list_vocabularies,
+        lists=list_vocabularies,
         histories=of_history,
         group_feature=USER,
         slice_feature=ITEM,
@@ -155,6 +185,9 @@ def write_log(
     writer.declare(contents)
 
     of_item = {ITEM: vocabularies[ITEM].ids(item_keys), **known.values}
+    events_ids = (
+        {} if log.events is None else {name: vocabularies[name].ids(keys) for name, keys in log.events.values.items()}
+    )
     writer.progress.update(task, description="Writing rows", total=len(examples))
     for start in range(0, len(examples), CLICKS_AT_ONCE):
         part = examples[start : start + CLICKS_AT_ONCE]
@@ -167,13 +200,17 @@ def write_log(
         }
         frame |= {name: ids[item] for name, ids in of_item.items()}
         frame |= {name: vocabularies[name].ids(keys[source]) for name, keys in log.context.items()}
-        frame |= {
-            name: _lists(values, offsets[item], offsets[item + 1]) for name, (values, offsets) in known.lists.items()
-        }
+        frame |= {name: ids[users[source]] for name, ids in of_user.values.items()}
+        for lists, rows_of in ((of_user.lists, users[source]), (known.lists, item)):
+            frame |= {
+                name: _lists(values, offsets[rows_of], offsets[rows_of + 1])
+                for name, (values, offsets) in lists.items()
+            }
         frame[GROUP] = users[source]
         if of_history:
             earlier, offsets = histories.of(source)
-            frame |= {name: _series(of_item[feature][items[earlier]], offsets) for name, feature in of_history.items()}
+            ids_of, earlier = (of_item, items[earlier]) if log.events is None else (events_ids, earlier)
+            frame |= {name: _series(ids_of[feature][earlier], offsets) for name, feature in of_history.items()}
         rows = pl.DataFrame(frame)
         for code, name in enumerate(SPLITS):
             writer.write(name, rows.filter(pl.Series(split[source] == code)))
@@ -181,69 +218,43 @@ def write_log(
 
 
 class _Known:
-    """What is known of items, as ids: an item's number → its value, or its list of values.
+    """What is known of items (or users), as ids: an item's number → its value, or its list of values.
 
-    `counts`: how often training shows each item. An item of which nothing is known has id 0, or an empty list.
+    `counts`: how often training shows each item; `seen`: further keys of features, each once. An item of which nothing
+    is known has id 0, or an empty list.
     """
 
-    def __init__(self, known: ItemFeatures | None, item_keys: np.ndarray, counts: np.ndarray, min_count: int) -> None:
+    def __init__(
+        self,
+        known: ItemFeatures | None,
+        item_keys: np.ndarray,
+        counts: np.ndarray,
+        min_count: int,
+        seen: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
         known = known or ItemFeatures(np.zeros(0, np.int64))
         place = known.places(item_keys)
         self.vocabularies: dict[str, Vocabulary] = {}
         self.values: dict[str, np.ndarray] = {}
         for name, keys in known.values.items():
             of_item = np.where(place >= 0, keys[place] if len(keys) else MISSING, MISSING)
-            shown = counts > 0
-            self.vocabularies[name] = _vocabulary(of_item[shown], counts[shown], min_count)
+            shown, more = counts > 0, seen.get(name, np.zeros(0, np.int64))
+            weights = np.concatenate([counts[shown], np.ones(len(more), np.int64)])
+            self.vocabularies[name] = _vocabulary(np.concatenate([of_item[shown], more]), weights, min_count)
             self.values[name] = self.vocabularies[name].ids(of_item)
         self.list_vocabularies: dict[str, Vocabulary] = {}
         self.lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, (keys, offsets) in known.lists.items():
             begin = np.where(place >= 0, offsets[place], 0)
             end = np.where(place >= 0, offsets[place + 1], 0)
-            chosen, starts = _chosen(begin, end)
+            chosen, starts = ranges(begin, end)
             times = np.repeat(counts, end - begin)
             self.list_vocabularies[name] = _vocabulary(keys[chosen][times > 0], times[times > 0], min_count)
             self.lists[name] = self.list_vocabularies[name].ids(keys[chosen]), starts
 
 
-class Histories:
-    """For each row of a log in time order: its user's rows with label 1 at strictly earlier times, the last `cap`.
-
-    `lengths`: how many there are, before the cap.
-    """
-
-    def __init__(self, users: np.ndarray, times: np.ndarray, labels: np.ndarray | None, cap: int) -> None:
-        order = np.argsort(users, kind="stable")  # by user, then time
-        users, times = users[order], times[order]
-        positive = np.ones(len(order), bool) if labels is None else labels[order] > 0
-        before = np.cumsum(positive) - positive  # positives of anybody before each place
-        new_user = np.r_[True, users[1:] != users[:-1]]
-        new_instant = new_user | np.r_[True, times[1:] != times[:-1]]
-        places = np.arange(len(order))
-        first_of_user = before[np.maximum.accumulate(np.where(new_user, places, 0))]
-        end = before[np.maximum.accumulate(np.where(new_instant, places, 0))]
-        self._rows = order[positive]
-        self.lengths = np.empty_like(end)
-        self._end = np.empty_like(end)
-        self._end[order] = end
-        self.lengths[order] = end - first_of_user
-        self._begin = self._end - np.minimum(self.lengths, cap)
-
-    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The earlier rows of the given ones, oldest first, one list after another, and the lists' offsets."""
-        chosen, offsets = _chosen(self._begin[rows], self._end[rows])
-        return self._rows[chosen], offsets
-
-
-def _chosen(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of all ranges one after another, and the offsets of the ranges among them."""
-    offsets = np.r_[0, np.cumsum(end - begin)]
-    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin), offsets
-
-
 def _lists(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> pl.Series:
-    chosen, offsets = _chosen(begin, end)
+    chosen, offsets = ranges(begin, end)
     return _series(values[chosen], offsets)
 
 
@@ -251,9 +262,14 @@ def _series(values: np.ndarray, offsets: np.ndarray) -> pl.Series:
     return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
 
 
-def _numbered(keys: np.ndarray) -> np.ndarray:
-    """Keys as 0, 1, … without gaps."""
-    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
+def _history_name(feature: str) -> str:
+    return HISTORY if feature == ITEM else f"{feature}_{HISTORY}"
+
+
+def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct keys, and the keys as places among them."""
+    distinct, places = np.unique(keys, return_inverse=True)
+    return distinct, places.astype(np.int64, copy=False)
 
 
 def _vocabulary(keys: np.ndarray, weights: np.ndarray, min_count: int) -> Vocabulary:

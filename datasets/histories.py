@@ -1,0 +1,116 @@
+"""What users did before each row of a log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Histories:
+    """For each row of a timeline: its user's remembered rows at strictly earlier times, the last `cap`.
+
+    The timeline is in the order of time; `remembered` says which of its rows histories hold. `lengths`: how many there
+    are before each row, before the cap.
+    """
+
+    def __init__(self, users: np.ndarray, times: np.ndarray, remembered: np.ndarray, cap: int) -> None:
+        order = np.argsort(users, kind="stable")  # by user, then time
+        users, times, remembered = users[order], times[order], remembered[order]
+        before = np.cumsum(remembered) - remembered  # remembered rows of anybody before each place
+        new_user = np.r_[True, users[1:] != users[:-1]]
+        new_instant = new_user | np.r_[True, times[1:] != times[:-1]]
+        places = np.arange(len(order))
+        first_of_user = before[np.maximum.accumulate(np.where(new_user, places, 0))]
+        end = before[np.maximum.accumulate(np.where(new_instant, places, 0))]
+        self._rows = order[remembered]
+        self.lengths = np.empty_like(end)
+        self._end = np.empty_like(end)
+        self._end[order] = end
+        self.lengths[order] = end - first_of_user
+        self._begin = self._end - np.minimum(self.lengths, cap)
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The earlier rows of the given ones, oldest first, one list after another, and the lists' offsets."""
+        places, offsets = ranges(self._begin[rows], self._end[rows])
+        return self._rows[places], offsets
+
+
+@dataclass
+class Events:
+    """Parallel arrays, in any order: what users did elsewhere, for histories in place of the log's own rows."""
+
+    users: np.ndarray  # keys
+    times: np.ndarray  # ms
+    values: dict[str, np.ndarray]  # keys, by the feature of the item whose history they are
+
+
+class EventHistories:
+    """As `Histories`, of events beside a log: `of` gives places among the events, oldest first."""
+
+    def __init__(self, users: np.ndarray, times: np.ndarray, events: Events, cap: int) -> None:
+        self._num_rows = len(users)
+        order = np.argsort(np.concatenate([times, events.times]), kind="stable")
+        users, times = np.concatenate([users, events.users])[order], np.concatenate([times, events.times])[order]
+        self._histories = Histories(users, times, order >= self._num_rows, cap)
+        self._order = order
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        self._place = place[: self._num_rows]
+        self.lengths = self._histories.lengths[self._place]
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        places, offsets = self._histories.of(self._place[rows])
+        return self._order[places] - self._num_rows, offsets
+
+
+class LatestEvents:
+    """Keeps of a stream of events what histories of `cap` can hold, so that its length does not matter.
+
+    `users` and `times` are the rows that will have histories. Between two rows of a user the latest `cap` events are
+    kept; what follows the last row, and what other users do, is dropped. An event is 8 bytes a column and 16 more.
+    """
+
+    def __init__(self, users: np.ndarray, times: np.ndarray, cap: int) -> None:
+        self._users = np.unique(users)
+        self._first, self._span = int(times.min()), int(times.max()) - int(times.min()) + 2
+        self._rows = np.unique(self._code(np.searchsorted(self._users, users), times))
+        self._cap = cap
+        self._kept: list[dict[str, np.ndarray]] = []
+        self._pending = self._settled = 0
+
+    def _code(self, users: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Users and times as one number that is in order of both; times before the first row are alike."""
+        return users * self._span + np.clip(times - self._first + 1, 0, self._span - 1)
+
+    def add(self, users: np.ndarray, times: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        user = np.minimum(np.searchsorted(self._users, users), len(self._users) - 1)
+        row = np.searchsorted(self._rows, self._code(user, times), side="right")  # the first that comes after it
+        inside = (self._users[user] == users) & (row < len(self._rows))
+        inside[inside] = self._rows[row[inside]] // self._span == user[inside]
+        part = {"row": row, "time": times} | values
+        self._kept.append({name: column[inside] for name, column in part.items()})
+        self._pending += int(inside.sum())
+        if self._pending > max(2**22, self._settled):
+            self._settle()
+
+    def _settle(self) -> None:
+        merged = {name: np.concatenate([part[name] for part in self._kept]) for name in self._kept[0]}
+        order = np.lexsort((merged["time"], merged["row"]))
+        row = merged["row"][order]
+        end = np.searchsorted(row, row, side="right")
+        order = order[end - np.arange(len(row)) <= self._cap]
+        self._kept = [{name: column[order] for name, column in merged.items()}]
+        self._pending, self._settled = 0, len(order)
+
+    def events(self) -> Events:
+        self._settle()
+        columns = self._kept[0]
+        users = self._users[self._rows[columns["row"]] // self._span]
+        return Events(users, columns["time"], {name: columns[name] for name in columns if name not in ("row", "time")})
+
+
+def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of all ranges one after another, and the offsets of the ranges among them."""
+    offsets = np.r_[0, np.cumsum(end - begin)]
+    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin), offsets
