@@ -6,8 +6,13 @@ Any class with the constructor ``(embeddings, num_dense_features, *, <hyperparam
 
 from __future__ import annotations
 
+from embtables.models.dcn import DCNv2
+from embtables.models.deepfm import DeepFM
+from embtables.models.din import DIN
 from embtables.models.dlrm import DLRM
 from embtables.models.lookup import build_model, find_model
 from embtables.models.mlp import MLP
+from embtables.models.neumf import NeuMF
+from embtables.models.wide_deep import WideDeep
 
-__all__ = ["DLRM", "MLP", "build_model", "find_model"]
+__all__ = ["DIN", "DLRM", "MLP", "DCNv2", "DeepFM", "NeuMF", "WideDeep", "build_model", "find_model"]

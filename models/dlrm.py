@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_positive, join
+from embtables.models.blocks import MLP, check_positive, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -77,7 +77,7 @@ class DLRM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        flat: Tensor = self.embeddings(batch.ids)
+        flat = pooled(self.embeddings, batch)
         dense = [self.bottom(batch.dense)] if self.bottom is not None else []
         vectors = join([*dense, flat]).view(-1, self.num_vectors, self.embedding_dim)
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)

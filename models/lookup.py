@@ -1,4 +1,4 @@
-"""From ``dlrm``, ``mlp`` or ``package.module:Class`` to a model."""
+"""From a name such as ``dlrm`` or ``package.module:Class`` to a model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from embtables.models.dcn import DCNv2
+from embtables.models.deepfm import DeepFM
+from embtables.models.din import DIN
 from embtables.models.dlrm import DLRM
 from embtables.models.mlp import MLP
+from embtables.models.neumf import NeuMF
+from embtables.models.wide_deep import WideDeep
 
 if TYPE_CHECKING:
     from embtables.tables import EmbeddingTables
 
 __all__ = ["build_model", "find_model"]
 
-_OURS: dict[str, type[nn.Module]] = {"dlrm": DLRM, "mlp": MLP}
+_OURS: dict[str, type[nn.Module]] = {
+    "dlrm": DLRM,
+    "mlp": MLP,
+    "din": DIN,
+    "dcnv2": DCNv2,
+    "deepfm": DeepFM,
+    "wide_deep": WideDeep,
+    "neumf": NeuMF,
+}
 
 
 def find_model(name: str) -> type[nn.Module]:
-    """The class that ``name`` means: ``dlrm``, ``mlp`` or ``package.module:Class``.
+    """The class that ``name`` means: one of ours, as ``dlrm``, ``mlp`` or ``din``, or ``package.module:Class``.
 
     The working directory is searched too, so that a ``my_model.py`` beside the data is ``my_model:MyModel``.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from embtables.models.blocks import MLP as Layers
-from embtables.models.blocks import check_positive, join
+from embtables.models.blocks import check_positive, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -25,6 +25,8 @@ class MLP(nn.Module):
         num_dense_features: columns of ``batch.dense``; may be 0.
         units: hidden units.
         dropout: dropout after every hidden layer.
+        activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
+        batch_norm: batch normalisation before every activation.
 
     Raises:
         ValueError: hyperparameters out of range; neither embeddings nor dense features.
@@ -42,6 +44,8 @@ class MLP(nn.Module):
         *,
         units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
+        activation: str = "relu",
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         check_positive("units", units)
@@ -49,12 +53,11 @@ class MLP(nn.Module):
         if num_inputs == 0:
             raise ValueError("MLP needs at least one embedding or dense feature")
         self.embeddings = embeddings
-        self.hidden = Layers(num_inputs, units, dropout)
+        self.hidden = Layers(num_inputs, units, dropout, activation, batch_norm)
         self.output = nn.Linear(self.hidden.num_outputs, 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        vectors: Tensor = self.embeddings(batch.ids)
-        inputs = join([vectors, batch.dense]) if batch.dense.shape[1] else vectors
+        inputs = join([pooled(self.embeddings, batch), batch.dense])
         logits: Tensor = self.output(self.hidden(inputs))
         return logits.squeeze(1)

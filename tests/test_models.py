@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from embtables.datasets import Batch
 from embtables.models import DLRM, MLP, build_model, find_model
 
 
@@ -18,25 +18,19 @@ class FakeTables(nn.Module):
 
     def __init__(self, rows, dims):
         super().__init__()
-        self.output_names = [f"f{i}" for i in range(len(dims))]
+        self.feature_names = self.output_names = [f"f{i}" for i in range(len(dims))]
         self.embedding_dims = dims
         self.weights = [torch.randn(n, d, generator=torch.Generator().manual_seed(d + n)) for n, d in zip(rows, dims)]
 
-    def forward(self, ids):
+    def forward(self, ids, offsets=None):
+        assert offsets is None
         return torch.cat([weight[ids[:, i]] for i, weight in enumerate(self.weights)], dim=1)
-
-
-class Batch(NamedTuple):
-    labels: torch.Tensor
-    dense: torch.Tensor
-    ids: torch.Tensor
-    groups: None = None
 
 
 def batch_of(rows, num_dense, size=6):
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randint(n, (size,), generator=generator) for n in rows], dim=1)
-    return Batch(torch.zeros(size), torch.randn(size, num_dense, generator=generator), ids)
+    return Batch(torch.zeros(size), torch.randn(size, num_dense, generator=generator), ids, None)
 
 
 def layers_of(module):
@@ -141,7 +135,10 @@ def test_find_model(tmp_path, monkeypatch):
     tables = FakeTables([5, 5], [4, 4])
     assert build_model("my_own_model:Mine", tables, 0, {"width": 7}).width == 7
     for name, message in [
-        ("dlmr", "model 'dlmr' is unknown: give dlrm, mlp or package.module:Class"),
+        (
+            "dlmr",
+            "model 'dlmr' is unknown: give dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf or package.module:Class",
+        ),
         ("nowhere:Model", "cannot import 'nowhere'"),
         ("my_own_model:Yours", "has no 'Yours'"),
         ("my_own_model:number", "not a subclass"),
