@@ -1,25 +1,26 @@
 """MovieLens as published (100K, 1M, latest and its kin) and as RecBole's atomic files.
 
 Label 1: a rating of 4 and more. Features: user_id and item_id, and what the side files give: gender, age, occupation,
-zip_code of the user; release_year and genres of the film. A film's set of genres is one categorical value, its genres
-in alphabetical order joined by "|".
+zip_code of the user; release_year and genres of the film. Genres are multi-valued, or, on request, a film's set of
+genres is one categorical value, its genres in alphabetical order joined by "|".
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
 import typer
 
 from .columns import KeyColumn
-from .log import ITEM, USER, Log, LogOptions, write_log
+from .log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
 from .prepared import PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
+from .side import Side, read_side
 from .text import Format, read_header, read_text
 from .writing import Writer
 from .writing import prepare as prepare_folder
@@ -35,21 +36,16 @@ FLAGS_100K = (
 
 @dataclass(frozen=True)
 class MovieLens:
-    """Ratings from `positive_from` on are label 1."""
+    """Ratings from `positive_from` on are label 1. `genres`: a list of them, or their set as one value."""
 
     positive_from: float = 4.0
+    genres: Literal["list", "set"] = "list"
     max_rejected: float = DEFAULT_LIMIT
     log: LogOptions = field(default_factory=LogOptions)
 
-
-@dataclass(frozen=True)
-class Side:
-    """A file about users or items: the id's column, and expressions for the features that it gives."""
-
-    path: Path
-    layout: Format
-    key: str
-    features: dict[str, pl.Expr]
+    def __post_init__(self) -> None:
+        if self.genres not in ("list", "set"):
+            raise ValueError(f"genres '{self.genres}': 'list' or 'set' is needed")
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,9 @@ class Release:
 def prepare_movielens(
     source: str | Path, out: str | Path, config: MovieLens = MovieLens(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares the folder of a release. Groups are users, slices go by film; `history`: films rated as positive before.
+    """Prepares the folder of a release. Groups are users, slices go by film.
+
+    Histories: the films that the user rated as positive before (`history`) and their years (`release_year_history`).
 
     Example::
 
@@ -84,38 +82,37 @@ def find_release(folder: Path) -> Release:
     if not folder.is_dir():
         raise ValueError(f"{folder}: the folder of a MovieLens release is needed")
     year = pl.col("title").str.extract(r"\((\d{4})\)\s*$")
-    genres = pl.col(GENRES).str.replace("(no genres listed)", "", literal=True).str.split("|")
+    genres = _listed(pl.col(GENRES).str.replace("(no genres listed)", "", literal=True).str.split("|"))
     rating_columns = (USER, ITEM, RATING, TIME)
     if (folder / "u.data").is_file():
         user_columns = (USER, "age", "gender", "occupation", "zip_code")
         item_columns = (ITEM, "title", "date", "video", "url", *FLAGS_100K)
         flags = [pl.when(pl.col(name) == "1").then(pl.lit(name)) for name in FLAGS_100K]
-        films = {YEAR: pl.col("date").str.extract(r"(\d{4})$"), GENRES: _genre_set(pl.concat_list(flags))}
+        year, genres = pl.col("date").str.extract(r"(\d{4})$"), _listed(pl.concat_list(flags))
+        layout = Format("|", item_columns, encoding="latin-1")
         return Release(
             folder / "u.data",
             Format("\t", rating_columns),
             _side(folder / "u.user", Format("|", user_columns), USER, _plain(user_columns)),
-            _side(folder / "u.item", Format("|", item_columns, encoding="latin-1"), ITEM, films),
+            _side(folder / "u.item", layout, ITEM, {YEAR: year}, genres),
         )
     if (folder / "ratings.dat").is_file():
         user_columns = (USER, "gender", "age", "occupation", "zip_code")
-        films = {YEAR: year, GENRES: _genre_set(genres)}
         layout = Format("::", (ITEM, "title", GENRES), encoding="latin-1")
         return Release(
             folder / "ratings.dat",
             Format("::", rating_columns),
             _side(folder / "users.dat", Format("::", user_columns), USER, _plain(user_columns)),
-            _side(folder / "movies.dat", layout, ITEM, films),
+            _side(folder / "movies.dat", layout, ITEM, {YEAR: year}, genres),
         )
     if (folder / "ratings.csv").is_file():
         _expect_header(folder / "ratings.csv", "userId,movieId,rating,timestamp")
-        films = {YEAR: year, GENRES: _genre_set(genres)}
         layout = Format(",", (ITEM, "title", GENRES), header_lines=1, quoted=True)
         return Release(
             folder / "ratings.csv",
             Format(",", rating_columns, header_lines=1, quoted=True),
             None,
-            _side(folder / "movies.csv", layout, ITEM, films),
+            _side(folder / "movies.csv", layout, ITEM, {YEAR: year}, genres),
         )
     atomic = sorted(folder.glob("*.inter"))
     if atomic:
@@ -138,9 +135,8 @@ def _find_atomic(ratings: Path) -> Release:
         names = _atomic_columns(items)
         films = {YEAR: pl.col(YEAR)} if YEAR in names else {}
         genre = next((name for name in ("class", "genre", GENRES) if name in names), None)
-        if genre is not None:
-            films[GENRES] = _genre_set(pl.col(genre).str.split(" "))
-        item_side = _side(items, Format("\t", names, header_lines=1), ITEM, films)
+        listed = None if genre is None else _listed(pl.col(genre).str.split(" "))
+        item_side = _side(items, Format("\t", names, header_lines=1), ITEM, films, listed)
     return Release(ratings, Format("\t", columns, header_lines=1), user_side, item_side)
 
 
@@ -154,21 +150,29 @@ def _expect_header(path: Path, expected: str) -> None:
         raise ValueError(f"{path}:1: the header is {found[:80]!r}, not {expected!r}")
 
 
-def _side(path: Path, layout: Format, key: str, features: dict[str, pl.Expr]) -> Side | None:
+def _side(
+    path: Path, layout: Format, key: str, values: dict[str, pl.Expr], genres: pl.Expr | None = None
+) -> Side | None:
     if not path.is_file():
         return None
     if key not in layout.columns:
         raise ValueError(f"{path}:1: no column '{key}'; there are {', '.join(layout.columns)}")
-    return Side(path, layout, key, features)
+    return Side(path, layout, pl.col(key), values, {} if genres is None else {GENRES: genres})
 
 
 def _plain(columns: tuple[str, ...]) -> dict[str, pl.Expr]:
     return {name: pl.col(name) for name in USER_FEATURES if name in columns}
 
 
-def _genre_set(genres: pl.Expr) -> pl.Expr:
-    joined = genres.list.drop_nulls().list.unique().list.sort().list.join("|")
-    return pl.when(joined != "").then(joined)
+def _listed(genres: pl.Expr) -> pl.Expr:
+    return genres.list.eval(pl.element().filter(pl.element() != "").unique(maintain_order=True))
+
+
+def _with_sets(side: Side) -> Side:
+    """The same file with the set of genres as one value."""
+    joined = {name: genres.list.sort().list.join("|") for name, genres in side.lists.items()}
+    sets = {name: pl.when(text != "").then(text) for name, text in joined.items()}
+    return replace(side, values=side.values | sets, lists={})
 
 
 def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
@@ -184,12 +188,13 @@ def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
             pl.col(RATING).cast(pl.Float64, strict=False),
             pl.col(TIME).cast(pl.Float64, strict=False).cast(pl.Int64, strict=False) * 1000,
         )
-        good = np.ones(len(parsed), bool)
-        for name, what in ((USER, "user"), (ITEM, "film"), (RATING, "valid rating"), (TIME, "valid timestamp")):
-            wrong = ~parsed[RATING].is_between(0, 10).fill_null(False) if name == RATING else parsed[name].is_null()
-            bad = wrong.to_numpy() & good
-            rejections.add(f"no {what}", block.lines[bad], lambda line: f"{release.ratings}:{line}")
-            good &= ~bad
+        faults = {
+            "no user": parsed[USER].is_null(),
+            "no film": parsed[ITEM].is_null(),
+            "no valid rating": ~parsed[RATING].is_between(0, 10).fill_null(False),
+            "no valid timestamp": parsed[TIME].is_null(),
+        }
+        good = rejections.passing(faults, block.lines, lambda line: f"{release.ratings}:{line}")
         kept = parsed.filter(pl.Series(good))
         users.add(kept[USER])
         items.add(kept[ITEM])
@@ -203,27 +208,21 @@ def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
     labels = (np.concatenate(ratings) >= config.positive_from).astype(np.int8)
     log = Log(users.take_keys(), items.take_keys(), np.concatenate(times), np.concatenate(lines), labels)
     columns = {USER: users, ITEM: items}
-    for ids, side in ((users, release.users), (items, release.items)):
-        if side is not None:
-            keys = log.users if ids is users else log.items
-            for name, values in _look_up(side, ids.all_values(), config.max_rejected, writer).items():
-                columns[name] = KeyColumn()
-                log.context[name] = columns[name].keys_of(values)[keys]
+    if release.users is not None:
+        log.users_known, known = _look_up(release.users, users, config, writer)
+        columns |= known
+    if release.items is not None:
+        side = release.items if config.genres == "list" else _with_sets(release.items)
+        log.items_known, known = _look_up(side, items, config, writer)
+        columns |= known
     write_log(writer, log, config.log, columns=columns)
 
 
-def _look_up(side: Side, ids: pl.Series, limit: float, writer: Writer) -> dict[str, pl.Series]:
-    """The side file's features for each of the ids, null where it does not know the id."""
-    rejections = Rejections(limit)
-    frames = [
-        block.frame.select(pl.col(side.key), *(value.alias(name) for name, value in side.features.items()))
-        for block in read_text(side.path, side.layout, rejections)
-    ]
-    rejections.check(final=True)
-    writer.report(rejections.lines())
-    table = pl.concat(frames).unique(side.key, keep="first", maintain_order=True)
-    joined = pl.DataFrame({side.key: ids}).join(table, on=side.key, how="left", maintain_order="left")
-    return {name: joined[name] for name in side.features}
+def _look_up(
+    side: Side, ids: KeyColumn, config: MovieLens, writer: Writer
+) -> tuple[ItemFeatures, dict[str, KeyColumn]]:
+    values = ids.all_values()
+    return read_side(side, values, np.arange(len(values)), config.max_rejected, writer)
 
 
 @app.command(epilog="Example: embtables prepare movielens ml-1m data/ml-1m --split leave-last-out")
@@ -236,6 +235,9 @@ def movielens(
     split: Split = "random",
     shares: Shares = "0.8,0.1,0.1",
     positive_from: Annotated[float, typer.Option(help="Ratings from here on are label 1.")] = 4.0,
+    genres: Annotated[
+        Literal["list", "set"], typer.Option(help="Multi-valued, or a film's set of genres as one value.")
+    ] = "list",
     history: History = 50,
     min_count: MinCount = 1,
     seed: Seed = 0,
@@ -243,4 +245,4 @@ def movielens(
 ) -> None:
     """MovieLens ratings with what is known of users and films."""
     options = LogOptions(split, numbers("--shares", shares), history, min_count, seed)
-    prepare_movielens(source, out, MovieLens(positive_from, max_rejected, options), progress=True)
+    prepare_movielens(source, out, MovieLens(positive_from, genres, max_rejected, options), progress=True)

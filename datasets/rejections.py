@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import polars as pl
 
 DEFAULT_LIMIT = 0.01
 PATIENCE = 10_000
@@ -26,6 +27,16 @@ class Rejections:
         if len(rows):
             self.counts[reason] = self.counts.get(reason, 0) + len(rows)
             self.first.setdefault(reason, place(int(rows[0])))
+
+    def passing(self, faults: Mapping[str, pl.Series], rows: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
+        """Which of the rows have none of the faults (bool); a row counts once, under its first fault."""
+        good = np.ones(len(rows), bool)
+        for reason, fault in faults.items():
+            bad = fault.to_numpy() & good
+            self.add(reason, rows[bad], place)
+            good &= ~bad
+        self.check()
+        return good
 
     @property
     def total(self) -> int:

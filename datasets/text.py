@@ -85,6 +85,18 @@ def read_header(path: Path, encoding: str = "utf-8") -> str:
     raise ValueError(f"{path}: the file is empty")
 
 
+def read_columns(path: Path, needed: Sequence[str], separator: str = ",") -> tuple[str, ...]:
+    """The columns that the first line names, among which must be the needed ones."""
+    names = tuple(name.strip().strip('"') for name in read_header(path).split(separator))
+    for name in needed:
+        if name not in names:
+            raise ValueError(f"{path}:1: no column '{name}'; there are {', '.join(names)[:200]}")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{path}:1: column '{repeated[0]}' occurs twice")
+    return names
+
+
 def read_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their 1-based numbers.
 

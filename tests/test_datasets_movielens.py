@@ -76,25 +76,28 @@ def decoded(data: PreparedDataset, split: str) -> list[tuple]:
     """Rows with raw values in place of ids."""
     frame = pl.DataFrame(pl.from_arrow(data.read(split)))
     values = {}
-    for number, name in enumerate(data.feature_names):
-        known = pl.read_parquet(data.path / "vocabulary" / f"{number:05d}.parquet")["value"].to_list()
-        values[name] = [None, "unseen", *known]
+    for feature in data.manifest["features"]:
+        known = pl.read_parquet(data.path / feature["vocabulary"]["file"])["value"].to_list()
+        values[feature["name"]] = [None, "unseen", *known]
+    lists = {name: name for name in data.list_features} | data.histories
     rows = []
     for row in frame.to_dicts():
         row = row | {name: values[name][row[name]] for name in data.feature_names}
-        row["history"] = [values["item_id"][i] for i in row["history"]]
-        rows.append(row)
+        rows.append(row | {name: [values[of][i] for i in row[name]] for name, of in lists.items()})
     return rows
 
 
+@pytest.mark.parametrize("genres", ["list", "set"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form(tmp_path: Path, form: str) -> None:
+def test_every_form(tmp_path: Path, form: str, genres: str) -> None:
     source = tmp_path / "source"
     source.mkdir()
     FORMS[form](source)
-    data = prepare_movielens(source, tmp_path / "out")
+    data = prepare_movielens(source, tmp_path / "out", MovieLens(genres=genres))
     user_features = [] if form == "latest" else ["gender", "age", "occupation", "zip_code"]
-    assert sorted(data.feature_names) == sorted(["user_id", "item_id", *user_features, "release_year", "genres"])
+    names = ["user_id", "item_id", *user_features, "release_year"]
+    assert sorted(data.feature_names) == sorted(names if genres == "list" else [*names, "genres"])
+    assert data.list_features == (["genres"] if genres == "list" else [])
     assert "rating" not in data.read("train").column_names
     rows = sum((decoded(data, split) for split in ("train", "valid", "test")), [])
     assert len(rows) == len(RATINGS)
@@ -105,7 +108,8 @@ def test_every_form(tmp_path: Path, form: str) -> None:
         if form != "latest":
             assert (row["gender"], row["age"], row["occupation"], row["zip_code"]) == user
         assert row["release_year"] == (film[1] or None)
-        assert row["genres"] == ("|".join(film[2]) or None)
+        assert row["genres"] == (film[2] if genres == "list" else "|".join(film[2]) or None)
+        assert row["release_year_history"] == [FILMS[int(item)][1] or None for item in row["history"]]
 
 
 def test_forms_agree_and_thresholds(tmp_path: Path) -> None:
@@ -172,6 +176,25 @@ def test_not_a_release(tmp_path: Path) -> None:
     (tmp_path / "ratings.csv").write_text("user,movie\n")
     with pytest.raises(ValueError, match="ratings.csv:1: the header is 'user,movie', not 'userId"):
         find_release(tmp_path)
+    with pytest.raises(ValueError, match="genres 'one': 'list' or 'set' is needed"):
+        MovieLens(genres="one")  # type: ignore[arg-type]
+
+
+def test_films_that_the_side_file_does_not_know(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_1m(source)
+    (source / "movies.dat").write_text("10::Toy Story (1995)::Comedy\n10::Again (1990)::Drama\n99::Unrated (1)::War\n")
+    (source / "users.dat").unlink()
+    data = prepare_movielens(source, tmp_path / "out")
+    assert data.manifest["not_in_side_files"] == {"movies.dat": 3}
+    assert data.feature_names == ["user_id", "item_id", "release_year"]
+    for row in decoded(data, "train"):
+        known = row["item_id"] == "10"
+        assert (row["release_year"], row["genres"]) == (("1995", ["Comedy"]) if known else (None, []))
+    (source / "movies.dat").write_text("99::Unrated (1)::War\n")
+    with pytest.raises(ValueError, match="movies.dat: it knows none of the 4 ids of the log"):
+        prepare_movielens(source, tmp_path / "other")
 
 
 @pytest.mark.data
@@ -189,3 +212,7 @@ def test_movielens_100k(shared_data: Path, tmp_path: Path, split: str) -> None:
         assert rows["valid"] == rows["test"] == 943
     if split == "random":
         assert data.num_embeddings["user_id"] == 945 and data.num_embeddings["gender"] == 4
+    assert data.num_embeddings["genres"] == 2 + 19 and data.list_features == ["genres"]
+    batch = next(data.batches("test", 64))
+    assert set(batch.lists) == {"genres", "history", "release_year_history"}
+    assert batch.lists["history"].offsets.equal(batch.lists["release_year_history"].offsets)
