@@ -118,6 +118,7 @@ class PreparedDataset:
         self.path = Path(path)
         self.manifest, self._manifest = read_manifest(self.path)
         self.name = self._manifest.name
+        self.leave_out = list(leave_out)
         self.max_history = max_history
         features = [feature for feature in self._manifest.features if feature.name not in leave_out]
         self.feature_names = [feature.name for feature in features if not feature.list]
@@ -161,7 +162,9 @@ class PreparedDataset:
             )
 
     def select(self, leave_out: Collection[str] = (), max_history: int | None = None) -> PreparedDataset:
-        """The same data with other features left out and other lengths of histories."""
+        """The same data with other features left out and other lengths of histories; itself where nothing differs."""
+        if set(leave_out) == set(self.leave_out) and max_history == self.max_history:
+            return self
         return PreparedDataset(self.path, leave_out, max_history)
 
     @property

@@ -99,7 +99,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"run\.yaml: line \d is not valid YAML"):
         load_config(path)
     path.write_text("- 1\n")
-    with pytest.raises(ValueError, match="must hold the sections model, tables, dense, training, not list"):
+    with pytest.raises(ValueError, match="must hold the sections data, model, tables, dense, training, not list"):
         load_config(path)
     path.write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match="run.yaml is not"):

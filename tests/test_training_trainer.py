@@ -383,7 +383,7 @@ def test_a_dense_feature_that_is_not_finite(data, tmp_path, monkeypatch):
 def test_one_class_validation_is_refused(tmp_path):
     config = Synthetic(rows=1000, cardinalities=(5, 4), bias=30.0)
     data = prepare_synthetic(tmp_path / "data", config)
-    with pytest.raises(ValueError, match="split 'valid' of .* holds one class only"):
+    with pytest.raises(ValueError, match="split 'valid' holds one class only"):
         Trainer(config_of(), data, tmp_path / "run").run()
 
 

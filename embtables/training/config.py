@@ -21,7 +21,16 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["DenseConfig", "ModelConfig", "RunConfig", "TablesConfig", "TrainingConfig", "load_config", "parse_value"]
+__all__ = [
+    "DataConfig",
+    "DenseConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TablesConfig",
+    "TrainingConfig",
+    "load_config",
+    "parse_value",
+]
 
 Bytes = StrictInt | StrictFloat | StrictStr
 
@@ -31,6 +40,13 @@ DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(_Section):
+    """What of the prepared data is read."""
+
+    leave_out: list[StrictStr] = Field(default_factory=list, description="features and histories that are not read")
+    max_history: int | None = Field(default=None, ge=1, description="latest items kept of a history; null: all")
 
 
 class ModelConfig(_Section):
@@ -51,7 +67,18 @@ class TablesConfig(_Section):
     embedding_dim: int = Field(default=16, ge=1)
     optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "adam"
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: by optimizer")
-    l2: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of the touched rows")
+    l2: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight decay: fused, of the touched rows; with fused: false, of whole tables",
+    )
+    regularization: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="mini-batch-aware L2: the gradient of an id in the batch gets regularization / its frequency × w",
+    )
     fused: bool = Field(
         default=True, description="update inside backward; false: ordinary parameters under torch.optim"
     )
@@ -84,11 +111,34 @@ class TrainingConfig(_Section):
     batch_size: int = Field(default=2048, ge=1)
     evaluation_batch_size: int = Field(default=16384, ge=1)
     epochs: int = Field(default=10, ge=1, description="at most; early stop may end sooner")
-    evaluations_per_epoch: int = Field(default=1, ge=1)
+    evaluations_per_epoch: float = Field(
+        default=1, gt=0, allow_inf_nan=False, description="may be a fraction: 0.5 is every other epoch"
+    )
+    monitor: Literal["auc", "gauc_weighted", "gauc_mean", "logloss"] = Field(
+        default="auc", description="validation metric that chooses the best model, stops, and lowers the learning rate"
+    )
     patience: int | None = Field(
         default=2,
         ge=1,
-        description="evaluations without a better validation AUC before the stop; null: never stop early",
+        description="evaluations without a better monitor before the stop; null: never stop early",
+    )
+    plateau_factor: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="both learning rates × this at each evaluation without a better monitor; null: they stay",
+    )
+    min_learning_rate: float = Field(
+        default=1e-6, ge=0, allow_inf_nan=False, description="plateau_factor lowers no learning rate below this"
+    )
+    clip_norm: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="bound on the global norm of the gradients of ordinary parameters; fused tables have none",
+    )
+    autocast: Literal["bf16"] | None = Field(
+        default=None, description="bf16: the dense part trains in bfloat16; tables, loss and evaluation stay fp32"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initialisation, hashing and the order of examples")
     threads: int | None = Field(default=None, ge=1, description="null: torch's own choice")
@@ -114,8 +164,9 @@ class TrainingConfig(_Section):
 
 
 class RunConfig(_Section):
-    """All fields of one run. ``data`` is not among them: the same configuration runs on any prepared data."""
+    """All fields of one run. The path of the data is not among them: a configuration runs on any prepared data."""
 
+    data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     tables: TablesConfig = Field(default_factory=TablesConfig)
     dense: DenseConfig = Field(default_factory=DenseConfig)
@@ -140,7 +191,7 @@ def load_config(
     """Defaults, overridden by the file, overridden by ``flags``, overridden by ``overrides``.
 
     Args:
-        path: a YAML file with any of the sections ``model``, ``tables``, ``dense``, ``training``.
+        path: a YAML file with any of the sections ``data``, ``model``, ``tables``, ``dense``, ``training``.
         flags: ``{"training.batch_size": 4096}``; entries that are ``None`` were not given.
         overrides: ``"training.batch_size=4096"``; the value is read as YAML.
 

@@ -12,32 +12,40 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from embtables.datasets import Batch, PreparedDataset
+from embtables.datasets import Batch, Jagged, PreparedDataset
+from embtables.models.blocks import bags
 from embtables.tables import EmbeddingTables
 from embtables.training import metrics
 
-__all__ = ["Scored", "all_metrics", "lookup_latency_us", "score", "to_device"]
+__all__ = ["Scored", "all_metrics", "lookup_latency_us", "main_metrics", "score", "to_device"]
 
 
 class Scored(NamedTuple):
-    """A split in file order: logits and labels float32 [N], groups int64 [N] or None, ids of the slice feature [N]."""
+    """A split in file order: logits and labels float32 [N], groups and ids of the slice feature int64 [N] or None."""
 
     logits: NDArray[np.float32]
     labels: NDArray[np.float32]
     groups: NDArray[np.int64] | None
-    slice_ids: NDArray[np.int64]
+    slice_ids: NDArray[np.int64] | None
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with what a model reads on ``device``; groups stay where they are."""
     if device.type == "cpu":
         return batch
-    return Batch(batch.labels.to(device), batch.dense.to(device), batch.ids.to(device), batch.groups)
+    lists = {name: Jagged(values.to(device), offsets.to(device)) for name, (values, offsets) in batch.lists.items()}
+    return Batch(batch.labels.to(device), batch.dense.to(device), batch.ids.to(device), batch.groups, lists)
 
 
-def slice_feature(data: PreparedDataset) -> str:
-    """The feature whose training frequency slices the rows: the manifest's, else the one with most ids."""
-    return data.slice_feature or max(data.feature_names, key=lambda name: data.num_embeddings[name])
+def slice_feature(data: PreparedDataset) -> str | None:
+    """The feature whose training frequency slices the rows: the manifest's, else the one with most ids.
+
+    ``None`` where the manifest's is left out: the slices of another would stand under the same names.
+    """
+    wanted = data.manifest.get("slice_feature")
+    if wanted is not None:
+        return wanted if wanted in data.feature_names else None
+    return max(data.feature_names, key=lambda name: data.num_embeddings[name])
 
 
 @torch.no_grad()
@@ -49,20 +57,25 @@ def score(model: nn.Module, data: PreparedDataset, split: str, batch_size: int, 
         FloatingPointError: a logit is NaN or infinite.
     """
     model.eval()
-    column = data.feature_names.index(slice_feature(data))
+    sliced_by = slice_feature(data)
+    column = None if sliced_by is None else data.feature_names.index(sliced_by)
     logits, labels, groups, ids = [], [], [], []
     for batch in data.batches(split, batch_size):
         output = model(to_device(batch, device))
         check_logits(model, output, batch)
         logits.append(output.float().cpu().numpy())
         labels.append(batch.labels.numpy())
-        ids.append(batch.ids[:, column].numpy())
+        if column is not None:
+            ids.append(batch.ids[:, column].numpy())
         if batch.groups is not None:
             groups.append(batch.groups.numpy())
     if not logits:
         raise ValueError(f"split '{split}' of {data.path} has no rows")
     scored = Scored(
-        np.concatenate(logits), np.concatenate(labels), np.concatenate(groups) if groups else None, np.concatenate(ids)
+        np.concatenate(logits),
+        np.concatenate(labels),
+        np.concatenate(groups) if groups else None,
+        np.concatenate(ids) if ids else None,
     )
     if not np.isfinite(scored.logits).all():
         row = int(np.argmin(np.isfinite(scored.logits)))
@@ -81,33 +94,46 @@ def check_logits(model: nn.Module, logits: torch.Tensor, batch: Batch) -> None:
         )
 
 
+def main_metrics(scored: Scored) -> dict[str, float | None]:
+    """AUC, log loss and both grouped AUCs, ``None`` where one is not defined on these rows."""
+    labels, logits, groups = scored.labels, scored.logits, scored.groups
+    return _defined(
+        {
+            "auc": metrics.auc(labels, logits),
+            "logloss": metrics.log_loss(labels, metrics.sigmoid(logits)),
+            "gauc_weighted": math.nan if groups is None else metrics.gauc_weighted(labels, logits, groups),
+            "gauc_mean": math.nan if groups is None else metrics.gauc_mean(labels, logits, groups),
+        }
+    )
+
+
 def all_metrics(scored: Scored, data: PreparedDataset) -> dict[str, float | None]:
     """Every metric of a split, ``None`` where it is not defined on these rows."""
     labels, logits = scored.labels, scored.logits
-    probabilities = metrics.sigmoid(logits)
-    values = {
-        "auc": metrics.auc(labels, logits),
-        "logloss": metrics.log_loss(labels, probabilities),
-        "normalized_entropy": metrics.normalized_entropy(labels, probabilities),
-        "gauc_weighted": math.nan,
-        "gauc_mean": math.nan,
+    sliced = dict.fromkeys(metrics.SLICES, math.nan)
+    sliced_by = slice_feature(data)
+    if sliced_by is not None and scored.slice_ids is not None:
+        sliced = metrics.slice_auc(labels, logits, scored.slice_ids, data.frequencies[sliced_by])
+    return {
+        **main_metrics(scored),
+        **_defined({"normalized_entropy": metrics.normalized_entropy(labels, metrics.sigmoid(logits))}),
+        **_defined({f"auc_{name}": value for name, value in sliced.items()}),
     }
-    if scored.groups is not None:
-        values["gauc_weighted"] = metrics.gauc_weighted(labels, logits, scored.groups)
-        values["gauc_mean"] = metrics.gauc_mean(labels, logits, scored.groups)
-    sliced = metrics.slice_auc(labels, logits, scored.slice_ids, data.frequencies[slice_feature(data)])
-    values |= {f"auc_{name}": value for name, value in sliced.items()}
+
+
+def _defined(values: dict[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 @torch.no_grad()
-def lookup_latency_us(tables: EmbeddingTables, ids: torch.Tensor, repeats: int = 50) -> float:
-    """Median microseconds to look up ``ids`` [B, F] in ``tables``, after a warm-up."""
+def lookup_latency_us(tables: EmbeddingTables, batch: Batch, repeats: int = 50) -> float:
+    """Median microseconds to look up all ids of ``batch`` in ``tables``, pooled, after a warm-up."""
     tables.eval()
+    ids, offsets = bags(batch, tables.feature_names)
     seconds: list[float] = []
     for _ in range(repeats + 5):
         start = time.perf_counter()
-        tables(ids)
+        tables(ids, offsets)
         if ids.device.type == "cuda":
             torch.cuda.synchronize(ids.device)
         seconds.append(time.perf_counter() - start)

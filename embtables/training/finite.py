@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from embtables.datasets import Batch
 from embtables.tables import EmbeddingTables
+from embtables.training.interception import Vectors, intercept
 
 __all__ = ["NonFiniteError", "Watch"]
 
@@ -33,10 +35,7 @@ class Watch:
         self.model, self.tables, self.dense_features = model, tables, dense_features
         self.step = 0
         # A fused optimizer leaves no gradient behind: it is checked on its way into the tables, before they change.
-        self._handle = tables.register_forward_hook(self._on_vectors)
-
-    def close(self) -> None:
-        self._handle.remove()
+        self.close = intercept(tables, self._on_vectors)
 
     def loss(self, loss: Tensor, logits: Tensor, batch: Batch) -> float:
         """The loss as a number; if it is not finite, the first tensor on the way to it that is not is named."""
@@ -65,18 +64,28 @@ class Watch:
             if not _is_finite(values):
                 raise NonFiniteError(f"step {self.step}: the gradient of '{name}' is {_what(values)}; {_REMEDY}")
 
-    def _on_vectors(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(self._vector_gradient)
+    def _on_vectors(self, vectors: Vectors) -> None:
+        if isinstance(vectors, Tensor):
+            if vectors.requires_grad:
+                vectors.register_hook(self._gradient_of_all)
+            return
+        for name, output in vectors.items():
+            if output.requires_grad:
+                output.register_hook(partial(self._gradient_of_one, name))
 
-    def _vector_gradient(self, gradient: Tensor) -> None:
+    def _gradient_of_all(self, gradient: Tensor) -> None:
         if _is_finite(gradient):
             return
+        if gradient.shape[-1] != sum(self.tables.embedding_dims):
+            raise NonFiniteError(f"step {self.step}: the gradient of the vectors is {_what(gradient)}; {_REMEDY}")
         for name, part in zip(self.tables.output_names, gradient.split(self.tables.embedding_dims, dim=1)):
-            if not _is_finite(part):
-                raise NonFiniteError(
-                    f"step {self.step}: the gradient of the vectors of '{name}' is {_what(part)}; {_REMEDY}"
-                )
+            self._gradient_of_one(name, part)
+
+    def _gradient_of_one(self, name: str, gradient: Tensor) -> None:
+        if not _is_finite(gradient):
+            raise NonFiniteError(
+                f"step {self.step}: the gradient of the vectors of '{name}' is {_what(gradient)}; {_REMEDY}"
+            )
 
 
 _REMEDY = "lower tables.learning_rate or dense.learning_rate"

@@ -30,7 +30,7 @@ class Events:
 
 
 class ProgressBar:
-    """Steps, loss and validation AUC on stderr; silent when ``visible`` is false."""
+    """Steps, loss and the monitored metric on stderr; silent when ``visible`` is false."""
 
     def __init__(self, visible: bool, done: int, total: int, description: str) -> None:
         from rich.console import Console
@@ -41,11 +41,11 @@ class ProgressBar:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]} {task.fields[auc]}"),
+            TextColumn("{task.fields[loss]} {task.fields[monitor]}"),
             console=Console(stderr=True),
             disable=not visible,
         )
-        self._task = self._progress.add_task(description, total=total, completed=done, loss="", auc="")
+        self._task = self._progress.add_task(description, total=total, completed=done, loss="", monitor="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -62,5 +62,5 @@ class ProgressBar:
     def loss(self, loss: float) -> None:
         self._progress.update(self._task, loss=f"loss {loss:.4f}")
 
-    def auc(self, auc: float) -> None:
-        self._progress.update(self._task, auc=f"valid AUC {auc:.4f}")
+    def monitor(self, name: str, value: float) -> None:
+        self._progress.update(self._task, monitor=f"valid {name} {value:.4f}")

@@ -15,7 +15,16 @@ from embtables.training.config import RunConfig, TablesConfig
 # Overfitting Phenomenon of Deep Click-Through Rate Prediction Models", CIKM 2022): schedules span at most these.
 _SCHEDULED_EPOCHS = 3
 
-__all__ = ["fused_optimizer", "method_for", "method_label", "plan_tables", "steps_per_epoch"]
+__all__ = ["fused_optimizer", "method_for", "method_label", "plan_tables", "selected", "steps_per_epoch"]
+
+
+def selected(config: RunConfig, data: PreparedDataset) -> PreparedDataset:
+    """The data as the run reads it: without what ``data.leave_out`` names, with histories of ``data.max_history``.
+
+    Raises:
+        ValueError: ``leave_out`` names something that the data does not have.
+    """
+    return data.select(config.data.leave_out, config.data.max_history)
 
 
 def steps_per_epoch(config: RunConfig, data: PreparedDataset) -> int:
@@ -43,6 +52,8 @@ def method_for(config: RunConfig, num_steps: int) -> Any:
 
 def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
     """The plan that a run of ``config`` on ``data`` builds: one table a feature, split by its training frequencies.
+
+    ``data`` is what :func:`selected` gives.
 
     Raises:
         InfeasibleBudget: with the floor.

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,19 @@ _TABLES_PREFIX = "embeddings."
 
 @dataclass(frozen=True)
 class Served:
-    """How to build the model again: its name, hyperparameters, and the columns of its batches."""
+    """How to build the model again, and what its batches hold: columns of ``ids`` and ``dense``, names of ``lists``.
+
+    ``histories`` maps those of the lists that are histories to the feature in whose id space they are; the model was
+    trained on their latest ``max_history`` entries (``None``: on all).
+    """
 
     model: str
     hyperparameters: Mapping[str, Any]
     feature_names: list[str]
     dense_features: list[str]
+    list_features: list[str] = field(default_factory=list)
+    histories: dict[str, str] = field(default_factory=dict)
+    max_history: int | None = None
 
 
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -55,6 +62,9 @@ def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: 
         "hyperparameters": dict(served.hyperparameters),
         "feature_names": served.feature_names,
         "dense_features": served.dense_features,
+        "list_features": served.list_features,
+        "histories": served.histories,
+        "max_history": served.max_history,
     }
     with _replacing_folder(folder) as temporary:
         tables.save(temporary / TABLES)
@@ -76,8 +86,8 @@ def copy_served(source: Path, target: Path) -> None:
 def load_served(folder: str | Path, device: torch.device | str | None = None) -> nn.Module:
     """The model of a served folder (``RUN/served``, or what ``embtables export`` wrote), ready for inference.
 
-    Its ``forward`` takes a :class:`embtables.datasets.Batch` and returns logits ``[B]``. A model of one's own must be
-    importable under the name that it was trained with.
+    Its ``forward`` takes a :class:`embtables.datasets.Batch` and returns logits ``[B]``; model.json says what the batch
+    must hold (see :class:`Served`). A model of one's own must be importable under the name that it was trained with.
 
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit.

@@ -3,6 +3,7 @@
 A run is one folder::
 
     config.yaml  environment.json  plan.json  tensorboard/
+    validation.csv  validation.svg                every evaluation, and the curve of them
     checkpoint/last.pt, checkpoint/best-<step>/   for an exact resume
     served/                                       the best model in its served form (see ``load_served``)
     test_scores.npy                               float32 logits of the test split in file order
@@ -18,7 +19,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ from embtables.lock import locked
 from embtables.models import build_model
 from embtables.plan import Plan
 from embtables.tables import EmbeddingTables
-from embtables.training import metrics
 from embtables.training.checkpoint import (
     check_identity,
     load_checkpoint,
@@ -48,14 +49,17 @@ from embtables.training.evaluation import (
     all_metrics,
     check_logits,
     lookup_latency_us,
+    main_metrics,
     score,
     share_of_colliding_ids,
     to_device,
 )
 from embtables.training.finite import Watch
 from embtables.training.logs import Events, ProgressBar
-from embtables.training.planning import method_label, plan_tables, steps_per_epoch
+from embtables.training.optimization import Optimization
+from embtables.training.planning import method_label, plan_tables, selected, steps_per_epoch
 from embtables.training.served import Served, copy_served, dense_state, load_served, save_served
+from embtables.training.validation import Row, draw_curve, overfitting, value_of, write_curve
 
 __all__ = ["Trainer"]
 
@@ -73,9 +77,12 @@ class _Progress:
     examples: int = 0
     train_seconds: float = 0.0
     peak_rss_bytes: int = 0
-    best_auc: float = -math.inf
+    best: float = -math.inf  # of the monitor, the log loss negated
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
+    loss_sum: float = 0.0  # of the examples since the last evaluation
+    loss_examples: int = 0
+    curve: list[Row] = field(default_factory=list)
     finished: bool = False
 
 
@@ -90,7 +97,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, data: PreparedDataset, out: Path, *, show_progress: bool = False) -> None:
-        self.config, self.data, self.out, self.show_progress = config, data, out, show_progress
+        self.config, self.data, self.out, self.show_progress = config, selected(config, data), out, show_progress
         self.device = torch.device(config.training.device)
         self.checkpoint = out / "checkpoint"
 
@@ -113,6 +120,12 @@ class Trainer:
         for split in ("train", "valid", "test"):
             if not self.data.num_rows(split):
                 raise ValueError(f"split '{split}' of {self.data.path} has no rows")
+        monitor = self.config.training.monitor
+        if monitor.startswith("gauc") and self.data.group_feature is None:
+            raise ValueError(
+                f"training.monitor is {monitor}, but {self.data.path} has no groups: monitor auc or logloss, "
+                "or prepare the data with a group feature"
+            )
         try:
             plan = plan_tables(self.config, self.data)
         except InfeasibleBudget as error:
@@ -206,9 +219,6 @@ class Trainer:
         }
 
 
-_OPTIMIZERS = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-
-
 class _Run:
     """The state of a run that is under way."""
 
@@ -220,35 +230,9 @@ class _Run:
         self.identity = {**identity, "plan": plan.fingerprint.hex()}
         self.progress = _Progress()
         self.steps_per_epoch = steps_per_epoch(self.config, self.data)
-        of_tables = {id(p) for p in tables.parameters()}
-        self.dense_parameters = [(n, p) for n, p in model.named_parameters() if id(p) not in of_tables]
-        self.dense_optimizer = self._dense_optimizer()
-        self.table_optimizer = self._table_optimizer()
-        # The evaluation points of an epoch, as numbers of batches done.
-        parts = self.config.training.evaluations_per_epoch
-        self.evaluate_after = {math.ceil(self.steps_per_epoch * i / parts) for i in range(1, parts + 1)}
-
-    # ---- optimisers ----------------------------------------------------------------------------------------------
-
-    def _dense_optimizer(self) -> torch.optim.Optimizer | None:
-        parameters = [p for _, p in self.dense_parameters]
-        dense = self.config.dense
-        if not parameters:
-            return None
-        return _OPTIMIZERS[dense.optimizer](parameters, lr=dense.learning_rate, weight_decay=dense.weight_decay)
-
-    def _table_optimizer(self) -> torch.optim.Optimizer | None:
-        """For tables that are ordinary parameters; ``None`` where their update is fused into backward."""
-        parameters = list(self.tables.parameters())
-        tables = self.config.tables
-        if not parameters:
-            return None
-        assert tables.learning_rate is not None  # resolved by the configuration
-        if tables.optimizer == "adam" and tables.sparse_gradients:
-            if tables.l2:
-                raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
-            return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
-        return _OPTIMIZERS[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+        if self.config.tables.regularization:
+            tables.regularize(self.config.tables.regularization, self.data.frequencies)
+        self.optimization = Optimization(self.config, model, tables)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -283,18 +267,17 @@ class _Run:
                     start = time.perf_counter()
                     watch.step = progress.step + 1
                     loss = self._step(batch, watch)
-                    progress.step += 1
-                    progress.batch += 1
-                    progress.examples += len(batch.labels)
+                    self._advance(loss, len(batch.labels))
                     seconds += time.perf_counter() - start
                     progress.train_seconds += seconds
-                    meter.step(progress.step, loss, len(batch.labels), seconds, self._learning_rates())
-                    if progress.batch in self.evaluate_after:
-                        bar.auc(self._evaluate(events))
-                        self._end_epoch_or_run()
+                    rates = self.optimization.learning_rates()
+                    meter.step(progress.step, loss, len(batch.labels), seconds, rates)
+                    if self._evaluation_is_due():
+                        bar.monitor(training.monitor, self._evaluate(events))
+                        self._lower_learning_rates_or_stop()
                         self._save()
                         last_checkpoint = time.monotonic()
-                        if progress.finished or progress.batch == 0:
+                        if progress.finished:
                             break
                         self.model.train()
                     elif time.monotonic() - last_checkpoint >= training.checkpoint_seconds:
@@ -304,25 +287,40 @@ class _Run:
 
     def _step(self, batch: Batch, watch: Watch) -> float:
         batch = to_device(batch, self.device)
-        for optimizer in (self.dense_optimizer, self.table_optimizer):
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
-        logits = self.model(batch)
+        self.optimization.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.autocast is not None):
+            logits = self.model(batch)
         check_logits(self.model, logits, batch)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.labels)
         value = watch.loss(loss, logits, batch)
         loss.backward()
         watch.gradients(self.model.named_parameters())
-        for optimizer in (self.dense_optimizer, self.table_optimizer):
-            if optimizer is not None:
-                optimizer.step()
+        self.optimization.step()
         return value
 
-    def _end_epoch_or_run(self) -> None:
-        progress, training = self.progress, self.config.training
+    def _advance(self, loss: float, examples: int) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.batch += 1
         if progress.batch == self.steps_per_epoch:
             progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.examples += examples
+        progress.loss_sum += loss * examples
+        progress.loss_examples += examples
+
+    def _evaluation_is_due(self) -> bool:
+        """At the first step that is past a multiple of an evaluation's share of an epoch, and at the end."""
+        progress = self.progress
+        spacing = self.steps_per_epoch / Fraction(str(self.config.training.evaluations_per_epoch))
+        number = progress.step // spacing
+        is_past = number >= 1 and math.ceil(number * spacing) == progress.step
+        return is_past or progress.epoch == self.config.training.epochs
+
+    def _lower_learning_rates_or_stop(self) -> None:
+        progress, training = self.progress, self.config.training
         patience = training.patience
+        if progress.stale and training.plateau_factor is not None and self._stages_done():
+            self.optimization.lower_learning_rates(training.plateau_factor, training.min_learning_rate)
         out_of_patience = patience is not None and progress.stale >= patience and self._stages_done()
         progress.finished = progress.epoch == training.epochs or out_of_patience
 
@@ -330,45 +328,44 @@ class _Run:
         """Whether no method is under way, such as in the middle of pruning, when the AUC may fall and recover."""
         return all(stage.done() for stage in self.tables.stages)
 
-    def _learning_rates(self) -> dict[str, float | None]:
-        dense = self.dense_optimizer.param_groups[0]["lr"] if self.dense_optimizer else None
-        tables = (
-            self.table_optimizer.param_groups[0]["lr"] if self.table_optimizer else self.config.tables.learning_rate
-        )
-        return {"learning_rate/tables": tables, "learning_rate/dense": dense}
-
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def _evaluate(self, events: Events) -> float:
-        """Validation of the served form; the best one so far is kept on disk."""
-        progress = self.progress
+        """Validation of the served form; the best one so far is kept on disk. Returns the monitored metric."""
+        progress, monitor = self.progress, self.config.training.monitor
         served = self.tables.serve()
         with _serving(self.model, self.tables, served):
             scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
-        auc = metrics.auc(scored.labels, scored.logits)
-        if math.isnan(auc):
-            raise ValueError(
-                f"split 'valid' of {self.data.path} holds one class only, so no AUC can choose the best model"
-            )
-        loss = metrics.log_loss(scored.labels, metrics.sigmoid(scored.logits))
-        if auc > progress.best_auc:
-            progress.best_auc, progress.best_step, progress.stale = auc, progress.step, 0
+        measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
+        value = value_of(measured, monitor)
+        if value > progress.best:
+            progress.best, progress.best_step, progress.stale = value, progress.step, 0
             save_served(self._best(), self._description(), served, dense_state(self.model))
         else:
             progress.stale += 1
+        rates = self.optimization.learning_rates()
+        progress.curve.append(
+            {
+                "step": progress.step,
+                "epoch": _epochs(progress.step, self.steps_per_epoch),
+                "train_loss": progress.loss_sum / progress.loss_examples,
+                **measured,
+                **{name.replace("/", "_"): rate for name, rate in rates.items()},
+            }
+        )
+        progress.loss_sum, progress.loss_examples = 0.0, 0
         memory = self.tables.memory()
         events.write(
             progress.step,
             {
-                "valid/auc": auc,
-                "valid/logloss": loss,
-                "valid/best_auc": progress.best_auc,
+                **{name.replace("_", "/", 1): metric for name, metric in measured.items()},
+                f"valid/best_{monitor}": abs(progress.best),
                 "bytes/inference": memory.inference_bytes,
                 "bytes/training": memory.training_bytes,
                 **self._table_norms(),
             },
         )
-        return auc
+        return abs(value)
 
     def _table_norms(self) -> dict[str, float]:
         """Root mean square of the weights of every slab and of other parameters of the tables."""
@@ -384,8 +381,16 @@ class _Run:
         }
 
     def _description(self) -> Served:
-        settings = self.config.model
-        return Served(settings.name, settings.hyperparameters, self.data.feature_names, self.data.dense_features)
+        settings, data = self.config.model, self.data
+        return Served(
+            settings.name,
+            settings.hyperparameters,
+            data.feature_names,
+            data.dense_features,
+            data.list_features,
+            data.histories,
+            data.max_history,
+        )
 
     def _best(self) -> Path:
         return self.trainer.checkpoint / f"best-{self.progress.best_step}"
@@ -396,16 +401,15 @@ class _Run:
         folder = self.trainer.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         self.progress.peak_rss_bytes = self._peak_rss()
-        optimizers = {"dense": self.dense_optimizer, "tables": self.table_optimizer}
         state = {
             "progress": asdict(self.progress),
             "threads": torch.get_num_threads(),
             "random": random_state(self.device),
             "model": dict(self.model.state_dict()),
-            "fused": self.tables.optimizer_state_dict(),
-            "optimizers": {name: optimizer and optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "optimization": self.optimization.state_dict(),
         }
         save_checkpoint(folder / "last.pt", self.identity, state)
+        write_curve(self.progress.curve, self.out / "validation.csv")
         # Only now does no checkpoint refer to an earlier best.
         for other in folder.glob("best-*"):
             if other != self._best():
@@ -421,10 +425,7 @@ class _Run:
             # The order of sums depends on the number of threads.
             torch.set_num_threads(state["threads"])
         self.model.load_state_dict(state["model"])
-        self.tables.load_optimizer_state_dict(state["fused"])
-        for name, optimizer in {"dense": self.dense_optimizer, "tables": self.table_optimizer}.items():
-            if optimizer is not None:
-                optimizer.load_state_dict(state["optimizers"][name])
+        self.optimization.load_state_dict(state["optimization"])
         restore_random_state(state["random"], self.device)
 
     def _peak_rss(self) -> int:
@@ -441,11 +442,13 @@ class _Run:
         assert isinstance(tables, EmbeddingTables)
         valid = score(model, self.data, "valid", training.evaluation_batch_size, self.device)
         first = to_device(next(self.data.batches("valid", training.batch_size)), self.device)
-        latency = lookup_latency_us(tables, first.ids)
+        latency = lookup_latency_us(tables, first)
         test = score(model, self.data, "test", training.evaluation_batch_size, self.device)
         measured = {f"test_{name}": value for name, value in all_metrics(test, self.data).items()}
         with replacing(self.out / "test_scores.npy") as temporary, temporary.open("wb") as file:
             np.save(file, test.logits.astype(np.float32))
+        write_curve(progress.curve, self.out / "validation.csv")
+        draw_curve(progress.curve, training.monitor, self.out / "validation.svg")
         memory = tables.memory()
         events.write(progress.step, {f"test/{name.removeprefix('test_')}": value for name, value in measured.items()})
         return {
@@ -455,7 +458,7 @@ class _Run:
             "training_bytes": self.tables.memory().training_bytes,
             "full_bytes": memory.full_bytes,
             "ratio": memory.inference_bytes / memory.full_bytes if memory.full_bytes else None,
-            "valid_auc": metrics.auc(valid.labels, valid.logits),
+            **{f"valid_{name}": value for name, value in main_metrics(valid).items()},
             **measured,
             "best_epoch": _epochs(progress.best_step, self.steps_per_epoch),
             "epochs": _epochs(progress.step, self.steps_per_epoch),
@@ -465,6 +468,7 @@ class _Run:
             "peak_rss_bytes": self._peak_rss() or None,
             "collision_share": share_of_colliding_ids(self.tables),
             "lookup_latency_us": latency,
+            "overfitting": overfitting(progress.curve, training.monitor),
         }
 
 

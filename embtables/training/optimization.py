@@ -1,0 +1,120 @@
+"""The optimisers of the tables and of the rest: clipping, learning rates, and what a checkpoint keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embtables.tables import EmbeddingTables
+from embtables.training.config import RunConfig
+
+__all__ = ["Optimization", "clip_gradients"]
+
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+
+
+class Optimization:
+    """What happens between two gradients. Tables with a fused optimiser are updated in backward, the rest in ``step``.
+
+    Raises:
+        ValueError: an optimiser of the tables that cannot do what is asked of it.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module, tables: EmbeddingTables) -> None:
+        self.config, self.fused = config, tables
+        of_tables = list(tables.parameters())
+        ours = {id(parameter) for parameter in of_tables}
+        of_rest = [parameter for parameter in model.parameters() if id(parameter) not in ours]
+        self.parameters = [*of_tables, *of_rest]
+        self.tables = self._of_tables(of_tables) if of_tables else None
+        dense = config.dense
+        self.dense = (
+            _OPTIMIZERS[dense.optimizer](of_rest, lr=dense.learning_rate, weight_decay=dense.weight_decay)
+            if of_rest
+            else None
+        )
+        self.table_rate, self.dense_rate = config.tables.learning_rate, dense.learning_rate
+
+    def _of_tables(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """For tables that are ordinary parameters."""
+        tables = self.config.tables
+        assert tables.learning_rate is not None  # resolved by the configuration
+        if tables.optimizer == "adam" and tables.sparse_gradients:
+            if tables.l2:
+                raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
+            return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
+        return _OPTIMIZERS[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+
+    def _each(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for optimizer in (self.dense, self.tables) if optimizer is not None]
+
+    def zero_grad(self) -> None:
+        for optimizer in self._each():
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        if self.config.training.clip_norm is not None:
+            clip_gradients(self.parameters, self.config.training.clip_norm)
+        for optimizer in self._each():
+            optimizer.step()
+
+    # ---- learning rates ------------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, float | None]:
+        return {
+            "learning_rate/tables": self.table_rate,
+            "learning_rate/dense": self.dense_rate if self.dense is not None else None,
+        }
+
+    def lower_learning_rates(self, factor: float, least: float) -> None:
+        """Both rates times ``factor``, but not below ``least``; a rate that is below it already stays."""
+        assert self.table_rate is not None
+        self._set_rates(*(min(rate, max(rate * factor, least)) for rate in (self.table_rate, self.dense_rate)))
+
+    def _set_rates(self, tables: float, dense: float) -> None:
+        self.table_rate, self.dense_rate = tables, dense
+        if self.config.tables.fused:
+            self.fused.set_learning_rate(tables)
+        for optimizer, rate in ((self.tables, tables), (self.dense, dense)):
+            for group in optimizer.param_groups if optimizer is not None else []:
+                group["lr"] = rate
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fused": self.fused.optimizer_state_dict(),
+            "tables": self.tables and self.tables.state_dict(),
+            "dense": self.dense and self.dense.state_dict(),
+            "learning_rates": [self.table_rate, self.dense_rate],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.fused.load_optimizer_state_dict(state["fused"])
+        for name, optimizer in (("tables", self.tables), ("dense", self.dense)):
+            if optimizer is not None:
+                optimizer.load_state_dict(state[name])
+        self._set_rates(*state["learning_rates"])
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
+    """Scale all gradients together so that their global Euclidean norm is at most ``most``; sparse ones too."""
+    gradients: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # a row that occurs twice counts by its sum
+            gradients.append(parameter.grad.values())
+        else:
+            gradients.append(parameter.grad)
+    if not gradients:
+        return
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
