@@ -263,7 +263,7 @@ def plan(
     fused = optimizer_from_config(optimizer)
     if isinstance(hash_seed, bool) or not isinstance(hash_seed, int):
         raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
-    pairs = _groups(tables, method, _counts(tables, frequencies), hash_seed)
+    pairs = _groups(tables, method, checked_counts(tables, frequencies), hash_seed)
     for group, chosen in pairs:
         chosen.check(group, fused)
     full = _full_bytes(tables)
@@ -343,7 +343,8 @@ def _check_names(solved: Plan) -> None:
             raise ValueError(f"a part of the storage is named '{twice}' as well as a table: rename table '{twice}'")
 
 
-def _counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | None) -> dict[str, Counts]:
+def checked_counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | None) -> dict[str, Counts]:
+    """A count for each row of the tables named, the oov row included; ``ValueError`` for any that do not fit."""
     by_name = {table.name: table for table in tables}
     result: dict[str, Counts] = {}
     if frequencies is not None and not isinstance(frequencies, Mapping):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,8 @@ from embtables.layout import FULL
 from embtables.lookups import Bags, Lookups, Picked
 from embtables.memory import Memory, storage_bytes
 from embtables.methods.base import Block, FullBlock, Initializer, Stage, TableEntry
-from embtables.plan import GroupPlan, Plan
+from embtables.plan import GroupPlan, Plan, checked_counts
+from embtables.regularization import Regularizer
 from embtables.store import Store
 
 _CHUNK = 65536
@@ -74,6 +76,7 @@ class EmbeddingTables(nn.Module):
     def _prepare(self, plan: Plan, seed: int, std: float | None) -> None:
         self.plan, self.seed, self.std = plan, seed, std
         self.served = False
+        self._regularization: tuple[float, dict[str, Tensor]] | None = None
         pairs = [(table, feature) for table in plan.tables for feature in table.feature_names]
         features = [feature for _, feature in pairs]
         self.feature_names: list[str] = list(dict.fromkeys(features))
@@ -98,6 +101,7 @@ class EmbeddingTables(nn.Module):
                 lookups.append(Lookups(block, entries, features, self.feature_names, self.plan.hash_seed))
                 order += [(e.table.name, f) for e, f in members]
         self.lookups = nn.ModuleList(lookups).to(store.device)
+        self._build_regularizers()
         self.stages = [] if self.served else [s for s in map(self._stage, self.plan.groups) if s is not None]
         outputs = [(table.name, feature) for table in self.plan.tables for feature in table.feature_names]
         # Blocks deliver their outputs one after another; these put vectors and columns in the order promised.
@@ -113,6 +117,13 @@ class EmbeddingTables(nn.Module):
 
     _columns: Tensor
     _vectors: Tensor
+
+    def _build_regularizers(self) -> None:
+        regularizers = []
+        if self._regularization is not None and not self.served:
+            l2, counts = self._regularization
+            regularizers = [Regularizer(l2, lookups.tables, counts) for lookups in self._each_lookup()]
+        self.regularizers = nn.ModuleList(regularizers).to(self.store.device)
 
     def _block(self, g: GroupPlan, entries: list[TableEntry], store: Store) -> Block:
         if entries[0].entry.variant == FULL:
@@ -273,15 +284,18 @@ class EmbeddingTables(nn.Module):
         picked = [lookups.pick(ids, offsets, weights, batch) for lookups in each]
         if self.training and torch.is_grad_enabled() and not self.served:
             self._begin_step()
-        parts = [
-            lookups.without_padding(lookups.block.address(p.ids, p.feature), p) for lookups, p in zip(each, picked)
-        ]
-        gathered = iter(self.store.gather([p for ps in parts for p in ps], may_skip=any(lo.pads for lo in each)))
-        vectors = [
-            lookups.mask(lookups.block.combine([next(gathered) for _ in ps], p.ids, p.feature), p)
-            for lookups, p, ps in zip(each, picked, parts)
-        ]
+        with _without_autocast(self.store.device):
+            parts = [
+                lookups.without_padding(lookups.block.address(p.ids, p.feature), p) for lookups, p in zip(each, picked)
+            ]
+            gathered = iter(self.store.gather([p for ps in parts for p in ps], may_skip=any(lo.pads for lo in each)))
+            vectors = [
+                lookups.mask(lookups.block.combine([next(gathered) for _ in ps], p.ids, p.feature), p)
+                for lookups, p, ps in zip(each, picked, parts)
+            ]
         self.store.end_step()
+        if self.training and self.regularizers:
+            vectors = [r(v, p.ids, p.feature) for r, v, p in zip(self.regularizers, vectors, picked)]
         return [_Found(*found) for found in zip(each, picked, vectors)]
 
     def _check_one_tensor(self, pooling: PoolingLike) -> None:
@@ -312,6 +326,51 @@ class EmbeddingTables(nn.Module):
         self.store.begin_step()
         for stage in self.stages:
             stage.step()
+
+    # ---- regularisation ------------------------------------------------------------------------------------------
+
+    def regularize(self, l2: float, frequencies: Mapping[str, Any] | None = None) -> None:
+        """Mini-batch-aware L2 regularisation from now on, in training, for any method and optimiser.
+
+        In ``backward`` the gradient of the vector w_j of each id j that a step looked up gets λ/n_j·w_j, once for each
+        distinct id of a table, however often it occurs in the batch and in however many features of the table. That is
+        the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch. Padding gets none. The loss does not show
+        it, and a ``GradScaler`` does not scale it.
+
+        Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, equations 6 and 7.
+
+        Args:
+            l2: λ; 0 switches it off.
+            frequencies: ``{table name: counts}``, how often each id occurs in training, as in ``embtables.plan``, for
+                all tables that have a vocabulary; n_j is the count, at least 1, and 1 for the oov row. ``None``: n_j is
+                1, plain L2 of the vectors that are looked up. They take 4 bytes an id beside the tables, and as much on
+                the host; ``memory()`` lists them under ``frequencies`` and counts them in its training bytes, which
+                the plan, that knows nothing of them, does not.
+
+        It belongs to the training at hand: no state dict or file holds it.
+
+        Raises:
+            ValueError: for an l2 that is negative or not finite, counts that are missing or do not fit, and served
+                tables, which are not trained.
+
+        Example::
+
+            tables.regularize(0.01, frequencies={"item": item_counts, "user": user_counts})
+        """
+        if isinstance(l2, bool) or not 0 <= l2 < float("inf"):
+            raise ValueError(f"l2 must be a non-negative number, not {l2!r}")
+        if self.served:
+            raise ValueError("served tables are not trained, so there is nothing to regularise")
+        counts = checked_counts(self.plan.tables, frequencies)
+        for table in self.plan.tables:
+            if frequencies is not None and table.num_embeddings is not None and table.name not in counts:
+                raise ValueError(
+                    f"frequencies lack table '{table.name}', which would be regularised as if each of its ids occurred "
+                    "once: give counts of all tables, or frequencies=None"
+                )
+        in_float32 = {name: torch.from_numpy(n).to(torch.float32) for name, n in counts.items()}
+        self._regularization = (float(l2), in_float32) if l2 else None
+        self._build_regularizers()
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -366,7 +425,12 @@ class EmbeddingTables(nn.Module):
         if self.served:
             training = self.plan.training_bytes
         by_kind |= {"optimizer state": state} if state else {}
-        constants = storage_bytes([*self.lookups.buffers(), self._columns, self._vectors])
+        counts = [r.counts for r in self.regularizers if isinstance(r, Regularizer) and r.counts is not None]
+        if counts:
+            by_kind["frequencies"] = storage_bytes(counts)
+            training += by_kind["frequencies"]
+        small = [*self.lookups.buffers(), *self.regularizers.buffers(), self._columns, self._vectors]
+        constants = storage_bytes(small) - storage_bytes(counts)
         return Memory(inference, training, self.plan.full_bytes, by_kind, constants)
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
@@ -491,6 +555,11 @@ class _Found(NamedTuple):
     lookups: Lookups
     picked: Picked
     vectors: Tensor
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Tables compute in their own precision, float32, whatever the layers around them do."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:

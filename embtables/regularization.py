@@ -1,0 +1,82 @@
+"""Mini-batch-aware L2 regularisation: only the vectors that a step looks up, each by how rare its id is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embtables.config import TableConfig
+
+
+class Regularizer(nn.Module):
+    """Adds λ/n_j·w_j to the gradient of a block's vectors, once for each distinct id j of a table.
+
+    An id that occurs several times, in one feature or in several of its table, gets an equal part of it each time. It
+    acts on the vectors, and the chain rule carries it on into whatever stores them.
+
+    Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, equations 6 and 7.
+
+    Args:
+        l2: λ.
+        tables: the table of each of the block's lookups.
+        counts: ``{table name: n_j of each of its rows}``; a table without them has n_j = 1.
+    """
+
+    table: Tensor
+    start: Tensor
+    known: Tensor
+    counts: Tensor | None
+
+    def __init__(self, l2: float, tables: Sequence[TableConfig], counts: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.l2 = l2
+        distinct = list(dict.fromkeys(table.name for table in tables))
+        given = [counts[name] for name in distinct if name in counts]
+        lengths = torch.tensor([len(counts[name]) if name in counts else 0 for name in distinct])
+        start = lengths.cumsum(0) - lengths
+        self.span = None if any(t.rows is None for t in tables) else max(t.rows or 0 for t in tables)
+        table = torch.tensor([distinct.index(t.name) for t in tables])
+        for buffer, values in (("table", table), ("start", start[table]), ("known", lengths[table])):
+            self.register_buffer(buffer, values, persistent=False)
+        self.register_buffer("counts", torch.cat(given).clamp(min=1) if given else None, persistent=False)
+
+    def forward(self, vectors: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
+        """The vectors ``[..., D]`` of ``ids`` as they are; zero vectors, as those of padding, get nothing."""
+        if not vectors.requires_grad:
+            return vectors
+        share = self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature))
+        regularized: Tensor = _Regularized.apply(vectors, share.unsqueeze(-1))
+        return regularized
+
+    def _training_count(self, ids: Tensor, feature: Tensor) -> Tensor:
+        if self.counts is None:
+            return torch.ones_like(ids, dtype=torch.float32)
+        counted = (ids >= 0) & (ids < self.known[feature])
+        return torch.where(counted, self.counts[torch.where(counted, self.start[feature] + ids, 0)], 1.0)
+
+    def _occurrences(self, ids: Tensor, feature: Tensor) -> Tensor:
+        """How often each id of a table occurs among all ``ids``."""
+        span = self.span
+        if span is None:
+            # 64-bit ids leave no room for the number of the table, their ranks do.
+            ids, span = torch.unique(ids, return_inverse=True)[1], ids.numel()
+        ordered, order = (self.table[feature] * span + ids).flatten().sort()
+        run = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
+        length = torch.zeros_like(run).index_add_(0, run, torch.ones_like(run))
+        return torch.empty_like(run).index_copy_(0, order, length[run]).view(ids.shape)
+
+
+class _Regularized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors, share)
+        return vectors.view_as(vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        vectors, share = ctx.saved_tensors
+        return torch.addcmul(grad, vectors, share), None

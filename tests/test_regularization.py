@@ -1,0 +1,337 @@
+"""Mini-batch-aware L2: its gradient against the one of a loss term written out in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_cases import all_methods, method_id
+from torch import Tensor
+
+from embtables import SGD, EmbeddingTables, TableConfig, plan
+from embtables.methods import Method
+
+L2 = 0.3
+# Target and history share a table; "brand" and "maker" hold the same numbers, which mean something else in each.
+TABLES = [
+    TableConfig("item", 60, 4, ["item", "history"], pooling="mean", padding_idx=0),
+    TableConfig("brand", 40, 4, on_out_of_range="oov"),
+    TableConfig("maker", 50, 6),
+]
+COUNTS = {"item": np.arange(60) * 2, "brand": np.arange(40)[::-1] // 3, "maker": np.full(50, 7)}
+IDS = {
+    "item": [[5], [7], [5], [9]],
+    "history": [[5, 7, 7, 0, 11], [], [7], [0, 0]],
+    "brand": [[5], [39], [44], [5]],
+    "maker": [[5], [7], [7], [5]],
+}
+FLAT = torch.tensor([i for rows in IDS.values() for row in rows for i in row])
+OFFSETS = torch.tensor([0, *np.cumsum([len(row) for rows in IDS.values() for row in rows])])
+
+
+def build(method: Any, optimizer: Any = None, **options: Any) -> EmbeddingTables:
+    budget = "60%" if method != "full" and (isinstance(method, str) or method.needs_budget) else None
+    solved = plan(TABLES, method, budget, frequencies=COUNTS, optimizer=optimizer)
+    return EmbeddingTables(solved, std=0.5, **options)
+
+
+def backward(tables: EmbeddingTables) -> None:
+    """A loss that depends on all outputs, and whose own gradient is zero."""
+    result = tables.lookup(FLAT, OFFSETS, pooling={"history": None})
+    (0 * torch.cat([v.flatten() for v in result.values()]).sum()).backward()
+
+
+def term(vectors: dict[str, Tensor], counts: dict[str, Any] | None) -> Tensor:
+    """½·λ·Σ ‖w_j‖²/n_j over the distinct ids of each table, one after another."""
+    total = torch.zeros((), dtype=torch.float64)
+    for table, features in (("item", ("item", "history")), ("brand", ("brand",)), ("maker", ("maker",))):
+        used = {i for f in features for row in IDS[f] for i in row} - ({0} if table == "item" else set())
+        for id_ in used:
+            known = counts is not None and id_ < len(counts[table])
+            n = max(1, int(counts[table][id_])) if counts is not None and known else 1
+            row = min(id_, 40) if table == "brand" else id_
+            total = total + 0.5 * L2 * vectors[table][row].square().sum() / n
+    return total
+
+
+def storage(tables: EmbeddingTables) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor, is_code in tables.store.tensors() if not is_code}
+
+
+# ---- the gradient ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["plain", "by_frequency"])
+def test_gradient_of_full_tables_is_the_terms(counts: dict[str, Any] | None) -> None:
+    tables = build("full")
+    tables.regularize(L2, counts)
+    backward(tables)
+    dense = {t.name: tables.to_dense(t.name).double().requires_grad_() for t in TABLES}
+    term(dense, counts).backward()
+    for config in TABLES:
+        expected = dense[config.name].grad
+        start, n = tables.store.start(config.name), len(dense[config.name])
+        grad = getattr(tables.store, f"weight_{config.embedding_dim}").grad[start : start + n]
+        assert expected is not None and expected.any()
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_gradient_of_any_storage_follows_the_chain_rule(method: Method) -> None:
+    """The term's gradient with regard to the storage, by central differences in float64."""
+    tables = build(method)
+    tables.regularize(L2, COUNTS)
+    if method.kind == "drop_feature":
+        result = tables.lookup(FLAT, OFFSETS)
+        assert not any(v.requires_grad for v in result.values())
+        return
+    backward(tables)
+    grads = {name: p.grad.clone() for name, p in storage(tables).items() if p.grad is not None}
+    tables.double()
+
+    def loss() -> float:
+        return float(term({t.name: tables.to_dense(t.name) for t in TABLES}, COUNTS))
+
+    random = np.random.default_rng(0)
+    for name, weight in storage(tables).items():
+        flat = weight.data.view(-1)
+        touched = grads[name].view(-1).nonzero().squeeze(1).tolist() if name in grads else []
+        chosen = random.choice(touched, min(12, len(touched)), replace=False) if touched else []
+        others = random.choice(flat.numel(), 4)
+        for i in (*chosen, *others):
+            saved = float(flat[i])
+            values = []
+            for step in (1e-5, -1e-5):
+                flat[i] = saved + step
+                values.append(loss())
+            flat[i] = saved
+            got = float(grads[name].view(-1)[i]) if name in grads else 0.0
+            assert got == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-6), (name, i)
+
+
+def test_compositional_rows_by_hand() -> None:
+    """Two partitions multiplied: the row of one gets λ/n_j·w_j∘(row of the other) for every distinct j that uses it."""
+    config = TableConfig("a", 100, 3, ["x", "y"])
+    tables = EmbeddingTables(plan([config], "compositional", "40%", optimizer=None), std=0.5)
+    counts = np.arange(100) % 5
+    tables.regularize(L2, {"a": counts})
+    ids = torch.tensor([[3, 14], [14, 3], [27, 3]])
+    (0 * tables(ids).sum()).backward()
+    (first, second), radix = (tables.store.slab(f"a/{j}").double() for j in (0, 1)), len(tables.store.slab("a/0"))
+    expected = [torch.zeros_like(first), torch.zeros_like(second)]
+    for j in (3, 14, 27):
+        quotient, remainder = divmod(j, radix)
+        vector = first[remainder] * second[quotient]
+        expected[0][remainder] += L2 / max(1, counts[j]) * vector * second[quotient]
+        expected[1][quotient] += L2 / max(1, counts[j]) * vector * first[remainder]
+    (weight,) = tables.parameters()
+    assert weight.grad is not None
+    for j, want in enumerate(expected):
+        start = tables.store.start(f"a/{j}")
+        torch.testing.assert_close(weight.grad[start : start + len(want)].double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_it_comes_on_top_of_the_loss_and_of_pooling() -> None:
+    tables, twin = build("full", seed=1), build("full", seed=1)
+    tables.regularize(L2, COUNTS)
+    directions = torch.randn(4, sum(tables.embedding_dims))
+    for each in (tables, twin):
+        (each(FLAT, OFFSETS) * directions).sum().backward()
+    extra = build("full", seed=1)
+    extra.regularize(L2, COUNTS)
+    backward(extra)
+    for p, q, r in zip(tables.parameters(), twin.parameters(), extra.parameters()):
+        assert p.grad is not None and q.grad is not None and r.grad is not None
+        torch.testing.assert_close(p.grad, q.grad + r.grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(tables(FLAT, OFFSETS), twin(FLAT, OFFSETS))
+
+
+def test_ids_of_64_bits_in_several_tables() -> None:
+    configs = [TableConfig("a", None, 4, ["x", "y"]), TableConfig("b", None, 4)]
+    tables = EmbeddingTables(plan(configs, "hash", 40_000, optimizer=None), std=0.5)
+    tables.regularize(L2)
+    huge, low = 2**63 - 1, -(2**63)
+    ids = torch.tensor([[huge, low, huge], [low, huge, 5], [5, 5, huge]])
+    (0 * tables(ids).sum()).backward()
+    matrix = torch.zeros_like(next(tables.parameters()), dtype=torch.float64)
+    vectors = tables.lookup(ids)
+    for table, feature in (("a", "x"), ("b", "b")):
+        for row, id_ in enumerate(ids[:, 2 * (table == "b")].unique().tolist()):
+            place = ids[:, 2 * (table == "b")].tolist().index(id_)
+            vector = vectors[feature][place].detach()
+            matches = (tables.store.slab(table) == vector).all(1).nonzero()
+            assert len(matches) == 1, row
+            matrix[tables.store.start(table) + int(matches)] += L2 * vector.double()
+    (weight,) = tables.parameters()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), matrix, rtol=1e-5, atol=1e-7)
+
+
+# ---- optimisers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
+@pytest.mark.parametrize("method", ["full", "compositional"])
+def test_a_fused_optimiser_makes_the_same_step_as_one_of_torch(kind: str, method: str) -> None:
+    """Equal gradients, so equal steps; row-wise Adagrad has no counterpart, and is checked by the size of its step."""
+    configs = [TableConfig("a", 200, 4, ["x", "y"])]
+    budget = None if method == "full" else "40%"
+    fused = EmbeddingTables(plan(configs, method, budget, optimizer={"kind": kind, "lr": 0.1}), seed=2)
+    plain = EmbeddingTables(plan(configs, method, budget, optimizer=None), seed=2)
+    before = fused.store.slab("a" if method == "full" else "a/0").clone()
+    eps = getattr(fused.plan.optimizer, "eps", 0.0)
+    make: Any = {
+        "sgd": torch.optim.SGD,
+        "adagrad": lambda p, lr: torch.optim.Adagrad(p, lr, eps=eps),
+        "rowwise_adagrad": lambda p, lr: torch.optim.Adagrad(p, lr, eps=eps),
+        "adam": lambda p, lr: torch.optim.Adam(p, lr, eps=eps),
+    }[kind]
+    optimizer = make(plain.parameters(), lr=0.1)
+    ids = torch.tensor([[3, 14], [14, 3], [27, 150]])
+    for tables in (fused, plain):
+        tables.regularize(0.5, {"a": np.arange(200) % 4})
+        tables(ids).pow(3).sum().backward()
+    optimizer.step()
+    after = [t.store.slab("a" if method == "full" else "a/0") for t in (fused, plain)]
+    if kind == "rowwise_adagrad":
+        grad = next(plain.parameters()).grad
+        assert grad is not None
+        rows = grad[: len(before)]
+        expected = before - 0.1 * rows / (rows.square().mean(1, keepdim=True).sqrt() + eps)
+        torch.testing.assert_close(after[0], expected, rtol=1e-4, atol=1e-6)
+        return
+    assert not torch.equal(after[0], before)
+    torch.testing.assert_close(after[0], after[1], rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_gradients_get_it_too() -> None:
+    dense, sparse = build("full", seed=4), build("full", seed=4, sparse=True)
+    for tables in (dense, sparse):
+        tables.regularize(L2, COUNTS)
+        backward(tables)
+    for p, q in zip(dense.parameters(), sparse.parameters()):
+        assert p.grad is not None and q.grad is not None
+        torch.testing.assert_close(p.grad, q.grad.to_dense())
+
+
+def test_padding_and_ids_that_were_not_looked_up_stay() -> None:
+    tables = build("full", SGD(lr=1.0))
+    tables.regularize(L2)
+    before = {t.name: tables.store.slab(t.name).clone() for t in TABLES}
+    backward(tables)
+    moved = {t.name: (tables.store.slab(t.name) != before[t.name]).any(1).nonzero().squeeze(1).tolist() for t in TABLES}
+    assert moved == {"item": [5, 7, 9, 11], "brand": [5, 39, 40], "maker": [5, 7]}
+
+
+# ---- when it acts, and what it leaves behind -------------------------------------------------------------------------
+
+
+def test_only_in_training_and_until_it_is_switched_off() -> None:
+    tables = build("full", SGD(lr=1.0))
+    tables.regularize(L2, COUNTS)
+    before = [w.clone() for w in storage(tables).values()]
+
+    def moved() -> bool:
+        return not all(torch.equal(w, b) for w, b in zip(storage(tables).values(), before))
+
+    with torch.no_grad():
+        assert not tables(FLAT, OFFSETS).requires_grad
+    tables.eval()
+    assert not tables(FLAT, OFFSETS).requires_grad
+    plain = build("full")
+    plain.regularize(L2, COUNTS)
+    plain.eval()
+    backward(plain)
+    assert not any(p.grad.any() for p in plain.parameters() if p.grad is not None)
+    tables.train()
+    tables.regularize(0)
+    backward(tables)
+    assert not moved()
+    tables.regularize(L2)
+    backward(tables)
+    assert moved()
+    pruned = build("pruned", "sgd")
+    pruned.regularize(L2, COUNTS)
+    pruned.finalize()
+    assert not pruned(FLAT, OFFSETS).requires_grad and "frequencies" not in pruned.memory().by_kind
+    with pytest.raises(ValueError, match="served tables are not trained"):
+        pruned.regularize(L2)
+
+
+def test_it_is_in_no_state_dict_and_survives_copies_and_a_new_start() -> None:
+    tables = build("full", SGD(lr=1.0), seed=6)
+    plain = tables.state_dict()
+    tables.regularize(L2, COUNTS)
+    assert list(tables.state_dict()) == list(plain)
+    meta = EmbeddingTables(tables.plan, seed=6, std=0.5, device="meta")
+    meta.regularize(L2, COUNTS)
+    meta.to_empty(device="cpu")
+    meta.reset_parameters()
+    copied = copy.deepcopy(tables)
+    for each in (tables, meta, copied):
+        backward(each)
+        for weight, expected in zip(storage(each).values(), storage(tables).values()):
+            assert torch.equal(weight, expected)
+
+
+def test_bytes_of_the_counts() -> None:
+    tables = build("hash", SGD())
+    before = tables.memory()
+    tables.regularize(L2, COUNTS)
+    after = tables.memory()
+    # Three tables of 60, 40 and 50 ids, and the oov row.
+    assert after.by_kind["frequencies"] == 4 * (60 + 41 + 50)
+    assert after.training_bytes == before.training_bytes + 4 * 151
+    assert after.inference_bytes == before.inference_bytes == tables.plan.inference_bytes
+    tables.regularize(L2)
+    assert "frequencies" not in tables.memory().by_kind
+    tables.regularize(0, COUNTS)
+    assert tables.memory() == before
+
+
+@pytest.mark.parametrize(
+    ("l2", "frequencies", "message"),
+    [
+        (-0.1, None, "l2 must be a non-negative number, not -0.1"),
+        (float("nan"), None, "l2 must be a non-negative number, not nan"),
+        (float("inf"), None, "not inf"),
+        (True, None, "not True"),
+        (0.1, {"shop": [1]}, "frequencies name 'shop', which is not a table"),
+        (0.1, {"item": [1, 2]}, "frequencies of table 'item' hold 2 counts, but it has 60 ids"),
+        (0.1, {"item": COUNTS["item"], "maker": COUNTS["maker"]}, "frequencies lack table 'brand'"),
+    ],
+)
+def test_what_is_refused(l2: float, frequencies: Any, message: str) -> None:
+    tables = build("full", SGD(lr=1.0))
+    tables.regularize(0.5)
+    before = tables.regularizers
+    with pytest.raises(ValueError, match=message):
+        tables.regularize(l2, frequencies)
+    assert tables.regularizers is before
+
+
+# ---- bfloat16 around the tables --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+@pytest.mark.parametrize("optimizer", [None, "adagrad"])
+def test_autocast_does_not_reach_the_tables(method: Method, optimizer: str | None) -> None:
+    """Vectors, and what backward makes of them, are those without autocast, bit for bit."""
+    tables, twin = build(method, optimizer, seed=8), build(method, optimizer, seed=8)
+    for each, enabled in ((tables, True), (twin, False)):
+        each.regularize(L2, COUNTS)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = each.lookup(FLAT, OFFSETS, pooling={"history": None})
+            pooled = each(FLAT, OFFSETS, torch.ones(len(FLAT)))
+            assert pooled.dtype == torch.float32 and all(v.dtype == torch.float32 for v in result.values())
+            assert torch.is_autocast_enabled("cpu") == enabled
+        if result["history"].requires_grad:
+            (result["history"].pow(2).sum() + result["maker"].sum()).backward()
+    for weight, expected in zip(storage(tables).values(), storage(twin).values()):
+        assert torch.equal(weight, expected)
+        if weight.grad is not None:
+            assert expected.grad is not None and torch.equal(weight.grad, expected.grad)
+    assert torch.equal(tables(FLAT, OFFSETS), twin(FLAT, OFFSETS))
