@@ -1,0 +1,195 @@
+"""Avazu's click log, as published: CSV with a header.
+
+A row is a unique number `id`, `click` (0 or 1), `hour` (YYMMDDHH) and 21 categories: 12 integers and 9 of 8 hex digits.
+`id` is left out, as in BARS' Avazu_x1 and Avazu_x4. `hour` becomes `hour` (0 … 23), `weekday` (0 is Sunday) and
+`weekend` (0 or 1), as in BARS' Avazu_x4. The raw value of a category of hex digits is the number that they write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import polars as pl
+import typer
+
+from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from .prepared import LABEL, PreparedDataset
+from .rejections import DEFAULT_LIMIT, Rejections
+from .splits import DEFAULT_SHARES, SPLITS, check_shares, random_split
+from .text import Block, Format, read_header, read_text
+from .vocabulary import MISSING, KeyCounter
+from .writing import Contents, Writer
+from .writing import prepare as prepare_folder
+
+HEX = [
+    *("site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"),
+    *("device_id", "device_ip", "device_model"),
+]
+CATEGORIES = ["C1", "banner_pos", *HEX, "device_type", "device_conn_type", *(f"C{number}" for number in range(14, 22))]
+COLUMNS = ("id", "click", "hour", *CATEGORIES)
+DAY = "_day"
+
+
+def hour_of_day(hour: pl.Expr) -> pl.Expr:
+    """0 … 23 of YYMMDDHH as text."""
+    return hour.str.slice(6).cast(pl.Int64, strict=False)
+
+
+def day(hour: pl.Expr) -> pl.Expr:
+    """The date of YYMMDDHH as text; null where there is none."""
+    return hour.str.slice(0, 6).str.to_date("%y%m%d", strict=False)
+
+
+def weekday(hour: pl.Expr) -> pl.Expr:
+    """0 (Sunday) … 6 of YYMMDDHH as text."""
+    return day(hour).dt.weekday().cast(pl.Int64) % 7
+
+
+def weekend(hour: pl.Expr) -> pl.Expr:
+    """1 on Saturday and Sunday, else 0."""
+    return (day(hour).dt.weekday() >= 6).cast(pl.Int64)
+
+
+TIMES = {"hour": hour_of_day, "weekday": weekday, "weekend": weekend}
+FEATURES = ["hour", *CATEGORIES, "weekday", "weekend"]
+
+
+@dataclass(frozen=True)
+class Avazu:
+    """`time`: by day; the last one tests, the one before validates, all earlier ones train. `random`: by `shares`."""
+
+    split: Literal["time", "random"] = "time"
+    shares: tuple[float, ...] = DEFAULT_SHARES
+    min_count: int = 1
+    seed: int = 0
+    max_rejected: float = DEFAULT_LIMIT
+
+    def __post_init__(self) -> None:
+        if self.split not in ("time", "random"):
+            raise ValueError(f"split '{self.split}': 'time' or 'random' is needed")
+        check_shares(self.shares)
+        if self.min_count < 1:
+            raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: it cannot be negative")
+
+
+def prepare_avazu(
+    source: str | Path, out: str | Path, config: Avazu = Avazu(), *, progress: bool = False
+) -> PreparedDataset:
+    """Prepares `train` or `train.gz`, in two passes, and one before for the days; memory grows with the vocabularies.
+
+    Example::
+
+        data = prepare_avazu("avazu/train.gz", "runs/avazu", Avazu(min_count=2))
+    """
+    path = Path(source)
+    return prepare_folder(
+        out, "avazu", asdict(config), [path], lambda writer: _fill(writer, path, config), progress=progress
+    )
+
+
+def _fill(writer: Writer, path: Path, config: Avazu) -> None:
+    header = tuple(read_header(path).split(","))
+    if header != COLUMNS:
+        raise ValueError(f"{path}:1: the header is not Avazu's, {','.join(COLUMNS)}; fetch the published file")
+    days = _days(writer, path) if config.split == "time" else np.zeros(0, np.int32)
+
+    rejections = Rejections(config.max_rejected)
+    counters = {name: KeyCounter() for name in FEATURES}
+    for block in _rows(writer, "Counting ids", path, rejections):
+        train = _split(block, days, config) == 0
+        for name, counter in counters.items():
+            counter.add(block.frame[name].to_numpy()[train])
+    rejections.check(final=True)
+    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
+    writer.report(rejections.lines())
+
+    vocabularies = {name: counter.vocabulary(config.min_count) for name, counter in counters.items()}
+    writer.declare(Contents(vocabularies))
+    for block in _rows(writer, "Writing rows", path, Rejections(1.0)):
+        split = _split(block, days, config)
+        ids = [
+            pl.Series(name, vocabulary.ids(block.frame[name].to_numpy())) for name, vocabulary in vocabularies.items()
+        ]
+        rows = block.frame.select(LABEL, *ids)
+        for code, name in enumerate(SPLITS):
+            writer.write(name, rows.filter(pl.Series(split == code)))
+
+
+def _days(writer: Writer, path: Path) -> np.ndarray:
+    """All days of the log, in order."""
+    days: set[int] = set()
+    for block in _rows(writer, "Finding days", path, Rejections(1.0)):
+        days |= set(block.frame[DAY].unique())
+    if 0 < len(days) < 3:
+        raise ValueError(
+            f"{path}: {len(days)} different days, where the split by time needs at least 3; use --split random"
+        )
+    return np.array(sorted(days))
+
+
+def _split(block: Block, days: np.ndarray, config: Avazu) -> np.ndarray:
+    if config.split == "random":
+        return random_split(block.lines, config.seed, config.shares)
+    return np.searchsorted(days[-2:], block.frame[DAY].to_numpy(), side="right")
+
+
+def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Iterator[Block]:
+    """Well-formed rows: float32 label, int64 keys of the features, and the day, counted from 1970."""
+    task = writer.progress.add_task(title, total=path.stat().st_size)
+    layout = Format(",", COLUMNS, header_lines=1)
+    hour = pl.col("hour")
+    for block in read_text(path, layout, rejections, lambda amount: writer.progress.advance(task, amount)):
+        raw = block.frame
+        parsed = raw.select(
+            pl.col("click").cast(pl.Int8, strict=False).alias(LABEL),
+            *(of(hour).alias(name) for name, of in TIMES.items()),
+            day(hour).cast(pl.Int32).alias(DAY),
+            *(
+                pl.col(name).str.to_integer(base=16, dtype=pl.Int64, strict=False)
+                if name in HEX
+                else pl.col(name).cast(pl.Int64, strict=False)
+                for name in CATEGORIES
+            ),
+        )
+        wrong = {
+            "the click is not 0 or 1": parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null(),
+            "hour is not YYMMDDHH": parsed[DAY].is_null()
+            | parsed["hour"].is_between(0, 23).not_().fill_null(True)
+            | (raw["hour"].str.contains(r"^\d{8}$").not_()),
+        }
+        for name in CATEGORIES:
+            value = raw[name]
+            kind, form = ("8 hex digits", "^[0-9a-f]{8}$") if name in HEX else ("an integer", r"^-?\d{1,18}$")
+            wrong[f"{name} is not {kind}"] = value.is_not_null() & value.str.contains(form).not_()
+        good = np.ones(len(raw), bool)
+        for reason, mask in wrong.items():
+            bad = mask.fill_null(True).to_numpy() & good
+            rejections.add(reason, block.lines[bad], lambda line: f"{path}:{line}")
+            good &= ~bad
+        parsed = parsed.with_columns(pl.col(LABEL).cast(pl.Float32), pl.col(CATEGORIES).fill_null(MISSING))
+        yield Block(parsed.filter(pl.Series(good)), block.lines[good])
+
+
+@app.command(epilog="Example: embtables prepare avazu train.gz data/avazu --min-count 2")
+def avazu(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="train or train.gz as published.", show_default=False)
+    ],
+    out: Out,
+    split: Annotated[
+        Literal["time", "random"], typer.Option(help="time: the last day tests, the one before validates.")
+    ] = "time",
+    shares: Shares = "0.8,0.1,0.1",
+    min_count: MinCount = 1,
+    seed: Seed = 0,
+    max_rejected: MaxRejected = DEFAULT_LIMIT,
+) -> None:
+    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without `id`."""
+    config = Avazu(split, numbers("--shares", shares), min_count, seed, max_rejected)
+    prepare_avazu(source, out, config, progress=True)
