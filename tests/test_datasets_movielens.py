@@ -6,10 +6,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import polars as pl
 import pytest
+from decoded import all_decoded, decoded
 
-from embtables.datasets import PreparedDataset
 from embtables.datasets.log import LogOptions
 from embtables.datasets.movielens import FLAGS_100K, MovieLens, find_release, prepare_movielens
 
@@ -72,21 +71,6 @@ def write_atomic(folder: Path) -> None:
 FORMS = {"100k": write_100k, "1m": write_1m, "latest": write_latest, "atomic": write_atomic}
 
 
-def decoded(data: PreparedDataset, split: str) -> list[tuple]:
-    """Rows with raw values in place of ids."""
-    frame = pl.DataFrame(pl.from_arrow(data.read(split)))
-    values = {}
-    for feature in data.manifest["features"]:
-        known = pl.read_parquet(data.path / feature["vocabulary"]["file"])["value"].to_list()
-        values[feature["name"]] = [None, "unseen", *known]
-    lists = {name: name for name in data.list_features} | data.histories
-    rows = []
-    for row in frame.to_dicts():
-        row = row | {name: values[name][row[name]] for name in data.feature_names}
-        rows.append(row | {name: [values[of][i] for i in row[name]] for name, of in lists.items()})
-    return rows
-
-
 @pytest.mark.parametrize("genres", ["list", "set"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(tmp_path: Path, form: str, genres: str) -> None:
@@ -99,7 +83,7 @@ def test_every_form(tmp_path: Path, form: str, genres: str) -> None:
     assert sorted(data.feature_names) == sorted(names if genres == "list" else [*names, "genres"])
     assert data.list_features == (["genres"] if genres == "list" else [])
     assert "rating" not in data.read("train").column_names
-    rows = sum((decoded(data, split) for split in ("train", "valid", "test")), [])
+    rows = all_decoded(data)
     assert len(rows) == len(RATINGS)
     found = Counter((row["user_id"], row["item_id"], row["label"]) for row in rows)
     assert found == Counter((str(user), str(film), float(rating >= 4)) for user, film, rating, _ in RATINGS)
@@ -126,7 +110,7 @@ def test_forms_agree_and_thresholds(tmp_path: Path) -> None:
         for data in (prepared["100k"],):  # the same line numbers, hence the same split
             found = [(row["user_id"], row["item_id"], row["label"], row["history"]) for row in decoded(data, split)]
             assert found == reference
-    rows = sum((decoded(prepared["atomic"], split) for split in ("train", "valid", "test")), [])
+    rows = all_decoded(prepared["atomic"])
     assert sum(row["label"] for row in rows) == sum(rating >= 3 for _, _, rating, _ in RATINGS)
 
 
