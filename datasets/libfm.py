@@ -1,0 +1,164 @@
+"""Categories in libFM's format, already split: Frappe and MovieLens-tag, published with Neural Factorization Machines.
+
+A line is a label (1 and −1, or 1 and 0) and one `index:1` a field, e.g. `-1 204:1 4798:1 5041:1`. All lines have the
+same fields in the same places, and a field is told by its place. A folder holds `<name>.train.libfm`,
+`<name>.validation.libfm` and `<name>.test.libfm`, or `train.libsvm`, `valid.libsvm` and `test.libsvm` as published with
+Adaptive Factorization Networks. Both publish the same rows of Frappe, which are BARS' Frappe_x1 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import polars as pl
+import typer
+
+from .options import MaxRejected, MinCount, Out, app
+from .prepared import GROUP, LABEL, PreparedDataset
+from .rejections import DEFAULT_LIMIT, Rejections
+from .splits import SPLITS
+from .text import Block, Format, read_header, read_text
+from .vocabulary import KeyCounter
+from .writing import Contents, Writer
+from .writing import prepare as prepare_folder
+
+ENDINGS = {"train": ("train",), "valid": ("validation", "valid"), "test": ("test",)}
+KNOWN_FIELDS = {
+    10: ("user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"),  # Frappe
+    3: ("user", "item", "tag"),  # MovieLens-tag
+}
+
+
+@dataclass(frozen=True)
+class LibFM:
+    """`fields`: their names, in order; by default those of Frappe (10 fields) or MovieLens-tag (3)."""
+
+    fields: tuple[str, ...] = ()
+    min_count: int = 1
+    max_rejected: float = DEFAULT_LIMIT
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1:
+            raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
+
+
+def prepare_libfm(
+    source: str | Path, out: str | Path, config: LibFM = LibFM(), *, progress: bool = False
+) -> PreparedDataset:
+    """Prepares a folder of three files, keeping their split. Fields `user` and `item` make groups and slices.
+
+    Example::
+
+        data = prepare_libfm("data/frappe", "runs/frappe")
+    """
+    paths = _files(Path(source))
+    return prepare_folder(
+        out,
+        "libfm",
+        asdict(config),
+        list(paths.values()),
+        lambda writer: _fill(writer, paths, config),
+        progress=progress,
+    )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each split."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; one with a .libfm file for each of train, validation, test is needed"
+        )
+    found = {}
+    for split, names in ENDINGS.items():
+        fitting = [
+            path
+            for path in sorted(folder.iterdir())
+            if path.name.removesuffix(".gz").rpartition(".")[2] in ("libfm", "libsvm")
+            and path.name.removesuffix(".gz").split(".")[-2] in names
+        ]
+        if len(fitting) != 1:
+            others = ", ".join(path.name for path in fitting) or "none"
+            raise ValueError(
+                f"{folder}: one file *.{names[0]}.libfm or {names[-1]}.libsvm is needed, there is {others}"
+            )
+        found[split] = fitting[0]
+    return found
+
+
+def _fill(writer: Writer, paths: dict[str, Path], config: LibFM) -> None:
+    fields = _fields(paths["train"], config)
+    rejections = Rejections(config.max_rejected)
+    counters = {name: KeyCounter() for name in fields}
+    for block in _rows(writer, "Counting ids", paths["train"], fields, rejections):
+        for name, counter in counters.items():
+            counter.add(block.frame[name].to_numpy())
+    rejections.check(final=True)
+    vocabularies = {name: counter.vocabulary(config.min_count) for name, counter in counters.items()}
+    group = "user" if "user" in fields else None
+    slices = "item" if "item" in fields else None
+    writer.declare(Contents(vocabularies, group_feature=group, slice_feature=slices))
+    for split in SPLITS:
+        counted = Rejections(1.0) if split == "train" else rejections  # those of train are counted already
+        for block in _rows(writer, f"Writing {split}", paths[split], fields, counted):
+            ids = [pl.Series(name, of.ids(block.frame[name].to_numpy())) for name, of in vocabularies.items()]
+            groups = [] if group is None else [pl.col(group).alias(GROUP)]
+            writer.write(split, block.frame.select(LABEL, *groups).with_columns(ids))
+    rejections.check(final=True)
+    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
+    writer.report(rejections.lines())
+
+
+def _fields(path: Path, config: LibFM) -> tuple[str, ...]:
+    number = len(read_header(path).split()) - 1
+    fields = config.fields or KNOWN_FIELDS.get(number, ())
+    if not fields:
+        raise ValueError(f"{path}:1: {number} fields, whose names are unknown; give them with --fields a,b,…")
+    if len(fields) != number:
+        raise ValueError(f"{path}:1: {number} fields, but --fields names {len(fields)}: {','.join(fields)}")
+    repeated = [name for name in fields if fields.count(name) > 1]
+    if repeated:
+        raise ValueError(f"--fields: '{repeated[0]}' is given twice")
+    return fields
+
+
+def _rows(writer: Writer, title: str, path: Path, fields: tuple[str, ...], rejections: Rejections) -> Iterator[Block]:
+    """Well-formed rows: float32 label and the fields' indices as int64."""
+    task = writer.progress.add_task(title, total=path.stat().st_size)
+    layout = Format(" ", (LABEL, *fields))
+    for block in read_text(path, layout, rejections, lambda amount: writer.progress.advance(task, amount)):
+        parsed = block.frame.select(
+            pl.col(LABEL).str.extract(r"^\+?(-?1|0)(?:\.0*)?$").cast(pl.Int8),
+            pl.col(fields).str.extract(r"^(\d{1,18}):1(?:\.0*)?$").cast(pl.Int64),
+        )
+        wrong = {"the label is not 1, −1 or 0": parsed[LABEL].is_null()}
+        wrong |= {f"{name} is not an index and the value 1": parsed[name].is_null() for name in fields}
+        good = np.ones(len(parsed), bool)
+        for reason, mask in wrong.items():
+            bad = mask.to_numpy() & good
+            rejections.add(reason, block.lines[bad], lambda line: f"{path}:{line}")
+            good &= ~bad
+        parsed = parsed.with_columns((pl.col(LABEL) > 0).cast(pl.Float32))
+        yield Block(parsed.filter(pl.Series(good)), block.lines[good])
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "embtables prepare libfm frappe data/frappe   (frappe.train.libfm, frappe.validation.libfm, frappe.test.libfm)\n\n"
+    "embtables prepare libfm ml-tag data/ml-tag --fields user,movie,tag"
+)
+def libfm(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of the three files.", show_default=False)],
+    out: Out,
+    fields: Annotated[
+        str, typer.Option(help="Names of the fields, in order; by default those of Frappe (10) or MovieLens-tag (3).")
+    ] = "",
+    min_count: MinCount = 1,
+    max_rejected: MaxRejected = DEFAULT_LIMIT,
+) -> None:
+    """Frappe, MovieLens-tag and others in libFM's format, in their published split."""
+    config = LibFM(tuple(name for name in fields.split(",") if name), min_count, max_rejected)
+    prepare_libfm(source, out, config, progress=True)
