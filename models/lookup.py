@@ -22,7 +22,7 @@ from embtables.models.wide_deep import WideDeep
 if TYPE_CHECKING:
     from embtables.tables import EmbeddingTables
 
-__all__ = ["build_model", "find_model"]
+__all__ = ["build_model", "find_model", "hyperparameters_of"]
 
 _OURS: dict[str, type[nn.Module]] = {
     "dlrm": DLRM,
@@ -67,7 +67,7 @@ def find_model(name: str) -> type[nn.Module]:
     return found
 
 
-def _hyperparameters(model_class: type[nn.Module]) -> tuple[list[str], bool]:
+def hyperparameters_of(model_class: type[nn.Module]) -> tuple[list[str], bool]:
     """Names of the keyword arguments beyond the two fixed ones, and whether any name is taken."""
     parameters = list(inspect.signature(model_class).parameters.values())
     names = [p.name for p in parameters[2:] if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -83,7 +83,7 @@ def build_model(
         ValueError: an unknown model or hyperparameter, or the constructor refuses its arguments.
     """
     model_class = find_model(name)
-    known, takes_any = _hyperparameters(model_class)
+    known, takes_any = hyperparameters_of(model_class)
     unknown = [key for key in hyperparameters if key not in known]
     if unknown and not takes_any:
         raise ValueError(

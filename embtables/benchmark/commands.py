@@ -25,6 +25,9 @@ def plan(
             "without it what `embtables train` takes."
         ),
     ] = None,
+    leave_out: Annotated[
+        str | None, typer.Option(help="Features to leave out, separated by commas; they have no table.")
+    ] = None,
     training_budget: Annotated[str | None, typer.Option(help="Bound on the training bytes as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -35,8 +38,9 @@ def plan(
       embtables plan data/globo --method compositional --budget 10%
     """
     from embtables.datasets import PreparedDataset
+    from embtables.training.commands import names_of
     from embtables.training.config import load_config, parse_value
-    from embtables.training.planning import plan_tables
+    from embtables.training.planning import plan_tables, selected
 
     flags = {
         "tables.method": parse_value(method, "method"),
@@ -45,9 +49,11 @@ def plan(
         "tables.training_budget": (
             parse_value(training_budget, "training budget") if training_budget is not None else None
         ),
+        "data.leave_out": names_of(leave_out),
         **({"tables.fused": False} if optimizer == "none" else {"tables.optimizer": optimizer}),
     }
-    solved = plan_tables(load_config(flags=flags), PreparedDataset(data))
+    config = load_config(flags=flags)
+    solved = plan_tables(config, selected(config, PreparedDataset(data)))
     typer.echo(json.dumps(solved.to_dict(), indent=1) if as_json else str(solved))
 
 

@@ -10,7 +10,7 @@ from embtables.benchmark.cells import MethodSpec
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
 from embtables.training.config import RunConfig, TablesConfig, parse_value
-from embtables.training.planning import plan_tables
+from embtables.training.planning import plan_tables, selected
 
 
 def cell_config(train: RunConfig, spec: MethodSpec, budget: str, seed: int) -> RunConfig:
@@ -38,6 +38,7 @@ def plan_points(
     for spec in methods.values():
         for part in spec.values() if isinstance(spec, dict) and "kind" not in spec else [spec]:
             from_config(part)
+    dataset = selected(train, dataset)
     planned: dict[tuple[str, str], dict[str, Any]] = {}
     for label, budget in points:
         try:

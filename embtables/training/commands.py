@@ -10,17 +10,25 @@ import typer
 
 from embtables.datasets import PreparedDataset
 from embtables.training.config import load_config, parse_value
+from embtables.training.presets import PRESETS
 from embtables.training.served import MODEL, TABLES, WEIGHTS, copy_served, load_served
 from embtables.training.trainer import Trainer
 
-__all__ = ["export", "train"]
+__all__ = ["LEAVE_OUT_HELP", "MAX_HISTORY_HELP", "PRESET_HELP", "export", "names_of", "train"]
+
+PRESET_HELP = "Named defaults: " + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()) + "."
+LEAVE_OUT_HELP = "Features and histories to leave out, separated by commas; with a feature go its histories."
+MAX_HISTORY_HELP = "Latest items kept of each history."
 
 
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.")],
     out: Annotated[Path, typer.Option(help="The run's folder. An interrupted run in it is resumed.")],
-    config: Annotated[Path | None, typer.Option(help="YAML with sections model, tables, dense, training.")] = None,
-    model: Annotated[str | None, typer.Option(help="dlrm, mlp or package.module:Class.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    leave_out: Annotated[str | None, typer.Option(help=LEAVE_OUT_HELP)] = None,
+    max_history: Annotated[int | None, typer.Option(help=MAX_HISTORY_HELP)] = None,
+    model: Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -35,8 +43,13 @@ def train(
     dense_learning_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
     epochs: Annotated[int | None, typer.Option(help="At most; early stop may end sooner.")] = None,
-    evaluations_per_epoch: Annotated[int | None, typer.Option(help="How often validation is looked at.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Evaluations without a better AUC before the stop.")] = None,
+    evaluations_per_epoch: Annotated[
+        float | None, typer.Option(help="How often validation is looked at; 0.5: every other epoch.")
+    ] = None,
+    monitor: Annotated[
+        str | None, typer.Option(help="What chooses the best model: auc, gauc_weighted, gauc_mean, logloss.")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help="Evaluations without a better monitor before the stop.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation, hashing and the order of examples.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
@@ -48,9 +61,13 @@ def train(
 ) -> None:
     """Train one model with one method at one budget.
 
-    Defaults are overridden by --config, then by the flags, then by --set. The best model on validation is kept in its
-    served form; metrics.json is written last. Started again after an interruption it goes on and ends with the same
-    result, and a finished run is not run again.
+    Defaults are overridden by --preset, then by --config, by the flags and by --set. The best model on validation is
+    kept in its served form; metrics.json is written last. Started again after an interruption it goes on and ends with
+    the same result, and a finished run is not run again.
+
+    Fields that have no flag are set with --set: training.clip_norm bounds the global norm of the gradients of ordinary
+    parameters, to which fused tables do not belong; training.plateau_factor lowers both learning rates;
+    training.autocast=bf16 trains the dense part in bfloat16; tables.regularization is the L2 of the ids in a batch.
 
     Examples:
 
@@ -59,8 +76,12 @@ def train(
       embtables train data/demo --config run.yaml --set model.hyperparameters.top_units=[256,128] --out runs/wide
 
       embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
+
+      embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
     """
     flags: dict[str, Any] = {
+        "data.leave_out": names_of(leave_out),
+        "data.max_history": max_history,
         "model.name": model,
         "tables.method": method if method is None else parse_value(method, "tables.method"),
         "tables.budget": budget if budget is None else parse_value(budget, "tables.budget"),
@@ -72,12 +93,13 @@ def train(
         "training.batch_size": batch_size,
         "training.epochs": epochs,
         "training.evaluations_per_epoch": evaluations_per_epoch,
+        "training.monitor": monitor,
         "training.patience": patience,
         "training.seed": seed,
         "training.threads": threads,
         "training.device": device,
     }
-    resolved = load_config(config, flags=flags, overrides=overrides or [])
+    resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
     result = Trainer(resolved, PreparedDataset(data), out, show_progress=not quiet).run()
     if result["status"] != "ok":
         raise ValueError(str(result["message"]))
@@ -88,6 +110,8 @@ def train(
         f"tables {result['inference_bytes']:,} bytes{ratio}  {result['examples_per_second']:,.0f} examples/s\n"
         f"{out}"
     )
+    if result.get("overfitting"):
+        typer.echo(f"Note: {result['overfitting']}")
 
 
 def export(
@@ -120,6 +144,16 @@ def export(
     copy_served(source, out)
     size = sum((out / name).stat().st_size for name in (TABLES, WEIGHTS, MODEL))
     typer.echo(f"{out}: {size:,} bytes in {TABLES}, {WEIGHTS} and {MODEL}")
+
+
+def names_of(text: str | None) -> list[str] | None:
+    """``"user,history"`` as its names."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"--leave-out {text!r} has an empty name: give for example --leave-out user,history")
+    return names
 
 
 def _status(run: Path) -> str:

@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from embtables.training.presets import preset_named
+
 __all__ = [
     "DataConfig",
     "DenseConfig",
@@ -185,12 +187,14 @@ class RunConfig(_Section):
 def load_config(
     path: str | Path | None = None,
     *,
+    preset: str | None = None,
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> RunConfig:
-    """Defaults, overridden by the file, overridden by ``flags``, overridden by ``overrides``.
+    """Defaults, overridden by the preset, by the file, by ``flags`` and by ``overrides``, in this order.
 
     Args:
+        preset: a name of ``embtables.training.presets``; of its hyperparameters those count that the model has.
         path: a YAML file with any of the sections ``data``, ``model``, ``tables``, ``dense``, ``training``.
         flags: ``{"training.batch_size": 4096}``; entries that are ``None`` were not given.
         overrides: ``"training.batch_size=4096"``; the value is read as YAML.
@@ -199,7 +203,12 @@ def load_config(
         ValueError: one sentence that names the file or the field.
         OSError: the file cannot be read.
     """
-    values = _read(Path(path)) if path is not None else {}
+    chosen = None if preset is None else preset_named(preset)
+    values: dict[str, Any] = {}
+    for name, value in chosen.fields.items() if chosen is not None else []:
+        _put(values, name, value)
+    if path is not None:
+        _merge(values, _read(Path(path)))
     for name, value in (flags or {}).items():
         if value is not None:
             _put(values, name, value)
@@ -209,10 +218,14 @@ def load_config(
             raise ValueError(f"override {override!r} is not of the form field=value, such as training.batch_size=4096")
         _put(values, name.strip(), parse_value(text, name.strip()))
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
         raise ValueError(where + _sentence(error)) from None
+    if chosen is not None:
+        model = config.model
+        model.hyperparameters = {**chosen.hyperparameters_for(model.name), **model.hyperparameters}
+    return config
 
 
 def parse_value(text: str, name: str) -> Any:
@@ -246,6 +259,13 @@ def _read(path: Path) -> dict[str, Any]:
         if fields is None:
             values[section] = {}
     return values
+
+
+def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
+    """The sections of ``over``, field by field, over those of ``values``."""
+    for section, fields in over.items():
+        below = values.get(section)
+        values[section] = {**below, **fields} if isinstance(below, dict) and isinstance(fields, dict) else fields
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
