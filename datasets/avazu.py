@@ -159,19 +159,13 @@ def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Ite
         )
         wrong = {
             "the click is not 0 or 1": parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null(),
-            "hour is not YYMMDDHH": parsed[DAY].is_null()
-            | parsed["hour"].is_between(0, 23).not_().fill_null(True)
-            | (raw["hour"].str.contains(r"^\d{8}$").not_()),
+            "hour is not YYMMDDHH": parsed[DAY].is_null() | raw["hour"].str.contains(r"^\d{6}([01]\d|2[0-3])$").not_(),
         }
         for name in CATEGORIES:
             value = raw[name]
             kind, form = ("8 hex digits", "^[0-9a-f]{8}$") if name in HEX else ("an integer", r"^-?\d{1,18}$")
             wrong[f"{name} is not {kind}"] = value.is_not_null() & value.str.contains(form).not_()
-        good = np.ones(len(raw), bool)
-        for reason, mask in wrong.items():
-            bad = mask.fill_null(True).to_numpy() & good
-            rejections.add(reason, block.lines[bad], lambda line: f"{path}:{line}")
-            good &= ~bad
+        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.with_columns(pl.col(LABEL).cast(pl.Float32), pl.col(CATEGORIES).fill_null(MISSING))
         yield Block(parsed.filter(pl.Series(good)), block.lines[good])
 

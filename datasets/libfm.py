@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import polars as pl
 import typer
 
@@ -136,11 +135,7 @@ def _rows(writer: Writer, title: str, path: Path, fields: tuple[str, ...], rejec
         )
         wrong = {"the label is not 1, −1 or 0": parsed[LABEL].is_null()}
         wrong |= {f"{name} is not an index and the value 1": parsed[name].is_null() for name in fields}
-        good = np.ones(len(parsed), bool)
-        for reason, mask in wrong.items():
-            bad = mask.to_numpy() & good
-            rejections.add(reason, block.lines[bad], lambda line: f"{path}:{line}")
-            good &= ~bad
+        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.with_columns((pl.col(LABEL) > 0).cast(pl.Float32))
         yield Block(parsed.filter(pl.Series(good)), block.lines[good])
 
