@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,8 +10,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 
 from .columns import KeyColumn
@@ -22,7 +18,7 @@ from .negatives import Negatives
 from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
 from .prepared import PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
-from .text import Format, read_header, read_text
+from .tabular import open_table
 from .writing import Writer
 from .writing import prepare as prepare_folder
 
@@ -37,7 +33,6 @@ ROLES = {
         *("click_timestamp", "unixreviewtime", "created_at"),
     ),
 }
-RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # RecBole's headers: name:type
 UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 SPAN_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -201,7 +196,11 @@ def parse_duration(text: str) -> int | None:
 def _read(
     path: Path, config: Interactions, rejections: Rejections, writer: Writer
 ) -> tuple[Log, dict[str, KeyColumn], Clock]:
-    names, frames = _open(path, config, rejections, writer)
+    table = open_table(path, config.separator)
+    names = table.names
+    if len(names) < 3:
+        found = ", ".join(names)
+        raise ValueError(f"{path}:1: a header with at least user, item and time is needed, this is {found[:80]!r}")
     roles = {role: _column(path, role, getattr(config, role), names) for role in ROLES}
     for role, other in (("user", "item"), ("user", "time"), ("item", "time")):
         if roles[role] == roles[other]:
@@ -215,7 +214,7 @@ def _read(
         raise ValueError(f"'{USER}' and '{ITEM}' are features already and cannot be context columns as well")
     clock = Clock(config.time_unit)
     times, rows, labels = [], [], []
-    for frame, number, place in frames(sorted(wanted)):
+    for frame, number, place in table.rows(sorted(wanted), rejections, writer.progress):
         moments = clock.milliseconds(frame[roles["time"]])
         checks = {
             f"no user ('{roles['user']}' is empty)": frame[roles["user"]].is_null(),
@@ -260,65 +259,6 @@ def _labels(values: pl.Series, positive_from: float | None) -> pl.Series:
     if positive_from is not None:
         return (numbers >= positive_from).cast(pl.Int8)
     return pl.select(pl.when(numbers.is_in([0.0, 1.0])).then(numbers)).to_series().cast(pl.Int8)
-
-
-Frames = Callable[[list[str]], Iterator[tuple[pl.DataFrame, np.ndarray, Callable[[int], str]]]]
-
-
-def _open(path: Path, config: Interactions, rejections: Rejections, writer: Writer) -> tuple[list[str], Frames]:
-    """Column names, and what reads chosen columns: frames, row numbers, and the words for a row's place."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if not start:
-        raise ValueError(f"{path}: the file is empty")
-    if start == b"PAR1":
-        try:
-            parquet = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: the Parquet file is truncated or damaged ({error}); fetch it again") from error
-        return list(parquet.schema_arrow.names), lambda wanted: _parquet_frames(
-            path, parquet, wanted, rejections, writer
-        )
-    header = read_header(path)
-    separator = config.separator or max("\t,;|", key=header.count)
-    quoted = separator != "\t" and len(separator) == 1
-    fields = next(csv.reader([header], delimiter=separator), []) if quoted else header.split(separator)
-    names = [RECBOLE_TYPE.sub("", name.strip().strip('"')) for name in fields]
-    if len(names) < 3:
-        raise ValueError(f"{path}:1: a header with at least user, item and time is needed, this is {header[:80]!r}")
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"{path}:1: column '{repeated[0]}' occurs twice")
-    return names, lambda wanted: _text_frames(path, names, separator, wanted, rejections, writer)
-
-
-def _parquet_frames(
-    path: Path, parquet: pq.ParquetFile, wanted: list[str], rejections: Rejections, writer: Writer
-) -> Iterator[tuple[pl.DataFrame, np.ndarray, Callable[[int], str]]]:
-    task = writer.progress.add_task("Reading", total=parquet.metadata.num_rows)
-    start = 0
-    batches = parquet.iter_batches(2**18, columns=wanted)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: unreadable after row {start} ({error}): damaged; fetch it again") from error
-        if batch is None:
-            return
-        frame = pl.DataFrame(pl.from_arrow(pa.table(batch)))
-        rejections.rows_read += len(frame)
-        yield frame, start + np.arange(len(frame)), lambda row: f"{path}, row {row + 1}"
-        start += len(frame)
-        writer.progress.advance(task, len(frame))
-
-
-def _text_frames(
-    path: Path, names: list[str], separator: str, wanted: list[str], rejections: Rejections, writer: Writer
-) -> Iterator[tuple[pl.DataFrame, np.ndarray, Callable[[int], str]]]:
-    task = writer.progress.add_task("Reading", total=path.stat().st_size)
-    layout = Format(separator, tuple(names), header_lines=1, quoted=separator != "\t")
-    for block in read_text(path, layout, rejections, lambda size: writer.progress.advance(task, size)):
-        yield block.frame.select(wanted), block.lines, lambda line: f"{path}:{line}"
 
 
 def _column(path: Path, role: str, given: str | None, names: list[str]) -> str:
