@@ -18,7 +18,6 @@ from rich.progress import Progress
 from .rejections import Rejections
 from .text import Format, read_header, read_text
 
-
 RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # RecBole's headers: name:type
 
 
