@@ -82,8 +82,8 @@ class TargetAttention(nn.Module):
 
     def forward(self, queries: Tensor, keys: Tensor, offsets: Tensor) -> Tensor:
         """[B, D], from queries [B, D] and keys [N, D], those of row b being ``keys[offsets[b]:offsets[b + 1]]``."""
-        num_rows, lengths = len(queries), offsets.diff()
-        rows = torch.repeat_interleave(lengths, output_size=len(keys))
+        num_rows, lengths = queries.shape[0], offsets.diff()
+        rows = torch.repeat_interleave(lengths, output_size=keys.shape[0])
         if self.unit is None:
             weights = (1 / lengths.clamp(min=1).to(keys.dtype))[rows]
         else:

@@ -80,7 +80,7 @@ def bag(batch: Batch, feature: str, feature_names: Sequence[str]) -> tuple[Tenso
         values, offsets = batch.lists[feature]
         return values, offsets
     columns = [name for name in feature_names if name not in batch.lists]
-    return batch.ids[:, columns.index(feature)], torch.arange(len(batch.ids) + 1, device=batch.ids.device)
+    return batch.ids[:, columns.index(feature)], torch.arange(batch.ids.shape[0] + 1, device=batch.ids.device)
 
 
 def pooled(embeddings: EmbeddingTables, batch: Batch) -> Tensor:

@@ -114,8 +114,8 @@ class DIN(nn.Module):
     def _interest(self, attention: nn.Module, pair: dict[str, str], vectors: dict[str, Tensor], batch: Batch) -> Tensor:
         """The histories of one mapping, attended together: [B, ΣD]."""
         entries = {name: bag(batch, self.features[name], self.embeddings.feature_names) for name in pair}
-        first, (_, offsets) = next(iter(entries.items()))
-        for name, (_, others) in entries.items():
+        (first, (_, offsets)), *aligned = entries.items()
+        for name, (_, others) in aligned:
             if not torch.equal(offsets, others):
                 row = int((offsets != others).nonzero()[0]) - 1
                 raise ValueError(

@@ -15,7 +15,7 @@ from embtables import EmbeddingTables, TableConfig, plan
 from embtables.datasets import Batch, Jagged
 from embtables.models import DIN, build_model
 from embtables.models.activations import BatchNorm, Dice
-from embtables.models.attention import ActivationUnit, segment_softmax
+from embtables.models.attention import ActivationUnit, TargetAttention, segment_softmax
 from embtables.training.metrics import auc
 
 PAIR = [{"history": "item", "category_history": "category"}]
@@ -341,6 +341,16 @@ def test_a_feature_of_two_tables():
     assert model(batch).shape == (6,)
     with pytest.raises(ValueError, match="of some of its tables only: name 'history@coarse' too"):
         DIN(tables, 0, pairs=[{"history@fine": "item@fine"}])
+
+
+@pytest.mark.parametrize("pooling", ["attention", "softmax", "mean"])
+def test_attention_is_exported_for_any_number_of_rows_and_entries(pooling):
+    attention = TargetAttention(8, pooling, (5,), "dice").eval()
+    auto = {0: torch.export.Dim.AUTO}
+    example = torch.randn(4, 8), torch.randn(10, 8), offsets_of([3, 0, 2, 5])
+    exported = torch.export.export(attention, example, dynamic_shapes=(auto, auto, auto)).module()
+    others = torch.randn(3, 8), torch.randn(7, 8), offsets_of([3, 4, 0])
+    torch.testing.assert_close(exported(*others), attention(*others))
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
