@@ -93,7 +93,7 @@ class Manifest(BaseModel):
     dense_features: list[str]
     features: list[Feature]
     histories: list[History] = []
-    group_feature: str | None
+    group_feature: str | None  # what groups are, e.g. users; it need not be a feature
     slice_feature: str | None
     splits: dict[str, Split]
     frequencies: File
@@ -496,9 +496,10 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
     repeated = next((name for name in columns if columns.count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f"{path}: field 'features': two features are named '{repeated}'")
-    for field, value in (("group_feature", manifest.group_feature), ("slice_feature", manifest.slice_feature)):
-        if value is not None and value not in names:
-            raise ValueError(f"{path}: field '{field}': '{value}' is none of the features {', '.join(names)}")
+    if manifest.slice_feature is not None and manifest.slice_feature not in names:
+        raise ValueError(
+            f"{path}: field 'slice_feature': '{manifest.slice_feature}' is none of the features {', '.join(names)}"
+        )
     for history in manifest.histories:
         if history.feature not in names:
             raise ValueError(f"{path}: field 'histories': '{history.feature}' is none of the features")
