@@ -1,4 +1,4 @@
-"""The torchrec face against torchrec's own collection, comparator and models."""
+"""The pooled torchrec face against torchrec's own collection, comparator and models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ try:
     from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
     from torchrec.schema.utils import is_signature_compatible
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+    from torchrec_cases import jagged
 
     from embtables.torchrec import EmbeddingBagCollection
 except (ImportError, OSError) as error:
@@ -46,18 +47,6 @@ def equal_pair(configs: list[EmbeddingBagConfig], is_weighted: bool = False) -> 
     ours = EmbeddingBagCollection(configs, is_weighted)
     ours.load_state_dict(stock.state_dict())
     return ours, stock
-
-
-def jagged(
-    rows: dict[str, int], batch: int, seed: int, *, dtype: torch.dtype = torch.int64, weighted: bool = False
-) -> KeyedJaggedTensor:
-    """Bags of 0 to 4 ids for each feature, whose keys stand in the order of ``rows``."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 5, (len(rows) * batch,), generator=generator)
-    counts = lengths.view(len(rows), batch).sum(1).tolist()
-    values = torch.cat([torch.randint(n, (c,), generator=generator) for n, c in zip(rows.values(), counts)])
-    weights = torch.randint(1, 17, (values.numel(),), generator=generator) / 16 if weighted else None
-    return KeyedJaggedTensor(list(rows), values.to(dtype), weights, lengths=lengths)
 
 
 # ---- interface -------------------------------------------------------------------------------------------------------
@@ -214,6 +203,23 @@ def test_view_of_existing_tables() -> None:
     ordered = features.permute([2, 1, 0])
     for view, weights in ((first, None), (second, ordered.weights())):
         assert torch.equal(view(features).values(), tables(ordered.values(), ordered.offsets(), weights))
+
+
+def test_view_of_some_features() -> None:
+    a = embtables.TableConfig("a", 50, 4, ["x", "z", "w"], pooling="mean")
+    tables = embtables.EmbeddingTables(
+        embtables.plan([a, embtables.TableConfig("b", 40, 3, ["y", "z"])], "full", optimizer=None)
+    )
+    view = EmbeddingBagCollection.of(tables, features=["z", "x"])
+    assert [(c.name, c.feature_names) for c in view.embedding_bag_configs()] == [("a", ["x", "z"]), ("b", ["z"])]
+    features = jagged({"z": 40, "unused": 9, "x": 50, "w": 50, "y": 40}, 5, seed=9)
+    whole = EmbeddingBagCollection.of(tables)(features)
+    result = view(features.permute([0, 1, 2]))
+    assert result.keys() == ["x", "z@a", "z@b"]
+    for key in result.keys():
+        assert torch.equal(result[key], whole[key])
+    with pytest.raises(ValueError, match="no feature 'q'; their features: x, z, w, y"):
+        EmbeddingBagCollection.of(tables, features=["q"])
 
 
 def test_configs_are_not_modified() -> None:
