@@ -85,7 +85,7 @@ class TargetAttention(nn.Module):
         num_rows, lengths = queries.shape[0], offsets.diff()
         rows = torch.repeat_interleave(lengths, output_size=keys.shape[0])
         if self.unit is None:
-            weights = (1 / lengths.clamp(min=1).to(keys.dtype))[rows]
+            weights = lengths[rows].to(keys.dtype).reciprocal()
         else:
             weights = self.unit(queries, keys, rows)
             if self.normalised:
