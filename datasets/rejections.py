@@ -32,7 +32,7 @@ class Rejections:
         """Which of the rows have none of the faults (bool); a row counts once, under its first fault."""
         good = np.ones(len(rows), bool)
         for reason, fault in faults.items():
-            bad = fault.to_numpy() & good
+            bad = fault.fill_null(False).to_numpy() & good
             self.add(reason, rows[bad], place)
             good &= ~bad
         self.check()

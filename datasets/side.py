@@ -43,7 +43,7 @@ def read_side(
     chosen = {"": side.key, **side.values, **side.lists}
     frames = []
     for block in read_text(side.path, side.layout, rejections):
-        wrong = block.frame.select(fault.fill_null(False).alias(reason) for reason, fault in faults.items())
+        wrong = block.frame.select(fault.alias(reason) for reason, fault in faults.items())
         good = rejections.passing(wrong.to_dict(), block.lines, lambda line: f"{side.path}:{line}")
         frame = block.frame.select(value.alias(name) for name, value in chosen.items()).filter(pl.Series(good))
         frames.append(frame.join(pl.DataFrame({"": ids}), on="", how="semi"))
