@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from embtables.datasets import Synthetic, prepare_synthetic
+from embtables.datasets.interactions import Interactions, prepare_interactions
+from embtables.datasets.log import LogOptions
 from embtables.lock import locked
 from embtables.methods import kinds
 from embtables.training import Trainer, load_config, trainer
@@ -23,15 +25,29 @@ CALLS = 320_000
 TIMES = {"examples_per_second", "train_seconds", "peak_rss_bytes", "lookup_latency_us"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    config = Synthetic(rows=2400, cardinalities=(60, 40), num_dense=2, shares=(0.6, 0.2, 0.2))
-    data = prepare_synthetic(tmp_path_factory.mktemp("data") / "toy", config)
-    # All is read here, so that the forked processes below need none of the threads that a fork loses.
+def read_whole(data):
+    """So that the forked processes below need none of the threads that a fork loses."""
     for split in ("train", "valid", "test"):
         next(data.batches(split, 10))
     assert data.frequencies
     return data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    config = Synthetic(rows=2400, cardinalities=(60, 40), num_dense=2, shares=(0.6, 0.2, 0.2))
+    return read_whole(prepare_synthetic(tmp_path_factory.mktemp("data") / "toy", config))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """With groups and histories, of which the latest three items are read."""
+    folder = tmp_path_factory.mktemp("log")
+    generator = random.Random(0)
+    clicks = [f"{generator.randrange(50)},{generator.randrange(40)},{60 * time}" for time in range(1200)]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *clicks]))
+    prepared = prepare_interactions(folder / "log.csv", folder / "data", Interactions(log=LogOptions(history=6)))
+    return read_whole(prepared.select((), 3))
 
 
 def config_of(*overrides):
@@ -111,12 +127,21 @@ if "pruned" in kinds():
     VARIANTS["pruned"] = ["tables.method=pruned", "tables.budget=30%", "tables.optimizer=adagrad"]
 
 
+EVERYTHING = [
+    *("model.name=din", "model.hyperparameters.batch_norm=true", "data.max_history=3"),
+    *("tables.regularization=0.1", "tables.method=hash", "tables.budget=60%", "tables.learning_rate=0.05"),
+    *("training.monitor=gauc_weighted", "training.plateau_factor=0.3", "training.clip_norm=0.1"),
+    *("training.autocast=bf16", "training.evaluations_per_epoch=1.5"),
+]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_at_any_moment(variant, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", [*VARIANTS, "everything"])
+def test_killed_at_any_moment(variant, data, log, tmp_path, monkeypatch):
     # Drawing takes ten times the Python calls of all the rest, and most deaths would fall into it.
     monkeypatch.setattr(trainer, "draw_curve", lambda rows, monitor, path: path.write_text(repr(rows)))
-    config = config_of(*VARIANTS[variant])
+    config = config_of(*VARIANTS.get(variant, EVERYTHING))
+    data = log if variant == "everything" else data
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert Trainer(config, data, whole).run()["status"] == "ok"
     generator = random.Random(variant)
