@@ -32,21 +32,12 @@ class Picked(NamedTuple):
     position: Tensor | None
 
     def only(self, which: Sequence[int], sizes: Sequence[int]) -> Picked:
-        """Flat ids of some lookups, where ``sizes`` says how many each has."""
+        """Flat ids of some lookups, without weights; ``sizes`` says how many ids each lookup has."""
         assert self.bags is not None
-        lengths = self.bags.diff().view(len(sizes), -1)
-
-        def chosen(values: Tensor) -> Tensor:
-            chunks = values.split(list(sizes))
-            return torch.cat([chunks[i] for i in which])
-
-        return Picked(
-            chosen(self.ids),
-            chosen(self.feature),
-            F.pad(torch.cat([lengths[i] for i in which]).cumsum(0), (1, 0)),
-            None if self.weights is None else chosen(self.weights),
-            None if self.position is None else chosen(self.position),
-        )
+        ids, feature = self.ids.split(list(sizes)), self.feature.split(list(sizes))
+        lengths = self.bags.diff().view(len(sizes), -1)[list(which)]
+        bags = F.pad(lengths.flatten().cumsum(0), (1, 0))
+        return Picked(torch.cat([ids[i] for i in which]), torch.cat([feature[i] for i in which]), bags, None, None)
 
 
 class Bags(NamedTuple):
@@ -200,11 +191,10 @@ class Lookups(nn.Module):
             return list(self.pool(vectors, picked, modes).unbind())
         outputs = list(self.weighted(vectors, picked).split(sizes))
         if which:
-            chunks = vectors.split(sizes)
-            pooled = self.pool(
-                torch.cat([chunks[i] for i in which]), picked.only(which, sizes), [modes[i] for i in which]
+            some = self.pool(
+                torch.cat([outputs[i] for i in which]), picked.only(which, sizes), [modes[i] for i in which]
             )
-            for i, output in zip(which, pooled.unbind()):
+            for i, output in zip(which, some.unbind()):
                 outputs[i] = output
         return outputs
 

@@ -59,6 +59,36 @@ def test_as_many_calls_for_260_tables_as_for_26(method: Method, bags: bool) -> N
     assert sum(counted[26][0].values()) > 10
 
 
+# What cuts one tensor into an output for each feature, and puts such outputs together again; no values are computed.
+VIEWS = {f"aten::{name}" for name in ("as_strided", "narrow", "slice", "select", "view", "reshape", "_reshape_alias")}
+
+
+@pytest.mark.parametrize("method", ["full", "hash", "multi_hash", "compositional"])
+def test_outputs_by_themselves_cost_views_and_nothing_else_a_table(method: str) -> None:
+    """Some pooled, some bags of one, some not pooled; with weights, padding and regularisation."""
+    counted = []
+    for number in (26, 260):
+        configs = [
+            TableConfig(f"t{i}", 400 if i % 13 else 10, 8, pooling="mean" if i % 2 else "sum", padding_idx=0)
+            for i in range(number)
+        ]
+        tables = EmbeddingTables(plan(configs, method, None if method == "full" else "20%", optimizer="adagrad"))
+        tables.regularize(0.1)
+        lengths = torch.tensor([[1, 1, 1] if i % 3 == 0 else [2, 0, 1] for i in range(number)]).flatten()
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        ids = torch.arange(int(offsets[-1])) % 10
+        pooling = {f"t{i}": None for i in range(1, number, 3)}
+
+        weights = torch.ones(len(ids))
+
+        def run(tables: Any = tables, arguments: Any = (ids, offsets, weights), pooling: Any = pooling) -> None:
+            torch.cat(list(tables.lookup(*arguments, pooling=pooling).values())).sum().backward()
+
+        counted.append(aten_calls(run))
+    assert {name for name in counted[1] if counted[0][name] != counted[1][name]} <= VIEWS
+    assert sum(counted[0].values()) > 10
+
+
 class LargestTensor(TorchDispatchMode):
     """Watches every operator: the largest tensor that one makes, and all shapes."""
 
