@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -258,12 +258,26 @@ def plan(
     """
     if isinstance(tables, TableConfig):
         raise ValueError(f"tables must be a list of TableConfig, not the one table '{tables.name}'")
-    tables = tuple(tables)
+    return plan_apart([tables], method, budget, frequencies, optimizer, training_budget, hash_seed=hash_seed)
+
+
+def plan_apart(
+    units: Sequence[Sequence[TableConfig]],
+    method: MethodLike | Mapping[str, MethodLike],
+    budget: Budget | None = None,
+    frequencies: Mapping[str, Any] | None = None,
+    optimizer: str | dict[str, Any] | FusedOptimizer | None = "rowwise_adagrad",
+    training_budget: Budget | None = None,
+    *,
+    hash_seed: int = 0,
+) -> Plan:
+    """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
+    tables = tuple(table for unit in units for table in unit)
     _check_tables(tables)
     fused = optimizer_from_config(optimizer)
     if isinstance(hash_seed, bool) or not isinstance(hash_seed, int):
         raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
-    pairs = _groups(tables, method, checked_counts(tables, frequencies), hash_seed)
+    pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed)
     for group, chosen in pairs:
         chosen.check(group, fused)
     full = _full_bytes(tables)
@@ -379,33 +393,44 @@ def checked_counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, An
     return result
 
 
+def method_of(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that a table's name matches."""
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+
+
+def by_pattern(method: MethodLike | Mapping[str, MethodLike]) -> Mapping[str, MethodLike]:
+    """A method for each pattern of table names; one method alone is for all of them."""
+    return method if isinstance(method, Mapping) and "kind" not in method else {"*": method}  # type: ignore[dict-item]
+
+
 def _groups(
-    tables: tuple[TableConfig, ...],
+    units: Sequence[Sequence[TableConfig]],
     method: MethodLike | Mapping[str, MethodLike],
     counts: Mapping[str, Counts],
     hash_seed: int,
 ) -> list[tuple[Group, Method]]:
-    by_pattern = method if isinstance(method, Mapping) and "kind" not in method else {"*": method}
-    if not by_pattern:
+    """The tables of each unit that each pattern covers."""
+    methods = {pattern: from_config(m) for pattern, m in by_pattern(method).items()}
+    if not methods:
         raise ValueError("method is an empty mapping: give a pattern of table names and a method")
-    methods = {pattern: from_config(m) for pattern, m in by_pattern.items()}  # type: ignore[arg-type]
-    members: dict[str, list[TableConfig]] = {pattern: [] for pattern in methods}
-    for table in tables:
-        pattern = next((p for p in methods if fnmatch.fnmatchcase(table.name, p)), None)
-        if pattern is None:
-            raise ValueError(f"no pattern of method matches table '{table.name}': add one, or '*' for all others")
-        members[pattern].append(table)
+    members: dict[str, list[list[TableConfig]]] = {pattern: [[] for _ in units] for pattern in methods}
+    for i, unit in enumerate(units):
+        for table in unit:
+            pattern = method_of(table.name, methods)
+            if pattern is None:
+                raise ValueError(f"no pattern of method matches table '{table.name}': add one, or '*' for all others")
+            members[pattern][i].append(table)
+    pairs: list[tuple[Group, Method]] = []
     for pattern, found in members.items():
-        if not found:
+        if not any(found):
             raise ValueError(f"the pattern '{pattern}' of method matches no table that an earlier one has not taken")
-    names: list[str] = []
-    for pattern in methods:
-        kind = methods[pattern].kind
-        names.append(kind if kind not in names else f"{kind}#{len(names)}")
-    return [
-        (Group(name, tuple(members[p]), tuple(counts.get(t.name) for t in members[p]), hash_seed), methods[p])
-        for name, p in zip(names, methods)
-    ]
+        for tables in filter(None, found):
+            kind = methods[pattern].kind
+            name = kind if kind not in [group.name for group, _ in pairs] else f"{kind}#{len(pairs)}"
+            pairs.append(
+                (Group(name, tuple(tables), tuple(counts.get(t.name) for t in tables), hash_seed), methods[pattern])
+            )
+    return pairs
 
 
 def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Any], limit: int) -> list[int]:

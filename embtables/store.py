@@ -7,7 +7,7 @@ stable names, for checkpoints and for sharding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,36 @@ class Part(NamedTuple):
     width: int
     rows: Tensor
     subset: Tensor | None = None
+
+
+class _DenseOnce(torch.autograd.Function):
+    """A weight under another name, to which lookups give sparse gradients: they add up as such, and become dense once.
+
+    Otherwise each of a step's lookups would fill and add a tensor of the size of the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, aliases: _Aliases) -> Tensor:
+        ctx.aliases = aliases
+        return weight.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.aliases.clear()
+        return grad.to_dense() if grad.is_sparse else grad, None
+
+
+class _Aliases(dict[int, Tensor]):
+    """The weights' other names, by address, from the first lookup after a backward pass to the next such pass."""
+
+    def of(self, weight: Tensor) -> Tensor:
+        if weight.data_ptr() not in self:
+            self[weight.data_ptr()] = _DenseOnce.apply(weight, self)
+        return self[weight.data_ptr()]
+
+    def __reduce__(self) -> tuple[type[_Aliases], tuple[()]]:
+        """Copies and files begin without."""
+        return _Aliases, ()
 
 
 class Store(nn.Module):
@@ -59,6 +89,9 @@ class Store(nn.Module):
         self.optimizer = optimizer if trainable else None
         self.sparse = sparse
         self.trainable = trainable
+        # Set where a step looks up more than once: the dense gradients of all lookups are then made as one.
+        self.many_lookups = False
+        self._aliases = _Aliases()
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
         self._hook = torch.zeros((), device="cpu", requires_grad=True)
         # Extras in the present forward: two blocks that use one have to update it once, by the sum of their gradients.
@@ -104,6 +137,7 @@ class Store(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Store:
         """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
         hyper = self._buffers.get("_hyper")
+        self._aliases.clear()
         super()._apply(fn, recurse)
         if hyper is not None and self._hyper.dtype != hyper.dtype:
             self._hyper = hyper.to(self._hyper.device)
@@ -149,6 +183,8 @@ class Store(nn.Module):
             return rows
         if self.sparse:
             return F.embedding(index, weight, sparse=True)
+        if self.many_lookups and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return F.embedding(index, self._aliases.of(weight), sparse=True)
         return weight.index_select(0, index)
 
     def extra(self, name: str) -> Tensor:
