@@ -45,7 +45,7 @@ def read_side(
     for block in read_text(side.path, side.layout, rejections):
         wrong = block.frame.select(fault.alias(reason) for reason, fault in faults.items())
         good = rejections.passing(wrong.to_dict(), block.lines, lambda line: f"{side.path}:{line}")
-        frame = block.frame.select(value.alias(name) for name, value in chosen.items()).filter(pl.Series(good))
+        frame = block.frame.filter(pl.Series(good)).select(value.alias(name) for name, value in chosen.items())
         frames.append(frame.join(pl.DataFrame({"": ids}), on="", how="semi"))
     rejections.check(final=True)
     writer.report(rejections.lines())
