@@ -1,4 +1,4 @@
-"""The cells of a sweep: method × budget × seed, and their names."""
+"""The cells of a sweep: variant × method × budget × seed, and their names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from embtables.training.planning import method_label
 
 MethodSpec = str | dict[str, Any]
 
+#: (variant, method, budget); the variant is empty in a sweep without variants, the budget where the method takes none.
+Place = tuple[str, str, str]
+
 #: Rows without which a sweep cannot be read: the upper mark, and two things that cost nothing to try.
 BASELINES = ("full", "drop_feature", "frequency_cutoff")
 
@@ -22,20 +25,55 @@ class Cell:
     """One run of a sweep.
 
     `budget` is the text the user gave, and empty where the method takes none; `learning_rate` is None where the
-    training configuration's own applies.
+    training configuration's own applies; `variant` names the training configuration, where there are several.
     """
 
     method: str
     budget: str
     seed: int
     learning_rate: float | None = None
+    variant: str = ""
+
+    @property
+    def place(self) -> Place:
+        return self.variant, self.method, self.budget
 
     @property
     def name(self) -> str:
         """Unique in its sweep and fit for a file name: ``hash-10pct-s0``."""
         rate = "" if self.learning_rate is None else f"lr{self.learning_rate:g}"
-        parts = [self.method, self.budget.replace("%", "pct"), f"s{self.seed}", rate]
-        return "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts if part)
+        return file_name(self.variant, self.method, self.budget.replace("%", "pct"), f"s{self.seed}", rate)
+
+
+def file_name(*parts: str) -> str:
+    """The parts that are not empty, with dashes between them, of characters that every file system takes."""
+    return "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts if part)
+
+
+def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["DIN: {model.name: din, data.max_history: 20}", …]`` as {name: {field: value}}, in the order given.
+
+    Raises:
+        ValueError: a text is no such mapping, or a name is given twice.
+    """
+    variants: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
+            raise ValueError(
+                f"variant {text!r} is not of the form NAME: {{FIELD: VALUE}}, such as "
+                "'DIN: {model.name: din, data.max_history: 20}'"
+            )
+        for name, fields in found.items():
+            if str(name) in variants:
+                raise ValueError(f"two variants are named {str(name)!r}")
+            if not file_name(str(name)):
+                raise ValueError(f"variant {text!r} needs a name with letters or digits in it")
+            variants[str(name)] = {str(field): value for field, value in fields.items()}
+    return variants
 
 
 def parse_methods(text: str) -> dict[str, MethodSpec]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from embtables.training.config import RunConfig
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.", show_default=False)]
 
@@ -59,19 +62,35 @@ def plan(
 
 def sweep(
     data: Data,
+    out: Annotated[Path, typer.Option(help="The sweep's folder. An unfinished sweep in it is gone on with.")],
     methods: Annotated[
         str, typer.Option(help="Kinds separated by commas; with options as {kind: compositional, operation: add}.")
-    ],
-    budgets: Annotated[str, typer.Option(help="Separated by commas, such as 50%,10%,1% or 64MB,8MB.")],
-    out: Annotated[Path, typer.Option(help="The sweep's folder. An unfinished sweep in it is gone on with.")],
+    ] = "full",
+    budgets: Annotated[
+        str | None, typer.Option(help="Separated by commas, such as 50%,10%,1% or 64MB,8MB. Not needed for full.")
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME: {FIELD: VALUE}",
+            help="A training configuration to compare with others: what differs from --set; repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Named defaults, such as bars; see `embtables train`.")] = None,
+    leave_out: Annotated[str | None, typer.Option(help="Features and histories to leave out, by commas.")] = None,
+    max_history: Annotated[int | None, typer.Option(help="Latest items kept of each history.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="dlrm, mlp or package.module:Class; without it that of --config, or dlrm.")
+        str | None,
+        typer.Option(help="Such as dlrm, din or package.module:Class; without it that of --config, or dlrm."),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="Number of seeds: 0, 1, …; each sets initialization, hashing and order.")
     ] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores.")] = 1,
-    config: Annotated[Path | None, typer.Option(help="YAML for every cell: model, tables, dense, training.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML for every cell: data, model, tables, dense, training.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
@@ -84,30 +103,41 @@ def sweep(
         bool, typer.Option(help="Add full, drop_feature and frequency_cutoff where they are missing.")
     ] = True,
 ) -> None:
-    """Train every method at every budget with every seed; stopped and started again, it goes on.
+    """Train every variant, with every method at every budget, with every seed; stopped and started again, it goes on.
 
-    Infeasible cells are listed with their floors and not trained; full ignores the budgets. The result is
-    OUT/results.csv; `embtables report OUT` makes a table and a figure of it, at any time.
+    Without --variant there is one training configuration for all. Infeasible cells are listed with their floors and
+    not trained; full ignores the budgets. The result is OUT/results.csv; `embtables report OUT` makes a table and a
+    figure of it, at any time.
 
     Examples:
 
       embtables sweep data/globo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/globo
 
       embtables sweep data/globo --methods robe --budgets 64MB --learning-rates 0.02,0.05,0.1 --out runs/robe
+
+      embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}'
+      --variant 'DIN: {model.name: din}' --out runs/din
     """
-    from embtables.benchmark.cells import parse_budgets, parse_methods, with_baselines
+    from embtables.benchmark.cells import parse_budgets, parse_methods, parse_variants, with_baselines
     from embtables.benchmark.sweep import describe, run_sweep
+    from embtables.training.commands import names_of
     from embtables.training.config import load_config
 
     chosen = parse_methods(methods)
+    flags = {"model.name": model, "data.leave_out": names_of(leave_out), "data.max_history": max_history}
+
+    def train(fields: dict[str, Any]) -> RunConfig:
+        return load_config(config, preset=preset, flags=flags, overrides=overrides or [], fields=fields)
+
     rows = run_sweep(
         describe(
             data,
-            with_baselines(chosen) if baselines else chosen,
-            parse_budgets(budgets),
+            with_baselines(chosen) if baselines and budgets else chosen,
+            parse_budgets(budgets) if budgets is not None else [],
             seeds,
-            load_config(config, flags={"model.name": model}, overrides=overrides or []),
+            train({}),
             _numbers(learning_rates),
+            {name: train(fields) for name, fields in parse_variants(variants or []).items()},
         ),
         out,
         jobs=jobs,

@@ -169,7 +169,7 @@ def _label_axes(axes: Axes, summary: Summary) -> None:
     config = summary.config
     seeds = "1 seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
     unfinished = f" · unfinished: {summary.num_finished} of {summary.num_expected} cells" if summary.is_partial else ""
-    axes.set_title(f"{config.dataset} · {config.model} · {seeds}{unfinished}", loc="left", fontsize=11, pad=26)
+    axes.set_title(f"{summary.title} · {seeds}{unfinished}", loc="left", fontsize=11, pad=26)
     full = summary.full
     if full is not None and full.num_ok and full.inference_bytes:
         size = full.inference_bytes

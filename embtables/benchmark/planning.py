@@ -30,7 +30,7 @@ def plan_points(
     methods: Mapping[str, MethodSpec],
     points: Sequence[tuple[str, str]],
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Bytes of every (method, budget), or its floor where it is infeasible.
+    """Bytes of every (method, budget) under `train`, or its floor where it is infeasible.
 
     Raises:
         ValueError: an unknown method or field, a budget that cannot be read, a method that cannot be trained so.

@@ -12,8 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from embtables.benchmark.cells import file_name
 from embtables.benchmark.figure import draw
-from embtables.benchmark.summary import DROP, LEAST_SEEDS_FOR_P, Point, Summary, summarize
+from embtables.benchmark.summary import DROP, LEAST_SEEDS_FOR_P, Difference, Point, Summary, summarize
 from embtables.files import write_text
 from embtables.memory import format_bytes
 
@@ -59,7 +60,7 @@ class Report:
     def renderable(self) -> RenderableType:
         """The table and the sentences to read it with, for a rich console."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for name in HEADER:
+        for name in header(self.summary):
             table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=name != "note")
         for section in sections(self.summary):
             for point in section:
@@ -71,9 +72,16 @@ class Report:
 
 
 def write_report(folder: Path, *, resamples: int = 200, progress: bool = False) -> Report:
-    """Summarize the sweep in `folder`, finished or not, and write report.md and accuracy_memory.png and .svg there."""
+    """Summarize the sweep in `folder`, finished or not, and write report.md and accuracy_memory.png and .svg there.
+
+    With variants there is a figure for each that has methods with a budget.
+    """
     summary = summarize(folder, resamples=resamples, progress=progress)
-    figures = draw(summary, folder / "accuracy_memory") if any(point.num_ok for point in summary.points) else []
+    figures: list[Path] = []
+    for variant in summary.config.trains:
+        own = summary.of(variant)
+        if any(point.num_ok and (point.takes_budget or not variant) for point in own.points):
+            figures += draw(own, folder / file_name("accuracy_memory", variant))
     report = folder / "report.md"
     write_text(report, markdown(summary, resamples, figures))
     return Report(summary, [report, *figures])
@@ -99,10 +107,15 @@ def sections(summary: Summary) -> list[list[Point]]:
     return [section for section in found if section]
 
 
+def header(summary: Summary) -> tuple[str, ...]:
+    return ("variant", *HEADER) if summary.config.variants else HEADER
+
+
 def line(point: Point, summary: Summary) -> tuple[str, ...]:
-    """The cells of a point's row, one a column of HEADER."""
+    """The cells of a point's row, one a column of the header."""
     size = point.inference_bytes
     return (
+        *([point.variant] if summary.config.variants else []),
         point.method,
         point.budget,
         f"{size:,}" if size is not None else "–",
@@ -136,7 +149,7 @@ def note(point: Point, summary: Summary) -> str:
 def head(summary: Summary) -> list[str]:
     config = summary.config
     seeds = "seed" if config.seeds == 1 else "seeds"
-    lines = [f"{config.dataset} · {config.model} · {config.seeds} {seeds}"]
+    lines = [f"{summary.title} · {config.seeds} {seeds}"]
     if summary.is_partial:
         lines.append(
             f"Unfinished: {summary.num_finished} of {summary.num_expected} cells have a result; "
@@ -148,7 +161,18 @@ def head(summary: Summary) -> list[str]:
 def remarks(summary: Summary) -> list[str]:
     """What must be known to read the table."""
     found = [learning_rates(summary)]
-    flagged = [f"{point.method} at {point.budget}" for point in summary.points if point.below_drop]
+    if summary.config.variants:
+        first, *others = summary.config.variants
+        found.append(
+            f"Differences are to full of the same variant; those of full itself are to full of {first}."
+            if others
+            else f"There is one variant, {first}."
+        )
+    flagged = [
+        f"{point.variant + ': ' if point.variant else ''}{point.method} at {point.budget}"
+        for point in summary.points
+        if point.below_drop
+    ]
     if flagged:
         found.append(
             f"Worse than dropping features at the same budget: {', '.join(flagged)}. Find out why before using it."
@@ -187,23 +211,22 @@ def markdown(summary: Summary, resamples: int, figures: Sequence[Path]) -> str:
     title, *status = head(summary)
     points = [point for section in sections(summary) for point in section]
     parts = [f"# {title}", *status]
-    parts.append(_table(HEADER, [line(point, summary) for point in points]))
+    parts.append(_table(header(summary), [line(point, summary) for point in points]))
     parts.append("\n".join(f"- {remark}" for remark in remarks(summary)))
-    png = next((path for path in figures if path.suffix == ".png"), None)
-    if png is not None:
+    for png in (path for path in figures if path.suffix == ".png"):
         parts.append(f"![Test AUC against the bytes of the served tables]({png.name})")
     parts += ["## How to read it", HOW_TO_READ.format(resamples=resamples)]
-    detail = _detail(points)
+    detail = _detail(points, summary)
     if detail:
         parts += ["## Where it is lost, and what it costs", "Means over seeds.", detail]
     differences = [
-        (d.method, d.budget, str(d.seed), f"{d.difference:+.4f}", f"{d.low:+.4f} … {d.high:+.4f}")
+        (*_names(d, summary), str(d.seed), f"{d.difference:+.4f}", f"{d.low:+.4f} … {d.high:+.4f}")
         for point in points
         for d in point.differences
     ]
     if differences:
-        header = ("method", "budget", "seed", "difference to full", "95 % over test rows")
-        parts += ["## Differences to full, seed by seed", _table(header, differences)]
+        columns = (*_names_header(summary), "seed", "difference to full", "95 % over test rows")
+        parts += ["## Differences to full, seed by seed", _table(columns, differences)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -220,13 +243,21 @@ end.
 - **infeasible**: the method cannot be that small; the floor is the least budget that works."""
 
 
-def _detail(points: Sequence[Point]) -> str:
+def _names(item: Point | Difference, summary: Summary) -> tuple[str, ...]:
+    return (item.variant, item.method, item.budget) if summary.config.variants else (item.method, item.budget)
+
+
+def _names_header(summary: Summary) -> tuple[str, ...]:
+    return ("variant", "method", "budget") if summary.config.variants else ("method", "budget")
+
+
+def _detail(points: Sequence[Point], summary: Summary) -> str:
     done = [point for point in points if point.num_ok]
     columns = [name for name in DETAIL if any(math.isfinite(point.mean(name)) for point in done)]
     if not done or not columns:
         return ""
-    rows = [(point.method, point.budget, *(_measured(name, point.mean(name)) for name in columns)) for point in done]
-    return _table(("method", "budget", *(DETAIL[name] for name in columns)), rows)
+    rows = [(*_names(point, summary), *(_measured(name, point.mean(name)) for name in columns)) for point in done]
+    return _table((*_names_header(summary), *(DETAIL[name] for name in columns)), rows)
 
 
 def _measured(name: str, value: float) -> str:
@@ -242,7 +273,7 @@ def _measured(name: str, value: float) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *escaped]) for i in range(len(header))]
-    right = [name not in ("method", "note") for name in header]
+    right = [name not in ("variant", "method", "note") for name in header]
     rule = ["-" * (width - 1) + (":" if is_right else "-") for width, is_right in zip(widths, right)]
     lines = [list(header), rule, *escaped]
     return "\n".join(

@@ -45,10 +45,25 @@ COLUMNS = (
     "learning_rate",
     "cell",
     "message",
+    "variant",
+    "valid_logloss",
+    "valid_gauc_weighted",
+    "valid_gauc_mean",
 )
 
 # What the sweep itself knows of a cell; a run's own word on these is not asked for.
-_OF_THE_SWEEP = ("dataset", "model", "method", "budget", "seed", "status", "learning_rate", "cell", "message")
+_OF_THE_SWEEP = (
+    "dataset",
+    "model",
+    "method",
+    "budget",
+    "seed",
+    "status",
+    "learning_rate",
+    "cell",
+    "message",
+    "variant",
+)
 
 
 def read_metrics(run: Path) -> dict[str, Any] | None:
@@ -78,6 +93,7 @@ def row(cell: Cell, status: str, dataset: str, model: str, values: Mapping[str, 
         "learning_rate": values.get("learning_rate"),
         "cell": cell.name,
         "message": values.get("message"),
+        "variant": cell.variant,
     }
 
 
@@ -94,7 +110,7 @@ def write_hparams(row: Mapping[str, Any], folder: Path) -> None:
     """One entry for the HParams page of TensorBoard: the cell's coordinates against its results."""
     from torch.utils.tensorboard import SummaryWriter
 
-    coordinates = {name: row[name] for name in ("dataset", "model", "method", "budget", "seed")}
+    coordinates = {name: row[name] for name in ("dataset", "variant", "model", "method", "budget", "seed")}
     skipped = {*coordinates, "status", "cell", "message"}
     numbers = {
         name: float(value)

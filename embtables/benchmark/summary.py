@@ -1,11 +1,11 @@
-"""What a sweep's results come to: a line per method and budget, and its paired difference to the full tables."""
+"""What a sweep's results come to: a line per variant, method and budget, and its paired differences."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,18 @@ from embtables.training.metrics import bootstrap_auc_difference
 DROP = "drop_feature"
 LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
+_TEXTS = ("budget", "method", "message", "cell", "variant")
+_SINCE_VARIANTS = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Test AUC of one cell minus that of full with the same seed; low … high: 95 % over resampled test rows."""
+    """Test AUC of one cell minus that of its reference with the same seed; low … high: 95 % over resampled test rows.
 
+    The reference is full of the same variant; that of full is full of the first variant.
+    """
+
+    variant: str
     method: str
     budget: str
     seed: int
@@ -41,7 +47,7 @@ class Difference:
 
 @dataclass
 class Point:
-    """One method at one budget over all seeds that are finished."""
+    """One method at one budget of one variant, over all seeds that are finished."""
 
     method: str
     budget: str
@@ -52,6 +58,7 @@ class Point:
     num_failed: int = 0
     differences: list[Difference] = field(default_factory=list)
     to_drop: float | None = None
+    variant: str = ""
 
     @property
     def num_ok(self) -> int:
@@ -82,7 +89,7 @@ class Point:
 
 @dataclass
 class Summary:
-    """A sweep as its files say it is now."""
+    """A sweep as its files say it is now; or what of it is of one `variant`."""
 
     folder: Path
     config: SweepConfig
@@ -90,17 +97,40 @@ class Summary:
     num_expected: int
     num_finished: int
     learning_rates: dict[str, dict[str, list[str]]]
+    variant: str = ""
 
     @property
     def is_partial(self) -> bool:
         return self.num_finished < self.num_expected
 
-    def point(self, method: str, budget: str) -> Point | None:
-        return next((p for p in self.points if (p.method, p.budget) == (method, budget)), None)
+    @property
+    def title(self) -> str:
+        """Data and what was trained on them."""
+        trains = self.config.trains
+        models = list(dict.fromkeys(train.model.name for train in trains.values()))
+        if self.variant:
+            return f"{self.config.dataset} · {self.variant}"
+        if self.config.variants:
+            return f"{self.config.dataset} · {len(trains)} variants of {', '.join(models)}"
+        return f"{self.config.dataset} · {models[0]}"
+
+    def of(self, variant: str) -> Summary:
+        """The same of one variant alone."""
+        return replace(self, points=[point for point in self.points if point.variant == variant], variant=variant)
+
+    def point(self, method: str, budget: str, variant: str = "") -> Point | None:
+        wanted = (variant, method, budget)
+        return next((p for p in self.points if (p.variant, p.method, p.budget) == wanted), None)
 
     @property
     def full(self) -> Point | None:
+        """Full tables, of the first variant that has them."""
         return next((p for p in self.points if not p.takes_budget), None)
+
+    def reference(self, point: Point) -> Point | None:
+        """What `point` is compared with: full of its variant, and for full that of the first variant."""
+        found = self.of(point.variant).full if point.takes_budget else self.full
+        return None if found is point else found
 
 
 def sign_flip_p(differences: list[float]) -> float | None:
@@ -127,7 +157,7 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
     """
     config = read_config(folder)
     frame = _read_results(folder / "results.csv")
-    points = [_point(config, method, budget, frame) for method, budget in config.points]
+    points = [_point(config, *place, frame) for place in config.points]
     summary = Summary(
         folder,
         config,
@@ -144,20 +174,27 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
 def _read_results(file: Path) -> pd.DataFrame:
     if not file.is_file():
         raise ValueError(f"{file} is missing: the sweep has not begun to train; start it again first")
-    frame = pd.read_csv(file, dtype={"budget": str, "method": str, "message": str, "cell": str}, keep_default_na=True)
+    frame = pd.read_csv(file, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=True)
+    if "variant" not in frame.columns:  # a sweep from before there were variants
+        frame = frame.reindex(columns=[*frame.columns, *(c for c in _SINCE_VARIANTS if c not in frame.columns)])
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]!r}: start the sweep again, which writes it anew")
-    frame[["budget", "message"]] = frame[["budget", "message"]].fillna("")
+    frame[["budget", "message", "variant"]] = frame[["budget", "message", "variant"]].fillna("")
     return frame
 
 
-def _point(config: SweepConfig, method: str, budget: str, frame: pd.DataFrame) -> Point:
-    own = frame[(frame["method"] == method) & (frame["budget"] == budget)]
+def _point(config: SweepConfig, variant: str, method: str, budget: str, frame: pd.DataFrame) -> Point:
+    own = frame[(frame["variant"] == variant) & (frame["method"] == method) & (frame["budget"] == budget)]
     infeasible = own[own["status"] == "infeasible"]
     failed = own[own["status"] == "failed"]
     point = Point(
-        method, budget, takes_budget(config.methods[method]), own[own["status"] == "ok"], num_failed=len(failed)
+        method,
+        budget,
+        takes_budget(config.methods[method]),
+        own[own["status"] == "ok"],
+        num_failed=len(failed),
+        variant=variant,
     )
     if len(infeasible):
         point.floor_bytes = int(infeasible["floor_bytes"].max())
@@ -168,7 +205,7 @@ def _point(config: SweepConfig, method: str, budget: str, frame: pd.DataFrame) -
 
 def _compare_to_drop(summary: Summary) -> None:
     for point in summary.points:
-        drop = summary.point(DROP, point.budget)
+        drop = summary.point(DROP, point.budget, point.variant)
         if drop is None or point.method == DROP or not point.takes_budget:
             continue
         both = point.rows.merge(drop.rows, on="seed", suffixes=("", "_drop"))
@@ -177,35 +214,34 @@ def _compare_to_drop(summary: Summary) -> None:
 
 
 def _compare_to_full(summary: Summary, resamples: int, progress: bool) -> None:
-    full = summary.full
     labels_file = summary.folder / "test_labels.npy"
-    if full is None or not full.num_ok or not labels_file.is_file():
+    pairs = [
+        (point, row, other)
+        for point in summary.points
+        if (reference := summary.reference(point)) is not None
+        for _, row in point.rows.iterrows()
+        for _, other in reference.rows[reference.rows["seed"] == row["seed"]].iterrows()
+    ]
+    if not pairs or not labels_file.is_file():
         return
     labels = np.load(labels_file)
-    pairs = [
-        (point, row, reference)
-        for point in summary.points
-        if point is not full
-        for _, row in point.rows.iterrows()
-        for _, reference in full.rows[full.rows["seed"] == row["seed"]].iterrows()
-    ]
     file = summary.folder / "differences.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     kept: dict[str, Any] = {}
     cache: dict[str, npt.NDArray[np.float32]] = {}
-    for point, row, reference in track(pairs, "comparing to full", disable=not progress, transient=True):
+    for point, row, other in track(pairs, "comparing to full", disable=not progress, transient=True):
         scores = _scores(summary.folder, row["cell"], len(labels))
-        if reference["cell"] not in cache:
-            cache = {reference["cell"]: _scores(summary.folder, reference["cell"], len(labels))}
-        key = _fingerprint(scores, cache[reference["cell"]], labels, resamples)
+        if other["cell"] not in cache:
+            cache = {other["cell"]: _scores(summary.folder, other["cell"], len(labels))}
+        key = _fingerprint(scores, cache[other["cell"]], labels, resamples)
         if key not in known:
             # The seed of the resampling is the cell's, and the rows drawn are the same for every method.
             found = bootstrap_auc_difference(
-                labels, scores, cache[reference["cell"]], num_resamples=resamples, seed=int(row["seed"])
+                labels, scores, cache[other["cell"]], num_resamples=resamples, seed=int(row["seed"])
             )
             known[key] = [found.difference, found.low, found.high]
         kept[key] = known[key]
-        point.differences.append(Difference(point.method, point.budget, int(row["seed"]), *kept[key]))
+        point.differences.append(Difference(point.variant, point.method, point.budget, int(row["seed"]), *kept[key]))
     write_text(file, json.dumps(kept))
 
 
@@ -236,8 +272,9 @@ def _learning_rates(folder: Path, frame: pd.DataFrame) -> dict[str, dict[str, li
         for name, value in _flat(yaml.safe_load(file.read_text(encoding="utf-8"))):
             if name.rsplit(".", 1)[-1] in ("lr", "learning_rate") or name.endswith("_learning_rate"):
                 methods = found.setdefault(name, {}).setdefault(str(value), [])
-                if row["method"] not in methods:
-                    methods.append(row["method"])
+                label = f"{row['variant']}: {row['method']}" if row["variant"] else row["method"]
+                if label not in methods:
+                    methods.append(label)
     return found
 
 

@@ -1,16 +1,17 @@
-"""Sweeps: every method at every budget with every seed, each in a process of its own, and their results in one file.
+"""Sweeps: every variant, method, budget and seed, each in a process of its own, and their results in one file.
 
 A sweep is a directory::
 
     sweep.yaml          what was asked for; a later start must ask for the same
     environment.json    where it ran
-    train.yaml          the training configuration that every cell starts from, every field of it
+    train.yaml          the training configuration that every cell starts from, every field of it;
+                        with variants train-VARIANT.yaml for each
     plans.json          bytes, or the floor, of every method at every budget
     test_labels.npy     uint8, in the order of the cells' test_scores.npy
     cells/NAME/         a run directory; metrics.json in it = finished
     cells/NAME.log      what the cell printed;  cells/NAME.failed.json why it failed
     results.csv         one row a cell that is finished, infeasible or failed
-    learning_rates.csv  where a grid was given: its validation AUCs and the choice
+    learning_rates.csv  where a grid was given: its results on validation and the choice
     tensorboard/        HParams
 """
 
@@ -22,6 +23,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from embtables.benchmark import results
-from embtables.benchmark.cells import Cell, MethodSpec, points
+from embtables.benchmark.cells import Cell, MethodSpec, Place, file_name, points, takes_budget
 from embtables.benchmark.planning import cell_config, plan_points
 from embtables.benchmark.runner import Ended, Job, run_jobs, threads_per_job
 from embtables.datasets import PreparedDataset
@@ -41,9 +43,10 @@ from embtables.files import sha256, write_bytes, write_text
 from embtables.lock import locked
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
+from embtables.training.validation import value_of
 
-#: {(method, budget): bytes of the plan, or floor_bytes and message where it is infeasible}
-Plans = Mapping[tuple[str, str], Mapping[str, Any]]
+#: {(variant, method, budget): bytes of the plan, or floor_bytes and message where it is infeasible}
+Plans = Mapping[Place, Mapping[str, Any]]
 
 
 class SweepConfig(BaseModel):
@@ -59,19 +62,31 @@ class SweepConfig(BaseModel):
     seeds: int = Field(ge=1)
     learning_rates: list[float] = []
     train: RunConfig
+    variants: dict[str, RunConfig] = {}
 
     @property
-    def model(self) -> str:
-        return self.train.model.name
+    def trains(self) -> dict[str, RunConfig]:
+        """The training configurations by variant; without variants the one, under an empty name."""
+        return self.variants or {"": self.train}
 
     @property
-    def points(self) -> list[tuple[str, str]]:
-        return points(self.methods, self.budgets)
+    def points(self) -> list[Place]:
+        return [(variant, *point) for variant in self.trains for point in points(self.methods, self.budgets)]
 
     def cells(self, seeds: Iterable[int], learning_rates: Iterable[float | None]) -> list[Cell]:
         """Seed by seed, so that a sweep that is cut short has whole curves."""
         rates = list(learning_rates)
-        return [Cell(*point, seed, rate) for seed in seeds for point in self.points for rate in rates]
+        return [
+            Cell(method, budget, seed, rate, variant)
+            for seed in seeds
+            for variant, method, budget in self.points
+            for rate in rates
+        ]
+
+
+def train_file(variant: str) -> str:
+    """The name of the file with a variant's training configuration."""
+    return f"{file_name('train', variant)}.yaml"
 
 
 Command = Callable[[SweepConfig, Cell, Path], list[str]]
@@ -81,7 +96,7 @@ def train_command(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
     """The command that trains `cell` into `run`, or goes on with it."""
     spec = config.methods[cell.method]
     command = [sys.executable, "-m", "embtables", "train", config.data, "--out", str(run)]
-    command += ["--config", str(run.parent.parent / "train.yaml")]
+    command += ["--config", str(run.parent.parent / train_file(cell.variant))]
     command += ["--method", spec if isinstance(spec, str) else json.dumps(spec)]
     command += ["--budget", cell.budget] if cell.budget else []
     command += ["--seed", str(cell.seed)]
@@ -97,16 +112,21 @@ def describe(
     seeds: int,
     train: RunConfig,
     learning_rates: list[float],
+    variants: Mapping[str, RunConfig] | None = None,
 ) -> SweepConfig:
-    """The configuration of a sweep over the prepared data at `data`.
+    """The configuration of a sweep over the prepared data at `data`, once for each of `variants` where there are any.
 
-    Method, budget and seed of `train` are of no account: every cell has its own.
+    Method, budget and seed of `train` and of the variants are of no account: every cell has its own.
     """
-    if train.tables.hash_seed is not None:
-        raise ValueError(
-            f"tables.hash_seed is {train.tables.hash_seed}, but a sweep takes it from each seed, so that the spread "
-            "includes luck with collisions: leave it null"
-        )
+    for config_of_cells in (train, *(variants or {}).values()):
+        if config_of_cells.tables.hash_seed is not None:
+            raise ValueError(
+                f"tables.hash_seed is {config_of_cells.tables.hash_seed}, but a sweep takes it from each seed, so that "
+                "the spread includes luck with collisions: leave it null"
+            )
+    needing = [label for label, spec in methods.items() if takes_budget(spec)]
+    if needing and not budgets:
+        raise ValueError(f"method {needing[0]} needs a budget: give for example --budgets 50%,10%,1%")
     dataset = PreparedDataset(data)
     config = SweepConfig(
         data=str(data.resolve()),
@@ -117,11 +137,14 @@ def describe(
         seeds=seeds,
         learning_rates=learning_rates,
         train=cell_config(train, "full", "", seed=0),
+        variants={name: cell_config(own, "full", "", seed=0) for name, own in (variants or {}).items()},
     )
     names = Counter(cell.name for cell in config.cells([0], learning_rates or [None]))
     twice = next((name for name, times in names.items() if times > 1), None)
     if twice is not None:
-        raise ValueError(f"two cells would both be named '{twice}': methods, budgets or learning rates are too alike")
+        raise ValueError(
+            f"two cells would both be named '{twice}': variants, methods, budgets or learning rates are too alike"
+        )
     return config
 
 
@@ -145,7 +168,7 @@ def run_sweep(
     dataset = PreparedDataset(Path(config.data))
     _refuse_other(config, folder)
     dataset.verify(progress=console.is_terminal)
-    plans = plan_points(dataset, config.train, config.methods, config.points)
+    plans = _plans(config, dataset)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
         _refuse_other(config, folder)
@@ -154,6 +177,17 @@ def run_sweep(
         sweep = _Sweep(config, folder, plans)
         _run_cells(sweep, jobs, console, command, lock)
         return sweep.collect()
+
+
+def _plans(config: SweepConfig, dataset: PreparedDataset) -> Plans:
+    found: dict[Place, Mapping[str, Any]] = {}
+    for variant, train in config.trains.items():
+        try:
+            planned = plan_points(dataset, train, config.methods, points(config.methods, config.budgets))
+        except ValueError as error:
+            raise ValueError(f"variant {variant!r}: {error}" if variant else str(error)) from None
+        found |= {(variant, *point): plan for point, plan in planned.items()}
+    return found
 
 
 class _Sweep:
@@ -173,7 +207,7 @@ class _Sweep:
         return self.run(cell).with_name(f"{cell.name}.failed.json")
 
     def feasible(self, cell: Cell) -> bool:
-        return "floor_bytes" not in self.plans[cell.method, cell.budget]
+        return "floor_bytes" not in self.plans[cell.place]
 
     def pending(self, cells: Iterable[Cell]) -> list[Cell]:
         return [cell for cell in cells if self.feasible(cell) and results.read_metrics(self.run(cell)) is None]
@@ -188,26 +222,31 @@ class _Sweep:
             return self.config.cells(range(self.config.seeds), [None])
         chosen = self.chosen_rates()
         cells = [
-            Cell(*point, seed, chosen.get(point)) for seed in range(self.config.seeds) for point in self.config.points
+            replace(cell, learning_rate=chosen.get(cell.place))
+            for cell in self.config.cells(range(self.config.seeds), [None])
         ]
         return [cell for cell in cells if cell.learning_rate is not None or not self.feasible(cell)]
 
-    def chosen_rates(self) -> dict[tuple[str, str], float]:
-        """The learning rate with the best validation AUC, of each point whose grid is done (failed cells left out)."""
-        valid: dict[tuple[str, str], dict[float, float]] = {}
-        missing: set[tuple[str, str]] = set()
+    def chosen_rates(self) -> dict[Place, float]:
+        """The learning rate with the best monitor, of each place whose grid is done (failed cells left out)."""
+        valid: dict[Place, dict[float, float]] = {}
+        missing: set[Place] = set()
         for cell in self.tuning_cells():
-            point, metrics = (cell.method, cell.budget), results.read_metrics(self.run(cell))
+            metrics = results.read_metrics(self.run(cell))
             if metrics is not None and metrics["status"] == "ok" and cell.learning_rate is not None:
-                valid.setdefault(point, {})[cell.learning_rate] = metrics["valid_auc"]
+                value = value_of(metrics, self.monitor(cell))
+                valid.setdefault(cell.place, {})[cell.learning_rate] = value
             elif metrics is None and not self.failure(cell).exists():
-                missing.add(point)
-        return {point: max(aucs, key=lambda rate: aucs[rate]) for point, aucs in valid.items() if point not in missing}
+                missing.add(cell.place)
+        return {place: max(found, key=lambda r: found[r]) for place, found in valid.items() if place not in missing}
+
+    def monitor(self, cell: Cell) -> str:
+        return self.config.trains[cell.variant].training.monitor
 
     def row(self, cell: Cell) -> dict[str, Any] | None:
         """The row of `cell`, or None while it has none."""
-        name, model = self.config.dataset, self.config.model
-        planned = self.plans[cell.method, cell.budget]
+        name, model = self.config.dataset, self.config.trains[cell.variant].model.name
+        planned = self.plans[cell.place]
         if not self.feasible(cell):
             return results.row(cell, "infeasible", name, model, planned)
         metrics = results.read_metrics(self.run(cell))
@@ -220,9 +259,9 @@ class _Sweep:
         return None
 
     def collect(self) -> list[dict[str, Any]]:
-        """Write results.csv from the cells' files, sorted by method, budget and seed; return its rows."""
-        order = {point: number for number, point in enumerate(self.config.points)}
-        cells = sorted(self.main_cells(), key=lambda cell: (order[cell.method, cell.budget], cell.seed))
+        """Write results.csv from the cells' files, sorted by variant, method, budget and seed; return its rows."""
+        order = {place: number for number, place in enumerate(self.config.points)}
+        cells = sorted(self.main_cells(), key=lambda cell: (order[cell.place], cell.seed))
         rows = [row for row in map(self.row, cells) if row is not None]
         results.write_results(rows, self.folder / "results.csv")
         if self.config.learning_rates:
@@ -233,14 +272,14 @@ class _Sweep:
         chosen = self.chosen_rates()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["method", "budget", "learning_rate", "valid_auc", "chosen"])
+        writer.writerow(["variant", "method", "budget", "learning_rate", "monitor", "valid", "chosen"])
         for cell in self.tuning_cells():
             metrics = results.read_metrics(self.run(cell))
             if metrics is not None:
-                is_chosen = chosen.get((cell.method, cell.budget)) == cell.learning_rate
-                writer.writerow(
-                    [cell.method, cell.budget, cell.learning_rate, metrics.get("valid_auc"), int(is_chosen)]
-                )
+                is_chosen = chosen.get(cell.place) == cell.learning_rate
+                monitor = self.monitor(cell)
+                value = metrics.get(f"valid_{monitor}")
+                writer.writerow([*cell.place, cell.learning_rate, monitor, value, int(is_chosen)])
         write_text(self.folder / "learning_rates.csv", text.getvalue())
 
     def note_end(self, cell: Cell, ended: Ended) -> str:
@@ -263,7 +302,7 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
     (sweep.folder / "cells").mkdir(exist_ok=True)
     sweep.collect()
     config = sweep.config
-    num_points = sum("floor_bytes" not in sweep.plans[point] for point in config.points)
+    num_points = sum("floor_bytes" not in sweep.plans[place] for place in config.points)
     runs_of_a_point = config.seeds + max(0, len(config.learning_rates) - 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     remaining = TimeRemainingColumn(elapsed_when_finished=False)
@@ -300,16 +339,19 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
 
 
 def _announce(plans: Plans, console: Console) -> None:
-    for (method, budget), planned in plans.items():
+    for (variant, method, budget), planned in plans.items():
         if "floor_bytes" in planned:
-            text = f"{method} at {budget} is infeasible: its floor is {planned['floor_bytes']:,} bytes"
+            of_variant = f"{variant}: " if variant else ""
+            text = f"{of_variant}{method} at {budget} is infeasible: its floor is {planned['floor_bytes']:,} bytes"
             console.print(text, highlight=False, markup=False)
 
 
 def _record(config: SweepConfig, folder: Path, plans: Plans, dataset: PreparedDataset, jobs: int) -> None:
-    entries = [{"method": method, "budget": budget, **planned} for (method, budget), planned in plans.items()]
+    names = ("variant", "method", "budget")
+    entries = [{**dict(zip(names, place)), **planned} for place, planned in plans.items()]
     write_text(folder / "plans.json", json.dumps(entries, indent=1))
-    write_text(folder / "train.yaml", config.train.to_yaml())
+    for variant, train in config.trains.items():
+        write_text(folder / train_file(variant), train.to_yaml())
     described = environment(torch.device(config.train.training.device), threads_per_job(jobs))
     write_text(folder / "environment.json", json.dumps({**described, "jobs": jobs}, indent=1))
     if not (folder / "sweep.yaml").exists():
@@ -341,7 +383,7 @@ def _refuse_other(config: SweepConfig, folder: Path) -> None:
         raise ValueError(f"{folder} is a file: give a directory to --out")
     if not (folder / "sweep.yaml").exists():
         foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        started = {"plans.json", "train.yaml", "environment.json", "test_labels.npy"}
+        started = {"plans.json", "environment.json", "test_labels.npy", *map(train_file, config.trains)}
         if set(foreign) - started:
             raise ValueError(
                 f"{folder} exists and is not a sweep (it holds {foreign[0]}): give a new directory to --out"

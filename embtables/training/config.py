@@ -190,14 +190,16 @@ def load_config(
     preset: str | None = None,
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Defaults, overridden by the preset, by the file, by ``flags`` and by ``overrides``, in this order.
+    """Defaults, overridden by the preset, by the file, by ``flags``, ``overrides`` and ``fields``, in this order.
 
     Args:
         preset: a name of ``embtables.training.presets``; of its hyperparameters those count that the model has.
         path: a YAML file with any of the sections ``data``, ``model``, ``tables``, ``dense``, ``training``.
         flags: ``{"training.batch_size": 4096}``; entries that are ``None`` were not given.
         overrides: ``"training.batch_size=4096"``; the value is read as YAML.
+        fields: ``{"training.batch_size": 4096}``; ``None`` is a value here.
 
     Raises:
         ValueError: one sentence that names the file or the field.
@@ -217,6 +219,8 @@ def load_config(
         if not equals or not name.strip():
             raise ValueError(f"override {override!r} is not of the form field=value, such as training.batch_size=4096")
         _put(values, name.strip(), parse_value(text, name.strip()))
+    for name, value in (fields or {}).items():
+        _put(values, name, value)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
