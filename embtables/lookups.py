@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embtables import ops
 from embtables.hashing import hash_ids, seed_for
 from embtables.inputs import CONFIG, PoolingLike
 from embtables.methods.base import Block, TableEntry
@@ -100,6 +102,7 @@ class Lookups(nn.Module):
             ("lookup", list(range(len(entries)))),
         ):
             self.register_buffer(name, torch.tensor(values), persistent=False)
+        self._ranges = json.dumps([(f, t.name, t.num_embeddings) for f, t in zip(features, self.tables)])
         self.policies = {t.on_out_of_range for t in self.tables if t.num_embeddings is not None}
         self.pads = any(t.padding_idx is not None for t in self.tables)
 
@@ -132,8 +135,10 @@ class Lookups(nn.Module):
         bad = (ids < 0) | (ids >= size)
         if "error" in self.policies:
             wrong = bad & (policy == 0)
-            if wrong.any():
-                self._refuse(ids, feature, wrong)
+            if torch.compiler.is_compiling():
+                ids = ops.refuse_ids(ids, feature, wrong, self._ranges)
+            elif wrong.any():
+                ops.raise_for_ids(ids, feature, wrong, self._ranges)
         if "hash" in self.policies:
             folded = hash_ids(ids, self.seed[feature], size)
             if self.pads:  # an id that means something must not become one that means nothing
@@ -142,15 +147,6 @@ class Lookups(nn.Module):
         if "oov" in self.policies:
             ids = torch.where(bad & (policy == 2), size, ids)
         return ids
-
-    def _refuse(self, ids: Tensor, feature: Tensor, wrong: Tensor) -> None:
-        first = tuple(wrong.nonzero()[0].tolist())
-        which = int(feature.expand_as(ids)[first])
-        table = self.tables[which]
-        raise IndexError(
-            f"feature '{self.features[which]}' holds id {int(ids[first])}, but table '{table.name}' has the ids 0 … "
-            f'{int(self.size[which]) - 1}; to accept others give the table on_out_of_range="oov" or "hash"'
-        )
 
     def _padded(self, picked: Picked) -> Tensor:
         """Which ids are padding. Without a vocabulary −1 is an id like others, so no value can stand for "none"."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from embtables import EmbeddingTables, TableConfig, plan
 
-# Ids out of range go to the oov row: raising for them depends on the data, which a whole graph cannot.
 TABLES = [
-    TableConfig("user", 5000, 16, on_out_of_range="oov"),
+    TableConfig("user", 5000, 16),
     TableConfig("item", 300, 16, on_out_of_range="oov"),
 ]
 METHODS = ["full", "hash", "multi_hash", "unified", "robe"]
@@ -27,8 +27,7 @@ def make(method: str, optimizer: str | None) -> EmbeddingTables:
     return EmbeddingTables(plan(TABLES, method, None if method == "full" else "10%", optimizer=optimizer))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("l2", [0.0, 0.3])
+@pytest.mark.parametrize(("method", "l2"), [*((m, 0.0) for m in METHODS), ("hash", 0.3)])
 def test_compiled_steps_leave_the_same_weights_as_eager_ones(method: str, l2: float) -> None:
     tables = make(method, "adagrad")
     tables.regularize(l2, {table.name: range(table.num_embeddings or 0) for table in TABLES})
@@ -53,3 +52,37 @@ def test_exported_lookup_equals_the_module(method: str) -> None:
     ids = torch.randint(300, (32, 2))
     program = torch.export.export(tables, (ids,))
     assert torch.equal(program.module()(ids), tables(ids))
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_a_graph_refuses_ids_out_of_range(how: str) -> None:
+    tables = make("hash", None).eval()
+    ids = torch.randint(300, (32, 2))
+    graph: Any
+    if how == "compiled":
+        graph = torch.compile(tables, fullgraph=True, backend="aot_eager")
+    else:
+        graph = torch.export.export(tables, (ids,)).module()
+    ids[3, 1] = 300
+    assert torch.equal(graph(ids), tables(ids))
+    ids[5, 0] = -2
+    with pytest.raises(IndexError, match="feature 'user' holds id -2, but table 'user' has the ids 0 … 4999"):
+        graph(ids)
+
+
+@pytest.mark.parametrize("optimizer", [None, "adagrad"])
+def test_outputs_by_themselves_compile_too(optimizer: str | None) -> None:
+    tables = make("hash", optimizer)
+    twin = copy.deepcopy(tables)
+    compiled = torch.compile(twin.lookup, fullgraph=True, backend="aot_eager")
+    ids = torch.randint(300, (32, 2))
+    result, expected = compiled(ids, pooling={"item": None}), tables.lookup(ids, pooling={"item": None})
+    assert list(result) == ["user", "item"]
+    for name in result:
+        assert torch.equal(result[name], expected[name])
+    for outputs in (result, expected):
+        outputs["item"].square().sum().backward()
+    for (name, weight), (_, other) in zip(tables.store.named_slabs(), twin.store.named_slabs()):
+        assert torch.equal(weight, other), name
+    for p, q in zip(tables.parameters(), twin.parameters()):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)

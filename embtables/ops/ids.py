@@ -1,0 +1,36 @@
+"""The check for ids out of range, also where a compiled or exported graph cannot look at its data."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def raise_for_ids(ids: Tensor, lookup: Tensor, wrong: Tensor, ranges: str) -> NoReturn:
+    """``IndexError`` naming the first of ``ids`` that is ``wrong``.
+
+    ``lookup``, which broadcasts to the shape of ``ids``, counts in ``ranges``: feature, table and number of ids of each
+    lookup, as JSON.
+    """
+    first = tuple(wrong.nonzero()[0].tolist())
+    feature, table, size = json.loads(ranges)[int(lookup.expand_as(ids)[first])]
+    raise IndexError(
+        f"feature '{feature}' holds id {int(ids[first])}, but table '{table}' has the ids 0 … {size - 1}; "
+        'to accept others give the table on_out_of_range="oov" or "hash"'
+    )
+
+
+@torch.library.custom_op("embtables::refuse_ids", mutates_args=())
+def refuse_ids(ids: Tensor, lookup: Tensor, wrong: Tensor, ranges: str) -> Tensor:
+    """A copy of ``ids``; ``IndexError`` where any is ``wrong``, as one operator that graphs do not look into."""
+    if wrong.any():
+        raise_for_ids(ids, lookup, wrong, ranges)
+    return ids.clone()
+
+
+@refuse_ids.register_fake
+def _(ids: Tensor, lookup: Tensor, wrong: Tensor, ranges: str) -> Tensor:
+    return torch.empty_like(ids)
