@@ -110,6 +110,7 @@ def test_views_against_a_loop(tmp_path: Path, folder: Path, behaviors: tuple[str
     of_user = {user: [view for view in seen if view[0] == user] for user in range(60)}
     for row, (user, time, *_) in zip(all_decoded(data), rows, strict=True):
         before = [view for view in of_user[user] if view[1] < time]
+        before = [view for view in before if view[1] >= before[-6:][0][1]]
         assert _by_time(row["cate_id_history"], before) and _by_time(row["brand_history"], before, brands)
         lengths[len(row["cate_id_history"])] += 1
     assert lengths[6] > 300 and data.manifest["histories_cut"] > 0
