@@ -116,10 +116,12 @@ def count_lines(path: Path, advance: Callable[[int], None] = lambda size: None) 
     return sum(content.count(b"\n") for content, _ in _blocks(path, advance))
 
 
-def _blocks(path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, bool]]:
-    """Whole lines; False beside a last line that has no end."""
+def read_unpacked(
+    path: Path, advance: Callable[[int], None] = lambda size: None, size: int = BLOCK_BYTES
+) -> Iterator[bytes]:
+    """The text's bytes, unpacked where gzipped, a block at a time. ValueError where the gzip file is damaged."""
     stream, raw = open_raw(path)
-    position, rest = 0, b""
+    position = 0
     with raw, stream:
         while True:
             try:
@@ -130,14 +132,21 @@ def _blocks(path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES)
             position = raw.tell()
             if not content:
                 break
-            end = content.rfind(b"\n") + 1
-            if end:
-                yield rest + content[:end], True
-                rest = content[end:]
-            else:
-                rest += content
-                if len(rest) > 2**26:
-                    raise ValueError(f"{path}: no line ends within 64 MiB: not a text file of rows")
+            yield content
+
+
+def _blocks(path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, bool]]:
+    """Whole lines; False beside a last line that has no end."""
+    rest = b""
+    for content in read_unpacked(path, advance, size):
+        end = content.rfind(b"\n") + 1
+        if end:
+            yield rest + content[:end], True
+            rest = content[end:]
+        else:
+            rest += content
+            if len(rest) > 2**26:
+                raise ValueError(f"{path}: no line ends within 64 MiB: not a text file of rows")
     if rest:
         yield rest + b"\n", False
 

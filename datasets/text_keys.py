@@ -1,0 +1,46 @@
+"""Text as int64 keys, without keeping in memory what a number can write."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from .vocabulary import MISSING
+
+DECIMAL = 2**40  # integers of smaller size, written without sign or zeros in front, are their own keys
+HEX = DECIMAL  # 8 hex digits: HEX + the number that they write, below HEX + 2**32
+OTHER = 2**61  # any other text: OTHER + its number in the order of appearance
+
+
+class TextKeys:
+    """One feature's keys: equal text, equal key. Memory grows with the distinct texts that are no numbers only."""
+
+    def __init__(self) -> None:
+        self._others: dict[str, int] = {}
+
+    def keys_of(self, values: pl.Series) -> np.ndarray:
+        """int64 keys of text or integers, which are taken as the text that writes them; null becomes MISSING."""
+        if values.dtype.is_integer() and bool((values.is_between(1 - DECIMAL, DECIMAL - 1)).all()):
+            return values.cast(pl.Int64).fill_null(MISSING).to_numpy()
+        encoded = values.cast(pl.String).to_arrow().dictionary_encode()
+        texts = pl.Series(encoded.dictionary, dtype=pl.String)
+        number = texts.cast(pl.Int64, strict=False)
+        decimal = (number.is_between(1 - DECIMAL, DECIMAL - 1) & (number.cast(pl.String) == texts)).fill_null(False)
+        hexadecimal = ~decimal & texts.str.contains("^[0-9a-f]{8}$")
+        digits = texts.set(~hexadecimal, None).str.to_integer(base=16, dtype=pl.Int64)
+        keys = np.where(decimal, number.fill_null(0), HEX + digits.fill_null(0).to_numpy())
+        for place in np.flatnonzero(~(decimal | hexadecimal).to_numpy()):
+            keys[place] = OTHER + self._others.setdefault(texts[int(place)], len(self._others))
+        lookup = np.append(keys, MISSING)
+        return lookup[encoded.indices.fill_null(len(texts)).to_numpy()]
+
+    def texts_of(self, keys: np.ndarray) -> pl.Series:
+        """The text of each key."""
+        others = list(self._others)
+        return pl.Series(
+            [
+                str(key) if key < HEX else f"{key - HEX:08x}" if key < OTHER else others[key - OTHER]
+                for key in keys.tolist()
+            ],
+            dtype=pl.String,
+        )
