@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from embtables.models.wide_deep import WideDeep
 if TYPE_CHECKING:
     from embtables.tables import EmbeddingTables
 
-__all__ = ["build_model", "find_model", "hyperparameters_of"]
+__all__ = ["build_model", "check_hyperparameters", "find_model", "hyperparameters_of"]
 
 _OURS: dict[str, type[nn.Module]] = {
     "dlrm": DLRM,
@@ -74,6 +74,16 @@ def hyperparameters_of(model_class: type[nn.Module]) -> tuple[list[str], bool]:
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def check_hyperparameters(name: str, hyperparameters: Iterable[str]) -> None:
+    """``ValueError`` unless there is a model ``name`` that takes all of these."""
+    known, takes_any = hyperparameters_of(find_model(name))
+    unknown = [key for key in hyperparameters if key not in known]
+    if unknown and not takes_any:
+        raise ValueError(
+            f"model {name!r} has no hyperparameter {unknown[0]!r}; it has {', '.join(known) if known else 'none'}"
+        )
+
+
 def build_model(
     name: str, embeddings: EmbeddingTables, num_dense_features: int, hyperparameters: Mapping[str, Any]
 ) -> nn.Module:
@@ -83,12 +93,7 @@ def build_model(
         ValueError: an unknown model or hyperparameter, or the constructor refuses its arguments.
     """
     model_class = find_model(name)
-    known, takes_any = hyperparameters_of(model_class)
-    unknown = [key for key in hyperparameters if key not in known]
-    if unknown and not takes_any:
-        raise ValueError(
-            f"model {name!r} has no hyperparameter {unknown[0]!r}; it has {', '.join(known) if known else 'none'}"
-        )
+    check_hyperparameters(name, hyperparameters)
     try:
         model = model_class(embeddings, num_dense_features, **hyperparameters)
     except TypeError as error:

@@ -16,11 +16,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from embtables.benchmark.cells import Cell, parse_budgets, parse_methods, points, with_baselines
+from embtables.benchmark.cells import Cell, parse_budgets, parse_methods, parse_variants, points, with_baselines
 from embtables.benchmark.report import markdown
 from embtables.benchmark.runner import Job, last_line, run_jobs, threads_per_job
 from embtables.benchmark.summary import summarize
 from embtables.benchmark.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
+from embtables.cli import run as main
 from embtables.datasets import PreparedDataset
 from embtables.datasets.synthetic import Synthetic, prepare_synthetic
 from embtables.training.config import load_config
@@ -399,3 +400,147 @@ def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) 
     assert [row[:2] for row in killed] == [("full", ""), ("hash", "10%")] and float(killed[0][2]) > 0.6
     log = (tmp_path / "killed" / "cells" / "full-s0.log").read_text()
     assert "test AUC" in log
+
+
+# ---- variants --------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "small": {"model.name": "mlp", "data.leave_out": ["feature_0"]},
+    "wide & deep": {"model.name": "mlp", "model.hyperparameters.units": [8, 4], "training.monitor": "logloss"},
+}
+
+
+def varied(data: Path, methods: str = "full", budgets: str = "", rates: tuple[float, ...] = ()) -> SweepConfig:
+    trains = {name: load_config(fields=fields) for name, fields in VARIANTS.items()}
+    listed = budgets.split(",") if budgets else []
+    return describe(data, parse_methods(methods), listed, 2, load_config(), list(rates), trains)
+
+
+def test_variants_of_the_command_line() -> None:
+    assert parse_variants(["DIN: {model.name: din, data.max_history: 20}", "'no history': {data.leave_out: [h]}"]) == {
+        "DIN": {"model.name": "din", "data.max_history": 20},
+        "no history": {"data.leave_out": ["h"]},
+    }
+    for texts, message in [
+        (["DIN"], "'DIN' is not of the form NAME: {FIELD: VALUE}"),
+        (["DIN: din"], "is not of the form"),
+        (["DIN: {a: 1"], "is not of the form"),
+        (["{}"], "is not of the form"),
+        (["a: {}", "a: {}"], "two variants are named 'a'"),
+        (["'–': {}"], "needs a name with letters or digits"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse_variants(texts)
+
+
+def test_a_sweep_over_variants(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    config = varied(data, "full,hash", "50%")
+    run(config, out)
+    rows = read(out)
+    assert [(r["variant"], r["model"], r["method"], r["budget"], r["seed"]) for r in rows[:5]] == [
+        ("small", "mlp", "full", "", "0"),
+        ("small", "mlp", "full", "", "1"),
+        ("small", "mlp", "hash", "50%", "0"),
+        ("small", "mlp", "hash", "50%", "1"),
+        ("wide & deep", "mlp", "full", "", "0"),
+    ]
+    assert [r["cell"] for r in rows[::4]] == ["small-full-s0", "wide_deep-full-s0"]
+    # What is left out has no table: the plans of the two differ.
+    sizes = {(p["variant"], p["method"]): p["full_bytes"] for p in json.loads((out / "plans.json").read_text())}
+    both = sum(PreparedDataset(data).num_embeddings.values()) * 64
+    assert sizes["wide & deep", "full"] == both and sizes["small", "full"] < both / 5
+    assert yaml.safe_load((out / "train-small.yaml").read_text())["data"]["leave_out"] == ["feature_0"]
+    assert yaml.safe_load((out / "train-wide_deep.yaml").read_text())["model"]["hyperparameters"] == {"units": [8, 4]}
+    assert not (out / "train.yaml").exists()
+    command = train_command(config, Cell("full", "", 1, None, "wide & deep"), out / "cells" / "x")
+    assert command[command.index("--config") + 1] == str(out / "train-wide_deep.yaml")
+    assert len(run(config, out)) == len(rows) and len(started(fake)) == len(rows)
+    with pytest.raises(ValueError, match="another variants.wide & deep.training.epochs"):
+        changed = config.variants["wide & deep"].model_copy(deep=True)
+        changed.training.epochs = 3
+        run(config.model_copy(update={"variants": {**config.variants, "wide & deep": changed}}), out)
+
+
+def test_the_report_of_variants(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    run(varied(data, "full,hash", "50%"), out)
+    summary = summarize(out, resamples=20)
+    by_place = {(r["variant"], r["method"], r["seed"]): float(r["test_auc"]) for r in read(out)}
+    for variant, method, other in [
+        ("small", "hash", ("small", "full")),
+        ("wide & deep", "hash", ("wide & deep", "full")),
+        ("wide & deep", "full", ("small", "full")),
+    ]:
+        point = summary.point(method, "50%" if method == "hash" else "", variant)
+        assert point is not None
+        wanted = [by_place[variant, method, seed] - by_place[(*other, seed)] for seed in "01"]
+        assert [d.difference for d in point.differences] == pytest.approx(wanted, abs=1e-12)
+    first = summary.point("full", "", "small")
+    assert first is not None and first.differences == []
+    text = markdown(summary, 20, [])
+    assert "Differences are to full of the same variant; those of full itself are to full of small." in text
+    assert "2 variants of mlp · 2 seeds" in text and "| wide & deep | hash" in text
+
+
+def test_variants_without_budgets(data: Path, fake: Path, tmp_path: Path) -> None:
+    from embtables.benchmark.report import write_report
+
+    out = tmp_path / "sweep"
+    run(varied(data), out)
+    assert [row["method"] for row in read(out)] == ["full"] * 4
+    assert [path.name for path in write_report(out, resamples=20).files] == ["report.md"]
+    with pytest.raises(ValueError, match="method hash needs a budget: give for example --budgets"):
+        varied(data, "full,hash")
+
+
+def test_learning_rates_of_variants_follow_their_monitor(data: Path, fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    rows = run(varied(data, rates=(0.1, 0.3)), out)
+    assert {(row["variant"], row["learning_rate"]) for row in rows} == {("small", 0.3), ("wide & deep", 0.1)}
+    with (out / "learning_rates.csv").open() as file:
+        assert {(row["variant"], row["monitor"]) for row in csv.DictReader(file)} == {
+            ("small", "auc"),
+            ("wide & deep", "logloss"),
+        }
+
+
+def test_a_variant_with_a_wrong_field_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training.epoch is not a field"):
+        load_config(fields={"training.epoch": 3})
+    trains = {"odd": load_config(fields={"data.leave_out": ["nothing"]})}
+    with pytest.raises(ValueError, match=r"variant 'odd': .* has no feature 'nothing'"):
+        run(describe(data, parse_methods("full"), [], 1, load_config(), [], trains), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    with pytest.raises(ValueError, match="two cells would both be named 'a_b-full-s0': variants"):
+        describe(
+            data,
+            parse_methods("full"),
+            [],
+            1,
+            load_config(),
+            [],
+            {"a b": load_config(), "a_b": load_config()},
+        )
+
+
+def test_a_wrong_hyperparameter_costs_seconds(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--variant", "one: {model.name: mlp}", "--preset", "bars", "--set", "model.hyperparameters.top_units=[8]"]
+    assert main(["sweep", str(data), *flags, "--out", str(tmp_path / "sweep")]) == 2
+    assert "variant 'one': model 'mlp' has no hyperparameter 'top_units'" in capfd.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_variants_from_the_command_line(
+    data: Path, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_sweep, "__kwdefaults__", {**run_sweep.__kwdefaults__, "command": fake_cell})
+    flags = ["--variant", "one: {model.name: mlp, data.leave_out: [feature_0]}", "--variant", "two: {tables.l2: 0.1}"]
+    flags += ["--preset", "bars", "--seeds", "1", "--out", str(tmp_path / "sweep")]
+    assert main(["sweep", str(data), *flags]) == 0
+    one, two = (yaml.safe_load((tmp_path / "sweep" / f"train-{name}.yaml").read_text()) for name in ("one", "two"))
+    assert one["model"]["hyperparameters"] == {"units": [400, 400, 400], "batch_norm": True}
+    assert two["model"]["name"] == "dlrm" and two["tables"]["l2"] == 0.1 and two["training"]["epochs"] == 100
+    assert [row["variant"] for row in read(tmp_path / "sweep")] == ["one", "two"]
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    assert "2 variants of mlp, dlrm" in capfd.readouterr().out

@@ -41,6 +41,7 @@ from embtables.benchmark.runner import Ended, Job, run_jobs, threads_per_job
 from embtables.datasets import PreparedDataset
 from embtables.files import sha256, write_bytes, write_text
 from embtables.lock import locked
+from embtables.models.lookup import check_hyperparameters
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 from embtables.training.validation import value_of
@@ -183,6 +184,7 @@ def _plans(config: SweepConfig, dataset: PreparedDataset) -> Plans:
     found: dict[Place, Mapping[str, Any]] = {}
     for variant, train in config.trains.items():
         try:
+            check_hyperparameters(train.model.name, train.model.hyperparameters)
             planned = plan_points(dataset, train, config.methods, points(config.methods, config.budgets))
         except ValueError as error:
             raise ValueError(f"variant {variant!r}: {error}" if variant else str(error)) from None
