@@ -177,8 +177,8 @@ class Reader:
 
 def _single(values: pl.Series, table: Table) -> pl.Series:
     """Numbers or text, null where there is nothing."""
-    if values.dtype in (pl.Boolean, pl.Categorical, pl.Enum, pl.Null):
-        values = values.cast(pl.String)
+    if values.dtype in (pl.Categorical, pl.Enum, pl.Null, pl.Boolean):
+        values = values.cast(pl.Int8 if values.dtype == pl.Boolean else pl.String)
     if values.dtype.is_float():
         return values.fill_nan(None)
     if values.dtype == pl.String or values.dtype.is_integer():

@@ -20,8 +20,10 @@ class TextKeys:
 
     def keys_of(self, values: pl.Series) -> np.ndarray:
         """int64 keys of text or integers, which are taken as the text that writes them; null becomes MISSING."""
-        if values.dtype.is_integer() and bool((values.is_between(1 - DECIMAL, DECIMAL - 1)).all()):
-            return values.cast(pl.Int64).fill_null(MISSING).to_numpy()
+        if values.dtype.is_integer():
+            numbers = values.cast(pl.Int64, strict=False)
+            if numbers.null_count() == values.null_count() and numbers.is_between(1 - DECIMAL, DECIMAL - 1).all():
+                return numbers.fill_null(MISSING).to_numpy()
         encoded = values.cast(pl.String).to_arrow().dictionary_encode()
         texts = pl.Series(encoded.dictionary, dtype=pl.String)
         number = texts.cast(pl.Int64, strict=False)
