@@ -1,7 +1,10 @@
 """embtables: memory-efficient embedding tables for click-through-rate models, planned to a byte budget."""
 
 from embtables.budget import InfeasibleBudget
+from embtables.compress import compress_
+from embtables.compression.report import Compression, SwappedTable
 from embtables.config import TableConfig
+from embtables.embedding import Embedding, EmbeddingBag
 from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 from embtables.plan import Plan, plan
 from embtables.tables import EmbeddingTables
@@ -11,10 +14,15 @@ __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
+    "Compression",
+    "Embedding",
+    "EmbeddingBag",
     "EmbeddingTables",
     "InfeasibleBudget",
     "Plan",
     "RowWiseAdagrad",
+    "SwappedTable",
     "TableConfig",
+    "compress_",
     "plan",
 ]

@@ -243,7 +243,7 @@ class Embedding(_OneTable):
 class EmbeddingBag(_OneTable):
     """Takes the place of ``nn.EmbeddingBag``: a view of one table, with the bags' vectors summed or averaged.
 
-    It is made by ``EmbeddingBag.of(tables, name)``; the table's own pooling is its ``mode``. What ``Embedding`` says of
+    It is made by ``EmbeddingBag.of(tables, name)``. What ``Embedding`` says of
     ``weight`` and of fused optimisers holds here too.
 
     Shapes: ids ``[B, N]``, or flat ``[M]`` with ``offsets`` ``[B]`` (``[B + 1]`` where ``include_last_offset``) →
@@ -254,9 +254,13 @@ class EmbeddingBag(_OneTable):
     include_last_offset: bool
 
     @classmethod
-    def of(cls, tables: EmbeddingTables, name: str, include_last_offset: bool = False) -> Self:
+    def of(
+        cls, tables: EmbeddingTables, name: str, mode: Pooling | None = None, include_last_offset: bool = False
+    ) -> Self:
+        """A view of a table of existing tables; ``mode`` is by default the table's own pooling."""
         view = super().of(tables, name)
-        view.mode = next(table.pooling for table in tables.plan.tables if table.name == name)
+        own: Pooling = next(table.pooling for table in tables.plan.tables if table.name == name)
+        view.mode = own if mode is None else mode
         view.include_last_offset = include_last_offset
         return view
 

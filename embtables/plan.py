@@ -127,15 +127,16 @@ class Plan:
         """A row a table (``inference_bytes`` of its own storage) and one for what a group shares."""
         import pandas as pd
 
-        return pd.DataFrame(self._lines())
+        return pd.DataFrame(self.lines())
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[dict[str, Any]]:
+        """What ``to_pandas`` shows, as plain data."""
         lines: list[dict[str, Any]] = []
         for g in self.groups:
             own = {table.name: 0 for table in g.group.tables}
             shared = 0
             for item in g.layout.serving.items():
-                owner = max((n for n in own if item.name == n or item.name.startswith(n + "/")), key=len, default=None)
+                owner = owner_of(item.name, own)
                 if owner is None:
                     shared += item.num_bytes
                 else:
@@ -150,7 +151,7 @@ class Plan:
         return lines
 
     def __str__(self) -> str:
-        lines = self._lines()
+        lines = self.lines()
         header = ("table", "ids", "dim", "method", "stored as", "full", "inference")
         shown = lines if len(lines) <= 60 else [*lines[:50], *lines[-5:]]
         cells = [
@@ -186,6 +187,11 @@ class Plan:
         text.append(f"inference {self.inference_bytes:,} B{budget}{ratio}{split}")
         text.append(f"training  {self.training_bytes:,} B ({training})")
         return "\n".join(text)
+
+
+def owner_of(item: str, tables: Iterable[str]) -> str | None:
+    """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
+    return max((t for t in tables if item == t or item.startswith(t + "/")), key=len, default=None)
 
 
 def _line(name: str, table: TableConfig | None, method: str, stored: str, full: int | None, own: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar, NamedTuple
@@ -205,6 +205,16 @@ class Method(BaseModel):
 
     def initialize_slab(self, slab: Slab, store: Store, init: Initializer) -> None:
         init.uniform_(store.slab(slab.name), slab.name, init.std)
+
+    def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
+        """Takes over trained full tables, ``[num_embeddings, D]`` by name, where the trained form has room for them.
+
+        By default that is where a table is kept in full. Returns the names of those taken over.
+        """
+        kept = [name for name in weights if layout.entries[name].variant == FULL]
+        for name in kept:
+            store.slab(name).copy_(weights[name])
+        return kept
 
     def serve(self, layout: Layout, group: Group, trained: Store, served: Store) -> None:
         """Fills the served form from the trained one. By default they are the same tensors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import exp, gcd, isqrt, log
 from typing import ClassVar, Literal, NamedTuple
@@ -98,6 +98,15 @@ class Pruned(Method):
 
     def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return _SERVED[entries[0].entry.variant](entries, group, store)
+
+    def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
+        """All of them, since training works on the full tables."""
+        kept = super().keep(layout, group, store, weights)
+        for name in weights.keys() - kept:
+            table = next(t for t in group.tables if t.name == name)
+            first = int(layout.entries[name].values["first_row"])
+            store.slab(_name(group, table.embedding_dim))[first : first + (table.rows or 0)] = weights[name]
+        return list(weights)
 
     def stage(self, layout: Layout, group: Group, store: Store) -> Stage | None:
         kept = {
