@@ -1,12 +1,15 @@
-"""Prepared rows with raw values in place of ids, for tests of the readers."""
+"""What tests of the readers share: prepared rows with raw values in place of ids, and a small model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from embtables.datasets import PreparedDataset
+from embtables.training import Trainer, load_config
 
 SPLITS = ("train", "valid", "test")
 
@@ -29,3 +32,20 @@ def decoded(data: PreparedDataset, split: str) -> list[dict[str, Any]]:
 
 def all_decoded(data: PreparedDataset) -> list[dict[str, Any]]:
     return [row for split in SPLITS for row in decoded(data, split)]
+
+
+def train_din(data: PreparedDataset, folder: Path, epochs: int = 1, leave_out: Sequence[str] = ()) -> float:
+    """Test AUC of a small DIN."""
+    config = load_config(
+        fields={
+            "data.leave_out": list(leave_out),
+            "model.name": "din",
+            "model.hyperparameters": {"attention_units": [8], "units": [16]},
+            "tables.embedding_dim": 8,
+            "dense.learning_rate": 0.01,
+            "training.batch_size": 256,
+            "training.epochs": epochs,
+        }
+    )
+    result = Trainer(config, data, folder).run()
+    return float(result["test_auc"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoded import all_decoded, decoded, vocabulary
+from decoded import all_decoded, decoded, train_din, vocabulary
 
 from embtables.datasets.alimama import AD_IDS, DAY, FIRST, PROFILE, Alimama, prepare_alimama
 from embtables.datasets.histories import LatestEvents
@@ -269,3 +269,9 @@ def test_options() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             Alimama(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("history_of", ["clicks", "views"])
+def test_a_model_trains(tmp_path: Path, folder: Path, history_of: str) -> None:
+    data = prepare_alimama(folder, tmp_path / "out", Alimama(history_of))  # type: ignore[arg-type]
+    assert 0 < train_din(data, tmp_path / "run") < 1

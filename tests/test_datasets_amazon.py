@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoded import all_decoded, decoded, vocabulary
+from decoded import all_decoded, decoded, train_din, vocabulary
 
 from embtables.datasets.amazon import Amazon, prepare_amazon
 from embtables.datasets.log import LogOptions
@@ -205,3 +205,18 @@ def test_bad_files(tmp_path: Path, files: tuple[Path, Path]) -> None:
     refused("no user has more than 1 rows", reviews=single, metadata=None)
     (tmp_path / "binary.json").write_bytes(b"\x00\x01")
     refused("binary.json:1: a NUL byte", reviews=tmp_path / "binary.json")
+
+
+def test_din_learns_tastes_for_categories(tmp_path: Path) -> None:
+    """Everybody reviews one group of products only: what fits the history is a review, what does not a negative."""
+    generator = random.Random(3)
+    rows = []
+    for user in range(300):
+        group = generator.randrange(5)
+        for item in generator.sample(range(group, 400, 5), 7):
+            rows.append((f"A{user}", f"B{item}", 15_000 + generator.randrange(1000)))
+    reviews = write_reviews(tmp_path / "reviews.json", rows)
+    metadata = write_metadata(tmp_path / "meta.json", [f"B{item}" for item in range(4, 400)])
+    data = prepare_amazon(reviews, tmp_path / "out", metadata)
+    assert train_din(data, tmp_path / "run", 5, ["user_id", "item_id"]) > 0.8
+    assert train_din(data, tmp_path / "without", 2, ["user_id", "history", "category_history"]) < 0.6

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from decoded import all_decoded, decoded
+from decoded import all_decoded, decoded, train_din
 
 from embtables.datasets.kuairec import KuaiRec, prepare_kuairec
 from embtables.datasets.log import LogOptions
@@ -173,3 +173,8 @@ def test_bad_files(tmp_path: Path, folder: Path, file: str, content: str | None,
 def test_options() -> None:
     with pytest.raises(ValueError, match="test_on 'tiny': 'big' or 'small' is needed"):
         KuaiRec(test_on="tiny")  # type: ignore[arg-type]
+
+
+def test_a_model_trains(tmp_path: Path, folder: Path) -> None:
+    data = prepare_kuairec(folder, tmp_path / "out", KuaiRec(test_on="small"))
+    assert 0 < train_din(data, tmp_path / "run") < 1

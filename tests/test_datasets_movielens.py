@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from decoded import all_decoded, decoded
+from decoded import all_decoded, decoded, train_din
 
 from embtables.datasets.log import LogOptions
 from embtables.datasets.movielens import FLAGS_100K, MovieLens, find_release, prepare_movielens
@@ -200,3 +200,10 @@ def test_movielens_100k(shared_data: Path, tmp_path: Path, split: str) -> None:
     batch = next(data.batches("test", 64))
     assert set(batch.lists) == {"genres", "history", "release_year_history"}
     assert batch.lists["history"].offsets.equal(batch.lists["release_year_history"].offsets)
+
+
+def test_a_model_trains(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_1m(source)
+    assert 0 < train_din(prepare_movielens(source, tmp_path / "out"), tmp_path / "run") < 1

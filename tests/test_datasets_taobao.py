@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from decoded import all_decoded, decoded
+from decoded import all_decoded, decoded, train_din
 
 from embtables.datasets.log import LogOptions
 from embtables.datasets.negatives import Negatives
@@ -156,3 +156,8 @@ def test_bad_files_and_options(tmp_path: Path) -> None:
     for share in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match=f"users {share}: a share above 0 and up to 1"):
             Taobao(users=share)
+
+
+def test_a_model_trains(tmp_path: Path) -> None:
+    data = prepare_taobao(write(tmp_path / "log.csv", log()), tmp_path / "out")
+    assert 0 < train_din(data, tmp_path / "run") < 1
