@@ -11,11 +11,17 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class FusedOptimizer:
-    """Common fields: ``lr``, the learning rate, and ``l2``, weight decay added to the gradient of touched rows."""
+    """Common fields.
+
+    ``lr``: the learning rate. ``l2``: weight decay, added to the gradient of touched rows. ``clip_row_norm``: the
+    largest norm of a row's gradient, summed over the batch; a longer one is shortened to it, before ``l2`` is added. 0
+    for none. A norm over all tables could only be known after all rows, when the first ones are updated already.
+    """
 
     kind: ClassVar[str]
     lr: float = 0.01
     l2: float = 0.0
+    clip_row_norm: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -28,6 +28,9 @@ CONFIGS: list[FusedOptimizer] = [
     Adagrad(lr=0.1, eps=1e-6, l2=0.05),
     Adam(lr=0.02, beta1=0.8, beta2=0.95, eps=1e-6),
     Adam(lr=0.02, l2=0.05),
+    SGD(lr=0.1, l2=0.05, clip_row_norm=1.5),
+    RowWiseAdagrad(lr=0.1, eps=1e-6, clip_row_norm=1.5),
+    Adam(lr=0.02, eps=1e-6, clip_row_norm=1.5),
 ]
 
 
@@ -45,7 +48,10 @@ class Reference:
         c: Any = self.config
         self.steps += 1
         for row in dict.fromkeys(touched):
-            g = sum((g for r, g in zip(touched, gradient) if r == row), np.zeros(self.w.shape[1])) + c.l2 * self.w[row]
+            g = sum((g for r, g in zip(touched, gradient) if r == row), np.zeros(self.w.shape[1]))
+            if c.clip_row_norm:
+                g = g * min(1.0, c.clip_row_norm / max(1e-30, np.linalg.norm(g)))
+            g = g + c.l2 * self.w[row]
             if c.kind == "sgd":
                 self.w[row] -= c.lr * g
             elif c.kind == "rowwise_adagrad":
@@ -69,7 +75,7 @@ def ids_with_duplicates(steps: int, batch: int, rows: int, features: int = 1) ->
 
 
 def config_id(config: FusedOptimizer) -> str:
-    return config.kind + ("-l2" if config.l2 else "")
+    return config.kind + ("-l2" if config.l2 else "") + ("-clip" if config.clip_row_norm else "")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)

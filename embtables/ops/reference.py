@@ -1,7 +1,8 @@
 """Reference operators: gather with the optimiser fused into backward, in plain PyTorch.
 
 Shapes: R rows, W width, N looked-up rows (duplicates included). Cost and memory depend on N alone, never on R.
-``hyper`` is a float64 vector ``[lr, l2, eps, beta1, beta2]``: a tensor, so that a new learning rate compiles nothing.
+``hyper`` is a float64 vector ``[lr, l2, eps, beta1, beta2]``, with the norm to clip rows at as a sixth where they are
+clipped: a tensor, so that a new learning rate compiles nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LR, L2, EPS, BETA1, BETA2 = range(5)
+LR, L2, EPS, BETA1, BETA2, CLIP = range(6)
 
 
 def coalesce(index: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,12 +57,15 @@ _RULES = {"sgd": _sgd, "rowwise_adagrad": _rowwise_adagrad, "adagrad": _adagrad,
 def update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
     """One optimiser step on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W].
 
-    Gradients of the same row are summed first, in input order. ``state`` is what the rule keeps: nothing, sums of
-    squares, or Adam's two moments and the number of the present step.
+    Gradients of the same row are summed first, in input order, and clipped as one. ``state`` is what the rule keeps:
+    nothing, sums of squares, or Adam's two moments and the number of the present step.
     """
     if not index.numel():
         return
     rows, summed = coalesce(index, grad)
+    if hyper.numel() > CLIP:
+        norm = torch.linalg.vector_norm(summed, dim=1, keepdim=True)
+        summed = summed * (hyper[CLIP] / norm.clamp(min=hyper[CLIP])).to(summed.dtype)
     summed = summed + hyper[L2] * weight[rows]
     weight.index_add_(0, rows, _RULES[rule](weight, rows, summed, state, hyper).to(weight.dtype), alpha=-1)
 
