@@ -270,7 +270,7 @@ def _learning_rates(folder: Path, frame: pd.DataFrame) -> dict[str, dict[str, li
         if not file.is_file():
             continue
         for name, value in _flat(yaml.safe_load(file.read_text(encoding="utf-8"))):
-            if name.rsplit(".", 1)[-1] in ("lr", "learning_rate") or name.endswith("_learning_rate"):
+            if name.rsplit(".", 1)[-1] in ("lr", "learning_rate"):
                 methods = found.setdefault(name, {}).setdefault(str(value), [])
                 label = f"{row['variant']}: {row['method']}" if row["variant"] else row["method"]
                 if label not in methods:
