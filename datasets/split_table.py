@@ -84,12 +84,12 @@ class Columns:
         if self.max_history is not None and self.max_history < 1:
             raise ValueError(f"max_history {self.max_history}: at least 1 is needed")
 
-    def sources(self) -> dict[str, list[str]]:
-        """The columns to read, with a single value in each row and with a list."""
+    def sources(self) -> tuple[list[str], list[str]]:
+        """The columns to read: those with a single value in each row and those with a list."""
         categorical = [self.derived[name][1] if name in self.derived else name for name in self.categorical]
         groups = [] if self.group is None else [self.group]
         single = dict.fromkeys([self.label, *self.dense, *categorical, *groups])
-        return {"single": list(single), "lists": [*self.lists, *self.histories]}
+        return list(single), [*self.lists, *self.histories]
 
 
 class Lists(NamedTuple):
@@ -127,52 +127,48 @@ class Reader:
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
         self.keys = {name: TextKeys() for name in (*columns.categorical, *columns.lists)}
-        self._of_group = TextKeys() if columns.group is None else self.keys.get(columns.group, TextKeys())
+        self._of_group = TextKeys()
 
     def parts(self, table: Table, rejections: Rejections, writer: Writer, title: str) -> Iterator[Part]:
         columns = self.columns
-        sources = columns.sources()
-        for name in (*sources["single"], *sources["lists"]):
+        single, lists = columns.sources()
+        for name in (*single, *lists):
             if name not in table.names:
                 raise ValueError(f"{table.path}: no column '{name}'; there are {', '.join(table.names)[:200]}")
-        for rows in table.rows([*sources["single"], *sources["lists"]], rejections, writer.progress, title):
-            raw = {name: _single(rows.frame[name], table) for name in sources["single"]}
-            raw |= {name: _listed(rows.frame[name], columns.separator, table) for name in sources["lists"]}
+        for rows in table.rows([*single, *lists], rejections, writer.progress, title):
+            raw = {name: _single(rows.frame[name], table) for name in single}
+            raw |= {name: _listed(rows.frame[name], columns.separator, table) for name in lists}
             numbers = {name: raw[name].cast(pl.Float64, strict=False) for name in (columns.label, *columns.dense)}
             label = numbers.pop(columns.label)
+            values = {name: self._value(name, raw) for name in columns.categorical}
             faults = {f"the label '{columns.label}' is not 0 or 1": label.is_in([0.0, 1.0]).fill_null(False).not_()}
             for name, number in numbers.items():
                 faults[f"'{name}' is not a number"] = raw[name].is_not_null() & number.is_null() | number.is_infinite()
-            values = {}
-            for name in columns.categorical:
-                function, source = columns.derived.get(name, ("", name))
-                values[name] = raw[source]
-                if function:
-                    text = raw[source].cast(pl.String).to_frame(source)
-                    values[name] = text.select(DERIVED[function](pl.col(source))).to_series()
-                elif values[name].dtype.is_float():
-                    whole = values[name].cast(pl.Int64, strict=False)
-                    faults[f"'{name}' is neither text nor a whole number"] = (whole != values[name]).fill_null(
-                        values[name].is_not_null()
-                    )
-                    values[name] = whole
+            for name, value in values.items():
+                if value.dtype.is_float():
+                    faults[f"'{name}' is neither text nor a whole number"] = (value % 1 == 0).not_()
+                    values[name] = value.cast(pl.Int64, strict=False)
             good = pl.Series(rejections.passing(faults, rows.numbers, rows.place))
-            frame = pl.DataFrame(
-                {LABEL: label, **{name: of.fill_nan(None).fill_null(0) for name, of in numbers.items()}}
+            dense = {name: number.fill_nan(None).fill_null(0) for name, number in numbers.items()}
+            yield Part(
+                pl.DataFrame({LABEL: label, **dense}).filter(good),
+                {name: self.keys[name].keys_of(value.filter(good)) for name, value in values.items()},
+                {name: self._lists(name, raw[name].filter(good)) for name in lists},
+                None if columns.group is None else self._of_group.keys_of(raw[columns.group].filter(good)),
+                rows.numbers[good.to_numpy()],
             )
-            keys = {name: self.keys[name].keys_of(of.filter(good)) for name, of in values.items()}
-            lists = {}
-            for name in sources["lists"]:
-                kept = raw[name].filter(good)
-                of = self.keys[columns.histories.get(name, name)]
-                offsets = np.r_[0, np.cumsum(kept.list.len().to_numpy())].astype(np.int64)
-                lists[name] = Lists(of.keys_of(_no_blanks(kept.explode(empty_as_null=False))), offsets)
-            groups = None
-            if columns.group is not None:
-                groups = keys.get(columns.group)
-                if groups is None or columns.group in columns.derived:
-                    groups = self._of_group.keys_of(raw[columns.group].filter(good))
-            yield Part(frame.filter(good), keys, lists, groups, rows.numbers[good.to_numpy()])
+
+    def _value(self, name: str, raw: Mapping[str, pl.Series]) -> pl.Series:
+        if name not in self.columns.derived:
+            return raw[name]
+        function, source = self.columns.derived[name]
+        text = raw[source].cast(pl.String).to_frame(source)
+        return text.select(DERIVED[function](pl.col(source))).to_series()
+
+    def _lists(self, name: str, values: pl.Series) -> Lists:
+        keys = self.keys[self.columns.histories.get(name, name)]
+        offsets = np.r_[0, np.cumsum(values.list.len().to_numpy())].astype(np.int64)
+        return Lists(keys.keys_of(_no_blanks(values.explode(empty_as_null=False))), offsets)
 
 
 def _single(values: pl.Series, table: Table) -> pl.Series:
