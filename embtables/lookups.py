@@ -198,30 +198,26 @@ class Lookups(nn.Module):
         """Pooled vectors ``[L, B, D]``, each lookup by its mode."""
         if picked.bags is None:
             return self.weighted(vectors, picked)
-        means = [mode == "mean" for mode in modes]
+        weights = None if picked.weights is None else picked.weights.to(vectors.dtype)
         index = torch.arange(vectors.shape[0], device=vectors.device)
-        shape = (len(means), (picked.bags.numel() - 1) // len(means), vectors.shape[-1])
-        summed = averaged = None
+        summed = F.embedding_bag(
+            index, vectors, picked.bags, mode="sum", per_sample_weights=weights, include_last_offset=True
+        ).view(len(modes), -1, vectors.shape[-1])
+        means = [mode == "mean" for mode in modes]
+        if not any(means):
+            return summed
+        counts = self._counts(picked).view(len(modes), -1, 1).to(vectors.dtype)
         if not all(means):
-            weights = None if picked.weights is None else picked.weights.to(vectors.dtype)
-            summed = F.embedding_bag(
-                index, vectors, picked.bags, mode="sum", per_sample_weights=weights, include_last_offset=True
-            ).view(shape)
-        if any(means):
-            weighted = self.weighted(vectors, picked)
-            averaged = F.embedding_bag(index, weighted, picked.bags, mode="mean", include_last_offset=True).view(shape)
-            if self.pads:
-                averaged = averaged * self._share_padded(picked).view(*shape[:2], 1)
-        if summed is None or averaged is None:
-            return averaged if summed is None else summed  # type: ignore[return-value]
-        return torch.where(torch.tensor(means, device=vectors.device).view(-1, 1, 1), averaged, summed)
+            counts = torch.where(torch.tensor(means, device=vectors.device).view(-1, 1, 1), counts, 1.0)
+        return summed / counts
 
-    def _share_padded(self, picked: Picked) -> Tensor:
-        """Bag size over its number of ids that are no padding: what turns a mean over all into one over those."""
+    def _counts(self, picked: Picked) -> Tensor:
+        """How many ids that are no padding each bag ``[L·B]`` holds, at least 1."""
         assert picked.bags is not None
-        kept = (~self._padded(picked)).long()
-        kept = F.pad(kept.cumsum(0), (1, 0))[picked.bags].diff()
-        return picked.bags.diff() / kept.clamp(min=1)
+        bags = picked.bags
+        if self.pads:
+            bags = F.pad((~self._padded(picked)).long().cumsum(0), (1, 0))[bags]
+        return bags.diff().clamp(min=1)
 
     def modes(self, pooling: PoolingLike) -> list[str | None]:
         """The pooling of each lookup: as the call says, else its table's own."""
