@@ -216,20 +216,15 @@ def _read(
     times, rows, labels = [], [], []
     for frame, number, place in table.rows(sorted(wanted), rejections, writer.progress):
         moments = clock.milliseconds(frame[roles["time"]])
-        checks = {
+        faults = {
             f"no user ('{roles['user']}' is empty)": frame[roles["user"]].is_null(),
             f"no item ('{roles['item']}' is empty)": frame[roles["item"]].is_null(),
             f"no valid time in '{roles['time']}'": moments.is_null(),
         }
         if config.label:
             label = _labels(frame[config.label], config.positive_from)
-            checks[f"no valid label in '{config.label}'"] = label.is_null()
-        good = np.ones(len(frame), bool)
-        for reason, mask in checks.items():
-            bad = mask.to_numpy() & good
-            rejections.add(reason, number[bad], place)
-            good &= ~bad
-        rejections.check()
+            faults[f"no valid label in '{config.label}'"] = label.is_null()
+        good = rejections.passing(faults, number, place)
         kept = pl.Series(good)
         frame = frame.filter(kept)
         columns[USER].add(frame[roles["user"]])
