@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 from embtables.datasets import PreparedDataset
 from embtables.datasets.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
+KINDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def prepare(*arguments: str | Path) -> None:
@@ -43,10 +45,15 @@ def test_every_kind(tmp_path: Path) -> None:
     assert PreparedDataset(tmp_path / "m").feature_names == ["user_id", "item_id"]
 
 
-@pytest.mark.parametrize("kind", ["criteo", "movielens", "interactions", "synthetic"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_help_has_an_example(kind: str) -> None:
     result = CliRunner().invoke(app, [kind, "--help"])
     assert result.exit_code == 0 and f"embtables prepare {kind}" in result.output
+
+
+def test_every_kind_is_on_the_page_of_data_sets() -> None:
+    page = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    assert [kind for kind in KINDS if f"| `{kind}` |" not in page] == []
 
 
 def test_an_error_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
