@@ -40,35 +40,37 @@ class Histories:
 class Events:
     """Parallel arrays, in any order: what users did elsewhere, for histories in place of the log's own rows."""
 
-    users: np.ndarray  # keys
+    users: np.ndarray  # keys, all of them of users of the log
     times: np.ndarray  # ms
     values: dict[str, np.ndarray]  # keys, by the feature of the item whose history they are
 
 
 class EventHistories:
-    """As `Histories`, of events beside a log: `of` gives places among the events, oldest first."""
+    """As `Histories`, of events beside a log: `of` gives places among the events, oldest first.
+
+    `users` are numbered from 0, those of the events alike.
+    """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, events: Events, cap: int) -> None:
-        self._num_rows = len(users)
-        order = np.argsort(np.concatenate([times, events.times]), kind="stable")
-        users, times = np.concatenate([users, events.users])[order], np.concatenate([times, events.times])[order]
-        self._histories = Histories(users, times, order >= self._num_rows, cap)
-        self._order = order
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        self._place = place[: self._num_rows]
-        self.lengths = self._histories.lengths[self._place]
+        first = min(times.min(), events.times.min(initial=times.min()))
+        span = max(times.max(), events.times.max(initial=times.max())) - first + 1
+        codes = events.users * span + (events.times - first)  # in the order of users and, of each, of time
+        self._order = np.argsort(codes, kind="stable")
+        codes = codes[self._order]
+        self._end = np.searchsorted(codes, users * span + (times - first))
+        self.lengths = self._end - np.searchsorted(codes, users * span)
+        self._begin = self._end - np.minimum(self.lengths, cap)
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places, offsets = self._histories.of(self._place[rows])
-        return self._order[places] - self._num_rows, offsets
+        places, offsets = ranges(self._begin[rows], self._end[rows])
+        return self._order[places], offsets
 
 
 class LatestEvents:
     """Keeps of a stream of events what histories of `cap` can hold, so that its length does not matter.
 
     `users` and `times` are the rows that will have histories. Between two rows of a user the latest `cap` events are
-    kept; what follows the last row, and what other users do, is dropped. An event is 8 bytes a column and 16 more.
+    kept; what follows the last row, and what other users do, is dropped.
     """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, cap: int) -> None:
@@ -91,16 +93,16 @@ class LatestEvents:
         part = {"row": row, "time": times} | values
         self._kept.append({name: column[inside] for name, column in part.items()})
         self._pending += int(inside.sum())
-        if self._pending > max(2**22, self._settled):
+        if self._pending > max(2**20, self._settled // 4):
             self._settle()
 
     def _settle(self) -> None:
-        merged = {name: np.concatenate([part[name] for part in self._kept]) for name in self._kept[0]}
-        order = np.lexsort((merged["time"], merged["row"]))
-        row = merged["row"][order]
-        end = np.searchsorted(row, row, side="right")
-        order = order[end - np.arange(len(row)) <= self._cap]
-        self._kept = [{name: column[order] for name, column in merged.items()}]
+        row, time = (np.concatenate([part[name] for part in self._kept]) for name in ("row", "time"))
+        order = np.lexsort((time, row))
+        row = row[order]
+        order = order[np.searchsorted(row, row, side="right") - np.arange(len(row)) <= self._cap]
+        del row, time
+        self._kept = [{name: np.concatenate([part[name] for part in self._kept])[order] for name in self._kept[0]}]
         self._pending, self._settled = 0, len(order)
 
     def events(self) -> Events:
