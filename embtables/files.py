@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,6 +34,11 @@ def replacing(path: Path | str) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` in one step."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces ``path`` by ``content`` as JSON, in one step."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -24,7 +24,7 @@ from embtables.datasets.log import LogOptions
 from embtables.datasets.negatives import Negatives
 from embtables.models import MLP, build_model
 from embtables.models.blocks import bags
-from embtables.training import Trainer, load_config, load_served, metrics, trainer
+from embtables.training import Trainer, load_config, load_served, loop, metrics
 from embtables.training.evaluation import slice_feature, to_device
 from embtables.training.finite import NonFiniteError, Watch
 from embtables.training.interception import intercept
@@ -294,7 +294,7 @@ def prescribed(monkeypatch, *rows):
         seen.append(row)
         return dict(zip(("auc", "gauc_weighted", "gauc_mean", "logloss"), row))
 
-    monkeypatch.setattr(trainer, "main_metrics", next_row)
+    monkeypatch.setattr(loop, "main_metrics", next_row)
 
 
 @pytest.mark.parametrize(("fused", "optimizer"), [("true", "adam"), ("false", "adagrad")])
@@ -392,13 +392,13 @@ def test_the_validation_curve(log, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses = []
-    step = trainer._Run._step
+    step = loop.Run._step
 
     def recorded(self, batch, watch):
         losses.append((step(self, batch, watch), len(batch.labels)))
         return losses[-1][0]
 
-    monkeypatch.setattr(trainer._Run, "_step", recorded)
+    monkeypatch.setattr(loop.Run, "_step", recorded)
     config = config_of("training.evaluations_per_epoch=2", "training.epochs=2", "tables.learning_rate=0.02")
     result = Trainer(config, log, tmp_path / "run").run()
     curve = curve_of(tmp_path / "run")

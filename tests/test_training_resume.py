@@ -17,7 +17,7 @@ from embtables.datasets.interactions import Interactions, prepare_interactions
 from embtables.datasets.log import LogOptions
 from embtables.lock import locked
 from embtables.methods import kinds
-from embtables.training import Trainer, load_config, trainer
+from embtables.training import Trainer, load_config, loop
 
 # Python calls of a life: starting takes about 150,000 (most of them read YAML), a step with its checkpoint 35,000.
 CALLS = 320_000
@@ -139,7 +139,7 @@ EVERYTHING = [
 @pytest.mark.parametrize("variant", [*VARIANTS, "everything"])
 def test_killed_at_any_moment(variant, data, log, tmp_path, monkeypatch):
     # Drawing takes ten times the Python calls of all the rest, and most deaths would fall into it.
-    monkeypatch.setattr(trainer, "draw_curve", lambda rows, monitor, path: path.write_text(repr(rows)))
+    monkeypatch.setattr(loop, "draw_curve", lambda rows, monitor, path: path.write_text(repr(rows)))
     config = config_of(*VARIANTS.get(variant, EVERYTHING))
     data = log if variant == "everything" else data
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -161,7 +161,7 @@ def test_resume_reads_the_checkpoint(data, tmp_path, monkeypatch):
     """The test above is worth something only if an interrupted run does go on where it was."""
     config = config_of()
     steps = []
-    step = trainer._Run._step
+    step = loop.Run._step
 
     def counted(self, batch, watch):
         if len(steps) == 5:
@@ -169,7 +169,7 @@ def test_resume_reads_the_checkpoint(data, tmp_path, monkeypatch):
         steps.append(self.progress.step)
         return step(self, batch, watch)
 
-    monkeypatch.setattr(trainer._Run, "_step", counted)
+    monkeypatch.setattr(loop.Run, "_step", counted)
     with pytest.raises(KeyboardInterrupt):
         Trainer(config, data, tmp_path / "run").run()
     assert steps == list(range(5))
@@ -213,7 +213,7 @@ def test_checkpoint_may_be_dropped_at_the_end(data, tmp_path):
 
 def interrupted(config, data, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_finish", lambda self, events: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(loop.Run, "_finish", lambda self, events: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Trainer(config, data, out).run()
 

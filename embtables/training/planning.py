@@ -15,7 +15,7 @@ from embtables.training.config import RunConfig, TablesConfig
 # Overfitting Phenomenon of Deep Click-Through Rate Prediction Models", CIKM 2022): schedules span at most these.
 _SCHEDULED_EPOCHS = 3
 
-__all__ = ["fused_optimizer", "method_for", "method_label", "plan_tables", "selected", "steps_per_epoch"]
+__all__ = ["fused_optimizer", "labels", "method_for", "method_label", "plan_tables", "selected", "steps_per_epoch"]
 
 
 def selected(config: RunConfig, data: PreparedDataset) -> PreparedDataset:
@@ -80,3 +80,15 @@ def method_label(method: str | dict[str, Any]) -> str:
         return ", ".join(f"{pattern}: {method_label(spec)}" for pattern, spec in method.items())
     options = ",".join(f"{name}={value}" for name, value in sorted(method.items()) if name != "kind")
     return f"{method['kind']}({options})" if options else str(method["kind"])
+
+
+def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
+    """The coordinates of a run among others."""
+    return {
+        "dataset": data.name,
+        "model": config.model.name,
+        "method": method_label(config.tables.method),
+        "budget": config.tables.budget,
+        "seed": config.training.seed,
+        "learning_rate": config.tables.learning_rate,
+    }

@@ -1,0 +1,372 @@
+"""The loop of one run: steps, evaluations, checkpoints, and the numbers at the end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from embtables.datasets import Batch, PreparedDataset
+from embtables.files import replacing, write_json
+from embtables.tables import EmbeddingTables
+from embtables.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from embtables.training.config import RunConfig
+from embtables.training.environment import peak_rss_bytes
+from embtables.training.evaluation import (
+    all_metrics,
+    check_logits,
+    lookup_latency_us,
+    main_metrics,
+    score,
+    share_of_colliding_ids,
+    to_device,
+)
+from embtables.training.finite import Watch
+from embtables.training.logs import Events, ProgressBar
+from embtables.training.optimization import Optimization
+from embtables.training.planning import labels, method_label, steps_per_epoch
+from embtables.training.served import Served, copy_served, dense_state, load_served, save_served
+from embtables.training.validation import Row, draw_curve, overfitting, value_of, write_curve
+
+__all__ = ["CHECKPOINT", "Run"]
+
+CHECKPOINT = "checkpoint"
+"""The folder in a run's folder that holds what a resume needs."""
+
+
+@dataclass
+class _Progress:
+    """How far a run is: what a checkpoint holds beside tensors."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0
+    examples: int = 0
+    train_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    best: float = -math.inf  # of the monitor, the log loss negated
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    loss_sum: float = 0.0  # of the examples since the last evaluation
+    loss_examples: int = 0
+    curve: list[Row] = field(default_factory=list)
+    finished: bool = False
+
+
+class Run:
+    """A run that is under way in the folder ``out``; ``identity`` is what a resume must have in common with it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: PreparedDataset,
+        out: Path,
+        identity: dict[str, Any],
+        tables: EmbeddingTables,
+        model: nn.Module,
+        *,
+        show_progress: bool = False,
+    ) -> None:
+        self.config, self.data, self.out, self.show_progress = config, data, out, show_progress
+        self.tables, self.model = tables, model
+        self.device = torch.device(config.training.device)
+        self.identity = {**identity, "plan": tables.plan.fingerprint.hex()}
+        self.checkpoint = out / CHECKPOINT
+        self.progress = _Progress()
+        self.steps_per_epoch = steps_per_epoch(config, data)
+        if config.tables.regularization:
+            tables.regularize(config.tables.regularization, data.frequencies)
+        self.optimization = Optimization(config, model, tables)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        self._resume()
+        events = Events(self.out / "tensorboard", self.progress.step)
+        try:
+            if not self.progress.finished:
+                self._train(events)
+            result = self._finish(events)
+        finally:
+            events.close()
+        write_json(self.out / "metrics.json", result)
+        if not self.config.training.keep_checkpoint:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+        return result
+
+    def _train(self, events: Events) -> None:
+        training, progress = self.config.training, self.progress
+        total = training.epochs * self.steps_per_epoch
+        watch = Watch(self.model, self.tables, self.data.dense_features)
+        name = method_label(self.config.tables.method)
+        with ProgressBar(self.show_progress, progress.step, total, name) as bar:
+            meter = _Meter(events, bar, training.log_every)
+            last_checkpoint = time.monotonic()
+            while not progress.finished:
+                self.model.train()
+                batches = self.data.batches(
+                    "train", training.batch_size, seed=training.seed, epoch=progress.epoch, skip=progress.batch
+                )
+                for batch, seconds in _timed(batches):
+                    start = time.perf_counter()
+                    watch.step = progress.step + 1
+                    loss = self._step(batch, watch)
+                    self._advance(loss, len(batch.labels))
+                    seconds += time.perf_counter() - start
+                    progress.train_seconds += seconds
+                    rates = self.optimization.learning_rates()
+                    meter.step(progress.step, loss, len(batch.labels), seconds, rates)
+                    if self._evaluation_is_due():
+                        bar.monitor(training.monitor, self._evaluate(events))
+                        self._lower_learning_rates_or_stop()
+                        self._save()
+                        last_checkpoint = time.monotonic()
+                        if progress.finished:
+                            break
+                        self.model.train()
+                    elif time.monotonic() - last_checkpoint >= training.checkpoint_seconds:
+                        self._save()
+                        last_checkpoint = time.monotonic()
+        watch.close()
+
+    def _step(self, batch: Batch, watch: Watch) -> float:
+        batch = to_device(batch, self.device)
+        self.optimization.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.autocast is not None):
+            logits = self.model(batch)
+        check_logits(self.model, logits, batch)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.labels)
+        value = watch.loss(loss, logits, batch)
+        loss.backward()
+        watch.gradients(self.model.named_parameters())
+        self.optimization.step()
+        return value
+
+    def _advance(self, loss: float, examples: int) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.batch += 1
+        if progress.batch == self.steps_per_epoch:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.examples += examples
+        progress.loss_sum += loss * examples
+        progress.loss_examples += examples
+
+    def _evaluation_is_due(self) -> bool:
+        """At the first step that is past a multiple of an evaluation's share of an epoch, and at the end."""
+        progress = self.progress
+        spacing = self.steps_per_epoch / Fraction(str(self.config.training.evaluations_per_epoch))
+        number = progress.step // spacing
+        is_past = number >= 1 and math.ceil(number * spacing) == progress.step
+        return is_past or progress.epoch == self.config.training.epochs
+
+    def _lower_learning_rates_or_stop(self) -> None:
+        progress, training = self.progress, self.config.training
+        patience = training.patience
+        if progress.stale and training.plateau_factor is not None and self._stages_done():
+            self.optimization.lower_learning_rates(training.plateau_factor, training.min_learning_rate)
+        out_of_patience = patience is not None and progress.stale >= patience and self._stages_done()
+        progress.finished = progress.epoch == training.epochs or out_of_patience
+
+    def _stages_done(self) -> bool:
+        """Whether no method is under way, such as in the middle of pruning, when the AUC may fall and recover."""
+        return all(stage.done() for stage in self.tables.stages)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, events: Events) -> float:
+        """Validation of the served form; the best one so far is kept on disk. Returns the monitored metric."""
+        progress, monitor = self.progress, self.config.training.monitor
+        served = self.tables.serve()
+        with _serving(self.model, self.tables, served):
+            scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
+        measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
+        value = value_of(measured, monitor)
+        if value > progress.best:
+            progress.best, progress.best_step, progress.stale = value, progress.step, 0
+            save_served(self._best(), self._description(), served, dense_state(self.model))
+        else:
+            progress.stale += 1
+        rates = self.optimization.learning_rates()
+        progress.curve.append(
+            {
+                "step": progress.step,
+                "epoch": _epochs(progress.step, self.steps_per_epoch),
+                "train_loss": progress.loss_sum / progress.loss_examples,
+                **measured,
+                **{name.replace("/", "_"): rate for name, rate in rates.items()},
+            }
+        )
+        progress.loss_sum, progress.loss_examples = 0.0, 0
+        memory = self.tables.memory()
+        events.write(
+            progress.step,
+            {
+                **{name.replace("_", "/", 1): metric for name, metric in measured.items()},
+                f"valid/best_{monitor}": abs(progress.best),
+                "bytes/inference": memory.inference_bytes,
+                "bytes/training": memory.training_bytes,
+                **self._table_norms(),
+            },
+        )
+        return abs(value)
+
+    def _table_norms(self) -> dict[str, float]:
+        """Root mean square of the weights of every slab and of other parameters of the tables."""
+        store = self.tables.store
+        slabs = dict(store.named_slabs())
+        # The store lists its slabs by width, many tables in one tensor; here every table is of interest.
+        widths = {f"weight_{width}" for width in store.widths}
+        extras = {name: tensor for name, tensor, is_code in store.tensors() if not is_code and name not in widths}
+        return {
+            f"rms/{name}": float(tensor.detach().float().square().mean().sqrt())
+            for name, tensor in (slabs | extras).items()
+            if tensor.numel()
+        }
+
+    def _description(self) -> Served:
+        settings, data = self.config.model, self.data
+        return Served(
+            settings.name,
+            settings.hyperparameters,
+            data.feature_names,
+            data.dense_features,
+            data.list_features,
+            data.histories,
+            data.max_history,
+        )
+
+    def _best(self) -> Path:
+        return self.checkpoint / f"best-{self.progress.best_step}"
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        folder = self.checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        self.progress.peak_rss_bytes = self._peak_rss()
+        state = {
+            "progress": asdict(self.progress),
+            "threads": torch.get_num_threads(),
+            "random": random_state(self.device),
+            "model": dict(self.model.state_dict()),
+            "optimization": self.optimization.state_dict(),
+        }
+        save_checkpoint(folder / "last.pt", self.identity, state)
+        write_curve(self.progress.curve, self.out / "validation.csv")
+        # Only now does no checkpoint refer to an earlier best.
+        for other in folder.glob("best-*"):
+            if other != self._best():
+                shutil.rmtree(other)
+
+    def _resume(self) -> None:
+        path = self.checkpoint / "last.pt"
+        if not path.exists():
+            return
+        state = load_checkpoint(path, self.identity)
+        self.progress = _Progress(**state["progress"])
+        if self.config.training.threads is None:
+            # The order of sums depends on the number of threads.
+            torch.set_num_threads(state["threads"])
+        self.model.load_state_dict(state["model"])
+        self.optimization.load_state_dict(state["optimization"])
+        restore_random_state(state["random"], self.device)
+
+    def _peak_rss(self) -> int:
+        return max(self.progress.peak_rss_bytes, peak_rss_bytes() or 0)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self, events: Events) -> dict[str, Any]:
+        """The numbers of the best model, taken from its served files; the only place where the test split is read."""
+        progress, training = self.progress, self.config.training
+        copy_served(self._best(), self.out / "served")
+        model = load_served(self.out / "served", self.device)
+        tables = model.embeddings
+        assert isinstance(tables, EmbeddingTables)
+        valid = score(model, self.data, "valid", training.evaluation_batch_size, self.device)
+        first = to_device(next(self.data.batches("valid", training.batch_size)), self.device)
+        latency = lookup_latency_us(tables, first)
+        test = score(model, self.data, "test", training.evaluation_batch_size, self.device)
+        measured = {f"test_{name}": value for name, value in all_metrics(test, self.data).items()}
+        with replacing(self.out / "test_scores.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, test.logits.astype(np.float32))
+        write_curve(progress.curve, self.out / "validation.csv")
+        draw_curve(progress.curve, training.monitor, self.out / "validation.svg")
+        memory = tables.memory()
+        events.write(progress.step, {f"test/{name.removeprefix('test_')}": value for name, value in measured.items()})
+        return {
+            "status": "ok",
+            **labels(self.config, self.data),
+            "inference_bytes": memory.inference_bytes,
+            "training_bytes": self.tables.memory().training_bytes,
+            "full_bytes": memory.full_bytes,
+            "ratio": memory.inference_bytes / memory.full_bytes if memory.full_bytes else None,
+            **{f"valid_{name}": value for name, value in main_metrics(valid).items()},
+            **measured,
+            "best_epoch": _epochs(progress.best_step, self.steps_per_epoch),
+            "epochs": _epochs(progress.step, self.steps_per_epoch),
+            "steps": progress.step,
+            "examples_per_second": progress.examples / progress.train_seconds,
+            "train_seconds": progress.train_seconds,
+            "peak_rss_bytes": self._peak_rss() or None,
+            "collision_share": share_of_colliding_ids(self.tables),
+            "lookup_latency_us": latency,
+            "overfitting": overfitting(progress.curve, training.monitor),
+        }
+
+
+class _Meter:
+    """Loss and speed, averaged between TensorBoard entries."""
+
+    def __init__(self, events: Events, bar: ProgressBar, log_every: int) -> None:
+        self.events, self.bar, self.log_every = events, bar, log_every
+        self.losses: list[float] = []
+        self.examples, self.seconds = 0, 0.0
+
+    def step(self, step: int, loss: float, examples: int, seconds: float, rates: dict[str, float | None]) -> None:
+        self.losses.append(loss)
+        self.examples += examples
+        self.seconds += seconds
+        self.bar.step(step)
+        if step % self.log_every == 0:
+            mean = sum(self.losses) / len(self.losses)
+            speed = self.examples / self.seconds
+            self.events.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
+            self.bar.loss(mean)
+            self.losses, self.examples, self.seconds = [], 0, 0.0
+
+
+def _epochs(step: int, steps_per_epoch: int) -> int | float:
+    epochs = step / steps_per_epoch
+    return int(epochs) if epochs == int(epochs) else round(epochs, 4)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that it took to make."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - start
+
+
+@contextmanager
+def _serving(model: nn.Module, tables: EmbeddingTables, served: EmbeddingTables) -> Iterator[None]:
+    """The model with its tables in their served form."""
+    model.embeddings = served
+    try:
+        yield
+    finally:
+        model.embeddings = tables
