@@ -162,10 +162,12 @@ class PreparedDataset:
             )
 
     def select(self, leave_out: Collection[str] = (), max_history: int | None = None) -> PreparedDataset:
-        """The same data with other features left out and other lengths of histories; itself where nothing differs."""
-        if set(leave_out) == set(self.leave_out) and max_history == self.max_history:
+        """The same data with more left out and shorter histories; itself where that changes nothing."""
+        out = list(dict.fromkeys([*self.leave_out, *leave_out]))
+        most = min((n for n in (self.max_history, max_history) if n is not None), default=None)
+        if (out, most) == (list(self.leave_out), self.max_history):
             return self
-        return PreparedDataset(self.path, leave_out, max_history)
+        return PreparedDataset(self.path, out, most)
 
     @property
     def frequencies(self) -> dict[str, np.ndarray]:

@@ -128,6 +128,12 @@ def test_leaving_out(data: PreparedDataset) -> None:
     assert next(without.batches("test", 10)).groups is not None
 
 
+def test_a_selection_of_a_selection_keeps_both(data: PreparedDataset) -> None:
+    both = data.select(["other"], max_history=3).select(["x"], max_history=5)
+    assert (both.feature_names, both.dense_features, both.max_history) == (["item"], [], 3)
+    assert both.select(["other"]) is both
+
+
 def test_wrong_selections_are_named(data: PreparedDataset) -> None:
     with pytest.raises(ValueError, match="no feature 'histroy'; it has item, other, tags, x, history, tag_history"):
         data.select(leave_out=["histroy"])
