@@ -129,7 +129,7 @@ def find(model: nn.Module, patterns: Sequence[str]) -> Finding:
             units.append(_unit(group, patterns))
     chosen = [unit for unit in units if _matches(unit, patterns)]
     left |= {u.sites[0].names[0]: "no pattern of method matches its name" for u in units if u not in chosen}
-    order = {site.names[0]: i for i, site in enumerate(sites)}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     chosen.sort(key=lambda unit: order[unit.sites[0].names[0]])
     return Finding(chosen, dict(sorted(left.items(), key=lambda item: order[item[0]])))
 
