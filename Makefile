@@ -36,7 +36,13 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) ($$($(BIN)/python --version)); the first time this downloads torch and takes minutes."
 	@$(PIP) --editable '.[dev]'
 	@$(PIP) --no-deps torchrec fbgemm-gpu-cpu
+	@$(PIP) --no-deps --no-compile $(FRAMEWORKS) 2>/dev/null || \
+		echo "FuxiCTR and DeepCTR-Torch cannot be installed for this Python; the tests that need them are skipped."
 	@touch $@
+
+# The frameworks of examples/compress_*.py, and all that they import, by name: nothing else is installed or changed.
+FRAMEWORKS := fuxictr deepctr-torch scikit-learn scipy joblib threadpoolctl narwhals h5py requests urllib3 idna certifi \
+	charset-normalizer ray click msgpack jsonschema jsonschema-specifications referencing rpds-py attrs
 
 # 200,000 generated rows over 1.3 MB of tables; 34 cells. A second call shows the results again; `make clean` forgets them.
 DEMO := runs/demo
