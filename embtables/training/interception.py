@@ -1,11 +1,10 @@
-"""What the trainer does around each lookup of a model, whether the model calls the tables or their ``lookup``."""
+"""Sees the vectors of each lookup of a model, whether the model calls the tables or their ``lookup``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from embtables.tables import EmbeddingTables
@@ -16,13 +15,12 @@ Vectors: TypeAlias = Tensor | dict[str, Tensor]
 
 
 def intercept(tables: EmbeddingTables, see: Callable[[Vectors], None]) -> Callable[[], None]:
-    """Have every lookup run outside autocast, so that it stays fp32, and ``see`` its vectors; returns the undoing."""
+    """Have ``see`` called with the vectors of every lookup; returns the undoing. (A forward hook misses ``lookup``.)"""
     names = ("forward", "lookup")
 
     def around(look_up: Callable[..., Vectors]) -> Callable[..., Vectors]:
         def looked_up(*arguments: Any, **options: Any) -> Vectors:
-            with torch.autocast(tables.store.device.type, enabled=False):
-                vectors = look_up(*arguments, **options)
+            vectors = look_up(*arguments, **options)
             see(vectors)
             return vectors
 
