@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtables.config import TableConfig
@@ -65,7 +64,7 @@ class Regularizer(nn.Module):
             # 64-bit ids leave no room for the number of the table, their ranks do.
             ids, span = torch.unique(ids, return_inverse=True)[1], ids.numel()
         ordered, order = (self.table[feature] * span + ids).flatten().sort()
-        run = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
+        run = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
         length = torch.zeros_like(run).index_add_(0, run, torch.ones_like(run))
         return torch.empty_like(run).index_copy_(0, order, length[run]).view(ids.shape)
 

@@ -226,6 +226,19 @@ def test_padding_and_ids_that_were_not_looked_up_stay() -> None:
     assert moved == {"item": [5, 7, 9, 11], "brand": [5, 39, 40], "maker": [5, 7]}
 
 
+@pytest.mark.parametrize("num_examples", [0, 2])
+@pytest.mark.parametrize("optimizer", [None, "adam"])
+def test_a_batch_without_ids_is_left_alone(num_examples: int, optimizer: str | None) -> None:
+    tables = build("full", optimizer)
+    tables.regularize(L2, COUNTS)
+    before = {name: weight.detach().clone() for name, weight in storage(tables).items()}
+    nothing = torch.zeros(4 * num_examples + 1, dtype=torch.int64)
+    found = tables.lookup(torch.empty(0, dtype=torch.int64), nothing, pooling={"history": None})
+    sum(v.sum() for v in found.values()).backward()
+    assert all(torch.equal(weight, before[name]) for name, weight in storage(tables).items())
+    assert not any(p.grad.any() for p in tables.parameters() if p.grad is not None)
+
+
 # ---- when it acts, and what it leaves behind -------------------------------------------------------------------------
 
 
