@@ -216,7 +216,7 @@ def test_torchrec_collections() -> None:
     ]
     sequences = [EmbeddingConfig(name="a", num_embeddings=80, embedding_dim=4, feature_names=["h"])]
     model = nn.ModuleDict({
-        "wide": EmbeddingBagCollection(tables=bags, is_weighted=True),
+        "wide": EmbeddingBagCollection(tables=bags),
         "deep": EmbeddingCollection(tables=sequences, need_indices=True),
         "plain": nn.Embedding(60, 4),
     })  # fmt: skip
@@ -227,7 +227,7 @@ def test_torchrec_collections() -> None:
     keys = set(model["wide"].state_dict())
     report = compress_(model, "full")
     assert [t.name for t in report.tables] == ["wide.a", "wide.b", "deep.a", "plain"] and len(report.kept) == 4
-    assert isinstance(model["wide"], ours.EmbeddingBagCollection) and model["wide"].is_weighted()
+    assert isinstance(model["wide"], ours.EmbeddingBagCollection) and not model["wide"].is_weighted()
     assert isinstance(model["deep"], ours.EmbeddingCollection) and model["deep"].need_indices()
     found = model["wide"](features), model["deep"](features)
     assert found[0].keys() == expected[0].keys() == ["f@a", "g", "f@b"]

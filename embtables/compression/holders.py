@@ -123,6 +123,7 @@ class Holders:
         return result
 
     def _tuple(self, value: tuple[Any, ...], path: str) -> tuple[Any, ...]:
+        self.known.add(id(value))
         only_weights = all(isinstance(e, nn.Parameter) for e in value)
         renewed = self._renewed(value, path, pairs=not only_weights)
         return type(value)(*renewed) if hasattr(value, "_fields") else type(value)(renewed)
