@@ -512,6 +512,15 @@ def test_a_variant_with_a_wrong_field_is_named(data: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"variant 'odd': .* has no feature 'nothing'"):
         run(describe(data, parse_methods("full"), [], 1, load_config(), [], trains), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
+    for fields, cure in (
+        ({"tables.method": "hash"}, "tables.method, .*: give --methods"),
+        ({"tables.budget": "10%"}, "tables.budget, .*: give --budgets"),
+        ({"training.seed": 1}, "training.seed, .*: give --seeds"),
+        ({"tables.learning_rate": 0.3}, "tables.learning_rate, .*: leave out --learning-rates"),
+    ):
+        trains = {"like no other": load_config(fields=fields)}
+        with pytest.raises(ValueError, match=f"variant 'like no other' sets {cure}"):
+            describe(data, parse_methods("full"), [], 1, load_config(), [0.1, 0.2], trains)
     with pytest.raises(ValueError, match="two cells would both be named 'a_b-full-s0': variants"):
         describe(
             data,

@@ -117,7 +117,7 @@ def describe(
 ) -> SweepConfig:
     """The configuration of a sweep over the prepared data at `data`, once for each of `variants` where there are any.
 
-    Method, budget and seed of `train` and of the variants are of no account: every cell has its own.
+    Method, budget and seed of `train` are of no account: every cell has its own, so that no variant may set them.
     """
     for config_of_cells in (train, *(variants or {}).values()):
         if config_of_cells.tables.hash_seed is not None:
@@ -125,6 +125,8 @@ def describe(
                 f"tables.hash_seed is {config_of_cells.tables.hash_seed}, but a sweep takes it from each seed, so that "
                 "the spread includes luck with collisions: leave it null"
             )
+    for name, own in (variants or {}).items():
+        _refuse_what_cells_set(name, own, train, learning_rates)
     needing = [label for label, spec in methods.items() if takes_budget(spec)]
     if needing and not budgets:
         raise ValueError(f"method {needing[0]} needs a budget: give for example --budgets 50%,10%,1%")
@@ -147,6 +149,20 @@ def describe(
             f"two cells would both be named '{twice}': variants, methods, budgets or learning rates are too alike"
         )
     return config
+
+
+def _refuse_what_cells_set(name: str, variant: RunConfig, train: RunConfig, learning_rates: list[float]) -> None:
+    """``ValueError`` where a variant sets what every cell has of its own, and would be as if it did not."""
+    ours, theirs = variant.tables, train.tables
+    other_rate = ours.learning_rate != theirs.learning_rate and ours.optimizer == theirs.optimizer
+    for field, cure, is_set in (
+        ("tables.method", "give --methods", ours.method != theirs.method),
+        ("tables.budget", "give --budgets", ours.budget != theirs.budget),
+        ("training.seed", "give --seeds", variant.training.seed != train.training.seed),
+        ("tables.learning_rate", "leave out --learning-rates", bool(learning_rates) and other_rate),
+    ):
+        if is_set:
+            raise ValueError(f"variant {name!r} sets {field}, which every cell of a sweep has of its own: {cure}")
 
 
 def run_sweep(
