@@ -123,8 +123,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        if not 0 <= dropout < 1:
+        if isinstance(dropout, str) or not 0 <= dropout < 1:
             raise ValueError(f"model hyperparameter dropout must lie in [0, 1), not {dropout!r}")
+        if not isinstance(batch_norm, bool):
+            raise ValueError(f"model hyperparameter batch_norm must be true or false, not {batch_norm!r}")
         layers: list[nn.Module] = []
         for num_outputs in units:
             layers.append(nn.Linear(num_inputs, num_outputs))

@@ -293,6 +293,8 @@ def test_pooled_is_the_mean_of_each_list():
         ("dcnv2", 8, 0, {"structure": "crossnet_only"}, "structure must be one of parallel, stacked, not 'cross"),
         ("dcnv2", 8, 0, {"units": []}, "units is empty: crosses without an MLP are structure: stacked"),
         ("dcnv2", 8, 0, {"dropout": -0.1}, "dropout must lie in"),
+        ("mlp", 8, 0, {"dropout": "1e-1"}, "dropout must lie in"),
+        ("mlp", 8, 0, {"batch_norm": "off "}, "batch_norm must be true or false, not 'off '"),
         ("deepfm", 1, 0, {}, "a latent vector from each embedding, so embedding_dim must be 2"),
         ("deepfm", (8, 4), 0, {}, "must be equal, not user=8, item=4; give .* or use --model wide_deep"),
         ("deepfm", 8, 0, {"activation": "gelu"}, "activation must be one of"),
