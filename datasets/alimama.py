@@ -67,6 +67,10 @@ class Alimama:
             raise ValueError(f"behaviors {','.join(self.behaviors)!r}: some of {', '.join(BEHAVIORS)} are needed")
         if not 0 < self.users <= 1:
             raise ValueError(f"users {self.users}: a share above 0 and up to 1 is needed")
+        self.log_options()
+
+    def log_options(self) -> LogOptions:
+        return LogOptions("time", history=self.history, min_count=self.min_count, seed=self.seed)
 
 
 def prepare_alimama(
@@ -110,8 +114,7 @@ def _fill(writer: Writer, inputs: Sequence[Path], config: Alimama) -> None:
     columns |= known
     if config.history_of == "views":
         log.events = _read_views(writer, inputs[3], log, config)
-    options = LogOptions("time", history=config.history, min_count=config.min_count, seed=config.seed)
-    write_log(writer, log, options, columns=columns)
+    write_log(writer, log, config.log_options(), columns=columns)
 
 
 def _read_sample(writer: Writer, path: Path, config: Alimama) -> tuple[Log, dict[str, KeyColumn]]:

@@ -157,6 +157,8 @@ def _categories(path: Path, items: pl.Series, config: Amazon, writer: Writer) ->
     if not known:
         raise ValueError(f"{path}: it knows none of the {len(wanted):,} reviewed products: of another category?")
     unknown = len(wanted) - sum(category is not None for category in known.values())
+    if unknown == len(wanted):
+        raise ValueError(f"{path}: it gives none of the {len(wanted):,} reviewed products a category: is it metadata?")
     writer.extra["items_without_category"] = unknown
     if unknown:
         writer.report([f"{unknown:,} of {len(wanted):,} products have no category: they get id 0"])

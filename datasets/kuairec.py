@@ -10,6 +10,7 @@ Label 1: a watch_ratio (time watched by length of the video) of 2 and more; the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class KuaiRec:
     log: LogOptions = field(default_factory=lambda: LogOptions(split="time"))
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.positive_from):
+            raise ValueError(f"positive_from {self.positive_from}: a number is needed")
         if self.test_on not in ("big", "small"):
             raise ValueError(f"test_on '{self.test_on}': 'big' or 'small' is needed")
 

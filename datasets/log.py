@@ -14,7 +14,7 @@ import pyarrow as pa
 from .columns import KeyColumn
 from .histories import EventHistories, Events, Histories, ranges
 from .negatives import ABSENT, Negatives, draw_negatives
-from .prepared import GROUP, LABEL
+from .prepared import GROUP, LABEL, MOST_ENTRIES
 from .splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
 from .vocabulary import MISSING, Vocabulary
 from .writing import Contents, Writer
@@ -97,6 +97,8 @@ class LogOptions:
         check_shares(self.shares)
         if self.history < 0:
             raise ValueError(f"history {self.history}: it cannot be negative")
+        if self.history > MOST_ENTRIES:
+            raise ValueError(f"history {self.history}: at most {MOST_ENTRIES:,} is possible")
         if not 0 <= self.min_history <= self.history:
             raise ValueError(f"min_history {self.min_history}: a number from 0 to history, {self.history}, is needed")
         if self.min_count < 1:

@@ -7,6 +7,7 @@ genres is one categorical value, its genres in alphabetical order joined by "|".
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -44,6 +45,8 @@ class MovieLens:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.positive_from):
+            raise ValueError(f"positive_from {self.positive_from}: a number is needed")
         if self.genres not in ("list", "set"):
             raise ValueError(f"genres '{self.genres}': 'list' or 'set' is needed")
 

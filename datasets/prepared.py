@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "embtables-prepared", 1
 MANIFEST, FREQUENCIES = "manifest.json", "frequencies.parquet"
 LABEL, GROUP = "label", "_group"
+MOST_ENTRIES = 2**31 - 1  # of one list
 WINDOW_BYTES = 2**31
 """Rows shuffled together: a split that fits in this many bytes is shuffled as a whole and stays in memory."""
 
@@ -156,9 +157,10 @@ class PreparedDataset:
                 raise ValueError(f"leave_out: {self.path} has no feature '{name}'; it has {', '.join(known)}")
         if not self.feature_names:
             raise ValueError(f"leave_out: no single-valued feature of {self.path} is left")
-        if self.max_history is not None and self.max_history < 1:
+        if self.max_history is not None and not 1 <= self.max_history <= MOST_ENTRIES:
             raise ValueError(
-                f"max_history {self.max_history}: at least 1 is needed; to do without, leave histories out"
+                f"max_history {self.max_history}: a number from 1 to {MOST_ENTRIES:,} is needed; "
+                "to do without, leave histories out"
             )
 
     def select(self, leave_out: Collection[str] = (), max_history: int | None = None) -> PreparedDataset:

@@ -73,8 +73,9 @@ def _fill(writer: Writer, inputs: list[Path], config: S3Rec) -> None:
         items=np.concatenate([line[1:] for line in lines]),
         times=np.concatenate([np.arange(length) for length in lengths]),
         rows=np.arange(lengths.sum()),
-        items_known=read_attributes(inputs[1]) if len(inputs) > 1 else None,
     )
+    if len(inputs) > 1:
+        log.items_known = _known(inputs[1], np.unique(log.items), writer)
     write_log(writer, log, config.log, config.negatives)
 
 
@@ -92,18 +93,36 @@ def _sequences(path: Path, rejections: Rejections, advance: Callable[[int], None
             yield sequence
 
 
+def _known(path: Path, items: np.ndarray, writer: Writer) -> ItemFeatures:
+    """The attributes of the given items, of which the file must know some; the others are counted and reported."""
+    known = read_attributes(path)
+    unknown = int((known.places(items) < 0).sum())
+    writer.extra["not_in_side_files"] = {path.name: unknown}
+    if unknown == len(items):
+        raise ValueError(f"{path}: it knows none of the {len(items):,} items of the sequences: of another data set?")
+    if unknown:
+        writer.report([f"{unknown:,} of {len(items):,} items are not in {path.name}: they get an empty list"])
+    return known
+
+
 def read_attributes(path: Path) -> ItemFeatures:
     """The items' attributes from a JSON object {item: [attribute, …]}, all integers."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}): truncated? fetch it again") from None
+    wanted = f'{path}: an object such as {{"11394": [1, 2, 3]}} is needed, all integers'
+    if not isinstance(content, dict) or not all(isinstance(values, list) for values in content.values()):
+        raise ValueError(wanted)
+    attributes = [value for values in content.values() for value in values]
+    if not all(type(value) in (int, str) for value in attributes):
+        raise ValueError(wanted)
     try:
         items = np.array([int(item) for item in content], dtype=np.int64)
-        lengths = np.array([len(content[item]) for item in content], dtype=np.int64)
-        keys = np.array([int(value) for values in content.values() for value in values], dtype=np.int64)
-    except (TypeError, ValueError, AttributeError, OverflowError):
-        raise ValueError(f'{path}: an object such as {{"11394": [1, 2, 3]}} is needed, all integers') from None
+        keys = np.array([int(value) for value in attributes], dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise ValueError(wanted) from None
+    lengths = np.array([len(values) for values in content.values()], dtype=np.int64)
     return ItemFeatures(items, lists={ATTRIBUTES: (keys, np.r_[0, np.cumsum(lengths)])})
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from .avazu import hour_of_day, weekday, weekend
 from .histories import ranges
-from .prepared import GROUP, LABEL
+from .prepared import GROUP, LABEL, MOST_ENTRIES
 from .rejections import DEFAULT_LIMIT, Rejections
 from .splits import row_uniforms
 from .tabular import Table
@@ -81,8 +81,8 @@ class Columns:
                 raise ValueError(f"derived column '{name}': {function}(…) of {', '.join(DERIVED)} is needed")
         if self.min_count < 1:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
-        if self.max_history is not None and self.max_history < 1:
-            raise ValueError(f"max_history {self.max_history}: at least 1 is needed")
+        if self.max_history is not None and not 1 <= self.max_history <= MOST_ENTRIES:
+            raise ValueError(f"max_history {self.max_history}: a number from 1 to {MOST_ENTRIES:,} is needed")
 
     def sources(self) -> tuple[list[str], list[str]]:
         """The columns to read: those with a single value in each row and those with a list."""

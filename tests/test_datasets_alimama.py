@@ -266,6 +266,8 @@ def test_options() -> None:
         ({"behaviors": ()}, "behaviors ''"),
         ({"users": 0.0}, "users 0.0"),
         ({"history_of": "views", "history": 0}, "history 0: histories of views need"),
+        ({"history": -1}, "history -1: it cannot be negative"),
+        ({"min_count": 0}, "min_count 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Alimama(**options)  # type: ignore[arg-type]

@@ -197,6 +197,7 @@ def test_bad_files(tmp_path: Path, files: tuple[Path, Path]) -> None:
     empty.write_text("\n")
     refused("empty.json: the file holds no reviews", reviews=empty)
     refused("empty.json: it knows none of the 60 reviewed products", metadata=empty)
+    refused("it gives none of the 60 reviewed products a category", metadata=files[0])
     refused("it knows none", metadata=write_metadata(tmp_path / "other.json", ["C1", "C2"]))
     nameless = tmp_path / "nameless.json"
     nameless.write_text("{'title': 'x', 'categories': [['a']]}\n")

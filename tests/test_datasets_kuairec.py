@@ -173,6 +173,8 @@ def test_bad_files(tmp_path: Path, folder: Path, file: str, content: str | None,
 def test_options() -> None:
     with pytest.raises(ValueError, match="test_on 'tiny': 'big' or 'small' is needed"):
         KuaiRec(test_on="tiny")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positive_from nan: a number is needed"):
+        KuaiRec(positive_from=float("nan"))
 
 
 def test_a_model_trains(tmp_path: Path, folder: Path) -> None:

@@ -160,6 +160,8 @@ def test_not_a_release(tmp_path: Path) -> None:
     (tmp_path / "ratings.csv").write_text("user,movie\n")
     with pytest.raises(ValueError, match="ratings.csv:1: the header is 'user,movie', not 'userId"):
         find_release(tmp_path)
+    with pytest.raises(ValueError, match="positive_from nan: a number is needed"):
+        MovieLens(positive_from=float("nan"))
     with pytest.raises(ValueError, match="genres 'one': 'list' or 'set' is needed"):
         MovieLens(genres="one")  # type: ignore[arg-type]
 

@@ -431,6 +431,7 @@ def test_unusable_folders_get_one_sentence(
         (lambda: Reczoo(seed=-1), "seed -1"),
         (lambda: replace(MINE, min_count=0), "min_count 0"),
         (lambda: replace(MINE, max_history=0), "max_history 0"),
+        (lambda: replace(MINE, max_history=10**20), f"max_history {10**20}"),
         (lambda: replace(MINE, item="x"), "item: 'x' is none of the categorical columns user, item"),
         (lambda: replace(MINE, histories={"seen": "y"}), "seen: 'y' is none of the categorical columns"),
         (lambda: replace(MINE, dense=["user"]), "column 'user' is given two meanings"),

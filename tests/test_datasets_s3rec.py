@@ -128,6 +128,8 @@ def test_items_of_which_nothing_is_known(tmp_path: Path) -> None:
     data = prepare_s3rec(source, tmp_path / "out")
     one = [raw_id for raw_id, item in raw(data, "item_id").items() if item == 1]
     assert all((row["attributes"] != []) == (row["item_id"] in one) for row in rows(data, "train"))
+    items = {item for line in source.read_text().splitlines() for item in line.split()[1:]}
+    assert data.manifest["not_in_side_files"] == {"Toy_item2attributes.json": len(items) - 1}
     (tmp_path / "Toy_item2attributes.json").unlink()
     assert prepare_s3rec(source, tmp_path / "plain").list_features == []
 
@@ -144,6 +146,10 @@ def test_items_of_which_nothing_is_known(tmp_path: Path) -> None:
         (b"1 2 3 4 5\n", '{"2": [1, 2', "not valid JSON"),
         (b"1 2 3 4 5\n", '{"2": 1}', "all integers"),
         (b"1 2 3 4 5\n", "[1, 2]", "all integers"),
+        (b"1 2 3 4 5\n", '{"2": "12"}', "all integers"),
+        (b"1 2 3 4 5\n", '{"2": [1.5]}', "all integers"),
+        (b"1 2 3 4 5\n", "[" * 100_000, "Toy_item2attributes.json: not valid JSON"),
+        (b"1 2 3 4 5\n", '{"99": [1]}', "it knows none of the 4 items of the sequences"),
     ],
 )
 def test_wrong_files_are_named(tmp_path: Path, content: bytes, attributes_text: str | None, reason: str) -> None:
@@ -167,6 +173,8 @@ def test_too_long_a_least_history_leaves_nothing(tmp_path: Path) -> None:
         prepare_s3rec(write_files(tmp_path), tmp_path / "out", S3Rec(log=LogOptions(min_history=20)))
     with pytest.raises(ValueError, match="min_history 4: a number from 0 to history, 3"):
         LogOptions(history=3, min_history=4)
+    with pytest.raises(ValueError, match=f"history {10**20}: at most"):
+        LogOptions(history=10**20)
 
 
 def test_key_column_stays_usable() -> None:
