@@ -134,7 +134,7 @@ def test_a_larger_budget_shrinks_no_table(
     near = [int(share * full) + 1 for share in shares]
     for budget in sorted({b + more for b in near for more in (0, 1, 4, 7)}):
         try:
-            lines = plan(tables, method, budget)._lines()
+            lines = plan(tables, method, budget).lines()
         except InfeasibleBudget:
             assert not feasible
             continue

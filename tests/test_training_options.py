@@ -537,11 +537,11 @@ def test_presets_stand_in_the_help(capsys):
     assert "bars: the defaults of FuxiCTR" in text and "--leave-out" in text and "fused tables" in text
 
 
-def test_resolved_data_may_be_given_already_selected(log, tmp_path):
-    """The configuration decides what is read, whatever the caller has opened."""
-    opened = PreparedDataset(log.path, leave_out=["history"])
-    result = Trainer(config_of("model.name=mlp", "training.epochs=1"), opened, tmp_path / "one").run()
-    assert (
-        result["test_auc"]
-        == Trainer(config_of("model.name=mlp", "training.epochs=1"), log, tmp_path / "two").run()["test_auc"]
-    )
+def test_a_selection_that_the_configuration_does_not_know_is_refused(log, tmp_path):
+    """Its run's folder would not tell what was read."""
+    config = config_of("model.name=mlp", "training.epochs=1", "data.leave_out=[history]")
+    Trainer(config, PreparedDataset(log.path, leave_out=["history"]), tmp_path / "one")
+    for selection in ({"leave_out": ["history", "user_id"]}, {"max_history": 3}):
+        with pytest.raises(ValueError, match="was opened with leave_out=.*: open it whole and set data.leave_out"):
+            Trainer(config, PreparedDataset(log.path, **selection), tmp_path / "two")
+    assert not (tmp_path / "two").exists()

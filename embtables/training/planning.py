@@ -22,9 +22,16 @@ def selected(config: RunConfig, data: PreparedDataset) -> PreparedDataset:
     """The data as the run reads it: without what ``data.leave_out`` names, with histories of ``data.max_history``.
 
     Raises:
-        ValueError: ``leave_out`` names something that the data does not have.
+        ValueError: ``leave_out`` names something that the data does not have, or the data was opened with a selection
+            of its own, of which the folder of the run would not know.
     """
-    return data.select(config.data.leave_out, config.data.max_history)
+    found = data.select(config.data.leave_out, config.data.max_history)
+    if (set(found.leave_out), found.max_history) != (set(config.data.leave_out), config.data.max_history):
+        raise ValueError(
+            f"{data.path} was opened with leave_out={data.leave_out} and max_history={data.max_history}: open it whole "
+            "and set data.leave_out and data.max_history in the configuration"
+        )
+    return found
 
 
 def steps_per_epoch(config: RunConfig, data: PreparedDataset) -> int:
