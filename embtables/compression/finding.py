@@ -37,6 +37,8 @@ _WRAPPERS = {
     "DistributedModelParallel": "has sharded its tables already: call compress_ before wrapping",
     "DataParallel": "copies tables to other devices without their addresses: call compress_ on its .module, and train "
     "that on one device or under DistributedDataParallel",
+    "AveragedModel": "averages one by one the rows of tables, which stand for other ids in a table of another name: "
+    "make it after compress_",
     "OptimizedModule": "is compiled already: call compress_ before torch.compile",
     "ScriptModule": "is TorchScript, whose modules cannot be swapped: call compress_ before scripting",
 }

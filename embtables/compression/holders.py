@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -42,8 +42,9 @@ class Holders:
         self.notes: list[str] = []
         self.known: set[int] = set()
         self._seen: set[int] = set()
+        self._registers: set[int] = set()
         for module in model.modules():
-            self.known |= {id(module), id(module._modules), id(module._parameters)}
+            self.known |= {id(module._modules), id(module._parameters)}
             self._seen |= {id(module), id(module._modules), id(module._parameters), id(module._buffers)}
         for name, module in model.named_modules():
             if id(module) not in new:
@@ -55,7 +56,7 @@ class Holders:
         if isinstance(value, _LEAVES) or id(value) in self._seen or id(value) in self.new or depth > _DEPTH:
             return
         self._seen.add(id(value))
-        if isinstance(value, Optimizer):
+        if isinstance(value, Optimizer) and hasattr(value, "param_groups"):
             self.optimizers[id(value)] = path, value
         elif isinstance(value, dict):
             self._dict(value, path, depth)
@@ -65,7 +66,8 @@ class Holders:
             if not isinstance(value, tuple) and any(map(self._touched, value)):
                 self._sequence(value, path)
         elif hasattr(value, "__dict__") and not isinstance(value, type):
-            self.known.add(id(value))
+            if isinstance(value, nn.Module):  # none of the model's own: a list or an object holds it
+                self._registers.add(id(value._parameters))
             self._dict(vars(value), path, depth)
 
     def _dict(self, held: dict[Any, Any], path: str, depth: int) -> None:
@@ -77,6 +79,10 @@ class Holders:
             if self._touched(value):
                 self.known |= {id(held)}
                 (renewed,) = self._renewed([value], label, pairs=True)
+                if id(held) in self._registers and renewed.shape != value.shape:
+                    whose = label.replace("._parameters.", ".")
+                    raise ValueError(self._cannot(f"'{whose}', a parameter of shape {_shape(value)}", value))
+                self._note(label, [value], [renewed])
                 self.edits.append(partial(held.__setitem__, key, renewed))
 
     def _sequence(self, held: Any, path: str) -> None:
@@ -89,6 +95,8 @@ class Holders:
         gone = sum(id(e) in self.new for e in elements) if len(renewed) == 0 or not self._any_new(elements) else 0
         if gone:
             self.notes.append(f"{path}: {gone} weights left it, since no parameter takes their place")
+        else:
+            self._note(path, elements, renewed)
 
         def fill() -> None:
             held.clear()
@@ -98,6 +106,20 @@ class Holders:
 
     def _any_new(self, elements: Iterable[Any]) -> bool:
         return any(len(self.new[id(e)]) for e in elements if id(e) in self.new)
+
+    def _note(self, path: str, old: Sequence[Any], new: Sequence[Any]) -> None:
+        """Says what is rewritten; the shape too where one weight takes the place of one."""
+        if len(old) == len(new) == 1 and isinstance(old[0], nn.Parameter):
+            self.notes.append(f"{path}: now the new parameter, {_shape(new[0])} in place of {_shape(old[0])}")
+        elif len(old) == len(new) == 1 and isinstance(old[0], nn.Module):
+            self.notes.append(f"{path}: now the new module")
+        else:
+            self.notes.append(
+                f"{path}: the new in place of what it held of old weights and modules, {self._count(old)}"
+            )
+
+    def _count(self, elements: Iterable[Any]) -> int:
+        return sum(self._count(e) if isinstance(e, tuple) else id(e) in self.new for e in elements)
 
     # ---- new contents --------------------------------------------------------------------------------------------
 
@@ -135,6 +157,10 @@ class Holders:
         )
 
 
+def _shape(weight: Tensor) -> str:
+    return " × ".join(f"{n:,}" for n in weight.shape)
+
+
 # ---- holders outside the model ---------------------------------------------------------------------------------------
 
 
@@ -149,7 +175,8 @@ def refuse_other_holders(old: Sequence[Any], names: Mapping[int, str], known: se
     gc.collect()
     targets = {id(o) for o in old}
     holders = gc.get_referrers(*old)
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+    # One whose constructor failed has no groups, and updates nothing.
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and "param_groups" in vars(o)]
     for optimizer in optimizers:
         held = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in targets]
         if held and not {id(group["params"]) for group in optimizer.param_groups} <= known:
@@ -161,13 +188,22 @@ def refuse_other_holders(old: Sequence[Any], names: Mapping[int, str], known: se
     for holder in holders:
         if id(holder) in known or id(holder) in targets or holder is old or _is_variables(holder):
             continue
-        if id(getattr(holder, "__dict__", None)) in known:
+        if _is_rewritten(holder, targets, known):
             continue
         which = next(names[id(r)] for r in gc.get_referents(holder) if id(r) in targets)
         raise ValueError(
             f"the old table '{which}' is also held by {describe(holder)}, outside of what compress_ can rewrite, and "
             "would live on there in silence: delete it, or build it after compress_"
         )
+
+
+def _is_rewritten(holder: Any, targets: set[int], known: set[int]) -> bool:
+    """Whether an object holds the targets by attributes that are rewritten, and by nothing else, such as slots."""
+    attributes = getattr(holder, "__dict__", None)
+    if attributes is None or id(attributes) not in known:
+        return False
+    held = Counter(id(r) for r in gc.get_referents(holder) if id(r) in targets)
+    return not held - Counter(map(id, attributes.values()))
 
 
 def _is_variables(holder: Any) -> bool:
