@@ -1,7 +1,7 @@
-"""Fills README.md's tables from docs/results/*/results.csv, so that no published number is typed by hand.
+"""Fills the tables of README.md and docs/results/README.md from docs/results/*/results.csv: no number is typed by hand.
 
-python benchmarks/readme_tables.py            # rewrite README.md
-python benchmarks/readme_tables.py --check    # exit 1 where README.md is not what the results say
+python benchmarks/readme_tables.py            # rewrite the pages
+python benchmarks/readme_tables.py --check    # exit 1 where a page is not what the results say
 """
 
 from __future__ import annotations
@@ -9,12 +9,75 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEPS = {"globo": "globo", "ml100k": "ml-100k"}
+RESULTS = ROOT / "docs" / "results"
+README, PAGE = ROOT / "README.md", RESULTS / "README.md"
+#: Page, marker -> the folder of a sweep over methods and budgets.
+SWEEPS = {
+    (README, "globo"): "globo",
+    (README, "ml100k"): "ml-100k",
+    (PAGE, "globo-din"): "globo-din",
+    (PAGE, "yelp-din"): "yelp-din",
+    (PAGE, "sports-din"): "sports-din",
+}
+#: Page, marker -> data set -> the folder of a sweep over variants with full tables.
+VARIANTS = {
+    (page, "histories"): {
+        "Globo": "globo-histories",
+        "S3-Rec Yelp": "yelp-histories",
+        "S3-Rec Sports": "sports-histories",
+    }
+    for page in (README, PAGE)
+}
+
+#: Page, marker -> the folder of a sweep over variants, whose history_lengths.csv benchmarks/history_lengths.py wrote.
+LENGTHS = {
+    (PAGE, "globo-lengths"): "globo-histories",
+    (PAGE, "yelp-lengths"): "yelp-histories",
+    (PAGE, "sports-lengths"): "sports-histories",
+}
+#: Page, marker -> the folders of sweeps over variants of one data set, which make one table.
+ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
+
+
+def read(folder: str) -> pd.DataFrame:
+    # Budgets stay text: "10%" is no number, and an empty one is full's.
+    return pd.read_csv(RESULTS / folder / "results.csv", dtype={"budget": str})
+
+
+def variants(folders: dict[str, str]) -> str:
+    """Mean test AUC ± standard deviation over seeds, a row a variant and a column a data set."""
+    results = {name: read(folder) for name, folder in folders.items()}
+    rows = list(dict.fromkeys(v for r in results.values() for v in r["variant"]))
+    lines = [["test AUC", *results], ["---", *["---:"] * len(results)]]
+    lines += [[row, *(_mean(r[r["variant"] == row]) for r in results.values())] for row in rows]
+    return _rendered(lines)
+
+
+def lengths(folder: str) -> str:
+    """Mean test AUC over seeds by length of the history, a row a bin and a column a variant."""
+    results = pd.read_csv(RESULTS / folder / "history_lengths.csv")
+    names = list(results["variant"].unique())
+    lines = [["history", "rows", *names], ["---:"] * (2 + len(names))]
+    for length, rows in results.groupby("history", sort=False):
+        means = rows.groupby("variant")["test_auc"].mean()
+        lines.append([str(length), f"{rows['rows'].iloc[0]:,}", *(f"{means[name]:.4f}" for name in names)])
+    return _rendered(lines)
+
+
+def ablations(folders: Sequence[str]) -> str:
+    """Test and validation AUC of every variant of several sweeps, and the epoch that was kept."""
+    results = pd.concat([read(folder) for folder in folders])
+    lines = [["variant", "seeds", "test AUC", "validation AUC", "best epoch"], ["---", *["---:"] * 4]]
+    for name, cells in results.groupby("variant", sort=False):
+        valid = f"{cells['valid_auc'].mean():.4f}"
+        lines.append([str(name), str(len(cells)), _mean(cells), valid, f"{cells['best_epoch'].mean():.1f}"])
+    return _rendered(lines)
 
 
 def table(results: pd.DataFrame) -> str:
@@ -28,6 +91,10 @@ def table(results: pd.DataFrame) -> str:
     for method in sorted(others["method"].unique(), key=lambda m: (-_at(others, m, "1%"), m)):
         cells = [_cell(others[(others["method"] == method) & (others["budget"] == budget)]) for budget in budgets]
         lines.append([f"[{method}](docs/methods/{method}.md)", *cells])
+    return _rendered(lines)
+
+
+def _rendered(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -37,7 +104,8 @@ def _at(results: pd.DataFrame, method: str, budget: str) -> float:
 
 
 def _mean(cells: pd.DataFrame) -> str:
-    return f"{cells['test_auc'].mean():.4f} ± {cells['test_auc'].std():.4f}"
+    spread = f" ± {cells['test_auc'].std():.4f}" if len(cells) > 1 else ""
+    return f"{cells['test_auc'].mean():.4f}{spread}"
 
 
 def _cell(cells: pd.DataFrame) -> str:
@@ -46,29 +114,38 @@ def _cell(cells: pd.DataFrame) -> str:
     return _mean(cells[cells["status"] == "ok"])
 
 
-def filled(readme: str) -> str:
-    for marker, folder in SWEEPS.items():
-        # Budgets stay text: "10%" is no number, and an empty one is full's.
-        results = pd.read_csv(ROOT / "docs" / "results" / folder / "results.csv", dtype={"budget": str})
-        content = f"{table(results)}\n\n![test AUC against bytes](docs/results/{folder}/accuracy_memory.svg)"
+def filled(page: Path, text: str) -> str:
+    """The page's text with all its tables as the results say."""
+    up = "" if page == README else "../../"
+    contents = {marker: variants(folders) for (of, marker), folders in VARIANTS.items() if of == page}
+    contents |= {marker: lengths(folder) for (of, marker), folder in LENGTHS.items() if of == page}
+    contents |= {marker: ablations(folders) for (of, marker), folders in ABLATIONS.items() if of == page}
+    for (of, marker), folder in SWEEPS.items():
+        if of == page:
+            figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
+            rows = table(read(folder)).replace("](docs/", f"]({up}docs/")
+            contents[marker] = f"{rows}\n\n![test AUC against bytes]({figure})"
+    for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
-        readme, found = re.subn(f"{start}.*?{end}", lambda _: f"{start}\n{content}\n{end}", readme, flags=re.S)  # noqa: B023
+        whole = f"{start}\n{content}\n{end}"
+        text, found = re.subn(f"{start}.*?{end}", lambda _: whole, text, flags=re.S)  # noqa: B023
         if not found:
-            raise ValueError(f"README.md has no {start}")
-    return readme
+            raise ValueError(f"{page.relative_to(ROOT)} has no {start}")
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = filled(old)
-    if check:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    changed = False
+    for page in (README, PAGE):
+        old = page.read_text(encoding="utf-8")
+        new = filled(page, old)
+        changed |= new != old
+        if not check:
+            page.write_text(new, encoding="utf-8")
+    return int(check and changed)
 
 
 if __name__ == "__main__":
