@@ -7,17 +7,16 @@ import io
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import track
-from torch import Tensor
 
+from .rows import Batch, Lists, Rows
 from .splits import SPLITS
 
 if TYPE_CHECKING:
@@ -29,23 +28,6 @@ LABEL, GROUP = "label", "_group"
 MOST_ENTRIES = 2**31 - 1  # of one list
 WINDOW_BYTES = 2**31
 """Rows shuffled together: a split that fits in this many bytes is shuffled as a whole and stays in memory."""
-
-
-class Jagged(NamedTuple):
-    """A list of ids for each of B examples; that of example b is `values[offsets[b]:offsets[b + 1]]`."""
-
-    values: Tensor  # int64 [N]
-    offsets: Tensor  # int64 [B + 1]
-
-
-class Batch(NamedTuple):
-    """B examples. Columns of `dense` and `ids` follow the data set's `dense_features` and `feature_names`."""
-
-    labels: Tensor  # float32 [B]
-    dense: Tensor  # float32 [B, num_dense]
-    ids: Tensor  # int64 [B, F]
-    groups: Tensor | None  # int64 [B], the group (e.g. user) of each row for grouped metrics
-    lists: dict[str, Jagged] = {}  # multi-valued features and histories, by name
 
 
 class File(BaseModel):
@@ -137,7 +119,7 @@ class PreparedDataset:
         self.slice_feature = self._manifest.slice_feature if kept else None
         self._frequencies: dict[str, np.ndarray] | None = None
         self._checked: set[str] = set()
-        self._cache: dict[str, _Rows] = {}
+        self._cache: dict[str, Rows] = {}
         for split in self._manifest.splits.values():
             for shard in split.shards:
                 file = self.path / shard.file
@@ -242,7 +224,7 @@ class PreparedDataset:
         self, split: str, batch_size: int, seed: int | None, epoch: int, skip: int, drop_last: bool
     ) -> Iterator[Batch]:
         to_skip = skip * batch_size
-        rest: _Rows | None = None
+        rest: Rows | None = None
         for number, window in enumerate(self._windows(split, seed, epoch)):
             num_rows = sum(shard.rows for shard in window)
             if to_skip >= num_rows:
@@ -292,12 +274,12 @@ class PreparedDataset:
         values = sum(shard.list_values.get(name, 0) for shard in self._split(split).shards for name in lists)
         return flat + 8 * len(lists) + 4 * values // max(1, self.num_rows(split))
 
-    def _rows(self, split: str, window: list[Shard]) -> _Rows:
+    def _rows(self, split: str, window: list[Shard]) -> Rows:
         whole = sum(shard.rows for shard in window) == self.num_rows(split)
         if whole and split in self._cache:
             return self._cache[split]
         size = sum(shard.rows for shard in window)
-        rows = _Rows(
+        rows = Rows(
             np.empty(size, np.float32),
             np.empty((size, len(self.dense_features)), np.float32),
             np.empty((size, len(self.feature_names)), np.int32),
@@ -305,7 +287,7 @@ class PreparedDataset:
             {},
         )
         groups = [] if rows.groups is None else [GROUP]
-        lists: dict[str, list[_Lists]] = {name: [] for name in (*self.list_features, *self.histories)}
+        lists: dict[str, list[Lists]] = {name: [] for name in (*self.list_features, *self.histories)}
         start = 0
         for shard in window:
             table = self._table(shard, [LABEL, *self.dense_features, *self.feature_names, *groups, *lists])
@@ -321,12 +303,12 @@ class PreparedDataset:
             for name, parts in lists.items():
                 parts.append(self._lists(shard, table, name))
             start += shard.rows
-        rows.lists.update({name: _Lists.concatenated(parts) for name, parts in lists.items()})
+        rows.lists.update({name: Lists.concatenated(parts) for name, parts in lists.items()})
         if whole:
             self._cache[split] = rows
         return rows
 
-    def _lists(self, shard: Shard, table: pa.Table, name: str) -> _Lists:
+    def _lists(self, shard: Shard, table: pa.Table, name: str) -> Lists:
         column = table.column(name)
         listed = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         if not listed or not pa.types.is_integer(column.type.value_type) or column.null_count:
@@ -340,7 +322,7 @@ class PreparedDataset:
             raise ValueError(
                 f"{self.path / shard.file}: column '{name}' holds an id outside 0 … {most}, as {MANIFEST} says"
             )
-        lists = _Lists(ids.astype(np.int32, copy=False), np.r_[0, np.cumsum(lengths)])
+        lists = Lists(ids.astype(np.int32, copy=False), np.r_[0, np.cumsum(lengths)])
         return lists.latest(self.max_history) if self.max_history is not None and name in self.histories else lists
 
     def _check_values(self, shard: Shard, table: pa.Table) -> None:
@@ -393,79 +375,6 @@ class PreparedDataset:
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
         return self._manifest.splits[split]
-
-
-class _Lists(NamedTuple):
-    """Lists of ids, one after another."""
-
-    values: np.ndarray  # int32
-    offsets: np.ndarray  # int64, one more than lists
-
-    @staticmethod
-    def concatenated(parts: list[_Lists]) -> _Lists:
-        if len(parts) == 1:
-            return parts[0]
-        lengths = [np.diff(part.offsets) for part in parts]
-        return _Lists(np.concatenate([part.values for part in parts]), np.r_[0, np.cumsum(np.concatenate(lengths))])
-
-    def _between(self, begin: np.ndarray, end: np.ndarray) -> _Lists:
-        offsets = np.r_[0, np.cumsum(end - begin)]
-        places = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin)
-        return _Lists(self.values.take(places), offsets)
-
-    def latest(self, most: int) -> _Lists:
-        """The last `most` ids of each list."""
-        begin, end = self.offsets[:-1], self.offsets[1:]
-        return self._between(np.maximum(begin, end - most), end)
-
-    def take(self, rows: np.ndarray) -> _Lists:
-        return self._between(self.offsets.take(rows), self.offsets.take(rows + 1))
-
-    def cut(self, rows: slice) -> _Lists:
-        offsets = self.offsets[rows.start : rows.stop + 1]
-        return _Lists(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-
-
-class _Rows(NamedTuple):
-    labels: np.ndarray
-    dense: np.ndarray
-    ids: np.ndarray  # int32: half the memory of what a batch hands out
-    groups: np.ndarray | None
-    lists: dict[str, _Lists]
-
-    def take(self, rows: np.ndarray) -> _Rows:
-        groups = None if self.groups is None else self.groups.take(rows)
-        lists = {name: of.take(rows) for name, of in self.lists.items()}
-        return _Rows(self.labels.take(rows), self.dense.take(rows, axis=0), self.ids.take(rows, axis=0), groups, lists)
-
-    def cut(self, rows: slice) -> _Rows:
-        groups = None if self.groups is None else self.groups[rows].copy()
-        lists = {name: of.cut(rows) for name, of in self.lists.items()}
-        return _Rows(self.labels[rows].copy(), self.dense[rows].copy(), self.ids[rows], groups, lists)
-
-    def joined(self, other: _Rows) -> _Rows:
-        groups = None
-        if self.groups is not None and other.groups is not None:
-            groups = np.concatenate([self.groups, other.groups])
-        return _Rows(
-            np.concatenate([self.labels, other.labels]),
-            np.concatenate([self.dense, other.dense]),
-            np.concatenate([self.ids, other.ids]),
-            groups,
-            {name: _Lists.concatenated([of, other.lists[name]]) for name, of in self.lists.items()},
-        )
-
-    def batch(self) -> Batch:
-        return Batch(
-            torch.from_numpy(self.labels),
-            torch.from_numpy(self.dense),
-            torch.from_numpy(self.ids.astype(np.int64)),
-            None if self.groups is None else torch.from_numpy(self.groups),
-            {
-                name: Jagged(torch.from_numpy(of.values.astype(np.int64)), torch.from_numpy(of.offsets))
-                for name, of in self.lists.items()
-            },
-        )
 
 
 def _generator(seed: int, epoch: int, window: int) -> np.random.Generator:
