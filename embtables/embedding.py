@@ -81,12 +81,13 @@ class _OneTable(nn.Module):
         training = self.training and torch.is_grad_enabled() and not tables.served
         if training and self._steps.begin():
             tables._begin_step()
+        tables.store.training_lookup = training
         with torch.autocast(tables.store.device.type, enabled=False):
             parts = lookups.without_padding(lookups.block.address(picked.ids, feature), picked)
             values = tables.store.gather(parts, may_skip=lookups.pads)
             vectors = lookups.mask(lookups.block.combine(values, picked.ids, feature), picked)
         tables.store.end_step()
-        if self.training and tables.regularizers:
+        if training and tables.regularizers:
             vectors = tables.regularizers[number](vectors, picked.ids, feature)
         if training and vectors.requires_grad and (tables.stages or tables.store.optimizer is not None):
             vectors.register_hook(self._steps.end)
@@ -171,7 +172,8 @@ class Embedding(_OneTable):
     ``weight`` is there only where the table is stored in full and trained by a ``torch.optim`` optimiser: it is then
     the very parameter, or the part of a parameter that holds this table. Elsewhere reading it raises
     ``AttributeError``, and ``to_dense`` gives the vectors. ``tables`` is the ``EmbeddingTables`` underneath;
-    ``Embedding.of(tables, name)`` is a view of a table that others share.
+    ``Embedding.of(tables, name)`` is a view of a table that others share. Each view's own ``train()`` or ``eval()``
+    says whether its lookups are regularised and update the table.
 
     With a fused optimiser every call is an update of its own: a table looked up twice in a step is updated twice, each
     time by its own gradient, which for SGD is the same as once.

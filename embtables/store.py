@@ -75,6 +75,8 @@ class Store(nn.Module):
     _hyper: Tensor
     _place: Tensor
     _step: Tensor
+    # Whether the present lookup trains: who looks up says so, since modules of different modes may share a store.
+    training_lookup = False
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class Store(nn.Module):
 
     def _lookup(self, width: int, index: Tensor) -> Tensor:
         weight: Tensor = getattr(self, f"weight_{width}")
-        if self.optimizer is not None and self.training and torch.is_grad_enabled():
+        if self.optimizer is not None and self.training_lookup:
             state = self._state(f"weight_{width}")
             rows: Tensor = ops.fused_lookup(weight, state, index, self._hook, self._hyper, self.optimizer.kind)
             return rows
@@ -194,9 +196,9 @@ class Store(nn.Module):
         return weight.index_select(0, index)
 
     def extra(self, name: str) -> Tensor:
-        """A dense parameter, whole; in training with a fused optimiser its backward updates it."""
+        """A dense parameter, whole; in a training lookup with a fused optimiser its backward updates it."""
         weight: Tensor = getattr(self, self._extras[name])
-        if self.optimizer is None or not self.training or not torch.is_grad_enabled():
+        if self.optimizer is None or not self.training_lookup:
             return weight
         if name not in self._in_use:
             state = self._state(self._extras[name])
@@ -227,6 +229,7 @@ class Store(nn.Module):
     def end_step(self) -> None:
         """Called at the end of a forward."""
         self._in_use.clear()
+        self.training_lookup = False
 
     @property
     def device(self) -> torch.device:

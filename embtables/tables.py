@@ -195,6 +195,7 @@ class EmbeddingTables(nn.Module):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         pooling: str | Mapping[str, str] | None = CONFIG,
+        training: bool | None = None,
     ) -> Tensor:
         """Looks up all features.
 
@@ -207,6 +208,8 @@ class EmbeddingTables(nn.Module):
                 ids all the same.
             pooling: by default each table's own; ``"sum"`` or ``"mean"`` for all, or a mapping from feature to these;
                 ``None`` for the vectors of all ids, unpooled.
+            training: whether the lookup trains: is regularised, counted as a step, and updated by a fused optimiser.
+                By default in training mode; views of shared tables say what mode they are in themselves.
 
         Returns:
             ``[B, ΣD]``: the outputs side by side. Every id becomes a vector first, then the bag is pooled; an empty bag
@@ -220,7 +223,7 @@ class EmbeddingTables(nn.Module):
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         self._check_one_tensor(pooling)
-        found = self._look_up(ids, offsets, per_sample_weights)
+        found = self._look_up(ids, offsets, per_sample_weights, training)
         if pooling is None:
             weighted = [f.lookups.weighted(f.vectors, f.picked) for f in found]
             if offsets is None:
@@ -240,6 +243,7 @@ class EmbeddingTables(nn.Module):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         pooling: PoolingLike = CONFIG,
+        training: bool | None = None,
     ) -> dict[str, Tensor]:
         """Looks up all features, each output by itself: pooled, or the vectors of a history's ids as they are.
 
@@ -248,6 +252,7 @@ class EmbeddingTables(nn.Module):
             offsets: as in ``forward``.
             per_sample_weights: as in ``forward``; they multiply unpooled vectors too.
             pooling: as in ``forward``, and a mapping may say ``None`` for a feature, as in ``{"history": None}``.
+            training: as in ``forward``.
 
         Returns:
             A tensor for each of ``output_names``, in their order: ``[B, D]`` where it is pooled, and where it is not
@@ -270,20 +275,24 @@ class EmbeddingTables(nn.Module):
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         check_pooling(pooling, self.feature_names)
-        found = self._look_up(ids, offsets, per_sample_weights)
+        found = self._look_up(ids, offsets, per_sample_weights, training)
         bags = None if offsets is None else Bags.of(offsets, len(self.feature_names))
         outputs = [output for f in found for output in f.lookups.outputs(f.vectors, f.picked, pooling, bags)]
         return {name: outputs[i] for name, i in zip(self.output_names, self._order)}
 
-    def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> list[_Found]:
+    def _look_up(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool | None
+    ) -> list[_Found]:
         """The vector of every id, for each block; one gather in all."""
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
         if offsets is not None:
             offsets = offsets.long()
         each = list(self._each_lookup())
         picked = [lookups.pick(ids, offsets, weights, batch) for lookups in each]
-        if self.training and torch.is_grad_enabled() and not self.served:
+        training = (self.training if training is None else training) and torch.is_grad_enabled() and not self.served
+        if training:
             self._begin_step()
+        self.store.training_lookup = training
         with _without_autocast(self.store.device):
             parts = [
                 lookups.without_padding(lookups.block.address(p.ids, p.feature), p) for lookups, p in zip(each, picked)
@@ -294,7 +303,7 @@ class EmbeddingTables(nn.Module):
                 for lookups, p, ps in zip(each, picked, parts)
             ]
         self.store.end_step()
-        if self.training and self.regularizers:
+        if training and self.regularizers:
             vectors = [r(v, p.ids, p.feature) for r, v, p in zip(self.regularizers, vectors, picked)]
         return [_Found(*found) for found in zip(each, picked, vectors)]
 

@@ -239,6 +239,36 @@ def test_a_table_looked_up_twice_with_a_fused_optimizer(fused: RowWiseAdagrad | 
     assert (projected.to_dense() != before).any() and projected.to_dense().isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["unified", "mixed_dimension"])
+def test_the_mode_of_a_view_is_that_of_its_lookups(method: str) -> None:
+    """Whether they update, are regularised and count as steps, whatever the modes of others that share the tables."""
+    tables = joint(method, 0.6, Adam(lr=0.1))
+    tables.regularize(0.5)
+    model = nn.ModuleDict({name: Embedding.of(tables, name) for name in ("item", "user", "city")})
+    ids = torch.tensor([1, 2, 3])
+
+    def trains(name: str) -> bool:
+        before, steps = tables.to_dense(name), int(tables.store._step)
+        vectors = model[name](ids)
+        if vectors.requires_grad:
+            (0 * vectors.sum()).backward()
+        counted = int(tables.store._step) - steps
+        assert vectors.requires_grad is bool(counted) is not torch.equal(before, tables.to_dense(name))
+        return bool(counted)
+
+    model["user"].eval()
+    assert [trains(name) for name in model] == [True, False, True]
+    model.eval()
+    model["city"].train()
+    assert [trains(name) for name in model] == [False, False, True]
+    tables.eval()
+    assert trains("city")
+    model.eval()
+    assert [trains(name) for name in model] == [False] * 3 and not tables(ids.expand(2, 3)).requires_grad
+    model.train()
+    assert [trains(name) for name in model] == [True] * 3 and tables(ids.expand(2, 3)).requires_grad
+
+
 def test_regularisation_reaches_views() -> None:
     tables = joint("full", None)
     tables.regularize(0.5)

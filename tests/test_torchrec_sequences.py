@@ -267,6 +267,30 @@ def test_two_views_train_one_table(method: str, budget: str | None, optimizer: A
     assert bool((tables.to_dense("item") != before).any(1).all())
 
 
+@pytest.mark.parametrize("features", [["target"], None])
+def test_the_mode_of_a_view_is_that_of_its_lookups(features: list[str] | None) -> None:
+    tables = EmbeddingTables(plan([TableConfig("item", 60, 8, ["target", "history"])], "full", optimizer=Adagrad()))
+    tables.regularize(0.1)
+    views = torch.nn.ModuleList(
+        view.of(tables, features=features) for view in (EmbeddingBagCollection, EmbeddingCollection)
+    )
+    ids = KeyedJaggedTensor(["target", "history"], torch.tensor([1, 2]), lengths=torch.tensor([1, 1]))
+
+    def trained() -> list[bool]:
+        found = [views[0](ids)["target"], views[1](ids)["target"].values()]
+        return [vectors.requires_grad for vectors in found]
+
+    views[1].eval()
+    assert trained() == [True, False]
+    views[0].eval()
+    views[1].train()
+    assert trained() == [False, True]
+    views.eval()
+    assert trained() == [False, False]
+    views.train()
+    assert trained() == [True, True]
+
+
 def test_the_gradient_through_two_views_is_that_of_one_table() -> None:
     items = TableConfig("item", 20, 3, ["target", "history"])
     tables = EmbeddingTables(plan([items], "full", optimizer=None), std=0.5)

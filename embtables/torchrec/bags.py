@@ -90,6 +90,8 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
     ) -> "EmbeddingBagCollection":
         """A view of existing tables, which stay shared: training one trains the other.
 
+        Each view's own ``train()`` or ``eval()`` says whether its lookups are regularised and update the tables.
+
         Args:
             tables: what is looked up in.
             is_weighted: whether the ids' weights in the input multiply their vectors.
@@ -118,9 +120,9 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
         offsets = self.offsets(features)
         weights = features.weights() if self._is_weighted else None
         if self.reads_all:
-            pooled = self.tables(features.values(), offsets, weights)
+            pooled = self.tables(features.values(), offsets, weights, training=self.training)
         else:
-            found = self.tables.lookup(features.values(), offsets, weights)
+            found = self.tables.lookup(features.values(), offsets, weights, training=self.training)
             pooled = torch.cat([found[name] for name in self.output_names], dim=1)
         if inverse is not None:
             pooled = self._expand(pooled, *inverse)

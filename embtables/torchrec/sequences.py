@@ -105,6 +105,7 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
     ) -> "EmbeddingCollection":
         """A view of existing tables, which stay shared: training one trains the other.
 
+        Each view's own ``train()`` or ``eval()`` says whether its lookups are regularised and update the tables.
         With a fused optimizer each view's ``forward`` is an update of its own; one view of all features makes one.
 
         Args:
@@ -128,7 +129,7 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
     ) -> Dict[str, JaggedTensor]:
         """The vectors of all features' ids; see the class for keys and shapes."""
         features = self.own_features(maybe_td_to_kjt(features, None))
-        found = self.tables.lookup(features.values(), self.offsets(features), pooling=None)
+        found = self.tables.lookup(features.values(), self.offsets(features), pooling=None, training=self.training)
         lengths = self.lengths(features)
         sizes = {feature: len(found[name]) for name, feature in zip(self.output_names, self.output_features)}
         ids = dict(zip(self.features, features.values().split([sizes[feature] for feature in self.features])))
