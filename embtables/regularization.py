@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,14 @@ class Regularizer(nn.Module):
         for buffer, values in (("table", table), ("start", start[table]), ("known", lengths[table])):
             self.register_buffer(buffer, values, persistent=False)
         self.register_buffer("counts", torch.cat(given).clamp(min=1) if given else None, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Regularizer:
+        """Moves and casts like any module, but counts stay float32: in float16 those from 65,520 on would be inf."""
+        counts = self.counts
+        super()._apply(fn, recurse)
+        if counts is not None and self.counts is not None and self.counts.dtype != counts.dtype:
+            self.counts = counts.to(self.counts.device)
+        return self
 
     def forward(self, vectors: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
         """The vectors ``[..., D]`` of ``ids`` as they are; zero vectors, as those of padding, get nothing."""

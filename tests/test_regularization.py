@@ -290,6 +290,18 @@ def test_it_is_in_no_state_dict_and_survives_copies_and_a_new_start() -> None:
             assert torch.equal(weight, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_counts_beyond_half_precision(dtype: torch.dtype) -> None:
+    tables = EmbeddingTables(plan([TableConfig("item", 3, 4)], "full", optimizer=None), std=0.5)
+    tables.regularize(100.0, {"item": [1, 100_001, 400_000]})
+    tables.to(dtype)
+    (0 * tables(torch.tensor([[1], [2]])).sum()).backward()
+    (weight,) = tables.parameters()
+    assert weight.grad is not None
+    expected = weight.detach().float() * torch.tensor([[0.0], [100 / 100_001], [100 / 400_000]])
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=0.01, atol=1e-6)
+
+
 def test_bytes_of_the_counts() -> None:
     tables = build("hash", SGD())
     before = tables.memory()
