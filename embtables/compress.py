@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 from embtables.budget import Budget
@@ -84,8 +85,8 @@ def compress_(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
-    given = _optimizers(rebind)
     refuse_wrappers(model)
+    given = _optimizers(rebind, model)
     patterns = by_pattern(method)
     finding = find(model, list(patterns))
     _check_patterns(finding, patterns)
@@ -93,32 +94,40 @@ def compress_(
     solved = plan_apart(_apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed)
     _check_devices(units, std)
     built = _build(units, solved, sparse, std, seed)
+    copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= built.kept}
     moved, old = _swap(model, units, built, given)
     shown = _tables(units, solved, built)
     left_bytes = _bytes_left(model, finding)
     left_alone = finding.left_alone
     del finding, units, built
     gc.collect()
-    not_freed = sorted({name for name, weight in old if weight() is not None})
+    not_freed = sorted({name for name, weight, storage in old if weight() is not None or not storage.expired()})
     if not_freed:
         warnings.warn(
-            f"{len(not_freed)} of the old tables are still in memory, since something outside the model holds them "
-            f"('{not_freed[0]}'); training will not change them any more",
+            f"{len(not_freed)} of the old tables are still in memory, since something still holds them or a view "
+            f"of them ('{not_freed[0]}'); training will not change them any more",
             stacklevel=2,
         )
-    shared = {
-        line["table"][len("(shared by ") : -1]: line["inference_bytes"]
-        for line in solved.lines()
-        if not line["embedding_dim"]
-    }
-    return Compression(solved, shown, shared, left_alone, left_bytes, moved, not_freed)
+    shared = {line["shared_by"]: line["inference_bytes"] for line in solved.lines() if line["shared_by"] is not None}
+    return Compression(solved, shown, shared, left_alone, left_bytes, moved, not_freed, copies)
 
 
-def _optimizers(rebind: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    given = [rebind] if isinstance(rebind, Optimizer) else list(rebind)
-    for optimizer in given:
+def _optimizers(rebind: Optimizer | Sequence[Optimizer], model: nn.Module) -> list[Optimizer]:
+    given: list[Any] = list(rebind) if isinstance(rebind, (list, tuple)) else [rebind]
+    own = {id(p) for p in model.parameters()}
+    for i, optimizer in enumerate(given):
+        kind = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"rebind must hold torch.optim optimizers, not a {type(optimizer).__name__}")
+            cure = (
+                "give its .optimizer"
+                if isinstance(getattr(optimizer, "optimizer", None), Optimizer)
+                else "leave it out"
+            )
+            raise ValueError(f"rebind must hold torch.optim optimizers, not a {kind}: {cure}")
+        if not any(id(p) in own for group in getattr(optimizer, "param_groups", ()) for p in group["params"]):
+            raise ValueError(
+                f"rebind[{i}] ({kind}) holds no parameter of this model: give the optimizer made of its parameters()"
+            )
     return given
 
 
@@ -145,6 +154,20 @@ def _apart(units: Sequence[Unit]) -> list[list[Any]]:
     """The tables that may share storage: those of each collection, and those of all other modules."""
     plain = [config for unit in units if unit.collection is None for config in unit.configs]
     return [tables for tables in (plain, *(u.configs for u in units if u.collection is not None)) if tables]
+
+
+def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
+    """Names of tables with equal weights, as a deep copy has: the later one's, and the first one's."""
+    alike: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, weight in ((c.name, w.detach()) for u in units for c, w in zip(u.configs, u.weights)):
+        if weight.is_meta or bool((weight == weight[-1, -1]).all()):  # constants are equal without being copies
+            continue
+        others = alike.setdefault((weight.shape, weight.device, *weight[-1].tolist()), [])
+        first = next((n for n, w in others if torch.equal(w, weight)), None)
+        if first is None:
+            others.append((name, weight))
+        else:
+            yield name, first
 
 
 # ---- the new tables --------------------------------------------------------------------------------------------------
@@ -225,10 +248,24 @@ def _new_tables(
                 kept = g.method.keep(g.layout, g.group, tables.store, own)
             built.kept.update(in_model[name] for name in kept)
     new = list(tables.parameters())
-    full = all(e.variant == FULL for g in plan.groups for e in g.layout.entries.values())
-    same = full and len(weights) == len(new) == 1 and new[0].shape == weights[0].shape
-    built.swaps.append(Swap(list(names), weights, new, same))
+    built.swaps.append(Swap(list(names), weights, new, _rows(tables, weights, new), _gradients(tables)))
     return tables
+
+
+def _rows(tables: EmbeddingTables, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+    """Where each old table lies within the new parameters, if all are stored in full there: which one, first row."""
+    store = tables.store
+    full = all(e.variant == FULL for g in tables.plan.groups for e in g.layout.entries.values())
+    if not full or not new:
+        return []
+    number = {parameter.shape[1]: i for i, parameter in enumerate(new)}
+    return [(number[weight.shape[1]], store.start(table.name)) for table, weight in zip(tables.plan.tables, old)]
+
+
+def _gradients(tables: EmbeddingTables) -> set[str]:
+    """The kinds of gradient that the parameters get: those of projections are dense, whatever ``sparse`` says."""
+    names = [name.rpartition(".")[2] for name, _ in tables.named_parameters()]
+    return {"sparse" if tables.store.sparse and name.startswith("weight_") else "dense" for name in names}
 
 
 def _spread(weights: Sequence[nn.Parameter], paddings: Sequence[int | None]) -> float:
@@ -285,7 +322,7 @@ def _collection_view(tables: EmbeddingTables, old: nn.Module) -> nn.Module:
 
 def _swap(
     model: nn.Module, units: Sequence[Unit], built: _Built, given: Sequence[Optimizer]
-) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter]]]]:
+) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter], StorageWeakRef]]]:
     """Checks everything, then changes everything; what was moved, and the old weights by name as weak references."""
     new: dict[int, Sequence[Any]] = {key: [module] for key, module in built.modules.items()}
     new |= {id(weight): swap.new for swap in built.swaps for weight in swap.old}
@@ -313,8 +350,13 @@ def _swap(
     for edit in holders.edits:
         edit()
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
-    old = [(n, weakref.ref(w)) for swap in built.swaps for w, n in zip(swap.old, swap.names)]
-    return [text for text in moved if text is not None] + holders.notes, old
+    # The storage too, which views of a weight keep alive without it.
+    old = [
+        (name, weakref.ref(weight), StorageWeakRef(weight.untyped_storage()))
+        for swap in built.swaps
+        for weight, name in zip(swap.old, swap.names)
+    ]
+    return moved + holders.notes, old
 
 
 def _tables(units: Sequence[Unit], solved: Plan, built: _Built) -> list[SwappedTable]:

@@ -147,7 +147,8 @@ class Plan:
                 stored = "full" if entry.variant == FULL else f"{entry.variant}: {values}" if values else entry.variant
                 lines.append(_line(table.name, table, g.method.kind, stored, table.full_bytes, own[table.name]))
             if shared:
-                lines.append(_line(f"(shared by {g.group.name})", None, g.method.kind, "shared storage", None, shared))
+                line = _line(f"(shared by {g.group.name})", None, g.method.kind, "shared storage", None, shared)
+                lines.append(line | {"shared_by": g.group.name})
         return lines
 
     def __str__(self) -> str:
@@ -204,6 +205,7 @@ def _line(name: str, table: TableConfig | None, method: str, stored: str, full: 
         "stored_as": stored,
         "full_bytes": full,
         "inference_bytes": own,
+        "shared_by": None,
     }
 
 

@@ -47,13 +47,17 @@ class _DenseOnce(torch.autograd.Function):
         return grad.to_dense() if grad.is_sparse else grad, None
 
 
-class _Aliases(dict[int, Tensor]):
-    """The weights' other names, by address, from the first lookup after a backward pass to the next such pass."""
+class _Aliases(dict[tuple[int, int], Tensor]):
+    """The weights' other names, by object and address, from the first lookup after a backward pass to the next one.
+
+    On the meta device all addresses are 0.
+    """
 
     def of(self, weight: Tensor) -> Tensor:
-        if weight.data_ptr() not in self:
-            self[weight.data_ptr()] = _DenseOnce.apply(weight, self)
-        return self[weight.data_ptr()]
+        key = id(weight), weight.data_ptr()
+        if key not in self:
+            self[key] = _DenseOnce.apply(weight, self)
+        return self[key]
 
     def __reduce__(self) -> tuple[type[_Aliases], tuple[()]]:
         """Copies and files begin without."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from embtables import compress_
+from embtables.layout import Form, Slab
+from embtables.store import Part, Store
 
 
 class Model(nn.Module):
@@ -118,3 +122,116 @@ def test_an_average_inside_the_model_is_refused() -> None:
     model = Model()
     model.ema = torch.optim.swa_utils.AveragedModel(Model())
     refused(model, "'ema' is a AveragedModel, .*: make it after compress_")
+
+
+def test_copies_are_told() -> None:
+    model = Model()
+    model.target = copy.deepcopy(model.item)
+    model.a, model.b = nn.Embedding(50, 1), nn.Embedding(50, 1)
+    nn.init.zeros_(model.a.weight), nn.init.zeros_(model.b.weight)
+    kept = copy.deepcopy(model)
+    report = compress_(model, "hash", 0.1)
+    assert report.copies == {"target": "item"} and "so copy after compress_: target of item" in str(report)
+    assert compress_(kept, "full").copies == {}
+    assert compress_(Model(), "hash", 0.1).copies == {}
+
+
+@pytest.mark.parametrize("view", [lambda w: w.detach(), lambda w: w.data[3:5], lambda w: w.detach().numpy()])
+def test_views_that_keep_an_old_table_in_memory_are_told(view: Callable[[Tensor], object]) -> None:
+    model = Model()
+    model.snap = [view(model.user.weight)]
+    with pytest.warns(UserWarning, match="1 of the old tables are still in memory.*a view of them \\('user'\\)"):
+        report = compress_(model, "hash", 0.1)
+    assert report.not_freed == ["user"] and "the old tables are freed" not in str(report)
+
+
+# ---- optimisers ------------------------------------------------------------------------------------------------------
+
+
+def test_what_rebind_cannot_use_is_refused() -> None:
+    model, other = Model(), Model()
+    adam = torch.optim.Adam(other.parameters())
+    refused(model, r"rebind\[0\] \(Adam\) holds no parameter of this model: give the optimizer", rebind=adam)
+    refused(model, "not a NoneType: leave it out", rebind=None)
+    refused(model, "not a StepLR: give its .optimizer", rebind=torch.optim.lr_scheduler.StepLR(adam, 1))
+    refused(model, "not a str: leave it out", rebind="adam")
+
+
+def test_an_optimizer_without_tables_is_named() -> None:
+    model = Model()
+    report = compress_(model, "hash", 0.1, rebind=torch.optim.SGD(model.top.parameters(), lr=0.1))
+    assert report.moved == ["rebind[0] (SGD): holds none of the tables, so it stays as it is"]
+
+
+@pytest.mark.parametrize("held", ["outside", "attribute", "rebind"])
+def test_an_optimizer_whose_constructor_failed(held: str) -> None:
+    model = Model()
+    broken = torch.optim.Adam.__new__(torch.optim.Adam)
+    with pytest.raises(ValueError, match="learning rate"):
+        broken.__init__(model.parameters(), lr=-1)  # type: ignore[misc]
+    if held == "attribute":
+        model.broken = broken
+    if held == "rebind":
+        refused(model, "rebind.0. \\(Adam\\) holds no parameter of this model", rebind=broken)
+    assert len(compress_(model, "hash", 0.1).tables) == 2
+
+
+def test_tables_of_a_collection_in_full_keep_their_state() -> None:
+    """Training goes on as that of the untouched model, though one parameter takes the place of two."""
+    modules = pytest.importorskip("torchrec.modules.embedding_modules", exc_type=ImportError)
+    torchrec = pytest.importorskip("torchrec", exc_type=ImportError)
+    torch.manual_seed(0)
+    tables = [
+        torchrec.EmbeddingBagConfig(name=name, num_embeddings=n, embedding_dim=dim, feature_names=[name])
+        for name, n, dim in (("user", 20, 8), ("item", 30, 8), ("city", 10, 4))
+    ]
+    model = nn.Sequential(modules.EmbeddingBagCollection(tables=tables))
+    ids = torchrec.KeyedJaggedTensor(["user", "item", "city"], torch.arange(1, 7), lengths=torch.ones(6).int())
+    model.optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+
+    def train(model: nn.Module) -> None:
+        model.optimizer.zero_grad()
+        model(ids).values().square().sum().backward()
+        model.optimizer.step()
+
+    train(model)
+    twin = copy.deepcopy(model)
+    report = compress_(model, "full")
+    assert len(model.optimizer.state) == 2 and "state" not in "".join(report.moved)
+    for _ in range(3):
+        train(model), train(twin)
+    torch.testing.assert_close(model(ids).values(), twin(ids).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "sparse", "words"),
+    [
+        (torch.optim.SparseAdam, "hash", False, r"'user': rebind\[0\] \(SparseAdam\) takes sparse .*sparse=True"),
+        (torch.optim.SparseAdam, "mixed_dimension", True, "would be dense: choose a method without projections"),
+        (torch.optim.Adam, "hash", True, r"'user': rebind\[0\] \(Adam\) takes dense .* sparse=False"),
+        (torch.optim.RMSprop, "mixed_dimension", True, "sparse=False"),
+    ],
+)
+def test_optimizers_that_do_not_take_the_kind_of_gradient(kind: Any, method: str, sparse: bool, words: str) -> None:
+    model = Model()
+    optimizer = kind([*model.user.parameters(), *model.item.parameters()], lr=0.1)
+    refused(model, words, method, rebind=optimizer, sparse=sparse)
+    compress_(model, "hash", 0.1, rebind=optimizer, sparse=kind is torch.optim.SparseAdam)
+    step(model, optimizer)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_shared_storage_goes_by_the_name_of_its_group() -> None:
+    report = compress_(Model(), "unified", 0.1)
+    (line,) = [line for line in report.plan.lines() if line["shared_by"] is not None]
+    assert report.shared_bytes == {line["shared_by"]: line["inference_bytes"]}
+    assert line["table"] == f"(shared by {line['shared_by']})"
+
+
+def test_widths_without_addresses_are_told_apart() -> None:
+    store = Store([Form((Slab("a", 10, 4), Slab("b", 10, 8)))], None, device="meta")
+    store.many_lookups = True
+    rows = torch.zeros(3, dtype=torch.int64, device="meta")
+    assert [store.gather([Part(width, rows)])[0].shape for width in (4, 8)] == [(3, 4), (3, 8)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from embtables.memory import format_bytes
 from embtables.plan import Plan
@@ -39,7 +39,10 @@ class Compression:
         left_alone: the reason for each table that was not swapped, by qualified name.
         left_alone_bytes: of their weights, those of tied ones once.
         moved: what was done about optimisers and other holders of the old tables, a sentence each.
-        not_freed: names of old tables that are still in memory, since a variable outside the model holds them.
+        not_freed: names of old tables that are still in memory, since a variable outside the model, or a view, holds
+            them.
+        copies: tables whose old weights were equal to another's, as a deep copy's are, with the other's name. The rows
+            of the new ones stand for other ids, so nothing may be copied or averaged between the two.
     """
 
     plan: Plan
@@ -49,6 +52,7 @@ class Compression:
     left_alone_bytes: int
     moved: Sequence[str]
     not_freed: Sequence[str]
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> list[str]:
@@ -99,13 +103,16 @@ class Compression:
         if self.anew:
             few = ", ".join(self.anew[:3]) + (f" and {len(self.anew) - 3} more" if len(self.anew) > 3 else "")
             lines.append(f"starting anew, so train them: {few}")
+        if self.copies:
+            pairs = ", ".join(f"{copy} of {first}" for copy, first in self.copies.items())
+            lines.append(f"copies until now, whose rows no longer fit each other, so copy after compress_: {pairs}")
         if self.left_alone:
             lines.append(f"left alone, {format_bytes(self.left_alone_bytes)}:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
         if self.moved:
             lines += ["moved:", *(f"  {text}" for text in self.moved)]
         if self.not_freed:
-            lines.append("still in memory, since something outside the model holds them: " + ", ".join(self.not_freed))
+            lines.append("still in memory, since something holds them or a view of them: " + ", ".join(self.not_freed))
         else:
             lines.append("the old tables are freed")
         return "\n".join(lines)
