@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -280,6 +281,22 @@ class _WithMethod(nn.Embedding):
         return ids
 
 
+class _WithConstant(nn.Embedding):
+    scale = 2.0
+
+
+class _WithCache(nn.Embedding):
+    @cached_property
+    def norm(self) -> float:
+        return float(self.weight.detach().norm())
+
+
+def _noted(name: str) -> nn.Module:
+    module = nn.Embedding(50, 4)
+    setattr(module, name, "x")
+    return module
+
+
 def _quantised() -> nn.Module:
     return torch.ao.nn.quantized.Embedding(50, 4)
 
@@ -293,6 +310,11 @@ def _quantised() -> nn.Module:
         (lambda: nn.EmbeddingBag(50, 4, max_norm=2.0), "max_norm"),
         (lambda: _Scaled(50, 4), "class _Scaled has a 'forward' of its own"),
         (lambda: _WithMethod(50, 4), "class _WithMethod has a 'neighbours' of its own"),
+        (lambda: _WithConstant(50, 4), "class _WithConstant has a 'scale' of its own"),
+        (lambda: _WithCache(50, 4), "class _WithCache has a 'norm' of its own"),
+        (lambda: _noted("tables"), "'tables' would hide"),
+        (lambda: _noted("name"), "'name' would hide"),
+        (lambda: _noted("to_dense"), "'to_dense' would hide"),
         (lambda: nn.Embedding(50, 4).half(), "float16"),
         (lambda: nn.Embedding(50, 4).bfloat16(), "bfloat16"),
         (lambda: nn.Embedding(50, 4).requires_grad_(False), "frozen"),

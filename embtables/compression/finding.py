@@ -18,7 +18,7 @@ from embtables.tables import EmbeddingTables
 
 _STOCK = (nn.Embedding, nn.EmbeddingBag)
 # What a subclass may define without changing what its users can do with it.
-_HARMLESS = ("__init__", "reset_parameters", "extra_repr", "__repr__", "_fill_padding_idx_with_zero")
+_HARMLESS = ("__init__", "reset_parameters", "extra_repr", "__repr__", "_fill_padding_idx_with_zero", "_abc_impl")
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -190,6 +190,9 @@ def _why_not(site: Site, tied: Sequence[Site], shared: _Shared) -> str | None:
         )
     if "forward" in vars(module):
         return "its forward was replaced by another function"
+    noted = _in_the_way(module)
+    if noted:
+        return f"its attribute '{noted[0]}' would hide one that a compressed table has: rename it first"
     if set(module._parameters) != {"weight"} or module._buffers or module._modules:
         return "it holds more than a weight, or something else in its place"
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
@@ -222,8 +225,16 @@ def _settings(module: nn.Module) -> tuple[object, object]:
 def _added(cls: type) -> list[str]:
     """What a subclass adds to or overrides in the class of torch.nn."""
     own = cls.__mro__[: next(i for i, c in enumerate(cls.__mro__) if c in _STOCK)]
-    added = [n for c in own for n, v in vars(c).items() if callable(v) or isinstance(v, (property, classmethod))]
+    added = [n for c in own for n, v in vars(c).items() if callable(v) or not n.startswith("__")]
     return [name for name in added if name not in _HARMLESS]
+
+
+def _in_the_way(module: nn.Module) -> list[str]:
+    """What a user noted on a table under names that a compressed one has for something else."""
+    bag = isinstance(module, nn.EmbeddingBag)
+    stock = vars((nn.EmbeddingBag if bag else nn.Embedding)(1, 1, device="meta"))
+    new = EmbeddingBag if bag else Embedding
+    return [n for n in vars(module) if n not in stock and (n in ("name", "tables") or hasattr(new, n))]
 
 
 def why_not_weight(weight: Tensor) -> str | None:
