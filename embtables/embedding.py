@@ -176,7 +176,7 @@ class Embedding(_OneTable):
     says whether its lookups are regularised and update the table.
 
     With a fused optimiser every call is an update of its own: a table looked up twice in a step is updated twice, each
-    time by its own gradient, which for SGD is the same as once.
+    time by its own gradient, which for SGD is the same as once. Likewise ``tables.regularize`` acts once for each call.
 
     Args:
         num_embeddings: number of ids; ``None``: any 64-bit id, for methods that hash.
@@ -237,9 +237,9 @@ class Embedding(_OneTable):
         std = 1.0 if std is None else std
         self._hold(EmbeddingTables(solved, seed=seed, device=device, std=std, sparse=sparse), name)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Vectors ``[..., D]`` of ids ``[...]``."""
-        return self._pick(ids, None, None)[2].view(*ids.shape, self.embedding_dim)
+        return self._pick(input, None, None)[2].view(*input.shape, self.embedding_dim)
 
 
 class EmbeddingBag(_OneTable):

@@ -60,7 +60,7 @@ def test_shapes_and_vectors_are_those_of_to_dense(method: str, dtype: torch.dtyp
     assert dense.shape == (100, 8) and not dense[0].any() and dense[1:].any(1).all()
     for ids in (IDS, IDS[0, 0], torch.tensor(5), torch.empty(2, 0)):
         ids = ids.to(dtype)
-        assert torch.equal(table(ids), dense[ids.long()])
+        assert torch.equal(table(ids), dense[ids.long()]) and torch.equal(table(input=ids), table(ids))
     assert table(torch.tensor(5, dtype=dtype)).shape == (8,)
 
 
