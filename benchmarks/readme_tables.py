@@ -116,14 +116,14 @@ def _cell(cells: pd.DataFrame) -> str:
 
 def filled(page: Path, text: str) -> str:
     """The page's text with all its tables as the results say."""
-    up = "" if page == README else "../../"
+    docs = "docs/" if page == README else "../"
     contents = {marker: variants(folders) for (of, marker), folders in VARIANTS.items() if of == page}
     contents |= {marker: lengths(folder) for (of, marker), folder in LENGTHS.items() if of == page}
     contents |= {marker: ablations(folders) for (of, marker), folders in ABLATIONS.items() if of == page}
     for (of, marker), folder in SWEEPS.items():
         if of == page:
             figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
-            rows = table(read(folder)).replace("](docs/", f"]({up}docs/")
+            rows = table(read(folder)).replace("](docs/", f"]({docs}")
             contents[marker] = f"{rows}\n\n![test AUC against bytes]({figure})"
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
