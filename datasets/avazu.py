@@ -19,10 +19,11 @@ import typer
 from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
 from .prepared import LABEL, PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
-from .splits import DEFAULT_SHARES, SPLITS, check_shares, random_split
+from .splits import DEFAULT_SHARES, check_shares, random_split
+from .streaming import write_in_two_passes
 from .text import Block, Format, read_header, read_text
-from .vocabulary import MISSING, KeyCounter
-from .writing import Contents, Writer
+from .vocabulary import MISSING
+from .writing import Writer
 from .writing import prepare as prepare_folder
 
 HEX = [
@@ -98,27 +99,14 @@ def _fill(writer: Writer, path: Path, config: Avazu) -> None:
     if header != COLUMNS:
         raise ValueError(f"{path}:1: the header is not Avazu's, {','.join(COLUMNS)}; fetch the published file")
     days = _days(writer, path) if config.split == "time" else np.zeros(0, np.int32)
-
-    rejections = Rejections(config.max_rejected)
-    counters = {name: KeyCounter() for name in FEATURES}
-    for block in _rows(writer, "Counting ids", path, rejections):
-        train = _split(block, days, config) == 0
-        for name, counter in counters.items():
-            counter.add(block.frame[name].to_numpy()[train])
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
-
-    vocabularies = {name: counter.vocabulary(config.min_count) for name, counter in counters.items()}
-    writer.declare(Contents(vocabularies))
-    for block in _rows(writer, "Writing rows", path, Rejections(1.0)):
-        split = _split(block, days, config)
-        ids = [
-            pl.Series(name, vocabulary.ids(block.frame[name].to_numpy())) for name, vocabulary in vocabularies.items()
-        ]
-        rows = block.frame.select(LABEL, *ids)
-        for code, name in enumerate(SPLITS):
-            writer.write(name, rows.filter(pl.Series(split == code)))
+    write_in_two_passes(
+        writer,
+        lambda title, rejections: _rows(writer, title, path, rejections),
+        lambda block: _split(block, days, config),
+        FEATURES,
+        min_count=config.min_count,
+        max_rejected=config.max_rejected,
+    )
 
 
 def _days(writer: Writer, path: Path) -> np.ndarray:

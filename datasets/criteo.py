@@ -18,10 +18,11 @@ import typer
 from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
 from .prepared import LABEL, PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
-from .splits import DEFAULT_SHARES, SPLITS, check_shares, random_split
+from .splits import DEFAULT_SHARES, check_shares, random_split
+from .streaming import write_in_two_passes
 from .text import Block, Format, count_lines, read_text
-from .vocabulary import MISSING, KeyCounter
-from .writing import Contents, Writer
+from .vocabulary import MISSING
+from .writing import Writer
 from .writing import prepare as prepare_folder
 
 DENSE = [f"I{number}" for number in range(1, 14)]
@@ -72,27 +73,15 @@ def _fill(writer: Writer, path: Path, config: Criteo) -> None:
     if config.split == "order":
         task = writer.progress.add_task("Counting rows", total=size)
         num_lines = count_lines(path, lambda amount: writer.progress.advance(task, amount))
-
-    rejections = Rejections(config.max_rejected)
-    counters = {name: KeyCounter() for name in CATEGORIES}
-    for block in _rows(writer, "Counting ids", path, rejections):
-        train = _split(block.lines, num_lines, config) == 0
-        for name, counter in counters.items():
-            counter.add(block.frame[name].to_numpy()[train])
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
-
-    vocabularies = {name: counter.vocabulary(config.min_count) for name, counter in counters.items()}
-    writer.declare(Contents(vocabularies, DENSE))
-    for block in _rows(writer, "Writing rows", path, Rejections(1.0)):
-        split = _split(block.lines, num_lines, config)
-        ids = [
-            pl.Series(name, vocabulary.ids(block.frame[name].to_numpy())) for name, vocabulary in vocabularies.items()
-        ]
-        rows = block.frame.with_columns(ids)
-        for code, name in enumerate(SPLITS):
-            writer.write(name, rows.filter(pl.Series(split == code)))
+    write_in_two_passes(
+        writer,
+        lambda title, rejections: _rows(writer, title, path, rejections),
+        lambda block: _split(block.lines, num_lines, config),
+        CATEGORIES,
+        DENSE,
+        min_count=config.min_count,
+        max_rejected=config.max_rejected,
+    )
 
 
 def _split(lines: np.ndarray, num_lines: int, config: Criteo) -> np.ndarray:
@@ -113,17 +102,12 @@ def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Ite
             pl.col(DENSE).cast(pl.Int64, strict=False),
             pl.col(CATEGORIES).str.to_integer(base=16, dtype=pl.Int64, strict=False),
         )
-        wrong = [
-            ("the label is not 0 or 1", parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()),
-            *((f"{name} is not an integer", _unparsed(block.frame[name], parsed[name])) for name in DENSE),
-            *((f"{name} is not 8 hex digits", _not_hex(block.frame[name], parsed[name])) for name in CATEGORIES),
-        ]
-        good = np.ones(len(parsed), bool)
-        for reason, mask in wrong:
-            if mask.any():
-                bad = mask.fill_null(True).to_numpy() & good
-                rejections.add(reason, block.lines[bad], lambda line: f"{path}:{line}")
-                good &= ~bad
+        wrong = {
+            "the label is not 0 or 1": parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null(),
+            **{f"{name} is not an integer": _unparsed(block.frame[name], parsed[name]) for name in DENSE},
+            **{f"{name} is not 8 hex digits": _not_hex(block.frame[name], parsed[name]) for name in CATEGORIES},
+        }
+        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.select(
             pl.col(LABEL).cast(pl.Float32),
             pl.col(DENSE).clip(0).fill_null(0).cast(pl.Float32).log1p(),
