@@ -40,7 +40,9 @@ class Dice(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         share = self.norm(inputs).sigmoid()
-        return inputs * (self.alpha + (1 - self.alpha) * share)
+        # In the inputs' precision: under autocast a float32 α would turn every [n, C] here into float32.
+        alpha = self.alpha.to(inputs.dtype)
+        return inputs * torch.addcmul(alpha, 1 - alpha, share)
 
 
 def make_activation(name: str, num_channels: int) -> nn.Module:

@@ -52,6 +52,8 @@ class ActivationUnit(nn.Module):
         """
         of_query, of_key, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         per_row = F.linear(queries, of_query + of_difference, self.first.bias)
+        # Under autocast ``per_row`` is bfloat16: what is made for each entry follows it.
+        queries, keys = queries.to(per_row.dtype), keys.to(per_row.dtype)
         per_entry = torch.cat([keys, queries.index_select(0, rows) * keys], dim=1)
         weight = torch.cat([of_key - of_difference, of_product], dim=1)
         hidden = F.linear(per_entry, weight) + per_row.index_select(0, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,29 @@ class DLRM(nn.Module):
         """Logits [B]."""
         flat = pooled(self.embeddings, batch)
         dense = [self.bottom(batch.dense)] if self.bottom is not None else []
-        vectors = join([*dense, flat]).view(-1, self.num_vectors, self.embedding_dim)
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        logits: Tensor = self.output(self.top(join([*dense, products[:, self.pairs]])))
+        # Under autocast the bottom MLP's output is bfloat16: the tables' vectors become that here, once for all that follows.
+        flat = flat.to(dense[0].dtype) if dense else flat
+        vectors = join([*dense, flat]).unflatten(1, (self.num_vectors, self.embedding_dim))
+        products = _PairwiseDots.apply(vectors, self.pairs)
+        logits: Tensor = self.output(self.top(join([*dense, products])))
         return logits.squeeze(1)
+
+
+class _PairwiseDots(torch.autograd.Function):
+    """Dot products of pairs of vectors, [B, m, D] -> [B, P]; pair i·m + j, none of them twice, is that of v_i and v_j.
+
+    Autograd would add up the gradients of what is picked, as if a product could be picked twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors, pairs)
+        return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        vectors, pairs = ctx.saved_tensors
+        vectors = vectors.to(grad.dtype)  # autocast multiplies in bfloat16 what came in float32
+        size, number = vectors.shape[:2]
+        products = grad.new_zeros(size, number * number).index_copy_(1, pairs, grad).view(size, number, number)
+        return torch.baddbmm(torch.bmm(products, vectors), products.transpose(1, 2), vectors), None

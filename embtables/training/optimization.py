@@ -13,7 +13,7 @@ from embtables.training.config import RunConfig
 
 __all__ = ["Optimization", "clip_gradients"]
 
-_OPTIMIZERS = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 
 
 class Optimization:
@@ -32,7 +32,7 @@ class Optimization:
         self.tables = self._of_tables(of_tables) if of_tables else None
         dense = config.dense
         self.dense = (
-            _OPTIMIZERS[dense.optimizer](of_rest, lr=dense.learning_rate, weight_decay=dense.weight_decay)
+            _optimizer(dense.optimizer, of_rest, lr=dense.learning_rate, weight_decay=dense.weight_decay)
             if of_rest
             else None
         )
@@ -46,7 +46,9 @@ class Optimization:
             if tables.l2:
                 raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
             return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
-        return _OPTIMIZERS[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+        if tables.sparse_gradients:
+            return _OPTIMIZERS[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+        return _optimizer(tables.optimizer, parameters, lr=tables.learning_rate, weight_decay=tables.l2)
 
     def _each(self) -> list[torch.optim.Optimizer]:
         return [optimizer for optimizer in (self.dense, self.tables) if optimizer is not None]
@@ -98,6 +100,14 @@ class Optimization:
             if optimizer is not None:
                 optimizer.load_state_dict(state[name])
         self._set_rates(*state["learning_rates"])
+
+
+def _optimizer(name: str, parameters: list[nn.Parameter], **options: float) -> torch.optim.Optimizer:
+    """The optimiser of dense gradients, in one pass over each parameter where torch can do it so."""
+    devices = {"cpu"} if name == "adagrad" else {"cpu", "cuda"}
+    fused = all(p.is_floating_point() and p.device.type in devices for p in parameters)
+    # ``None`` is torch's own choice among the others.
+    return _OPTIMIZERS[name](parameters, fused=fused or None, **options)
 
 
 @torch.no_grad()
