@@ -20,9 +20,8 @@ from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
 from .prepared import LABEL, PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
 from .splits import DEFAULT_SHARES, check_shares, random_split
-from .streaming import write_in_two_passes
+from .streaming import write_streaming
 from .text import Block, Format, read_header, read_text
-from .vocabulary import MISSING
 from .writing import Writer
 from .writing import prepare as prepare_folder
 
@@ -82,7 +81,7 @@ class Avazu:
 def prepare_avazu(
     source: str | Path, out: str | Path, config: Avazu = Avazu(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares `train` or `train.gz`, in two passes, and one before for the days; memory grows with the vocabularies.
+    """Prepares `train` or `train.gz`; memory grows with the vocabularies only.
 
     Example::
 
@@ -98,38 +97,33 @@ def _fill(writer: Writer, path: Path, config: Avazu) -> None:
     header = tuple(read_header(path).split(","))
     if header != COLUMNS:
         raise ValueError(f"{path}:1: the header is not Avazu's, {','.join(COLUMNS)}; fetch the published file")
-    days = _days(writer, path) if config.split == "time" else np.zeros(0, np.int32)
-    write_in_two_passes(
+    rejections, days = Rejections(config.max_rejected), set[int]()
+    write_streaming(
         writer,
-        lambda title, rejections: _rows(writer, title, path, rejections),
-        lambda block: _split(block, days, config),
+        rejections,
+        _rows(writer, path, rejections, days),
+        lambda block: _split(block, days, config, path),
         FEATURES,
         min_count=config.min_count,
-        max_rejected=config.max_rejected,
     )
 
 
-def _days(writer: Writer, path: Path) -> np.ndarray:
-    """All days of the log, in order."""
-    days: set[int] = set()
-    for block in _rows(writer, "Finding days", path, Rejections(1.0)):
-        days |= set(block.frame[DAY].unique())
-    if 0 < len(days) < 3:
+def _split(block: Block, days: set[int], config: Avazu, path: Path) -> np.ndarray:
+    if config.split == "random":
+        return random_split(block.lines, config.seed, config.shares)
+    if len(days) < 3:
         raise ValueError(
             f"{path}: {len(days)} different days, where the split by time needs at least 3; use --split random"
         )
-    return np.array(sorted(days))
+    return np.searchsorted(sorted(days)[-2:], block.frame[DAY].to_numpy(), side="right")
 
 
-def _split(block: Block, days: np.ndarray, config: Avazu) -> np.ndarray:
-    if config.split == "random":
-        return random_split(block.lines, config.seed, config.shares)
-    return np.searchsorted(days[-2:], block.frame[DAY].to_numpy(), side="right")
+def _rows(writer: Writer, path: Path, rejections: Rejections, days: set[int]) -> Iterator[Block]:
+    """Well-formed rows: float32 label, integer keys of the features, and the day, counted from 1970.
 
-
-def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Iterator[Block]:
-    """Well-formed rows: float32 label, int64 keys of the features, and the day, counted from 1970."""
-    task = writer.progress.add_task(title, total=path.stat().st_size)
+    `days` receives all days of the log.
+    """
+    task = writer.progress.add_task("Reading", total=path.stat().st_size)
     layout = Format(",", COLUMNS, header_lines=1)
     hour = pl.col("hour")
     for block in read_text(path, layout, rejections, lambda amount: writer.progress.advance(task, amount)):
@@ -139,23 +133,27 @@ def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Ite
             *(of(hour).alias(name) for name, of in TIMES.items()),
             day(hour).cast(pl.Int32).alias(DAY),
             *(
-                pl.col(name).str.to_integer(base=16, dtype=pl.Int64, strict=False)
+                pl.col(name).str.to_integer(base=16, dtype=pl.UInt32, strict=False)
                 if name in HEX
                 else pl.col(name).cast(pl.Int64, strict=False)
                 for name in CATEGORIES
             ),
         )
+        not_an_hour = pl.lit(parsed[DAY].is_null()) | hour.str.contains(r"^\d{6}([01]\d|2[0-3])$").not_()
         wrong = {
-            "the click is not 0 or 1": parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null(),
-            "hour is not YYMMDDHH": parsed[DAY].is_null() | raw["hour"].str.contains(r"^\d{6}([01]\d|2[0-3])$").not_(),
+            "the click is not 0 or 1": pl.lit(parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()),
+            "hour is not YYMMDDHH": not_an_hour,
         }
         for name in CATEGORIES:
-            value = raw[name]
             kind, form = ("8 hex digits", "^[0-9a-f]{8}$") if name in HEX else ("an integer", r"^-?\d{1,18}$")
-            wrong[f"{name} is not {kind}"] = value.is_not_null() & value.str.contains(form).not_()
-        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
-        parsed = parsed.with_columns(pl.col(LABEL).cast(pl.Float32), pl.col(CATEGORIES).fill_null(MISSING))
-        yield Block(parsed.filter(pl.Series(good)), block.lines[good])
+            wrong[f"{name} is not {kind}"] = pl.col(name).str.contains(form).not_()
+        faults = raw.select(fault.alias(reason) for reason, fault in wrong.items())
+        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}")
+        parsed = parsed.with_columns(pl.col(LABEL).cast(pl.Float32))
+        if not good.all():
+            parsed = parsed.filter(pl.Series(good))
+        days.update(parsed[DAY].unique())
+        yield Block(parsed, block.lines[good])
 
 
 @app.command(epilog="Example: embtables prepare avazu train.gz data/avazu --min-count 2")

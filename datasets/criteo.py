@@ -19,9 +19,8 @@ from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
 from .prepared import LABEL, PreparedDataset
 from .rejections import DEFAULT_LIMIT, Rejections
 from .splits import DEFAULT_SHARES, check_shares, random_split
-from .streaming import write_in_two_passes
-from .text import Block, Format, count_lines, read_text
-from .vocabulary import MISSING
+from .streaming import write_streaming
+from .text import Block, Format, read_text
 from .writing import Writer
 from .writing import prepare as prepare_folder
 
@@ -55,7 +54,7 @@ class Criteo:
 def prepare_criteo(
     source: str | Path, out: str | Path, config: Criteo = Criteo(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares `train.txt`, plain or gzipped, in two passes; memory grows with the vocabularies only.
+    """Prepares `train.txt`, plain or gzipped; memory grows with the vocabularies only.
 
     Example::
 
@@ -68,19 +67,15 @@ def prepare_criteo(
 
 
 def _fill(writer: Writer, path: Path, config: Criteo) -> None:
-    size = path.stat().st_size
-    num_lines = 0
-    if config.split == "order":
-        task = writer.progress.add_task("Counting rows", total=size)
-        num_lines = count_lines(path, lambda amount: writer.progress.advance(task, amount))
-    write_in_two_passes(
+    rejections = Rejections(config.max_rejected)
+    write_streaming(
         writer,
-        lambda title, rejections: _rows(writer, title, path, rejections),
-        lambda block: _split(block.lines, num_lines, config),
+        rejections,
+        _rows(writer, path, rejections),
+        lambda block: _split(block.lines, rejections.lines_read, config),
         CATEGORIES,
         DENSE,
         min_count=config.min_count,
-        max_rejected=config.max_rejected,
     )
 
 
@@ -93,36 +88,37 @@ def _split(lines: np.ndarray, num_lines: int, config: Criteo) -> np.ndarray:
     return np.where(lines <= first, 0, np.where(lines <= test, 2, 1))
 
 
-def _rows(writer: Writer, title: str, path: Path, rejections: Rejections) -> Iterator[Block]:
-    """Well-formed rows: float32 label and dense features, int64 keys of the categories."""
-    task = writer.progress.add_task(title, total=path.stat().st_size)
+def _rows(writer: Writer, path: Path, rejections: Rejections) -> Iterator[Block]:
+    """Well-formed rows: float32 label and dense features, 32-bit keys of the categories."""
+    task = writer.progress.add_task("Reading", total=path.stat().st_size)
     for block in read_text(path, LAYOUT, rejections, lambda amount: writer.progress.advance(task, amount)):
         parsed = block.frame.select(
             pl.col(LABEL).cast(pl.Int8, strict=False),
             pl.col(DENSE).cast(pl.Int64, strict=False),
-            pl.col(CATEGORIES).str.to_integer(base=16, dtype=pl.Int64, strict=False),
+            pl.col(CATEGORIES).str.to_integer(base=16, dtype=pl.UInt32, strict=False),
         )
-        wrong = {
-            "the label is not 0 or 1": parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null(),
-            **{f"{name} is not an integer": _unparsed(block.frame[name], parsed[name]) for name in DENSE},
-            **{f"{name} is not 8 hex digits": _not_hex(block.frame[name], parsed[name]) for name in CATEGORIES},
-        }
-        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
+        faults = block.frame.select(
+            (parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()).alias("the label is not 0 or 1"),
+            *(_unparsed(name, parsed).alias(f"{name} is not an integer") for name in DENSE),
+            *(_not_hex(name, parsed).alias(f"{name} is not 8 hex digits") for name in CATEGORIES),
+        )
+        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.select(
             pl.col(LABEL).cast(pl.Float32),
             pl.col(DENSE).clip(0).fill_null(0).cast(pl.Float32).log1p(),
-            pl.col(CATEGORIES).fill_null(MISSING),
+            *CATEGORIES,
         )
-        yield Block(parsed.filter(pl.Series(good)), block.lines[good])
+        yield Block(parsed, block.lines) if good.all() else Block(parsed.filter(pl.Series(good)), block.lines[good])
 
 
-def _unparsed(raw: pl.Series, parsed: pl.Series) -> pl.Series:
-    return parsed.is_null() & raw.is_not_null()
+def _unparsed(name: str, parsed: pl.DataFrame) -> pl.Expr:
+    return pl.lit(parsed[name].is_null()) & pl.col(name).is_not_null()
 
 
-def _not_hex(raw: pl.Series, parsed: pl.Series) -> pl.Series:
-    signed = (parsed < 0) | raw.str.starts_with("+")  # the parser takes a sign for a digit
-    return _unparsed(raw, parsed) | (raw.is_not_null() & (signed | (raw.str.len_bytes() != 8)))
+def _not_hex(name: str, parsed: pl.DataFrame) -> pl.Expr:
+    raw = pl.col(name)
+    signed = raw.str.starts_with("+")  # the parser takes it for a digit
+    return _unparsed(name, parsed) | signed | (raw.str.len_bytes() != 8)
 
 
 @app.command(

@@ -20,6 +20,7 @@ class Rejections:
             raise ValueError(f"max_rejected {limit}: a share from 0 to 1 is needed")
         self.limit = limit
         self.rows_read = 0
+        self.lines_read = 0  # of a text: rows, blank lines and the header
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
 
@@ -32,9 +33,10 @@ class Rejections:
         """Which of the rows have none of the faults (bool); a row counts once, under its first fault."""
         good = np.ones(len(rows), bool)
         for reason, fault in faults.items():
-            bad = fault.fill_null(False).to_numpy() & good
-            self.add(reason, rows[bad], place)
-            good &= ~bad
+            if fault.any():
+                bad = fault.fill_null(False).to_numpy() & good
+                self.add(reason, rows[bad], place)
+                good &= ~bad
         self.check()
         return good
 

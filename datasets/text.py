@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import polars as pl
 
+from .ahead import read_ahead
 from .rejections import Rejections
 
 BLOCK_BYTES = 2**24
@@ -61,9 +62,11 @@ def read_text(
     Raises ValueError naming file and line where the file is binary, empty, not of the encoding, or ends inside a row.
     """
     line, any_rows = 1, False
-    for content, complete in _blocks(path, advance):
-        num_lines = content.count(b"\n")
-        content = _as_utf8(content, path, line, layout.encoding).replace(b"\r\n", b"\n")
+    for content, complete in read_ahead(_blocks(path, advance)):
+        num_lines = _count(content, b"\n")
+        content = _as_utf8(content, path, line, layout.encoding)
+        if b"\r" in content:
+            content = content.replace(b"\r\n", b"\n")
         skipped = min(num_lines, max(0, layout.header_lines - (line - 1)))
         for _ in range(skipped):
             content = content[content.index(b"\n") + 1 :]
@@ -73,6 +76,7 @@ def read_text(
             yield block
         rejections.check()
         line += num_lines
+        rejections.lines_read += num_lines
     if not any_rows:
         rejections.check(final=True)
         raise ValueError(f"{path}: the file holds no rows")
@@ -111,14 +115,9 @@ def read_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -
             number += 1
 
 
-def count_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -> int:
-    """Lines of the file, blank ones included."""
-    return sum(content.count(b"\n") for content, _ in _blocks(path, advance))
-
-
 def read_unpacked(
     path: Path, advance: Callable[[int], None] = lambda size: None, size: int = BLOCK_BYTES
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """The text's bytes, unpacked where gzipped, a block at a time. ValueError where the gzip file is damaged."""
     stream, raw = open_raw(path)
     position = 0
@@ -135,13 +134,15 @@ def read_unpacked(
             yield content
 
 
-def _blocks(path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, bool]]:
+def _blocks(
+    path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES
+) -> Generator[tuple[bytes, bool], None, None]:
     """Whole lines; False beside a last line that has no end."""
     rest = b""
     for content in read_unpacked(path, advance, size):
         end = content.rfind(b"\n") + 1
         if end:
-            yield rest + content[:end], True
+            yield b"".join((rest, memoryview(content)[:end])), True
             rest = content[end:]
         else:
             rest += content
@@ -156,6 +157,8 @@ def _as_utf8(content: bytes, path: Path, line: int, encoding: str) -> bytes:
     if nul >= 0:
         line += content.count(b"\n", 0, nul)
         raise ValueError(f"{path}:{line}: a NUL byte: this is a binary file, not text")
+    if encoding == "utf-8" and content.isascii():
+        return content
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -175,13 +178,18 @@ def _parse(
         content, separator = content.replace(separator.encode(), b"\x1f"), "\x1f"
     if layout.quoted and b'"' in content:
         return _parse_quoted(content, path, line, layout, rejections, complete)
+    num_rows = _count(content, b"\n")
+    frame = _regular(content, separator, layout.columns, num_rows)
+    if frame is not None:
+        rejections.rows_read += num_rows
+        return Block(frame, line + np.arange(num_rows))
     characters = np.frombuffer(content, np.uint8)
     ends = np.flatnonzero(characters == ord("\n"))
     fields = np.diff(np.searchsorted(np.flatnonzero(characters == ord(separator)), ends), prepend=0) + 1
-    lines = line + np.arange(len(ends))
+    lines = line + np.arange(num_rows)
     blank = np.diff(ends, prepend=-1) == 1
     good = (fields == width) & ~blank
-    rejections.rows_read += len(ends) - int(blank.sum())
+    rejections.rows_read += num_rows - int(blank.sum())
     if not good.all():
         bad = np.flatnonzero(~good & ~blank)
         if not complete and not good[-1] and not blank[-1]:
@@ -192,15 +200,36 @@ def _parse(
         lines = lines[good]
     if len(lines) == 0:
         return None
-    frame = pl.read_csv(
-        content,
-        has_header=False,
-        separator=separator,
-        quote_char=None,
-        schema={name: pl.String for name in layout.columns},
-    )
+    frame = _read_csv(content, separator, layout.columns)
     assert len(frame) == len(lines), (path, len(frame), len(lines))
     return Block(frame, lines)
+
+
+def _count(content: bytes, character: bytes) -> int:
+    """As bytes.count does, several times faster: comparisons of slices that stay in the cache."""
+    values, size = np.frombuffer(content, np.uint8), 2**18
+    starts = range(0, len(values), size)
+    return int(sum(np.count_nonzero(values[start : start + size] == ord(character)) for start in starts))
+
+
+def _read_csv(content: bytes, separator: str, columns: Sequence[str]) -> pl.DataFrame:
+    schema = {name: pl.String for name in columns}
+    return pl.read_csv(content, has_header=False, separator=separator, quote_char=None, schema=schema)
+
+
+def _regular(content: bytes, separator: str, columns: Sequence[str], num_rows: int) -> pl.DataFrame | None:
+    """The rows, if each is well-formed and none is blank; None where they must be looked at one by one.
+
+    Polars refuses rows of too many fields and fills up those of too few: where it refuses nothing and there are as many
+    separators as there should be, no row has too few.
+    """
+    if len(columns) == 1 or _count(content, separator.encode()) != num_rows * (len(columns) - 1):
+        return None
+    try:
+        frame = _read_csv(content, separator, columns)
+    except pl.exceptions.PolarsError:
+        return None
+    return frame if len(frame) == num_rows else None
 
 
 def _parse_quoted(

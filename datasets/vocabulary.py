@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import numpy as np
 import polars as pl
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MISSING = -(2**63)  # the key of an absent value
 MISSING_ID, UNSEEN_ID, FIRST_ID = 0, 1, 2
@@ -30,18 +36,6 @@ class Vocabulary:
         self.counts = np.concatenate([[missing, rare], counts[order]]).astype(np.int64)
         if len(self.counts) > 2**31:
             raise ValueError(f"{len(self.counts)} distinct values: ids are stored in 32 bits; raise min_count")
-        self._prepare_lookup()
-
-    def _prepare_lookup(self) -> None:
-        ids = np.arange(FIRST_ID, FIRST_ID + len(self.keys), dtype=np.int32)
-        small = len(self.keys) > 0 and self.keys.min() >= 0 and self.keys.max() < 4 * len(self.keys) + 65536
-        self._direct: np.ndarray | None = None
-        if small:  # keys that are nearly consecutive: one array access an id
-            self._direct = np.full(int(self.keys.max()) + 1, UNSEEN_ID, np.int32)
-            self._direct[self.keys] = ids
-        else:
-            order = np.argsort(self.keys)
-            self._sorted_keys, self._sorted_ids = self.keys[order], ids[order]
 
     @property
     def num_embeddings(self) -> int:
@@ -49,16 +43,17 @@ class Vocabulary:
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
         """int32 ids of int64 keys."""
-        if self._direct is not None:
-            known = (keys >= 0) & (keys < len(self._direct))
-            ids = np.where(known, self._direct[np.where(known, keys, 0)], np.int32(UNSEEN_ID))
-        elif len(self.keys) == 0:
-            ids = np.full(len(keys), UNSEEN_ID, np.int32)
-        else:
-            place = np.minimum(np.searchsorted(self._sorted_keys, keys), len(self.keys) - 1)
-            ids = np.where(self._sorted_keys[place] == keys, self._sorted_ids[place], np.int32(UNSEEN_ID))
+        places = self._index.get_indexer(keys)  # -1 where there is none, which makes UNSEEN_ID
+        ids = (places + FIRST_ID).astype(np.int32)
         ids[keys == MISSING] = MISSING_ID
         return ids
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        """A hash table of the keys."""
+        import pandas as pd
+
+        return pd.Index(self.keys)
 
 
 class KeyCounter:
@@ -71,9 +66,9 @@ class KeyCounter:
         self._pending_rows = 0
 
     def add(self, keys: np.ndarray) -> None:
-        counted = pl.DataFrame({"key": keys}).group_by("key").agg(pl.len().cast(pl.Int64).alias("count"))
-        self._pending.append(counted)
-        self._pending_rows += len(counted)
+        distinct, counts = np.unique(keys, return_counts=True)
+        self._pending.append(pl.DataFrame({"key": distinct, "count": counts}))
+        self._pending_rows += len(distinct)
         if self._pending_rows > max(2**20, len(self._merged) // 2):
             self._merge()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from .splits import SPLITS
 from .vocabulary import Vocabulary
 
 ROWS_PER_SHARD = 2**18
+SHARDS_AT_ONCE = 2
+"""Compressed and written in threads of their own, beside whoever makes the rows; they stay in memory meanwhile."""
 
 
 @dataclass
@@ -49,7 +53,10 @@ class Contents:
 
 
 class Writer:
-    """Rows of the three splits into shards of `rows_per_shard` rows, in the order in which they come."""
+    """Rows of the three splits into shards of `rows_per_shard` rows, in the order in which they come.
+
+    A context: files are only complete when it has been left.
+    """
 
     def __init__(self, folder: Path, console: Console, rows_per_shard: int = ROWS_PER_SHARD) -> None:
         self.folder = folder
@@ -70,9 +77,17 @@ class Writer:
         self._contents: Contents | None = None
         self._vocabularies: list[dict[str, str]] = []
         self._waiting: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
-        self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._shards: dict[str, list[Future[dict[str, Any]]]] = {split: [] for split in SPLITS}
+        self._pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
+        self._under_way: deque[Future[dict[str, Any]]] = deque()
         for split in SPLITS:
             (folder / split).mkdir()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def declare(self, contents: Contents) -> None:
         """Features and vocabularies, before the first row."""
@@ -115,29 +130,34 @@ class Writer:
             frame = pl.concat(waiting)
             full = num_rows - num_rows % self.rows_per_shard
             for start in range(0, full, self.rows_per_shard):
-                self._write_shard(split, frame.slice(start, self.rows_per_shard))
+                self._begin_shard(split, frame.slice(start, self.rows_per_shard))
             self._waiting[split] = [frame.slice(full)] if full < num_rows else []
 
-    def _write_shard(self, split: str, rows: pl.DataFrame) -> None:
+    def _begin_shard(self, split: str, rows: pl.DataFrame) -> None:
+        if len(self._under_way) == SHARDS_AT_ONCE:
+            self._under_way.popleft().result()
         name = f"{split}/{len(self._shards[split]):05d}.parquet"
+        self._under_way.append(self._pool.submit(self._write_shard, name, rows))
+        self._shards[split].append(self._under_way[-1])
+
+    def _write_shard(self, name: str, rows: pl.DataFrame) -> dict[str, Any]:
+        """The shard's entry in the manifest."""
         path = self.folder / name
         _write_parquet(rows, path)
         entry = {"file": name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
         assert self._contents is not None
         lists = (*self._contents.lists, *self._contents.histories)
         entry["list_values"] = {name: int(rows[name].list.len().sum()) for name in lists}
-        self._shards[split].append(entry)
+        return entry
 
     def finish(self, kind: str, name: str, config: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """The last shards and the manifest."""
         assert self._contents is not None, "declare() comes first"
         for split, waiting in self._waiting.items():
             if waiting:
-                self._write_shard(split, pl.concat(waiting))
-        splits = {
-            split: {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
-            for split, shards in self._shards.items()
-        }
+                self._begin_shard(split, pl.concat(waiting))
+        shards = {split: [shard.result() for shard in shards] for split, shards in self._shards.items()}
+        splits = {split: {"rows": sum(shard["rows"] for shard in of), "shards": of} for split, of in shards.items()}
         for split, entry in splits.items():
             if entry["rows"] == 0:
                 raise ValueError(
@@ -231,8 +251,7 @@ def _prepare_locked(
     try:
         described = [describe_input(path) for path in inputs]
         partial.mkdir()
-        writer = Writer(partial, console)
-        with writer.progress:
+        with Writer(partial, console) as writer, writer.progress:
             fill(writer)
             writer.finish(kind, out.name, config, described)
         os.replace(partial, out)

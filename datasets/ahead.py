@@ -1,0 +1,29 @@
+"""Work that is done in a thread of its own while its results are used."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def read_ahead(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
+    """The same items in the same order, up to `depth` of them made ahead of use, in one thread.
+
+    What making an item raises is raised where the item would have come. The thread ends, and `items` is closed, with
+    the last item, an error, or when this generator is closed or dropped.
+    """
+    done = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        pending = deque(pool.submit(next, items, done) for _ in range(depth))
+        while (item := pending.popleft().result()) is not done:
+            pending.append(pool.submit(next, items, done))
+            yield item  # type: ignore[misc]  # it is a T, as it is not `done`
+            del item  # it is no longer needed, and may be large
+    finally:
+        pool.shutdown(cancel_futures=True)
+        items.close()
