@@ -1,0 +1,47 @@
+"""Kernels for GPUs behind the two operators, where Triton is installed; the kernels are in ``gpu_kernels``.
+
+Neither Triton nor CUDA is touched before the first call with tensors on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from embtables.ops.reference import fused_lookup, update
+
+
+def register() -> bool:
+    """Gives the operators their kernels for CUDA tensors; whether there are any.
+
+    There are none where torch was built for the CPU alone, where Triton is missing, and with
+    ``EMBTABLES_OPS=reference``: the reference operators then run on GPUs too.
+    """
+    built_for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    if not built_for_gpus or importlib.util.find_spec("triton") is None:
+        return False
+    if os.environ.get("EMBTABLES_OPS") == "reference":
+        return False
+    register_for("cuda")
+    return True
+
+
+def register_for(device_type: str) -> None:
+    """Gives the operators these kernels for one type of device: ``"cpu"`` under Triton's interpreter."""
+    fused_lookup.register_kernel(device_type, _lookup)
+    update.register_kernel(device_type, _update)
+
+
+def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+    from embtables.ops import gpu_kernels
+
+    return gpu_kernels.lookup(weight, index)
+
+
+def _update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
+    from embtables.ops import gpu_kernels
+
+    gpu_kernels.update_(weight, state, index, grad, hyper, rule)

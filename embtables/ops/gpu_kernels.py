@@ -1,0 +1,207 @@
+"""Triton kernels: the gather, and the step of a fused optimiser from the gradients of looked-up rows.
+
+R rows, W width, N looked-up rows, as in ``reference``. Nothing here waits for the GPU: the host never learns how many
+distinct rows there are. Element offsets are 64-bit, sums in float32 at least.
+
+The step sorts the index, stably, so that occurrences of a row keep the order of the input, and cuts the sorted
+positions into small windows. A row belongs to the window that holds its first occurrence, and to one program there: it
+adds the row's gradients inside the window one after another, and then what later windows hold of them, which
+``_window_sums`` has summed beforehand. There are no atomics: the same input gives the same bits, given one model of GPU
+and one version of Triton.
+"""
+
+# Triton gives the parameters of its kernels their types.
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from embtables.ops.reference import CLIP
+
+# Elements that a program holds at once, and the most positions of a window.
+_TILE = 2048
+_WINDOW = 32
+# The widest tile where each column is updated by itself.
+_COLUMNS = 64
+
+
+def lookup(weight: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [N] of ``weight`` [R, W] → [N, W]. The index has to be in range: a GPU does not check it here."""
+    width = weight.shape[1]
+    _check_contiguous(weight)
+    out = weight.new_empty(index.numel(), width)
+    if not out.numel():
+        return out
+    columns = min(triton.next_power_of_2(width), 512)
+    rows = min(1024 // columns, 256) if columns < 512 else 2
+    grid = triton.cdiv(index.numel(), rows), triton.cdiv(width, columns)
+    with torch.cuda.device_of(weight):
+        _gather[grid](weight, index.contiguous(), out, index.numel(), width, rows, columns, num_warps=4)
+    return out
+
+
+def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
+    """One step of ``rule`` on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W]."""
+    count, width = index.numel(), weight.shape[1]
+    if not count or not width:
+        return
+    clips = hyper.numel() > CLIP
+    moments = state[:2] if rule == "adam" else state
+    _check_contiguous(weight, *moments)
+    # Half the passes of a radix sort, where the numbers of the rows leave room.
+    keys = index.int() if weight.shape[0] < 2**31 else index
+    rows, order = torch.sort(keys.contiguous(), stable=True)
+    grad = grad.contiguous()
+    columns = triton.next_power_of_2(width)
+    if rule != "rowwise_adagrad" and not clips:
+        columns = min(columns, _COLUMNS)
+    window = max(1, min(_WINDOW, _TILE // columns))
+    grid = triton.cdiv(count, window), triton.cdiv(width, columns)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    sums = torch.empty(grid[0], width, dtype=wide, device=weight.device)
+    # 1 − βᵗ for both moments; in float64, and here because it is the same for all rows.
+    corrections = 1 - hyper[3:5] ** state[2] if rule == "adam" else hyper
+    first, second = [*moments, weight, weight][:2]
+    warps = max(1, min(8, window * columns // 256))
+    with torch.cuda.device_of(weight):
+        # Multiplications and additions stay apart, as they are in the reference.
+        options = {"num_warps": warps, "enable_fp_fusion": False}
+        _window_sums[grid](rows, order, grad, sums, count, width, window, columns, **options)
+        _step[grid](
+            weight, first, second, rows, order, grad, sums, hyper, corrections, count,
+            width, window, columns, rule, clips, **options,
+        )  # fmt: skip
+
+
+def _check_contiguous(*tensors: Tensor) -> None:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("the weights and optimiser state of a lookup on a GPU must be contiguous")
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gather(weight, index, out, count, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.load(index + position, mask=position < count, other=0).to(tl.int64)
+    inside = (position < count)[:, None] & (column < W)[None, :]
+    values = tl.load(weight + row[:, None] * W + column[None, :], mask=inside)
+    tl.store(out + position[:, None] * W + column[None, :], values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _window_sums(rows, order, grad, sums, count, W: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of the gradients of a window's first row, where that row began in an earlier window."""
+    window = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = window * WINDOW
+    head = tl.load(rows + start)
+    if tl.load(rows + start - 1, mask=window > 0, other=-1) == head:
+        position = start + tl.arange(0, WINDOW)
+        same = tl.load(rows + position, mask=position < count, other=-1) == head
+        at = tl.load(order + position, mask=same, other=0)
+        inside = same[:, None] & (column < W)[None, :]
+        values = tl.load(grad + at[:, None] * W + column[None, :], mask=inside, other=0)
+        summed = tl.sum(values.to(sums.dtype.element_ty), axis=0)
+        tl.store(sums + window * W + column, summed, mask=column < W)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _step(
+    weight, first, second, rows, order, grad, sums, hyper, corrections, count,
+    W: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, RULE: tl.constexpr, CLIPS: tl.constexpr,
+):  # fmt: skip
+    """The rule, on each row whose first occurrence lies in this window."""
+    wide: tl.constexpr = sums.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * WINDOW
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_row = (column < W)[None, :]
+    position = start + tl.arange(0, WINDOW)
+    valid = position < count
+    row = tl.load(rows + position, mask=valid, other=-1).to(tl.int64)
+    before = tl.load(rows + position - 1, mask=valid & (position > 0), other=-1).to(tl.int64)
+    after = tl.load(rows + start + WINDOW, mask=start + WINDOW < count, other=-1)
+    leads = valid & (row != before)
+
+    # Asked for before the gradients, so as to be on their way meanwhile.
+    keep = leads[:, None] & in_row
+    place = row[:, None] * W + column[None, :]
+    old = tl.load(weight + place, mask=keep, other=0).to(wide)
+    if RULE == "rowwise_adagrad":
+        s = tl.load(first + row, mask=leads, other=0).to(wide)
+    elif RULE == "adagrad":
+        s = tl.load(first + place, mask=keep, other=0).to(wide)
+    elif RULE == "adam":
+        m = tl.load(first + place, mask=keep, other=0).to(wide)
+        v = tl.load(second + place, mask=keep, other=0).to(wide)
+
+    # Inside the window, in the order of the input; four at a time, whose loads do not wait for one another.
+    equal = (row[:, None] == row[None, :]).to(tl.int32)
+    run = tl.where(leads, tl.sum(equal, axis=1), 0)
+    g = tl.zeros([WINDOW, COLUMNS], dtype=wide)
+    longest = tl.max(run, axis=0)
+    j = 0
+    while j < longest:
+        for i in tl.static_range(4):
+            taken = j + i < run
+            at = tl.load(order + position + j + i, mask=taken, other=0)
+            inside = taken[:, None] & in_row
+            g += tl.load(grad + at[:, None] * W + column[None, :], mask=inside, other=0).to(wide)
+        j += 4
+
+    # Only the last row of the window can go on in those that follow: their sums, many windows at a time.
+    last = tl.max(row, axis=0)
+    led_last = leads & (row == last)
+    goes_on = (tl.max(led_last.to(tl.int32), axis=0) == 1) & (after == last)
+    rest = tl.zeros([COLUMNS], dtype=wide)
+    window = tl.program_id(0).to(tl.int64) + 1
+    while goes_on:
+        following = window + tl.arange(0, WINDOW)
+        exists = following * WINDOW < count
+        same = exists & (tl.load(rows + following * WINDOW, mask=exists, other=-1) == last)
+        inside = same[:, None] & in_row
+        rest += tl.sum(tl.load(sums + following[:, None] * W + column[None, :], mask=inside, other=0), axis=0)
+        window += WINDOW
+        goes_on = tl.min(same.to(tl.int32), axis=0) == 1
+    g += tl.where(led_last[:, None], rest[None, :], 0)
+
+    if CLIPS:
+        most = tl.load(hyper + 5).to(wide)
+        norm = _sqrt(tl.sum(g * g, axis=1))
+        g *= (most / tl.maximum(norm, most, propagate_nan=tl.PropagateNan.ALL))[:, None]
+    g += tl.load(hyper + 1).to(wide) * old
+    change = tl.load(hyper).to(wide) * g
+    eps = tl.load(hyper + 2).to(wide)
+    if RULE == "rowwise_adagrad":
+        s += tl.sum(g * g, axis=1) / W
+        tl.store(first + row, s.to(first.dtype.element_ty), mask=leads)
+        change /= (_sqrt(s) + eps)[:, None]
+    elif RULE == "adagrad":
+        s += g * g
+        tl.store(first + place, s.to(first.dtype.element_ty), mask=keep)
+        change /= _sqrt(s) + eps
+    elif RULE == "adam":
+        # 1 − β is taken in float64: in float32 1 − 0.999 is off by 1e-5.
+        beta1 = tl.load(hyper + 3)
+        beta2 = tl.load(hyper + 4)
+        m = beta1.to(wide) * m + (1 - beta1).to(wide) * g
+        v = beta2.to(wide) * v + (1 - beta2).to(wide) * (g * g)
+        tl.store(first + place, m.to(first.dtype.element_ty), mask=keep)
+        tl.store(second + place, v.to(second.dtype.element_ty), mask=keep)
+        m_hat = m / tl.load(corrections).to(wide)
+        v_hat = v / tl.load(corrections + 1).to(wide)
+        change = tl.load(hyper).to(wide) * m_hat / (_sqrt(v_hat) + eps)
+    else:
+        tl.static_assert(RULE == "sgd", "unknown rule")
+    tl.store(weight + place, (old - change).to(weight.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _sqrt(x):
+    # The plain one is approximate in float32, and the rounded one does not exist in float64.
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
