@@ -1,0 +1,1 @@
+"""What embtables costs against others, measured side by side: ``python -m benchmarks.bench``."""

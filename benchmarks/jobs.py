@@ -1,0 +1,192 @@
+"""What is measured, in which order, and in processes of their own: a job is one configuration of one suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import dlrm, frameworks, ours, rivals, tables
+from benchmarks.timing import Progress, ignore
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = ("machine", "tables", "dlrm", "memory", "frameworks")
+MODES = ("quick", "default", "full")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The machine's memory: see ``tables.ceilings``."""
+
+    threads: int
+    rounds: int = 10
+
+
+Settings = tables.Settings | dlrm.Settings | dlrm.Memory | frameworks.Settings | Ceilings
+_SETTINGS: dict[str, type[Any]] = {
+    "machine": Ceilings,
+    "tables": tables.Settings,
+    "dlrm": dlrm.Settings,
+    "memory": dlrm.Memory,
+    "frameworks": frameworks.Settings,
+}
+_RUN: dict[str, Callable[[Any, Progress], list[tables.Row]]] = {
+    "machine": lambda s, progress: tables.ceilings(s.threads, s.rounds, progress),
+    "tables": tables.run,
+    "dlrm": dlrm.run,
+    "memory": dlrm.peak,
+    "frameworks": frameworks.run,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    suite: str
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Unique, and short enough for a progress bar."""
+        s = self.settings
+        if isinstance(s, Ceilings):
+            return f"machine: {_threads(s.threads)}"
+        if isinstance(s, tables.Settings):
+            parts = [s.scale, f"D = {s.dim}", f"batch {s.batch}", _threads(s.threads)]
+            if s.ops != "native":
+                parts.append(f"{s.ops} ops")
+            return f"tables: {', '.join(parts)}"
+        if isinstance(s, dlrm.Settings):
+            return f"DLRM: {s.scale}, {'bf16' if s.autocast else 'fp32'}, {_threads(s.threads)}"
+        if isinstance(s, dlrm.Memory):
+            who = f"{s.method}, {s.optimizer}" if s.method else dlrm.ALONE
+            return f"memory: 1/{s.divisor}, {who}, {_threads(s.threads)}"
+        names = frameworks.OURS if s.ours else frameworks.RIVALS
+        return f"end to end: {names[s.model]}, {_threads(s.threads)}, {s.repeat + 1}"
+
+    def dumps(self) -> str:
+        return json.dumps({"suite": self.suite, "settings": asdict(self.settings)})
+
+    @staticmethod
+    def loads(text: str) -> Job:
+        data = json.loads(text)
+        return Job(data["suite"], _SETTINGS[data["suite"]](**data["settings"]))
+
+    def run_here(self, progress: Progress) -> list[tables.Row]:
+        return _RUN[self.suite](self.settings, progress)
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
+
+
+def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
+    """All jobs of a mode, those that the table of targets needs first."""
+    found: list[Job] = []
+
+    def add(suite: str, *settings: Settings) -> None:
+        if suite in suites:
+            found.extend(Job(suite, s) for s in settings)
+
+    quick = mode == "quick"
+    rounds = 6 if quick else 20
+    for number in (threads,) if quick or threads == 1 else (1, threads):
+        add("machine", Ceilings(number, 4 if quick else 10))
+    add("tables", tables.Settings(threads=threads, rounds=rounds, everything=not quick))
+    if not quick:
+        add("tables", tables.Settings(1, threads=threads, rounds=10, everything=mode == "full"))
+    add("dlrm", dlrm.Settings(threads=threads, rounds=rounds // 2))
+    if not quick:
+        add("dlrm", dlrm.Settings(autocast=True, threads=threads, rounds=10))
+        add("dlrm", dlrm.Settings(1, threads=threads, rounds=6))
+    _add_memory(add, quick, threads)
+    for repeat in range(1 if quick else 2):
+        for model in frameworks.RIVALS:
+            for is_ours in (True, False) if repeat % 2 == 0 else (False, True):
+                steps = 10 if quick else 40
+                add("frameworks", frameworks.Settings(model, is_ours, steps, threads=threads, repeat=repeat))
+    if mode == "default":
+        axis = tables.Settings(threads=threads, everything=False, rounds=10)
+        add("tables", replace(axis, ops="reference", rivals=False))
+        if threads > 1:
+            add("tables", replace(axis, threads=1))
+        add("tables", replace(axis, batch=512), replace(axis, batch=8192), replace(axis, dim=64))
+        # 8.65 GB of weights for each contestant: two at a time.
+        only = ((ours.FULL, "rowwise_adagrad"), (rivals.TBE_BEST, "rowwise_adagrad"), (rivals.FLAT, "sgd"))
+        add("tables", replace(axis, divisor=1, dim=64, only=only))
+    if mode == "full":
+        done = {job.name for job in found}
+        product = [
+            Job("tables", tables.Settings(divisor, dim, batch, number, ops, rivals=ops == "native", rounds=10))
+            for divisor in (10, 1)
+            for dim in (16, 64)
+            for batch in (512, 2048, 8192)
+            for number in sorted({1, threads})
+            for ops in ("native", "reference")
+        ]
+        found += [job for job in product if job.name not in done and "tables" in suites]
+    return found
+
+
+def _add_memory(add: Callable[..., None], quick: bool, threads: int) -> None:
+    add("memory", dlrm.Memory(None, threads=threads), dlrm.Memory("full", "rowwise_adagrad", threads=threads))
+    if not quick:
+        add("memory", *(dlrm.Memory("full", optimizer, threads=threads) for optimizer in ("sgd", "adagrad", "adam")))
+        add("memory", *(dlrm.Memory(m, "rowwise_adagrad", threads=threads) for m in ("hash", "compositional")))
+        add("memory", dlrm.Memory(None, divisor=1, threads=threads))
+        add("memory", dlrm.Memory("full", "rowwise_adagrad", 1, threads=threads))
+
+
+class JobFailed(Exception):
+    """A process that ended without a result; the message says how."""
+
+
+def in_a_process(job: Job, progress: Progress = ignore) -> list[tables.Row]:
+    """Runs a job in a fresh process with its own threads and operators, whose memory is gone afterwards.
+
+    Raises:
+        JobFailed: with the last line that the process wrote.
+    """
+    settings = job.settings
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "EMBTABLES_OPS": getattr(settings, "ops", "native")}
+    environment |= {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    if environment["EMBTABLES_OPS"] == "native":
+        # The default: native where it was built, and the reference operators elsewhere.
+        environment.pop("EMBTABLES_OPS")
+    command = [sys.executable, "-m", "benchmarks.bench", "--job", job.dumps()]
+    rows = None
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                kind, _, value = line.partition(" ")
+                if kind == "progress":
+                    progress(float(value))
+                elif kind == "rows":
+                    rows = json.loads(value)
+            process.wait()
+        finally:
+            process.kill()
+        errors.seek(0)
+        lines = [line for line in errors if line.strip()]
+    if process.returncode or rows is None:
+        raise JobFailed(lines[-1].strip() if lines else f"it ended with exit code {process.returncode}")
+    return list(rows)
+
+
+def serve(text: str) -> None:
+    """What the process of a job does: progress and rows go to standard output, a line each."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no part of the answer
+
+    def progress(share: float) -> None:
+        out.write(f"progress {share:.4f}\n")
+
+    rows = Job.loads(text).run_here(progress)
+    out.write("rows " + json.dumps(rows) + "\n")

@@ -1,0 +1,250 @@
+"""From the CSV of a run to Markdown: targets, tables, where a rival is faster, and what not to trust.
+
+    python -m benchmarks.report docs/results/speed
+
+writes ``report.md`` anew beside ``results.csv``. Its parts stand between comments, from which other pages take them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import ours
+from benchmarks.results import DAGGER, RESULTS, Results, default_ops, doubts_of, memory_rows, rendered, row_of
+from benchmarks.targets import targets
+from benchmarks.timing import OTHERS
+
+REPORT = "report.md"
+COLUMNS = ("sgd", "rowwise_adagrad", "adagrad", "adam", "dense adam")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _milliseconds(row: pd.Series) -> str:
+    value = row["median_ms"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
+
+
+def _cell(rows: pd.DataFrame) -> str:
+    if rows.empty:
+        return ""
+    row = rows.sort_values("sitting").iloc[0]
+    return _milliseconds(row) + (f" {DAGGER}" if row["distrust"] else "")
+
+
+def headline(results: Results) -> str:
+    """Milliseconds of forward and step by contestant and optimizer."""
+    forward, step = results.configuration(phase="forward"), results.configuration()
+    names = list(dict.fromkeys([*step["contestant"], *forward["contestant"]]))
+    lines = [["ms", "forward", *(f"step, {c.replace('_', '-')}" for c in COLUMNS)], ["---", *["---:"] * 6]]
+    for name in names:
+        cells = [_cell(row_of(step, (name, optimizer))) for optimizer in COLUMNS]
+        lines.append([name, _cell(forward[forward["contestant"] == name]), *cells])
+    return rendered(lines)
+
+
+def axes(results: Results) -> str:
+    """Milliseconds of a step in every configuration, with row-wise Adagrad, else Adagrad, else SGD."""
+    rows = results.select("tables", phase="step")
+    keys = ["scale", "dim", "batch", "threads", "ops"]
+    configurations = list(rows.groupby(keys, sort=False).groups)
+    lines = [["step, ms", *(_configuration(key, results) for key in configurations)]]
+    lines.append(["---", *["---:"] * len(configurations)])
+    for name in rows["contestant"].unique():
+        chosen = next((o for o in ("rowwise_adagrad", "adagrad", "sgd") if len(row_of(rows, (name, o)))), None)
+        if chosen is None:
+            continue
+        mine = row_of(rows, (name, chosen))
+        cells = [_cell(mine[(mine[keys] == list(key)).all(axis=1)]) for key in configurations]
+        lines.append([f"{name}, {chosen.replace('_', '-')}", *cells])
+    return rendered(lines)
+
+
+def _configuration(key: tuple[str, int, int, int, str], results: Results) -> str:
+    scale, dim, batch, threads, ops = key
+    text = f"{scale}, D = {dim}, B = {batch}, {threads} thr."
+    return text if ops == "native" or results.ok["ops"].nunique() < 2 else f"{text}, {ops} ops"
+
+
+def whole_steps(results: Results) -> str:
+    """Examples a second of a DLRM step, and the share of the tables."""
+    kinds = [("1/10", "fp32"), ("1/10", "bf16"), ("1/1", "fp32")]
+    header = ["DLRM step", "optimizer of the tables"]
+    for scale, precision in kinds:
+        header += [f"{scale}, {precision}: examples/s", "tables"]
+    lines = [header, ["---", "---", *["---:"] * 6]]
+    rows = results.select("dlrm", threads=results.threads)
+    for name, optimizer in dict.fromkeys(zip(rows["contestant"], rows["optimizer"])):
+        cells = []
+        for scale, precision in kinds:
+            found = row_of(rows[(rows["scale"] == scale) & (rows["precision"] == precision)], (name, optimizer))
+            if found.empty:
+                cells += ["", ""]
+                continue
+            row = found.sort_values("sitting").iloc[0]
+            mark = f" {DAGGER}" if row["distrust"] else ""
+            cells += [f"{row['examples_per_second']:,.0f}{mark}", f"{row['table_share']:.0%}"]
+        lines.append([name, optimizer.replace("_", "-"), *cells])
+    return rendered(lines)
+
+
+def end_to_end(results: Results) -> str:
+    rows = results.select("frameworks")
+    lines = [["end to end", "examples/s", "of each run", "peak memory"], ["---", "---:", "---:", "---:"]]
+    for name in rows["contestant"].unique():
+        mine = rows[rows["contestant"] == name]
+        each = ", ".join(f"{value:,.0f}" for value in mine["examples_per_second"])
+        peak = f"{mine['peak_bytes'].max() / 1e9:.2f} GB"
+        lines.append([name, f"{mine['examples_per_second'].median():,.0f}", each, peak])
+    return rendered(lines)
+
+
+def memory(results: Results) -> str:
+    lines = [["training", "tables", "plan's training bytes", "peak above the dense part's", "ratio"]]
+    lines.append(["---", "---", *["---:"] * 3])
+    for name, optimizer, row, value in memory_rows(results):
+        planned = f"{row['training_bytes'] / 1e6:,.0f} MB"
+        above = f"{value * row['training_bytes'] / 1e6:,.0f} MB"
+        lines.append([f"{name}, {optimizer.replace('_', '-')}", row["scale"], planned, above, f"{value:.2f}"])
+    return rendered(lines)
+
+
+def description(results: Results) -> str:
+    """The machine, its ceilings, and what was left out."""
+    info = results.run.get("machine", {})
+    lines = [f"- {name.replace('_', ' ')}: {value}" for name, value in info.items()]
+    for _, row in results.select("machine").iterrows():
+        threads = f"{int(row['threads'])} thread{'s' * (row['threads'] > 1)}"
+        if row["contestant"] == "copy":
+            lines.append(f"- copy, {threads}: {row['bytes_per_second'] / 1e9:.1f} GB/s read and written")
+        else:
+            lines.append(
+                f"- {row['contestant']}, 64 bytes each, {threads}: {row['rows_per_second'] / 1e6:.0f} M rows/s"
+            )
+    return "\n".join(lines)
+
+
+def skipped(results: Results) -> str:
+    rows = results.rows[results.rows["status"].isin(["skipped", "failed"])]
+    lines = [f"- {_where(row)}: {row['reason']}" for _, row in rows.iterrows()]
+    return "\n".join(dict.fromkeys(lines)) or "Nothing was left out."
+
+
+# ---- honesty ---------------------------------------------------------------------------------------------------------
+
+
+def faster_rivals(results: Results) -> str:
+    """Every comparison of equal work in which a rival took less time than embtables' full tables."""
+    rows = default_ops(results.select("tables"))
+    found, compared = [], 0
+    keys = ["scale", "dim", "batch", "threads", "phase", "sitting"]
+    for (scale, dim, batch, threads, phase, _), group in rows.groupby(keys, sort=False):
+        group = group[(group["kind"] != "ceiling") & ~group["contestant"].str.contains("quotient")]
+        mine = group[group["contestant"] == ours.FULL].set_index("optimizer")
+        for _, row in group[~group["contestant"].str.startswith("embtables")].iterrows():
+            optimizer = next(iter(mine.index), "") if phase == "forward" else row["optimizer"]
+            if optimizer not in mine.index:
+                continue
+            compared += 1
+            share = row["median_ms"] / mine.loc[optimizer]["median_ms"]
+            if share < 1:
+                work = "forward" if phase == "forward" else f"step with {optimizer.replace('_', '-')}"
+                mark = f" {DAGGER}" if doubts_of([row, mine.loc[optimizer] | {"contestant": ours.FULL}]) else ""
+                where = f"{scale}, D = {dim}, batch {batch}, {threads} thread{'s' * (threads > 1)}"
+                found.append(f"- {row['contestant']}, {work}, {where}: {share:.2f}× our time{mark}")
+    if not compared:
+        return "Nothing was compared."
+    if not found:
+        return f"In none of {compared} comparisons of equal work was a rival faster."
+    return f"In {len(found)} of {compared} comparisons of equal work a rival is faster:\n\n" + "\n".join(found)
+
+
+def noise(results: Results) -> str:
+    """Whether the run can be believed, and the rows that cannot."""
+    timed = results.ok[results.ok["median_ms"].notna()]
+    if timed.empty:
+        return "Nothing was timed."
+    lines = []
+    busy = timed[timed["others"] > OTHERS]
+    if len(busy):
+        lines.append(
+            f"The machine was too noisy: other processes took up to {busy['others'].max():.0%} of it while "
+            f"{len(busy)} of {len(timed)} rows were measured. Run again when it is idle."
+        )
+    doubtful = timed[timed["distrust"] != ""]
+    if len(doubtful):
+        lines.append(f"Do not trust these {len(doubtful)} of {len(timed)} rows (marked {DAGGER}):\n")
+        lines += [f"- {_where(row)}: {row['distrust']}" for _, row in doubtful.iterrows()]
+    if not lines:
+        others = timed["others"].max()
+        said = f"; other processes took at most {others:.1%} of it" if others == others else ""
+        lines.append(f"The machine was quiet enough for all {len(timed)} rows{said}.")
+    return "\n".join(lines)
+
+
+def _where(row: pd.Series) -> str:
+    parts = [row["suite"], row["contestant"], row["optimizer"], row["phase"], row["precision"]]
+    for name, label in (("scale", ""), ("dim", "D = "), ("batch", "batch "), ("threads", "threads ")):
+        if name in row and row[name] == row[name]:
+            value = row[name] if isinstance(row[name], str) else f"{int(row[name])}"
+            parts.append(f"{label}{value}")
+    return ", ".join(part for part in parts if part)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "targets": ("Targets", targets),
+    "faster": ("Where a rival is faster", faster_rivals),
+    "headline": ("Tables: 1/10, D = 16, batch 2048", headline),
+    "axes": ("Tables: other configurations", axes),
+    "dlrm": ("A whole DLRM step", whole_steps),
+    "frameworks": ("End to end", end_to_end),
+    "memory": ("Peak memory", memory),
+    "machine": ("The machine", description),
+    "noise": ("What to trust", noise),
+    "skipped": ("Left out", skipped),
+}
+
+
+def part(text: str, name: str) -> str:
+    """A part of ``report.md``; ValueError where it has none of that name."""
+    found = re.search(f"<!-- part:{re.escape(name)} -->\n(.*?)\n<!-- /part -->", text, re.S)
+    if found is None:
+        raise ValueError(f"the report has no part '{name}'; it has {', '.join(PARTS)}")
+    return found[1]
+
+
+def page(results: Results) -> str:
+    parts = [
+        f"## {title}\n\n<!-- part:{name} -->\n{make(results)}\n<!-- /part -->" for name, (title, make) in PARTS.items()
+    ]
+    return "# Speed\n\n" + "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path) -> str:
+    text = page(Results.read(folder))
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help=f"holds the {RESULTS} of a run")
+    try:
+        print(write(parser.parse_args().folder))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Rows of a run, and ratios between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from benchmarks import dlrm, ours
+from benchmarks.timing import OTHERS
+
+RESULTS, RUN = "results.csv", "run.json"
+DAGGER = "†"  # marks what is not to be trusted
+Pair = tuple[str, str]  # a contestant and its optimizer
+FULL: Pair = (ours.FULL, "rowwise_adagrad")
+
+
+class Results:
+    """Rows of a run, and how they are found."""
+
+    def __init__(self, rows: pd.DataFrame, run: dict[str, Any]) -> None:
+        self.run = run
+        rows = rows.copy()
+        for column in ("contestant", "optimizer", "phase", "status", "distrust", "reason", "kind", "precision", "ops"):
+            rows[column] = rows[column].fillna("").astype(str) if column in rows else ""
+        for column in ("sitting", "others", "threads", "median_ms", "table_share", "examples_per_second", "peak_bytes"):
+            rows[column] = pd.to_numeric(rows[column]) if column in rows else float("nan")
+        self.rows = rows
+        self.ok = rows[rows["status"] == "ok"]
+        self.threads = int(rows["threads"].max()) if len(rows) else 0
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Raises ValueError where the folder holds no results."""
+        if not (folder / RESULTS).is_file():
+            raise ValueError(f"{folder} holds no {RESULTS}: run `python -m benchmarks.bench --out {folder}` first")
+        run = json.loads((folder / RUN).read_text(encoding="utf-8")) if (folder / RUN).is_file() else {}
+        return cls(pd.read_csv(folder / RESULTS), run)
+
+    def select(self, suite: str, **values: Any) -> pd.DataFrame:
+        found = self.ok[self.ok["suite"] == suite]
+        for column, value in values.items():
+            found = found[found[column] == value]
+        return found
+
+    def configuration(self, scale: str = "1/10", dim: int = 16, batch: int = 2048, phase: str = "step") -> pd.DataFrame:
+        """The tables at all threads, with the operators that are the default."""
+        found = self.select("tables", scale=scale, dim=dim, batch=batch, threads=self.threads, phase=phase)
+        return default_ops(found)
+
+
+def default_ops(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["ops"] == "native"] if (rows["ops"] == "native").any() else rows
+
+
+class Measured(NamedTuple):
+    value: float
+    doubts: str = ""
+
+
+def row_of(rows: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    found = rows[rows["contestant"] == pair[0]]
+    return found[found["optimizer"] == pair[1]] if pair[1] else found
+
+
+def ratio(rows: pd.DataFrame, slow: Pair, fast: Pair) -> Measured | None:
+    """Median time of ``slow`` over that of ``fast``, both of one sitting; by way of ``FULL`` where they share none."""
+    if rows.empty:
+        return None
+    a, b = row_of(rows, slow), row_of(rows, fast)
+    if a.empty or b.empty:
+        return None
+    both = sorted(set(a["sitting"]) & set(b["sitting"]))
+    if both:
+        first, second = (r[r["sitting"] == both[0]].iloc[0] for r in (a, b))
+        return Measured(first["median_ms"] / second["median_ms"], doubts_of([first, second]))
+    through = [ratio(rows, pair, FULL) if pair != FULL else Measured(1.0) for pair in (slow, fast)]
+    if through[0] is None or through[1] is None or FULL in (slow, fast):
+        return None
+    return Measured(through[0].value / through[1].value, "; ".join(filter(None, (t.doubts for t in through if t))))
+
+
+def doubts_of(rows: Sequence[Any]) -> str:
+    found = [f"{row['contestant']}: {row['distrust']}" for row in rows if row["distrust"]]
+    others = max((float(row["others"]) for row in rows if row["others"] == row["others"]), default=0.0)
+    if others > OTHERS:
+        found.append(f"others took {others:.0%} of the machine")
+    return "; ".join(dict.fromkeys(found))
+
+
+def memory_rows(results: Results) -> Iterator[tuple[str, str, pd.Series, float]]:
+    """Contestant, optimizer, row and ratio of every process whose scale has one with the dense part alone."""
+    rows = results.select("memory")
+    for _, row in rows[rows["contestant"] != dlrm.ALONE].iterrows():
+        alone = rows[(rows["contestant"] == dlrm.ALONE) & (rows["scale"] == row["scale"])]
+        if len(alone):
+            above = row["peak_bytes"] - alone.iloc[0]["peak_bytes"]
+            yield row["contestant"], row["optimizer"], row, above / row["training_bytes"]
+
+
+def rendered(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
