@@ -82,6 +82,7 @@ class Store:
             self.rows = pd.read_csv(self.csv)
         else:
             self.rows = pd.DataFrame({"job": []})
+            self._save()
             path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def has(self, job: jobs.Job) -> bool:
@@ -90,6 +91,9 @@ class Store:
     def add(self, job: jobs.Job, rows: Sequence[dict[str, Any]]) -> None:
         new = pd.DataFrame([{"job": job.name, **row} for row in rows])
         self.rows = new if self.rows.empty else pd.concat([self.rows, new], ignore_index=True)
+        self._save()
+
+    def _save(self) -> None:
         with replacing(self.csv) as temporary:
             self.rows.to_csv(temporary, index=False, float_format="%.6g")
 

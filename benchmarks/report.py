@@ -147,7 +147,7 @@ def faster_rivals(results: Results) -> str:
     keys = ["scale", "dim", "batch", "threads", "phase", "sitting"]
     for (scale, dim, batch, threads, phase, _), group in rows.groupby(keys, sort=False):
         group = group[(group["kind"] != "ceiling") & ~group["contestant"].str.contains("quotient")]
-        mine = group[group["contestant"] == ours.FULL].set_index("optimizer")
+        mine = group[group["contestant"] == ours.FULL].set_index("optimizer", drop=False)
         for _, row in group[~group["contestant"].str.startswith("embtables")].iterrows():
             optimizer = next(iter(mine.index), "") if phase == "forward" else row["optimizer"]
             if optimizer not in mine.index:
@@ -156,7 +156,7 @@ def faster_rivals(results: Results) -> str:
             share = row["median_ms"] / mine.loc[optimizer]["median_ms"]
             if share < 1:
                 work = "forward" if phase == "forward" else f"step with {optimizer.replace('_', '-')}"
-                mark = f" {DAGGER}" if doubts_of([row, mine.loc[optimizer] | {"contestant": ours.FULL}]) else ""
+                mark = f" {DAGGER}" if doubts_of([row, dict(mine.loc[optimizer])]) else ""
                 where = f"{scale}, D = {dim}, batch {batch}, {threads} thread{'s' * (threads > 1)}"
                 found.append(f"- {row['contestant']}, {work}, {where}: {share:.2f}× our time{mark}")
     if not compared:

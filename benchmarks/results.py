@@ -18,19 +18,31 @@ Pair = tuple[str, str]  # a contestant and its optimizer
 FULL: Pair = (ours.FULL, "rowwise_adagrad")
 
 
+_TEXT = "suite", "scale", "contestant", "optimizer", "phase", "status", "distrust", "reason", "kind", "precision", "ops"
+_NUMBERS = (
+    *("dim", "batch", "threads", "sitting", "others", "median_ms", "table_share", "examples_per_second"),
+    *("repeat", "peak_bytes", "training_bytes", "bytes_per_second", "rows_per_second"),
+)
+_IDENTITY = [
+    *("suite", "scale", "dim", "batch", "threads", "ops", "precision", "phase"),
+    *("contestant", "optimizer", "sitting", "repeat"),
+]
+
+
 class Results:
     """Rows of a run, and how they are found."""
 
     def __init__(self, rows: pd.DataFrame, run: dict[str, Any]) -> None:
         self.run = run
         rows = rows.copy()
-        for column in ("contestant", "optimizer", "phase", "status", "distrust", "reason", "kind", "precision", "ops"):
+        for column in _TEXT:
             rows[column] = rows[column].fillna("").astype(str) if column in rows else ""
-        for column in ("sitting", "others", "threads", "median_ms", "table_share", "examples_per_second", "peak_bytes"):
+        for column in _NUMBERS:
             rows[column] = pd.to_numeric(rows[column]) if column in rows else float("nan")
         self.rows = rows
-        self.ok = rows[rows["status"] == "ok"]
-        self.threads = int(rows["threads"].max()) if len(rows) else 0
+        # Where there are no native operators, two jobs measure the same: the first one counts.
+        self.ok = rows[rows["status"] == "ok"].drop_duplicates(_IDENTITY)
+        self.threads = int(rows["threads"].max()) if rows["threads"].notna().any() else 0
 
     @classmethod
     def read(cls, folder: Path) -> Results:

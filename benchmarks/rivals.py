@@ -195,7 +195,9 @@ def torchrec_fused(work: Workload) -> Built:
         optimizer_kwargs={"lr": LR},
         device=torch.device("cpu"),
     )
-    return Built(lambda batch: collection(features[batch % work.batches]).values())
+    state = collection.state_dict()
+    weights = [state[f"embedding_bags.t_{name}.weight"] for name in work.names]
+    return Built(lambda batch: collection(features[batch % work.batches]).values(), None, weights)
 
 
 class QuotientRemainderBag(nn.Module):

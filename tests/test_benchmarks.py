@@ -1,0 +1,512 @@
+"""The benchmarks measure what they say: contestants do equal work, noise is told, results are kept and judged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import bench, dlrm, frameworks, jobs, ours, report, results, rivals, tables, timing
+from benchmarks.contestants import Built, Contestant, Skipped, sittings
+from benchmarks.targets import TARGETS
+from benchmarks.workload import CARDINALITIES, Workload, sizes
+from embtables.models import DLRM
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return Workload([700, 40, 3, 300], dim=8, batch=64, batches=3)
+
+
+def contestants(work: Workload) -> list[Contestant]:
+    """All that keep full tables, of embtables and of others."""
+    found = [*ours.contestants(work), *rivals.contestants(work)]
+    full = [c for c in found if isinstance(c, Contestant) and (not c.ours or c.name.startswith(ours.FULL))]
+    return [c for c in full if c.name != rivals.QR]
+
+
+def built(work: Workload, contestant: Contestant) -> Built:
+    """A contestant with the weights that all have here."""
+    tables_of = contestant.build(work)
+    assert len(tables_of.weights) == len(work.sizes)
+    for view, weight in zip(tables_of.weights, weights(work)):
+        view.copy_(weight)
+    return tables_of
+
+
+def weights(work: Workload) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(n, work.dim, generator=generator) for n in work.sizes]
+
+
+def participant_ids() -> list[str]:
+    tiny = Workload([700, 40, 3, 300], 8, 4, 1)
+    return [f"{c.name} | {c.optimizer}" for c in contestants(tiny)]
+
+
+# ---- the workload ----------------------------------------------------------------------------------------------------
+
+
+def test_criteos_tables() -> None:
+    assert len(CARDINALITIES) == 26
+    assert sum(sizes(1)) == 33_762_577
+    assert sum(sizes(10)) == sum(n if n <= 1000 else n // 10 for n in CARDINALITIES) == 3_377_806
+
+
+def test_layouts_hold_the_same_ids(work: Workload) -> None:
+    for i in range(work.batches):
+        ids = work.ids[i]
+        assert ids.shape == (64, 4) and bool((ids >= 0).all()) and bool((ids < torch.tensor(work.sizes)).all())
+        assert torch.equal(torch.stack(work.columns[i], dim=1), ids)
+        assert torch.equal(work.by_feature[i].view(4, 64).t(), ids)
+        assert torch.equal(work.rows_by_feature[i].view(4, 64).t() - work.bases, ids)
+        assert torch.equal(work.rows[i].view(64, 4) - work.bases, ids)
+    assert not torch.equal(work.ids[0], work.ids[1])
+
+
+def test_ids_are_zipf() -> None:
+    drawn = torch.cat(Workload([1000], 1, 4096, 16).ids).flatten()
+    expected = np.arange(1, 1001) ** -1.05
+    expected /= expected.sum()
+    share = np.bincount(drawn.numpy(), minlength=1000) / len(drawn)
+    np.testing.assert_allclose(share[:10], expected[:10], rtol=0.08)
+
+
+# ---- equal work ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", participant_ids())
+def test_contestants_do_the_same_forward_and_step(work: Workload, who: str) -> None:
+    """Against a computation by hand, in float64."""
+    contestant = next(c for c in contestants(work) if f"{c.name} | {c.optimizer}" == who)
+    tables_of = built(work, contestant)
+    before = [w.double() for w in weights(work)]
+    expected = torch.cat([w[ids] for w, ids in zip(before, work.columns[1])], dim=1)
+    with torch.no_grad():  # for embtables' Adam a forward that trains is a step
+        torch.testing.assert_close(tables_of.vectors(1).double(), expected)
+    if not contestant.step:
+        return
+    for batch in (1, 2):
+        tables_of.train(batch, work.grad)
+    # embtables' and torch's defaults, or what benchmarks/rivals.py sets.
+    rate = 0.001 if contestant.ours and contestant.optimizer.endswith("adam") else 0.01
+    after = by_hand(work, before, contestant.optimizer, (1, 2), rate)
+    for number, (found, wanted, old) in enumerate(zip(tables_of.weights, after, before)):
+        assert not torch.equal(wanted, old)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5, msg=f"{who}, table {number}")
+
+
+def by_hand(
+    work: Workload, before: list[torch.Tensor], optimizer: str, batches: tuple[int, ...], rate: float
+) -> list[torch.Tensor]:
+    grads = work.grad.double().view(work.batch, len(work.sizes), work.dim)
+    after = []
+    for feature, weight in enumerate(w.clone() for w in before):
+        state, second = torch.zeros_like(weight), torch.zeros_like(weight)
+        for step, batch in enumerate(batches, 1):
+            ids = work.columns[batch][feature]
+            grad = torch.zeros_like(weight).index_add_(0, ids, grads[:, feature])
+            touched = torch.zeros(len(weight), 1, dtype=torch.bool)
+            touched[ids] = True
+            if optimizer == "sgd":
+                weight -= rate * grad
+            elif optimizer == "rowwise_adagrad":
+                state += grad.square().mean(1, keepdim=True)
+                weight -= torch.where(touched, rate * grad / (state.sqrt() + 1e-8), 0)
+            elif optimizer == "adagrad":
+                state += grad.square()
+                weight -= torch.where(touched, rate * grad / (state.sqrt() + 1e-8), 0)
+            else:
+                moved = touched if optimizer == "adam" else torch.ones_like(touched)
+                state = torch.where(moved, 0.9 * state + 0.1 * grad, state)
+                second = torch.where(moved, 0.999 * second + 0.001 * grad.square(), second)
+                change = state / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                weight -= torch.where(moved, rate * change, 0)
+        after.append(weight)
+    return after
+
+
+def test_quotient_remainder_bags() -> None:
+    bag = rivals.QuotientRemainderBag(1000, 4)
+    ids = torch.tensor([0, 7, 999, 10])
+    quotients, remainders = bag.quotients.weight, bag.remainders.weight
+    wanted = torch.stack([quotients[i // 10] * remainders[i % 10] for i in ids.tolist()])
+    torch.testing.assert_close(bag(ids, torch.arange(4)), wanted)
+    assert quotients.numel() + remainders.numel() <= 0.12 * 1000 * 4
+
+
+def test_a_dlrm_step_in_two_parts_is_a_step(work: Workload) -> None:
+    """Backward through the dense part and then through the tables gives what one backward gives."""
+    contestant = next(c for c in contestants(work) if (c.name, c.optimizer) == (rivals.FLAT, "sgd"))
+    tables_of = built(work, contestant)
+    step = dlrm.Step(work, tables_of)
+    torch.manual_seed(0)
+    given = dlrm.Given(work.names, work.dim)
+    model = DLRM(given, 13, bottom_units=(512, 256), top_units=(512, 256))  # type: ignore[arg-type]
+    weight = torch.nn.Parameter(torch.cat(weights(work)))
+    dense, sparse = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True), torch.optim.SGD([weight], lr=0.01)
+    for number in range(3):
+        seconds = step(number)
+        assert seconds > 0
+        given.vectors = F.embedding(work.rows[number], weight).view(work.batch, -1)
+        batch = step.batches[number]
+        dense.zero_grad()
+        sparse.zero_grad()
+        F.binary_cross_entropy_with_logits(model(batch), batch.labels).backward()
+        dense.step()
+        sparse.step()
+    torch.testing.assert_close(torch.cat(list(tables_of.weights)), weight.detach())
+    assert not torch.allclose(weight, torch.cat(weights(work)))
+    for mine, other in zip(step.model.parameters(), model.parameters()):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("model", ["dlrm", "deepfm"])
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_frameworks_train_the_same_rows(model: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frameworks, "sizes", lambda divisor: [500, 30, 3])
+    settings = frameworks.Settings(model, is_ours, steps=2, batch=32, threads=1)
+    (row,) = frameworks.run(settings, timing.ignore)
+    if row["status"] == "skipped":
+        pytest.skip(f"{row['contestant']} {row['reason']}")
+    assert row["examples_per_second"] > 0 and row["peak_bytes"] > 10**7
+    assert math.isclose(row["examples_per_second"], 1e3 * 32 / row["median_ms"])
+
+
+def test_a_missing_rival_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch, work: Workload) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "fbgemm_gpu", None)
+    monkeypatch.setitem(__import__("sys").modules, "torchrec", None)
+    found = rivals.contestants(work)
+    names = {c.name: c.reason for c in found if isinstance(c, Skipped)}
+    assert {rivals.TBE, rivals.TBE_BEST, rivals.TORCHREC} <= set(names)
+    assert "cannot be imported" in names[rivals.TBE]
+    assert any(isinstance(c, Contestant) and c.name == rivals.LOOP for c in found)
+
+
+def test_every_method_takes_part(work: Workload) -> None:
+    from embtables.methods import kinds
+
+    found = {(c.name, c.optimizer): c for c in ours.contestants(Workload([20_000, 5_000], 16, 8, 1))}
+    for kind in kinds():
+        for optimizer in ours.OPTIMIZERS:
+            if not isinstance(found[ours.name_of(kind), optimizer], Contestant):
+                assert (kind, optimizer) == ("robe", "rowwise_adagrad")
+    skipped = found[ours.name_of("robe"), "rowwise_adagrad"]
+    assert isinstance(skipped, Skipped) and "robe" in skipped.reason
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def participant(name: str, size: int) -> Contestant:
+    return Contestant(name, "sgd", False, size, lambda work: Built(lambda batch: torch.empty(0)))
+
+
+def test_contestants_share_a_sitting_while_they_fit() -> None:
+    every = [
+        participant("first", 2),
+        participant("a", 5),
+        participant("b", 6),
+        participant("c", 3),
+        participant("d", 9),
+    ]
+    groups, left_out = sittings(every, 10)
+    assert [[c.name for c in group] for group in groups] == [["first", "a", "c"], ["first", "b"]]
+    assert [s.name for s in left_out] == ["d"] and "needs 0.0 GB beside" in left_out[0].reason
+
+
+def test_peak_memory_holds_the_tables() -> None:
+    """In processes of their own: with 22 MB of tables and twice that of state, and without one."""
+    peaks = []
+    for method, optimizer in ((None, ""), ("full", "adam")):
+        job = jobs.Job("memory", dlrm.Memory(method, optimizer, divisor=100, batch=64, threads=1, steps=2))
+        assert jobs.Job.loads(job.dumps()) == job
+        (row,) = jobs.in_a_process(job)
+        peaks.append(row)
+    above = peaks[1]["peak_bytes"] - peaks[0]["peak_bytes"]
+    assert peaks[1]["training_bytes"] == 3 * 4 * 16 * sum(sizes(100)) + 8
+    assert 0.9 < above / peaks[1]["training_bytes"] < 1.6
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands for `time`: passes as contestants say; `slow` makes everything slower as time goes by."""
+
+    def __init__(self, slow: float = 0.0, idle: float = 0.0) -> None:
+        self.now, self.cpu, self.slow, self.idle = 0.0, 0.0, slow, idle
+
+    def work(self, seconds: float) -> None:
+        seconds *= 1 + self.slow * self.now
+        self.now += seconds
+        self.cpu += seconds * (1 - self.idle)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.cpu
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock, seconds: dict[str, float], rounds: int = 20) -> Any:
+    monkeypatch.setattr(timing, "time", clock)
+    calls: list[tuple[str, int]] = []
+
+    def contestant(name: str) -> timing.Call:
+        def call(batch: int) -> float:
+            calls.append((name, batch))
+            clock.work(seconds[name])
+            return seconds[name] / 2
+
+        return call
+
+    return timing.interleaved({name: contestant(name) for name in seconds}, rounds), calls
+
+
+def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings, calls = timed(monkeypatch, Clock(), {"quick": 0.002, "slow": 0.03, "very slow": 0.4})
+    assert {name: len(t.wall) for name, t in timings.items()} == {"quick": 200, "slow": 20, "very slow": 5}
+    for name, seconds in (("quick", 0.002), ("slow", 0.03), ("very slow", 0.4)):
+        assert timings[name].row()["median_ms"] == pytest.approx(1e3 * seconds)
+        assert timings[name].row()["cpu_ms"] == pytest.approx(1e3 * seconds)
+        assert timings[name].returned == [seconds / 2] * len(timings[name].wall)
+        batches = [batch for who, batch in calls if who == name]
+        assert batches == list(range(len(batches)))  # as many different batches for each
+    # The order of a round is drawn anew, and everybody has a turn.
+    turns = [who for i, (who, _) in enumerate(calls[9:], 9) if who != calls[i - 1][0] and who != "very slow"]
+    assert len({tuple(turns[i : i + 2]) for i in range(0, len(turns), 2)}) > 1
+
+
+def test_a_drift_of_the_machine_meets_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings, _ = timed(monkeypatch, Clock(slow=0.5), {"a": 0.01, "b": 0.02})
+    a, b = timings["a"], timings["b"]
+    assert max(a.wall) > 1.5 * min(a.wall)
+    assert timing.quartiles(b.wall)[1] / timing.quartiles(a.wall)[1] == pytest.approx(2, rel=0.1)
+
+
+def test_noise_is_told() -> None:
+    quiet = [0.010, 0.0101, 0.0099, 0.0102, 0.010, 0.0098]
+    assert timing.distrust(quiet, quiet) == ""
+    assert timing.distrust(quiet, [2 * s for s in quiet]) == ""  # two threads
+    jumping = [0.010, 0.020, 0.010, 0.030, 0.010, 0.025]
+    assert "quartiles" in timing.distrust(jumping, jumping)
+    assert "waited for a core 30% of the time" in timing.distrust(quiet, [0.7 * s for s in quiet])
+    assert "only 2 calls" in timing.distrust(quiet[:2], quiet[:2])
+
+
+def test_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"busy": 100.0, "own": 10.0}
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(timing, "_busy_seconds", lambda: values["busy"])
+    monkeypatch.setattr(timing, "_own_seconds", lambda: values["own"])
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    others = timing.Others()
+    clock.now, values["busy"], values["own"] = 10.0, 114.0, 20.0
+    assert others.share() == pytest.approx(0.2)  # 4 of 20 seconds
+    monkeypatch.setattr(timing, "_busy_seconds", lambda: None)
+    assert others.share() is None
+
+
+def test_rows_of_a_real_measurement(work: Workload) -> None:
+    settings = tables.Settings(threads=1, rounds=2)
+    found: list[Contestant | Skipped] = [c for c in contestants(work) if c.optimizer in ("sgd", "rowwise_adagrad")]
+    rows = pd.DataFrame(tables.measure(work, settings, [*found, Skipped("gone", "sgd", False, "it is gone")]))
+    mine = rows[(rows["contestant"] == ours.FULL) & (rows["status"] == "ok")]
+    assert set(mine["phase"]) == {"forward", "step"}
+    timed_rows = rows[rows["status"] == "ok"]
+    assert bool((timed_rows["min_ms"] <= timed_rows["median_ms"]).all()) and bool((timed_rows["cpu_ms"] > 0).all())
+    assert rows[rows["contestant"] == "gone"]["reason"].tolist() == ["it is gone"]
+
+
+def test_a_contestant_that_breaks_does_not_stop_the_others(work: Workload) -> None:
+    def fail(_: Workload) -> Built:
+        raise RuntimeError("no such\nthing")
+
+    first = next(c for c in contestants(work))
+    broken = Contestant("broken", "sgd", False, 0, fail)
+    rows = tables.measure(work, tables.Settings(threads=1, rounds=1), [first, broken])
+    assert [r["reason"] for r in rows if r["status"] == "skipped"] == ["RuntimeError: no such thing"]
+    assert any(r["status"] == "ok" for r in rows)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def made_up(full: float = 1.0) -> pd.DataFrame:
+    """Rows as a run gives them, with medians that are easy to divide."""
+    base: dict[str, Any] = {"suite": "tables", "scale": "1/10", "dim": 16, "batch": 2048, "threads": 2, "ops": "native"}
+    base |= {"phase": "step", "status": "ok", "sitting": 0, "others": 0.01, "distrust": ""}
+    rows = [
+        base | {"contestant": ours.FULL, "optimizer": "rowwise_adagrad", "median_ms": full},
+        base | {"contestant": rivals.TBE_BEST, "optimizer": "rowwise_adagrad", "median_ms": 2.0},
+        base | {"contestant": rivals.TBE, "optimizer": "rowwise_adagrad", "median_ms": 4.0, "others": 0.4},
+        base | {"contestant": "embtables hash", "optimizer": "rowwise_adagrad", "median_ms": 1.2},
+        base | {"contestant": rivals.LOOP, "optimizer": "adam", "median_ms": 9.0, "distrust": "quartiles 90%"},
+        base | {"contestant": ours.FULL, "optimizer": "adam", "median_ms": 1.5},
+        base | {"contestant": rivals.QR, "optimizer": "adagrad", "status": "skipped", "reason": "it does not fit"},
+    ]
+    alone = base | {"suite": "memory", "phase": "", "contestant": dlrm.ALONE, "optimizer": "", "peak_bytes": 500e6}
+    rows.append(alone)
+    rows.append(alone | {"contestant": ours.FULL, "optimizer": "adam", "peak_bytes": 620e6, "training_bytes": 100e6})
+    return pd.DataFrame([{"job": "made up"} | row for row in rows])
+
+
+def verdicts(rows: pd.DataFrame) -> dict[tuple[str, str], tuple[str, str]]:
+    found = results.Results(rows, {})
+    measured = {target: target.measure(found) for target in TARGETS}
+    return {(t.what, t.against): ("" if m is None else t.shown(m.value), t.verdict(m)) for t, m in measured.items()}
+
+
+def test_targets_are_judged_by_the_numbers() -> None:
+    found = verdicts(made_up())
+    step = "step, full, row-wise Adagrad"
+    assert found[step, "FBGEMM TBE, best setting"] == ("2.00×", "met")
+    assert found[step, "FBGEMM TBE, default"] == ("4.00×", "**not met** †")  # others took 40 % of the machine
+    assert found["step, hash", "full"] == ("1.20×", "**not met**")
+    adam = found["step, full, Adam on touched rows", "`nn.EmbeddingBag` loop, SparseAdam"]
+    assert adam == ("6.00×", "met †")
+    assert found["step, unified", "full"] == ("", "not measured")
+    peak = found["peak memory of training, full", "plan's training bytes, beside the dense part"]
+    assert peak == ("1.20×", "**not met**")
+    assert verdicts(made_up(full=1.25))[step, "FBGEMM TBE, best setting"] == ("1.60×", "**not met**")
+
+
+def test_sittings_are_compared_through_what_they_share() -> None:
+    rows = made_up()
+    full = rows[(rows["contestant"] == ours.FULL) & (rows["optimizer"] == "rowwise_adagrad")]
+    # In a second sitting everything took three times as long.
+    later = pd.concat([full, rows[rows["contestant"] == rivals.TBE_BEST]]).assign(sitting=1)
+    later["median_ms"] *= 3
+    rows = pd.concat([rows[rows["contestant"] != rivals.TBE_BEST], later])
+    steps = results.Results(rows, {}).configuration()
+    best, hashed = (rivals.TBE_BEST, "rowwise_adagrad"), ("embtables hash", "rowwise_adagrad")
+    assert results.ratio(steps, best, results.FULL) == results.Measured(pytest.approx(2.0), "")
+    across = results.ratio(steps, best, hashed)
+    assert across is not None and across.value == pytest.approx(2 / 1.2)
+
+
+def test_the_report_says_where_a_rival_is_faster_and_what_not_to_trust() -> None:
+    found = results.Results(made_up(), {})
+    assert "In none of 3 comparisons" in report.faster_rivals(found)
+    slower = results.Results(made_up(full=2.5), {})
+    said = report.faster_rivals(slower)
+    assert said.startswith("In 1 of 3 comparisons") and "FBGEMM TBE, one table" in said and "0.80× our time" in said
+    noise = report.noise(found)
+    assert "The machine was too noisy: other processes took up to 40%" in noise
+    assert "Do not trust these 1 of 6 rows" in noise and "nn.EmbeddingBag" in noise and "quartiles 90%" in noise
+    assert "it does not fit" in report.skipped(found)
+    quiet = made_up().assign(others=0.0, distrust="")
+    assert report.noise(results.Results(quiet, {})).startswith("The machine was quiet enough for all 6 rows")
+
+
+@pytest.mark.parametrize("rows", [made_up(), pd.DataFrame({"job": []})], ids=["rows", "none"])
+def test_every_part_of_the_report_can_be_taken_out(rows: pd.DataFrame) -> None:
+    text = report.page(results.Results(rows, {"machine": {"cores": 2}}))
+    for name in report.PARTS:
+        assert f"<!-- part:{name} -->" in text
+        report.part(text, name)
+    with pytest.raises(ValueError, match="no part 'other'; it has targets"):
+        report.part(text, "other")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--suites", "tables,tabels"], "--suites has no 'tabels': choose among machine, tables"),
+        (["--threads", "1000"], "--threads 1000: this machine has"),
+        (["--quick", "--full"], "not allowed with argument"),
+    ],
+    ids=["suite", "threads", "modes"],
+)
+def test_bad_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_plans_name_every_job_once() -> None:
+    for mode in jobs.MODES:
+        names = [job.name for job in jobs.planned(mode, jobs.SUITES, 2)]
+        assert len(set(names)) == len(names) > 5
+    assert len(jobs.planned("full", ["tables"], 2)) == 48
+    for job in jobs.planned("default", jobs.SUITES, 2):
+        assert jobs.Job.loads(job.dumps()).name == job.name
+    assert all(job.suite == "dlrm" for job in jobs.planned("default", ["dlrm"], 1))
+
+
+def test_a_run_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    stop_at = 3
+
+    def in_a_process(job: jobs.Job, progress: timing.Progress) -> list[dict[str, Any]]:
+        ran.append(job.name)
+        if len(ran) == stop_at:
+            raise KeyboardInterrupt
+        progress(0.5)
+        return made_up().drop(columns="job").to_dict("records")
+
+    monkeypatch.setattr(jobs, "in_a_process", in_a_process)
+    command = ["--quick", "--threads", "1", "--suites", "memory,tables,dlrm", "--out", str(tmp_path / "out")]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(command)
+    every = [job.name for job in jobs.planned("quick", ["memory", "tables", "dlrm"], 1)]
+    assert ran == every[:3] and len(every) == 4
+    kept = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert set(kept["job"]) == set(every[:2])
+
+    stop_at = 0
+    ran.clear()
+    assert bench.main(command) == 0
+    assert ran == every[2:]
+    printed = capsys.readouterr()
+    assert "Targets" in printed.out and "<!--" not in printed.out
+    assert set(pd.read_csv(tmp_path / "out" / "results.csv")["job"]) == set(every)
+    assert (tmp_path / "out" / "report.md").read_text() == report.page(results.Results.read(tmp_path / "out"))
+
+    ran.clear()
+    assert bench.main([*command, "--fresh"]) == 0 and ran == every
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run["machine"]["processor"] = "another"
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    assert bench.main(command) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds a run with another machine, which cannot be continued: name another --out, or give --fresh" in error
+
+
+def test_a_failed_job_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_a_process(job: jobs.Job, progress: timing.Progress) -> list[dict[str, Any]]:
+        raise jobs.JobFailed("MemoryError")
+
+    monkeypatch.setattr(jobs, "in_a_process", in_a_process)
+    assert bench.main(["--quick", "--threads", "1", "--suites", "dlrm", "--out", str(tmp_path)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "DLRM: 1/10, fp32, 1 thread failed: MemoryError" in said and "tries them again" in said
+    assert pd.read_csv(tmp_path / "results.csv").empty
+
+
+def test_the_process_of_a_job_says_why_it_ended() -> None:
+    job = jobs.Job("memory", dlrm.Memory("no_such_method", "adam", threads=1))
+    with pytest.raises(jobs.JobFailed, match="unknown method"):
+        jobs.in_a_process(job)
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no results.csv: run `python -m benchmarks.bench"):
+        results.Results.read(tmp_path)
