@@ -79,7 +79,7 @@ class DLRM(nn.Module):
         """Logits [B]."""
         flat = pooled(self.embeddings, batch)
         dense = [self.bottom(batch.dense)] if self.bottom is not None else []
-        # Under autocast the bottom MLP's output is bfloat16: the tables' vectors become that here, once for all that follows.
+        # Under autocast the bottom MLP gives bfloat16: the vectors become that too, once for all that follows.
         flat = flat.to(dense[0].dtype) if dense else flat
         vectors = join([*dense, flat]).unflatten(1, (self.num_vectors, self.embedding_dim))
         products = _PairwiseDots.apply(vectors, self.pairs)

@@ -22,7 +22,7 @@ from embtables.training import Trainer, load_config, loop
 # Python calls of a life: starting takes about 150,000 (most of them read YAML), a step with its checkpoint 35,000.
 CALLS = 320_000
 
-TIMES = {"examples_per_second", "train_seconds", "peak_rss_bytes", "lookup_latency_us"}
+TIMES = {"examples_per_second", "train_seconds", "compile_seconds", "peak_rss_bytes", "lookup_latency_us"}
 
 
 def read_whole(data):
@@ -70,7 +70,7 @@ def contents(out):
     """Everything that a run leaves and that must not depend on interruptions."""
     metrics = {k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if k not in TIMES}
     state = torch.load(out / "checkpoint" / "last.pt", weights_only=True)
-    for name in ("train_seconds", "peak_rss_bytes"):
+    for name in ("train_seconds", "compile_seconds", "examples", "peak_rss_bytes"):
         del state["state"]["progress"][name]
     names = ["test_scores.npy", "plan.json", "config.yaml", "validation.csv", "validation.svg"]
     names += ["served/tables.safetensors", "served/model.safetensors"]

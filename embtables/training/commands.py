@@ -67,7 +67,8 @@ def train(
 
     Fields that have no flag are set with --set: training.clip_norm bounds the global norm of the gradients of ordinary
     parameters, to which fused tables do not belong; training.plateau_factor lowers both learning rates;
-    training.autocast=bf16 trains the dense part in bfloat16; tables.regularization is the L2 of the ids in a batch.
+    training.autocast=bf16 trains the dense part in bfloat16, and training.compile=true compiles it;
+    tables.regularization is the L2 of the ids in a batch.
 
     Examples:
 
@@ -107,7 +108,7 @@ def train(
     typer.echo(
         f"test AUC {_number(result['test_auc'])}  log loss {_number(result['test_logloss'])}  "
         f"validation AUC {result['valid_auc']:.4f} (epoch {result['best_epoch']})\n"
-        f"tables {result['inference_bytes']:,} bytes{ratio}  {result['examples_per_second']:,.0f} examples/s\n"
+        f"tables {result['inference_bytes']:,} bytes{ratio}  {_speed(result)}\n"
         f"{out}"
     )
     if result.get("overfitting"):
@@ -168,6 +169,12 @@ def _status(run: Path) -> str:
 
 def _same(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _speed(result: dict[str, Any]) -> str:
+    speed, seconds = result["examples_per_second"], result.get("compile_seconds")
+    compiled = "" if seconds is None else f", not counting {seconds:.0f} s of the step that compiled"
+    return f"{'–' if speed is None else f'{speed:,.0f}'} examples/s{compiled}"
 
 
 def _number(value: float | None) -> str:

@@ -144,6 +144,9 @@ class TrainingConfig(_Section):
     autocast: Literal["bf16"] | None = Field(
         default=None, description="bf16: the dense part trains in bfloat16; tables, loss and evaluation stay fp32"
     )
+    compile: bool = Field(
+        default=False, description="torch.compile of all but the tables; needs a C++ compiler, pays in long runs"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initialisation, hashing and the order of examples")
     threads: int | None = Field(default=None, ge=1, description="null: torch's own choice")
     device: str = "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from embtables.tables import EmbeddingTables
@@ -15,10 +16,14 @@ Vectors: TypeAlias = Tensor | dict[str, Tensor]
 
 
 def intercept(tables: EmbeddingTables, see: Callable[[Vectors], None]) -> Callable[[], None]:
-    """Have ``see`` called with the vectors of every lookup; returns the undoing. (A forward hook misses ``lookup``.)"""
+    """Have ``see`` called with the vectors of every lookup; returns the undoing. (A forward hook misses ``lookup``.)
+
+    In a model that is compiled, lookups and ``see`` run uncompiled, between its graphs.
+    """
     names = ("forward", "lookup")
 
     def around(look_up: Callable[..., Vectors]) -> Callable[..., Vectors]:
+        @torch.compiler.disable
         def looked_up(*arguments: Any, **options: Any) -> Vectors:
             vectors = look_up(*arguments, **options)
             see(vectors)

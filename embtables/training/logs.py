@@ -60,7 +60,11 @@ class ProgressBar:
         self._progress.update(self._task, completed=done)
 
     def loss(self, loss: float) -> None:
-        self._progress.update(self._task, loss=f"loss {loss:.4f}")
+        self.note(f"loss {loss:.4f}")
+
+    def note(self, text: str) -> None:
+        """Shown in the place of the loss until the next one."""
+        self._progress.update(self._task, loss=text, refresh=True)
 
     def monitor(self, name: str, value: float) -> None:
         self._progress.update(self._task, monitor=f"valid {name} {value:.4f}")

@@ -20,6 +20,7 @@ from embtables.datasets import Batch, PreparedDataset
 from embtables.files import replacing, write_json
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from embtables.training.compilation import Compilation, uncompiled
 from embtables.training.config import RunConfig
 from embtables.training.environment import peak_rss_bytes
 from embtables.training.evaluation import (
@@ -51,8 +52,9 @@ class _Progress:
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
     step: int = 0
-    examples: int = 0
+    examples: int = 0  # of the steps in ``train_seconds``
     train_seconds: float = 0.0
+    compile_seconds: float = 0.0  # of the steps that compiled the model
     peak_rss_bytes: int = 0
     best: float = -math.inf  # of the monitor, the log loss negated
     best_step: int = 0
@@ -87,6 +89,8 @@ class Run:
         if config.tables.regularization:
             tables.regularize(config.tables.regularization, data.frequencies)
         self.optimization = Optimization(config, model, tables)
+        varying = bool(data.list_features or data.histories)
+        self.compilation = Compilation(model, config.training.batch_size, varying) if config.training.compile else None
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -107,7 +111,8 @@ class Run:
     def _train(self, events: Events) -> None:
         training, progress = self.config.training, self.progress
         total = training.epochs * self.steps_per_epoch
-        watch = Watch(self.model, self.tables, self.data.dense_features)
+        # On a CPU a number is there when it is asked for; elsewhere asking at each step would hold up the device.
+        watch = Watch(self.model, self.tables, self.data.dense_features, waits=self.device.type == "cpu")
         name = method_label(self.config.tables.method)
         with ProgressBar(self.show_progress, progress.step, total, name) as bar:
             meter = _Meter(events, bar, training.log_every)
@@ -120,13 +125,27 @@ class Run:
                 for batch, seconds in _timed(batches):
                     start = time.perf_counter()
                     watch.step = progress.step + 1
-                    loss = self._step(batch, watch)
-                    self._advance(loss, len(batch.labels))
+                    compiles = self.compilation is not None and self.compilation.is_due(batch)
+                    if compiles:
+                        bar.note("compiling the model …")
+                    self._step(batch, watch)
+                    self._advance()
+                    evaluates = self._evaluation_is_due()
+                    saves = evaluates or time.monotonic() - last_checkpoint >= training.checkpoint_seconds
+                    if watch.waits or saves or progress.step % training.log_every == 0:
+                        losses = watch.settle()
+                        self._count_losses(losses)
+                        meter.losses += losses
                     seconds += time.perf_counter() - start
-                    progress.train_seconds += seconds
-                    rates = self.optimization.learning_rates()
-                    meter.step(progress.step, loss, len(batch.labels), seconds, rates)
-                    if self._evaluation_is_due():
+                    if compiles:
+                        progress.compile_seconds += seconds
+                        bar.note(f"compiled in {progress.compile_seconds:.0f} s")
+                    else:
+                        progress.examples += len(batch.labels)
+                        progress.train_seconds += seconds
+                        meter.count(len(batch.labels), seconds)
+                    meter.show(progress.step, self.optimization.learning_rates())
+                    if evaluates:
                         bar.monitor(training.monitor, self._evaluate(events))
                         self._lower_learning_rates_or_stop()
                         self._save()
@@ -134,33 +153,34 @@ class Run:
                         if progress.finished:
                             break
                         self.model.train()
-                    elif time.monotonic() - last_checkpoint >= training.checkpoint_seconds:
+                    elif saves:
                         self._save()
                         last_checkpoint = time.monotonic()
         watch.close()
 
-    def _step(self, batch: Batch, watch: Watch) -> float:
+    def _step(self, batch: Batch, watch: Watch) -> None:
         batch = to_device(batch, self.device)
         self.optimization.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.autocast is not None):
-            logits = self.model(batch)
+            logits = self.model(batch) if self.compilation is None else self.compilation.call(batch)
         check_logits(self.model, logits, batch)
         loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.labels)
-        value = watch.loss(loss, logits, batch)
+        watch.loss(loss, logits, batch)
         loss.backward()
-        watch.gradients(self.model.named_parameters())
+        watch.gradients()
         self.optimization.step()
-        return value
 
-    def _advance(self, loss: float, examples: int) -> None:
+    def _advance(self) -> None:
         progress = self.progress
         progress.step += 1
         progress.batch += 1
         if progress.batch == self.steps_per_epoch:
             progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.examples += examples
-        progress.loss_sum += loss * examples
-        progress.loss_examples += examples
+
+    def _count_losses(self, losses: list[tuple[float, int]]) -> None:
+        for loss, examples in losses:
+            self.progress.loss_sum += loss * examples
+            self.progress.loss_examples += examples
 
     def _evaluation_is_due(self) -> bool:
         """At the first step that is past a multiple of an evaluation's share of an epoch, and at the end."""
@@ -188,7 +208,7 @@ class Run:
         """Validation of the served form; the best one so far is kept on disk. Returns the monitored metric."""
         progress, monitor = self.progress, self.config.training.monitor
         served = self.tables.serve()
-        with _serving(self.model, self.tables, served):
+        with _serving(self.model, self.tables, served), uncompiled():
             scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
         measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
         value = value_of(measured, monitor)
@@ -317,8 +337,9 @@ class Run:
             "best_epoch": _epochs(progress.best_step, self.steps_per_epoch),
             "epochs": _epochs(progress.step, self.steps_per_epoch),
             "steps": progress.step,
-            "examples_per_second": progress.examples / progress.train_seconds,
+            "examples_per_second": progress.examples / progress.train_seconds if progress.examples else None,
             "train_seconds": progress.train_seconds,
+            "compile_seconds": progress.compile_seconds if self.compilation is not None else None,
             "peak_rss_bytes": self._peak_rss() or None,
             "collision_share": share_of_colliding_ids(self.tables),
             "lookup_latency_us": latency,
@@ -327,21 +348,22 @@ class Run:
 
 
 class _Meter:
-    """Loss and speed, averaged between TensorBoard entries."""
+    """Loss and speed, averaged between TensorBoard entries; ``losses``: (loss, examples) of each step."""
 
     def __init__(self, events: Events, bar: ProgressBar, log_every: int) -> None:
         self.events, self.bar, self.log_every = events, bar, log_every
-        self.losses: list[float] = []
+        self.losses: list[tuple[float, int]] = []
         self.examples, self.seconds = 0, 0.0
 
-    def step(self, step: int, loss: float, examples: int, seconds: float, rates: dict[str, float | None]) -> None:
-        self.losses.append(loss)
+    def count(self, examples: int, seconds: float) -> None:
         self.examples += examples
         self.seconds += seconds
+
+    def show(self, step: int, rates: dict[str, float | None]) -> None:
         self.bar.step(step)
         if step % self.log_every == 0:
-            mean = sum(self.losses) / len(self.losses)
-            speed = self.examples / self.seconds
+            mean = sum(loss for loss, _ in self.losses) / len(self.losses)
+            speed = self.examples / self.seconds if self.examples else None
             self.events.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
             self.bar.loss(mean)
             self.losses, self.examples, self.seconds = [], 0, 0.0

@@ -32,8 +32,9 @@ from embtables.models import build_model
 from embtables.plan import Plan
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import check_identity
+from embtables.training.compilation import check_compiler
 from embtables.training.config import RunConfig
-from embtables.training.environment import environment
+from embtables.training.environment import environment, keep_freed_memory
 from embtables.training.loop import CHECKPOINT, Run
 from embtables.training.planning import labels, plan_tables, selected
 
@@ -83,10 +84,13 @@ class Trainer:
                 f"training.monitor is {monitor}, but {self.data.path} has no groups: monitor auc or logloss, "
                 "or prepare the data with a group feature"
             )
+        if self.config.training.compile:
+            check_compiler(self.device)
         try:
             plan = plan_tables(self.config, self.data)
         except InfeasibleBudget as error:
             return self._write_infeasible(identity, error)
+        keep_freed_memory()
         with _threads(self.config.training.threads), _own_random_numbers(self.device):
             _seed(self.config.training.seed)
             tables = EmbeddingTables(
