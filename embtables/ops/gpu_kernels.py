@@ -22,6 +22,8 @@ from torch import Tensor
 
 from embtables.ops.reference import CLIP
 
+_RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+
 # Elements that a program holds at once, and the most positions of a window.
 _TILE = 2048
 _WINDOW = 32
@@ -46,6 +48,8 @@ def lookup(weight: Tensor, index: Tensor) -> Tensor:
 
 def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
     """One step of ``rule`` on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W]."""
+    if rule not in _RULES:
+        raise ValueError(f"unknown rule {rule!r}: {', '.join(_RULES)}")
     count, width = index.numel(), weight.shape[1]
     if not count or not width:
         return
@@ -194,8 +198,6 @@ def _step(
         m_hat = m / tl.load(corrections).to(wide)
         v_hat = v / tl.load(corrections + 1).to(wide)
         change = tl.load(hyper).to(wide) * m_hat / (_sqrt(v_hat) + eps)
-    else:
-        tl.static_assert(RULE == "sgd", "unknown rule")
     tl.store(weight + place, (old - change).to(weight.dtype.element_ty), mask=keep)
 
 

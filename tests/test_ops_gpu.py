@@ -1,0 +1,359 @@
+"""The Triton kernels: on a GPU where there is one, and in Triton's interpreter, on CPU tensors, in a process apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from embtables import EmbeddingTables, TableConfig, plan
+from embtables.ops import gpu, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+on_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a CUDA GPU; test_in_the_interpreter runs these on the CPU",
+)
+
+RULES = ["sgd", "rowwise_adagrad", "adagrad", "adam"]
+WIDTHS = [1, 3, 8, 16, 33, 64]
+LR, EPS, BETA1, BETA2, STEP = 0.1, 1e-3, 0.9, 0.99, 3
+
+
+@pytest.fixture
+def kernels() -> object:
+    from embtables.ops import gpu_kernels
+
+    return gpu_kernels
+
+
+def on(device: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone().to(device) for tensor in tensors]
+
+
+def hyper(l2: float = 0.0, clip: float = 0.0, lr: float = LR) -> Tensor:
+    return torch.tensor([lr, l2, EPS, BETA1, BETA2] + ([clip] if clip else []), dtype=torch.float64)
+
+
+def state_of(rule: str, rows: int, width: int, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
+    widths = {"sgd": [], "rowwise_adagrad": [1], "adagrad": [width], "adam": [width, width]}[rule]
+    generator = torch.Generator().manual_seed(seed)
+    state = [torch.rand(rows, w, generator=generator).to(dtype) for w in widths]
+    return [*state, torch.tensor(STEP)] if rule == "adam" else state
+
+
+def expected_step(
+    weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, l2: float, clip: float, rule: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The step in float64, row by row."""
+    weight, *state = [tensor.to(torch.float64, copy=True) for tensor in [weight, *state]]
+    for row in sorted(set(index.tolist())):
+        g = grad[index == row].double().sum(0)
+        if clip and float(g.norm()) > clip:
+            g = g * clip / g.norm()
+        g = g + l2 * weight[row]
+        if rule == "sgd":
+            change = LR * g
+        elif rule == "adam":
+            m, v = state[0][row], state[1][row]
+            m.copy_(BETA1 * m + (1 - BETA1) * g)
+            v.copy_(BETA2 * v + (1 - BETA2) * g**2)
+            change = LR * (m / (1 - BETA1**STEP)) / ((v / (1 - BETA2**STEP)).sqrt() + EPS)
+        else:
+            squares = state[0][row]
+            squares += (g**2).mean() if rule == "rowwise_adagrad" else g**2
+            change = LR * g / (squares.sqrt() + EPS)
+        weight[row] -= change
+    return weight, state
+
+
+def index_of(count: int, rows: int, seed: int, hot: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+    """``count`` ids, beside them row 2 ``hot`` times and rows 0 and 1 once, so that row 2 starts inside a window."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.cat([torch.randint(rows, (count,), generator=generator), torch.tensor([0, 1] + [2] * hot)])
+    return index[torch.randperm(len(index), generator=generator)].to(dtype)
+
+
+def assert_step(kernels: object, rule: str, weight: Tensor, index: Tensor, l2: float, clip: float) -> None:
+    """Against float64, and in float32 against the reference operator too."""
+    rows, width = weight.shape
+    state = state_of(rule, rows, width, torch.float32 if weight.dtype == torch.float32 else weight.dtype)
+    grad = torch.randn(index.numel(), width, generator=torch.Generator().manual_seed(2)).to(weight.dtype)
+    want_weight, want_state = expected_step(weight, state, index, grad, l2, clip, rule)
+    got_weight, given, at, g, h = *on(DEVICE, [weight]), on(DEVICE, state), *on(DEVICE, [index, grad, hyper(l2, clip)])
+    kernels.update_(got_weight, given, at, g, h, rule)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[weight.dtype]
+    for got, want in zip([got_weight, *given], [want_weight, *want_state]):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance)
+    untouched = torch.ones(rows, dtype=torch.bool).index_fill_(0, index.long(), False)
+    assert torch.equal(got_weight.cpu()[untouched], weight[untouched])
+    if weight.dtype == torch.float32:
+        other, others = weight.clone(), [s.clone() for s in state]
+        reference.update(other, others, index, grad, hyper(l2, clip), rule)
+        for got, want in zip([got_weight, *given], [other, *others]):
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
+
+
+# ---- the gather ------------------------------------------------------------------------------------------------------
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_gathered(kernels: object, dtype: torch.dtype) -> None:
+    for number, width in enumerate([*WIDTHS, 600]):
+        weight = torch.randn(50, width).to(dtype)
+        for count in (0, 1, 70):
+            index = torch.randint(50, (count,)).to([torch.int32, torch.int64][number % 2])
+            rows = kernels.lookup(*on(DEVICE, [weight, index]))
+            assert rows.dtype == dtype and torch.equal(rows.cpu(), weight[index.long()])
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_equals_float64(kernels: object, rule: str, dtype: torch.dtype) -> None:
+    """Duplicates, a row that fills more than a window, clipping and decay, for all widths."""
+    for number, width in enumerate(WIDTHS):
+        for l2, clip in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.7), (0.1, 0.7)):
+            weight = torch.randn(23, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+            index = index_of(10, 20, width, hot=31, dtype=[torch.int32, torch.int64][number % 2])
+            assert_step(kernels, rule, weight, index, l2, clip)
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_batches_without_duplicates_and_of_one_row_alone(kernels: object, rule: str) -> None:
+    weight = torch.randn(90, 5)
+    for index in (torch.randperm(90)[:40], torch.full((100,), 7), torch.tensor([89]), torch.arange(32)):
+        assert_step(kernels, rule, weight, index, 0.1, 0.5)
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_wide_rows_and_float64(kernels: object, rule: str) -> None:
+    """Rows wider than a tile: by columns where they allow it, whole where the rule or clipping needs a row's norm."""
+    assert_step(kernels, rule, torch.randn(9, 200), index_of(15, 9, 3, hot=40), 0.1, 0.0)
+    assert_step(kernels, rule, torch.randn(5, 1500), index_of(4, 5, 4, hot=5), 0.1, 0.5)
+    assert_step(kernels, rule, torch.randn(9, 7, dtype=torch.float64), index_of(15, 9, 5, hot=40), 0.1, 0.5)
+
+
+@on_device
+@needs_triton
+def test_a_row_that_goes_on_for_many_windows(kernels: object) -> None:
+    """Long enough that its windows are summed in more than one block; rows before and after it keep to themselves."""
+    index = torch.cat([torch.tensor([0, 1, 1]), torch.full((1200,), 2), torch.tensor([3, 4, 4, 4])])
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
+    assert_step(kernels, "adagrad", torch.randn(6, 2), index, 0.0, 0.0)
+
+
+@on_device
+@needs_triton
+def test_gradients_are_added_in_the_order_of_the_input(kernels: object) -> None:
+    """Bit for bit the running sum in float32, which another order would not give."""
+    grad = torch.randn(30, 4) * 10.0 ** torch.randint(-4, 5, (30, 1))
+    index = torch.tensor([1, 0, 1] * 10)
+    weight = torch.zeros(2, 4)
+    running = [torch.zeros(4), torch.zeros(4)]
+    for row, g in zip(index.tolist(), grad):
+        running[row] = running[row] + g
+    backwards = grad[index == 1].flip(0).cumsum(0)[-1]
+    assert not torch.equal(backwards, running[1])
+    (got,) = on(DEVICE, [weight])
+    kernels.update_(got, [], *on(DEVICE, [index, grad, hyper(lr=1.0)]), "sgd")
+    assert torch.equal(got.cpu(), -torch.stack(running))
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_the_same_input_gives_the_same_bits(kernels: object, rule: str) -> None:
+    weight, index, grad = torch.randn(20, 16), index_of(58, 20, 1, hot=40), torch.randn(100, 16)
+    results = []
+    for _ in range(2):
+        got, state = on(DEVICE, [weight])[0], on(DEVICE, state_of(rule, 20, 16, torch.float32))
+        kernels.update_(got, state, *on(DEVICE, [index, grad, hyper(0.1, 0.5)]), rule)
+        results.append([got, *state])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@on_device
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_what_is_not_finite_stays_in_its_row(kernels: object) -> None:
+    weight, index, grad = torch.randn(40, 3), index_of(68, 40, 1), torch.randn(70, 3)
+    grad[5, 1], grad[9, 2] = float("nan"), float("inf")
+    (got,), want = on(DEVICE, [weight]), weight.clone()
+    kernels.update_(got, [], *on(DEVICE, [index, grad, hyper(0.1, 0.5)]), "sgd")
+    reference.update(want, [], index, grad, hyper(0.1, 0.5), "sgd")
+    assert want.isnan().any(1).sum() == 2
+    torch.testing.assert_close(got.cpu(), want, equal_nan=True)
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_batch_changes_nothing(kernels: object, rule: str) -> None:
+    for rows in (0, 4):
+        weight, state = torch.randn(rows, 3), state_of(rule, rows, 3, torch.float32)
+        got, given = on(DEVICE, [weight])[0], on(DEVICE, state)
+        index = torch.zeros(0, dtype=torch.int64)
+        kernels.update_(got, given, *on(DEVICE, [index, torch.zeros(0, 3), hyper(0.1, 0.5)]), rule)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip([got, *given], [weight, *state]))
+
+
+@on_device
+@needs_triton
+def test_offsets_beyond_31_bits(kernels: object) -> None:
+    """A table of more than 2³¹ rows, of which memory holds only the pages that are touched (on a GPU all: 4.3 GB)."""
+    rows = 2**31 + 64
+    try:
+        weight = torch.empty(rows, 1, dtype=torch.float16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no memory for {rows} rows: {error}")
+    index = torch.tensor([rows - 1, 5, rows - 1, 2**31 + 1], device=DEVICE)
+    weight[index] = 1.0
+    kernels.update_(weight, [], index, torch.ones(4, 1, dtype=torch.float16, device=DEVICE), hyper().to(DEVICE), "sgd")
+    expected = torch.tensor([0.8, 0.9, 0.8, 0.9], dtype=torch.float16)
+    assert torch.equal(kernels.lookup(weight, index).cpu().flatten(), expected)
+
+
+@on_device
+@needs_triton
+def test_what_is_refused(kernels: object) -> None:
+    weight, index, grad, h = on(DEVICE, [torch.randn(6, 4), torch.tensor([1, 2]), torch.randn(2, 4), hyper()])
+    with pytest.raises(ValueError, match="must be contiguous"):
+        kernels.update_(weight.t()[:, :4].t()[:4].t(), [], index, grad, h, "sgd")
+    with pytest.raises(ValueError, match="unknown rule 'lion': sgd, rowwise_adagrad, adagrad, adam"):
+        kernels.update_(weight, [], index, grad, h, "lion")
+
+
+# ---- through the tables ----------------------------------------------------------------------------------------------
+
+TABLES = [
+    TableConfig("item", 60, 8, ["item", "history"], pooling="mean", padding_idx=0),
+    TableConfig("user", 40, 4, ["user"], on_out_of_range="oov"),
+]
+
+
+def train(method: str, optimizer: str, device: str) -> list[Tensor]:
+    """Vectors, tables and optimiser state after three steps over a matrix of ids and bags of them."""
+    tables = EmbeddingTables(
+        plan(TABLES, method, None if method == "full" else "60%", optimizer=optimizer), device=device
+    )
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(3):
+        ids = torch.randint(40, (10, 3), generator=generator).to(device)
+        weights = torch.randn(10, 20, generator=generator).to(device)
+        flat = torch.randint(40, (15,), generator=generator).to(device)
+        offsets = torch.tensor([0, 1, 2, 3, 4, 5, 5, 8, 9, 9, 10, 11, 12, 13, 14, 15]).to(device)
+        loss = (tables(ids) * weights).sum() + tables(flat, offsets).square().sum()
+        loss.backward()
+        losses.append(loss.detach())
+    dense = [tables.to_dense(table.name) for table in TABLES]
+    return [tensor.cpu() for tensor in [*losses, *dense, *tables.optimizer_state_dict().values()]]
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[], str]]:
+    """Puts the kernels in force for ``DEVICE``, and takes them away from the CPU again."""
+    operators = reference.fused_lookup, reference.update
+    kept = [dict(operator._backend_fns) for operator in operators]
+
+    def register() -> str:
+        gpu.register_for(DEVICE)
+        return DEVICE
+
+    yield register
+    for operator, functions in zip(operators, kept):
+        operator._backend_fns.update(functions)
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("optimizer", RULES)
+def test_tables_train_as_on_the_reference(registered: Callable[[], str], optimizer: str) -> None:
+    methods = ["full", "compositional"] + (["robe"] if optimizer == "adagrad" else ["mixed_dimension"])
+    expected = [train(method, optimizer, "cpu") for method in methods]
+    device = registered()
+    for method, wanted in zip(methods, expected):
+        for got, want in zip(train(method, optimizer, device), wanted):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+# ---- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@needs_triton
+def test_in_the_interpreter() -> None:
+    """All of the above, on CPU tensors."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment = kept | {"TRITON_INTERPRET": "1", "EMBTABLES_OPS": "reference", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing to interpret")
+def test_when_the_kernels_are_in_force() -> None:
+    """In a process of its own; nobody waits for Triton before the first call on a GPU."""
+    code = """
+import importlib.util, os, sys, torch
+torch.version.cuda = torch.version.hip = None
+from embtables.ops import gpu, reference
+
+find = importlib.util.find_spec
+for version, found, choice in ((None, True, ""), ("13.0", False, ""), ("13.0", True, "reference"), ("13.0", True, "")):
+    torch.version.cuda, os.environ["EMBTABLES_OPS"] = version, choice
+    importlib.util.find_spec = lambda name, *rest: (found or None) if name == "triton" else find(name, *rest)
+    print(gpu.register(), *("cuda" in o._backend_fns for o in (reference.fused_lookup, reference.update)))
+assert "triton" not in sys.modules
+"""
+    kept = {k: v for k, v in os.environ.items() if k not in ("EMBTABLES_OPS", "TRITON_INTERPRET")}
+    result = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["False False False"] * 3 + ["True True True"], result.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing to compile in the interpreter")
+@needs_triton
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, "fp32"), (90, "bf16")])
+def test_the_kernels_compile(architecture: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code of real GPUs, with 16-byte loads where rows allow them; this takes no GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from embtables.ops import gpu_kernels
+
+    types = {"index": "*i64", "rows": "*i32", "order": "*i64", "count": "i32", "sums": "*fp32"}
+    types |= {"first": "*fp32", "second": "*fp32", "hyper": "*fp64", "corrections": "*fp64"}
+    window = {"W": 16, "WINDOW": 32, "COLUMNS": 16}
+    cases = [(gpu_kernels._gather, {"W": 16, "ROWS": 64, "COLUMNS": 16}), (gpu_kernels._window_sums, window)]
+    cases += [(gpu_kernels._step, window | {"RULE": rule, "CLIPS": True}) for rule in RULES]
+    for kernel, constants in cases:
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+        values = {(names.index(n),): value for n, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+        options = {"num_warps": 2, "enable_fp_fusion": False}
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        assert compiled.asm["cubin"] and "ld.global.v4.b32" in compiled.asm["ptx"]
