@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,14 @@ def measure(planned: Sequence[jobs.Job], store: Store, console: Console) -> int:
                 continue
             bar.update(every, description=f"{number} of {len(planned)}")
             one = bar.add_task(job.name, total=1.0)
+            start = time.monotonic()
             try:
                 store.add(job, jobs.in_a_process(job, lambda share, one=one: bar.update(one, completed=share)))  # type: ignore[misc]
             except jobs.JobFailed as error:
                 failed += 1
                 console.print(f"{job.name} failed: {error}", markup=False, highlight=False)
+            else:
+                console.print(f"{job.name}: {time.monotonic() - start:.0f} s", highlight=False)
             bar.remove_task(one)
             bar.advance(every)
     return failed

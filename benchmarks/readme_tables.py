@@ -1,4 +1,7 @@
-"""Fills the tables of README.md and docs/results/README.md from docs/results/*/results.csv: no number is typed by hand.
+"""Fills the tables of README.md, docs/results/README.md and docs/performance.md: no number is typed by hand.
+
+They come from docs/results/*/results.csv; those of speed from the parts of docs/results/speed/report.md, which
+`python -m benchmarks.report docs/results/speed` makes of its results.csv.
 
 python benchmarks/readme_tables.py            # rewrite the pages
 python benchmarks/readme_tables.py --check    # exit 1 where a page is not what the results say
@@ -16,7 +19,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-README, PAGE = ROOT / "README.md", RESULTS / "README.md"
+README, PAGE, PERFORMANCE = ROOT / "README.md", RESULTS / "README.md", ROOT / "docs" / "performance.md"
 #: Page, marker -> the folder of a sweep over methods and budgets.
 SWEEPS = {
     (README, "globo"): "globo",
@@ -43,6 +46,23 @@ LENGTHS = {
 }
 #: Page, marker -> the folders of sweeps over variants of one data set, which make one table.
 ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
+#: Page -> the parts of the speed report that it shows, under the markers speed-<part>.
+SPEED = {
+    README: ("targets", "faster", "machine"),
+    PERFORMANCE: (
+        "targets",
+        "faster",
+        "headline",
+        "axes",
+        "dlrm",
+        "frameworks",
+        "memory",
+        "machine",
+        "noise",
+        "skipped",
+    ),
+}
+SPEED_REPORT = RESULTS / "speed" / "report.md"
 
 
 def read(folder: str) -> pd.DataFrame:
@@ -94,6 +114,14 @@ def table(results: pd.DataFrame) -> str:
     return _rendered(lines)
 
 
+def speed(report: str, part: str) -> str:
+    """What stands between a part's comments."""
+    found = re.search(f"<!-- part:{part} -->\n(.*?)\n<!-- /part -->", report, re.S)
+    if found is None:
+        raise ValueError(f"{SPEED_REPORT.relative_to(ROOT)} has no part '{part}'")
+    return found[1]
+
+
 def _rendered(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -125,6 +153,9 @@ def filled(page: Path, text: str) -> str:
             figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
             rows = table(read(folder)).replace("](docs/", f"]({docs}")
             contents[marker] = f"{rows}\n\n![test AUC against bytes]({figure})"
+    if SPEED_REPORT.exists():
+        report = SPEED_REPORT.read_text(encoding="utf-8")
+        contents |= {f"speed-{part}": speed(report, part) for part in SPEED.get(page, ())}
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
         whole = f"{start}\n{content}\n{end}"
@@ -139,7 +170,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     check = parser.parse_args().check
     changed = False
-    for page in (README, PAGE):
+    for page in (README, PAGE, PERFORMANCE):
         old = page.read_text(encoding="utf-8")
         new = filled(page, old)
         changed |= new != old

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +184,8 @@ def test_frameworks_train_the_same_rows(model: str, is_ours: bool, monkeypatch: 
 
 
 def test_a_missing_rival_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch, work: Workload) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "fbgemm_gpu", None)
-    monkeypatch.setitem(__import__("sys").modules, "torchrec", None)
+    monkeypatch.setitem(sys.modules, "fbgemm_gpu", None)
+    monkeypatch.setitem(sys.modules, "torchrec", None)
     found = rivals.contestants(work)
     names = {c.name: c.reason for c in found if isinstance(c, Skipped)}
     assert {rivals.TBE, rivals.TBE_BEST, rivals.TORCHREC} <= set(names)
@@ -510,3 +513,26 @@ def test_the_process_of_a_job_says_why_it_ended() -> None:
 def test_a_report_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no results.csv: run `python -m benchmarks.bench"):
         results.Results.read(tmp_path)
+
+
+# ---- what is published -----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "docs" / "results" / "speed"
+
+
+def test_the_published_report_is_what_its_csv_says() -> None:
+    if not (PUBLISHED / "results.csv").exists():
+        pytest.skip(f"no results in {PUBLISHED.relative_to(ROOT)}")
+    assert (PUBLISHED / "report.md").read_text(encoding="utf-8") == report.page(results.Results.read(PUBLISHED))
+
+
+def test_pages_show_what_the_results_say() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "readme_tables.py", "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr or "run `python benchmarks/readme_tables.py`"
+
+
+def test_pages_take_parts_that_there_are() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert set(re.findall("<!-- results:speed-(.*?) -->", text)) == set(report.PARTS)
