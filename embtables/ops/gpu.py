@@ -13,6 +13,9 @@ from torch import Tensor
 
 from embtables.ops.reference import fused_lookup, update
 
+# The types of devices that these kernels work on.
+registered: set[str] = set()
+
 
 def register() -> bool:
     """Gives the operators their kernels for CUDA tensors; whether there are any.
@@ -33,6 +36,7 @@ def register_for(device_type: str) -> None:
     """Gives the operators these kernels for one type of device: ``"cpu"`` under Triton's interpreter."""
     fused_lookup.register_kernel(device_type, _lookup)
     update.register_kernel(device_type, _update)
+    registered.add(device_type)
 
 
 def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:

@@ -1,0 +1,327 @@
+"""The tables on a GPU, against nn.EmbeddingBag with sparse optimizers and against copying memory.
+
+    python -m benchmarks.gpu                                       # a few minutes
+    python -m benchmarks.gpu --divisor 1 --dims 16,64 --batches 65536 --out runs/bench-gpu-full
+
+Workload: the 26 cardinalities of Criteo-Kaggle, those above 1,000 divided by --divisor, one id a feature, Zipf 1.05.
+All contestants of a configuration take turns in one process, and are timed by CUDA events around a call; the rate of a
+large copy is measured in the same turns. Prints the results and saves results.csv and report.md in --out. What runs on
+a GPU and how stands in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import machine
+from benchmarks.workload import Workload, sizes
+from embtables import EmbeddingTables, TableConfig, plan
+from embtables.files import replacing
+from embtables.ops import gpu
+
+LR = 0.01
+OURS, OPERATOR = "embtables, Full", "embtables, the operator alone"
+LOOP, FLAT = "nn.EmbeddingBag × 26", "F.embedding, one flat table"
+COPY = "copy"
+RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+STATE_WIDTHS = {"sgd": lambda d: 0, "rowwise_adagrad": lambda d: 1, "adagrad": lambda d: d, "adam": lambda d: 2 * d}
+SPARSE: dict[str, Callable[..., Any]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.SparseAdam,
+}
+NO_DEVICE = "there is no CUDA device here, so nothing was measured: run this on a machine with one"
+
+Row = dict[str, Any]
+Call = Callable[[int], None]
+
+
+class Contestant(NamedTuple):
+    """What is timed: ``call(number of the batch)``; ``num_bytes`` that it has to read and write at least."""
+
+    phase: str
+    name: str
+    optimizer: str
+    num_bytes: float
+    call: Call
+
+
+class Batches:
+    """A workload's tensors on the device, and what a step over them has to move."""
+
+    def __init__(self, work: Workload, device: torch.device) -> None:
+        self.work, self.device = work, device
+        self.ids = [ids.to(device) for ids in work.ids]
+        self.columns = [ids.t().contiguous().unbind() for ids in self.ids]
+        self.rows = [rows.to(device) for rows in work.rows]
+        self.grad = work.grad.to(device)
+        self.flat_grad = self.grad.view(-1, work.dim)
+        self.distinct = statistics.mean(rows.unique().numel() for rows in work.rows)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def forward_bytes(self) -> float:
+        """Ids and rows are read, vectors are written."""
+        return self.work.num_ids * (8 + 2 * 4 * self.work.dim)
+
+    def update_bytes(self, rule: str) -> float:
+        """Gradients are read; weights and state of distinct rows are read and written."""
+        widths = self.work.dim + STATE_WIDTHS[rule](self.work.dim)
+        return self.work.num_ids * (8 + 4 * self.work.dim) + 2 * 4 * widths * self.distinct
+
+    def step_bytes(self, rule: str) -> float:
+        return self.forward_bytes() + self.update_bytes(rule)
+
+
+# ---- contestants -----------------------------------------------------------------------------------------------------
+
+
+def ours(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
+    tables = [TableConfig(name, size, data.work.dim) for name, size in zip(data.work.names, data.work.sizes)]
+
+    def build(rule: str) -> list[Contestant]:
+        module = EmbeddingTables(plan(tables, "full", optimizer=rule), device=data.device)
+        weight = getattr(module.store, f"weight_{data.work.dim}")
+        state, hyper, hook = module.store._state(f"weight_{data.work.dim}"), module.store._hyper, module.store._hook
+
+        def look_up(batch: int) -> None:
+            with torch.no_grad():
+                module(data.ids[batch])
+
+        def train(batch: int) -> None:
+            module(data.ids[batch]).backward(data.grad)
+
+        def gather(batch: int) -> None:
+            with torch.no_grad():
+                torch.ops.embtables.lookup(weight, state, data.rows[batch], hook, hyper, rule)
+
+        def update(batch: int) -> None:
+            torch.ops.embtables.update_(weight, state, data.rows[batch], data.flat_grad, hyper, rule)
+
+        found = [
+            Contestant("step", OURS, rule, data.step_bytes(rule), train),
+            Contestant("update", OPERATOR, rule, data.update_bytes(rule), update),
+        ]
+        if rule == RULES[0]:
+            found.append(Contestant("forward", OURS, "", data.forward_bytes(), look_up))
+            found.append(Contestant("forward", OPERATOR, "", data.forward_bytes(), gather))
+        return found
+
+    return (lambda rule=rule: build(rule) for rule in RULES)  # type: ignore[misc]
+
+
+def rivals(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
+    def both(
+        name: str, optimizer: str, forward: Callable[[int], Tensor], weights: list[nn.Parameter]
+    ) -> list[Contestant]:
+        optim = SPARSE[optimizer](weights, lr=LR)
+
+        def look_up(batch: int) -> None:
+            with torch.no_grad():
+                forward(batch)
+
+        def train(batch: int) -> None:
+            optim.zero_grad()
+            forward(batch).backward(data.grad)
+            optim.step()
+
+        found = [Contestant("step", name, optimizer, data.step_bytes(optimizer), train)]
+        if optimizer == "sgd":
+            found.append(Contestant("forward", name, "", data.forward_bytes(), look_up))
+        return found
+
+    def loop(optimizer: str) -> list[Contestant]:
+        bags = [nn.EmbeddingBag(n, data.work.dim, mode="sum", sparse=True, device=data.device) for n in data.work.sizes]
+        offsets = torch.arange(data.work.batch, device=data.device)
+
+        def forward(batch: int) -> Tensor:
+            return torch.cat([bag(ids, offsets) for bag, ids in zip(bags, data.columns[batch])], dim=1)
+
+        return both(LOOP, optimizer, forward, [bag.weight for bag in bags])
+
+    def flat(optimizer: str) -> list[Contestant]:
+        weight = nn.Parameter(torch.randn(data.work.num_rows, data.work.dim, device=data.device))
+
+        def forward(batch: int) -> Tensor:
+            return F.embedding(data.rows[batch], weight, sparse=True).view(data.work.batch, -1)
+
+        return both(FLAT, optimizer, forward, [weight])
+
+    return (lambda b=b, o=o: b(o) for b in (loop, flat) for o in SPARSE)  # type: ignore[misc]
+
+
+def copying(device: torch.device, num_bytes: int) -> Contestant:
+    source, target = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
+
+    def copy(_: int) -> None:
+        target.copy_(source)
+
+    return Contestant(COPY, COPY, "", 2 * num_bytes, copy)
+
+
+def build_all(data: Batches, copy_bytes: int) -> tuple[list[Contestant], list[str]]:
+    """Those that fit into the device's memory together, and why others do not take part."""
+    found, left_out = [copying(data.device, copy_bytes)], []
+    for build in [*ours(data), *rivals(data)]:
+        try:
+            built = build()
+            for contestant in built:
+                contestant.call(0)
+            found += built
+        except torch.OutOfMemoryError as error:
+            left_out.append(f"out of memory after {len(found)} contestants: {str(error).splitlines()[0]}")
+    return found, left_out
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def timed(call: Call, batches: Sequence[int], device: torch.device) -> list[float]:
+    """Milliseconds of each call: on a GPU what lies between two events, so time that it waits for the host counts."""
+    if device.type != "cuda":
+        times = []
+        for batch in batches:
+            start = time.perf_counter()
+            call(batch)
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in batches]
+    for batch, (start, end) in zip(batches, events):
+        start.record()
+        call(batch)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def interleaved(contestants: Sequence[Contestant], data: Batches, rounds: int, calls: int) -> list[list[float]]:
+    """``calls`` times of each contestant in every round, in an order drawn anew each time, after one that warms up."""
+    times: list[list[float]] = [[] for _ in contestants]
+    order = list(range(len(contestants)))
+    shuffler = random.Random(0)
+    for round_number in range(rounds):
+        shuffler.shuffle(order)
+        for i in order:
+            batches = [(round_number * calls + k) % len(data) for k in range(calls + 1)]
+            times[i] += timed(contestants[i].call, batches, data.device)[1:]
+        print(f"\r  round {round_number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return times
+
+
+def measure(
+    work: Workload, device: torch.device, rounds: int, calls: int, copy_bytes: int
+) -> tuple[list[Row], list[str]]:
+    data = Batches(work, device)
+    contestants, left_out = build_all(data, copy_bytes)
+    rows: list[Row] = []
+    for contestant, times in zip(contestants, interleaved(contestants, data, rounds, calls)):
+        low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        row: Row = {"dim": work.dim, "batch": work.batch, "rows": work.num_rows, "phase": contestant.phase}
+        row |= {"contestant": contestant.name, "optimizer": contestant.optimizer, "calls": len(times)}
+        row |= {"median_ms": median, "min_ms": min(times), "q1_ms": low, "q3_ms": high}
+        rows.append(row | {"gb_per_second": contestant.num_bytes / median / 1e6})
+    rate = rows[0]["gb_per_second"]
+    ours_by = {(r["phase"], r["optimizer"]): r["median_ms"] for r in rows if r["contestant"] == OURS}
+    for row in rows:
+        row["share_of_copy"] = row["gb_per_second"] / rate
+        own = ours_by.get((row["phase"], row["optimizer"]))
+        row["times_ours"] = row["median_ms"] / own if own else ""
+    return rows, left_out
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def report(rows: Sequence[Row], about: dict[str, Any], notes: Sequence[str]) -> str:
+    lines = ["# embtables on a GPU", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    lines += ["Milliseconds of a call, between two CUDA events. *× ours*: the time against embtables' own in the same"]
+    lines += [
+        "phase, so above 1 is slower. *of copy*: the bytes that a call has to move, over its time, against the rate"
+    ]
+    lines += ["of the large copy. `step` is forward, backward and update; `update` the operator of the backward alone."]
+    for dim, batch, count in dict.fromkeys((row["dim"], row["batch"], row["rows"]) for row in rows):
+        lines += ["", f"## D = {dim}, batch {batch:,}, {count:,} rows", ""]
+        lines += ["| phase | contestant | optimizer | median ms | min ms | × ours | GB/s | of copy |"]
+        lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+        for row in sorted((r for r in rows if (r["dim"], r["batch"]) == (dim, batch)), key=lambda r: r["phase"]):
+            ratio = f"{row['times_ours']:.2f}" if row["times_ours"] else ""
+            cells = [row["phase"], row["contestant"], row["optimizer"], f"{row['median_ms']:.4f}"]
+            cells += [f"{row['min_ms']:.4f}", ratio, f"{row['gb_per_second']:,.3g}", f"{row['share_of_copy']:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    return "\n".join(lines) + "\n"
+
+
+def save(folder: Path, rows: Sequence[Row], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "results.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with replacing(folder / "report.md") as path:
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: a trial on the CPU"}
+    if device.type == "cuda":
+        about["memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+        about["CUDA"] = str(torch.version.cuda)
+        about["operators"] = "Triton" if "cuda" in gpu.registered else "reference"
+    return about | {k: v for k, v in machine.describe().items() if k in ("processor", "python", "torch")}
+
+
+def numbers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError
+    return values
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--divisor", type=int, default=10, help="of the cardinalities above 1,000 (default: 10)")
+    parser.add_argument("--dims", type=numbers, default=[16, 64], help="lengths of the vectors (default: 16,64)")
+    parser.add_argument("--batches", type=numbers, default=[2048, 8192, 65536], help="(default: 2048,8192,65536)")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each contestant (default: 20)")
+    parser.add_argument("--calls", type=int, default=10, help="timed calls a turn (default: 10)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), help="folder of the results")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # "cpu": a trial of the benchmark itself
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(NO_DEVICE)
+    rows: list[Row] = []
+    notes: list[str] = []
+    for dim in chosen.dims:
+        for batch in chosen.batches:
+            print(f"D = {dim}, batch {batch:,}", file=sys.stderr)
+            work = Workload(sizes(chosen.divisor), dim, batch)
+            copy_bytes = 2**30 if device.type == "cuda" else 2**24
+            found, left_out = measure(work, device, chosen.rounds, chosen.calls, copy_bytes)
+            rows += found
+            notes += [f"D = {dim}, batch {batch:,}: {why}" for why in left_out]
+            text = report(rows, describe(device), notes)
+            save(chosen.out, rows, text)
+    print(text)
+    print(f"saved in {chosen.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
