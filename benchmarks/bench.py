@@ -1,7 +1,7 @@
 """Speed and memory of embtables against others, side by side on this machine.
 
-    python -m benchmarks.bench                 # about ten minutes on two cores
-    python -m benchmarks.bench --quick         # one or two minutes
+    python -m benchmarks.bench                 # about a quarter of an hour on two cores
+    python -m benchmarks.bench --quick         # two minutes
     python -m benchmarks.bench --full          # every configuration: hours
     python -m benchmarks.bench --suites tables,dlrm --out runs/bench-tables
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import dlrm, frameworks, ours, rivals, tables
+from benchmarks import dlrm, frameworks, ours, rivals, step, tables
 from benchmarks.timing import Progress, ignore
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("machine", "tables", "dlrm", "memory", "frameworks")
+SUITES = ("machine", "tables", "dlrm", "step", "memory", "frameworks")
 MODES = ("quick", "default", "full")
 
 
@@ -28,11 +28,12 @@ class Ceilings:
     rounds: int = 10
 
 
-Settings = tables.Settings | dlrm.Settings | dlrm.Memory | frameworks.Settings | Ceilings
+Settings = tables.Settings | dlrm.Settings | step.Settings | dlrm.Memory | frameworks.Settings | Ceilings
 _SETTINGS: dict[str, type[Any]] = {
     "machine": Ceilings,
     "tables": tables.Settings,
     "dlrm": dlrm.Settings,
+    "step": step.Settings,
     "memory": dlrm.Memory,
     "frameworks": frameworks.Settings,
 }
@@ -40,6 +41,7 @@ _RUN: dict[str, Callable[[Any, Progress], list[tables.Row]]] = {
     "machine": lambda s, progress: tables.ceilings(s.threads, s.rounds, progress),
     "tables": tables.run,
     "dlrm": dlrm.run,
+    "step": step.run,
     "memory": dlrm.peak,
     "frameworks": frameworks.run,
 }
@@ -63,6 +65,8 @@ class Job:
             return f"tables: {', '.join(parts)}"
         if isinstance(s, dlrm.Settings):
             return f"DLRM: {s.scale}, {'bf16' if s.autocast else 'fp32'}, {_threads(s.threads)}"
+        if isinstance(s, step.Settings):
+            return f"step: 1/{s.divisor}, {_threads(s.threads)}"
         if isinstance(s, dlrm.Memory):
             who = f"{s.method}, {s.optimizer}" if s.method else dlrm.ALONE
             return f"memory: 1/{s.divisor}, {who}, {_threads(s.threads)}"
@@ -104,11 +108,12 @@ def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
     if not quick:
         add("dlrm", dlrm.Settings(autocast=True, threads=threads, rounds=10))
         add("dlrm", dlrm.Settings(1, threads=threads, rounds=6))
+        add("step", step.Settings(threads=threads, rounds=10))
     _add_memory(add, quick, threads)
     for repeat in range(1 if quick else 2):
         for model in frameworks.RIVALS:
             for is_ours in (True, False) if repeat % 2 == 0 else (False, True):
-                steps = 10 if quick else 40
+                steps = 10 if quick else 30
                 add("frameworks", frameworks.Settings(model, is_ours, steps, threads=threads, repeat=repeat))
     if mode == "default":
         axis = tables.Settings(threads=threads, everything=False, rounds=10)

@@ -75,7 +75,7 @@ def copies() -> tuple[Call, int]:
 def gathers(width: int, count: int, table_bytes: int = TABLE_BYTES) -> dict[str, Call]:
     """Ways to fetch ``count`` rows of ``width`` floats, drawn at random from a large table in huge pages.
 
-    The addresses are computed beforehand and the result's memory is there, so that nothing but the memory is measured.
+    The addresses are computed beforehand, so that little but the memory is measured.
     """
     table = _huge_pages(table_bytes).view(-1, width)
     generator = torch.Generator().manual_seed(0)
@@ -85,23 +85,14 @@ def gathers(width: int, count: int, table_bytes: int = TABLE_BYTES) -> dict[str,
         "random rows, torch.index_select": lambda batch: _drop(torch.index_select(table, 0, rows[batch % 16], out=out)),
         "random rows, F.embedding": lambda batch: _drop(F.embedding(rows[batch % 16], table)),
     }
-    native = _native_gather()
-    if native is not None:
-        ways["random rows, native"] = lambda batch: _drop(native(table, rows[batch % 16], out))
+    if backend() == "native":
+        from embtables.ops import fused_lookup
+
+        hook, hyper = torch.zeros(()), torch.zeros(5, dtype=torch.float64)
+        ways["random rows, embtables"] = lambda batch: _drop(
+            fused_lookup(table, [], rows[batch % 16], hook, hyper, "sgd")
+        )
     return ways
-
-
-def _native_gather() -> Callable[[Tensor, Tensor, Tensor], Any] | None:
-    """embtables' own gather, of rows of a table into ``out``, where it was built with one."""
-    if backend() != "native":
-        return None
-    import importlib
-
-    try:
-        module = importlib.import_module("embtables.ops.native")
-    except ImportError:
-        return None
-    return getattr(module, "random_gather", None)
 
 
 def _drop(_: Any) -> None:

@@ -55,6 +55,8 @@ SPEED = {
         "headline",
         "axes",
         "dlrm",
+        "step",
+        "optimizers",
         "frameworks",
         "memory",
         "machine",

@@ -32,11 +32,15 @@ def _milliseconds(row: pd.Series) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
 
 
+def _mark(row: pd.Series) -> str:
+    return f" {DAGGER}" if row["distrust"] else ""
+
+
 def _cell(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     row = rows.sort_values("sitting").iloc[0]
-    return _milliseconds(row) + (f" {DAGGER}" if row["distrust"] else "")
+    return _milliseconds(row) + _mark(row)
 
 
 def headline(results: Results) -> str:
@@ -67,9 +71,9 @@ def axes(results: Results) -> str:
     return rendered(lines)
 
 
-def _configuration(key: tuple[str, int, int, int, str], results: Results) -> str:
+def _configuration(key: tuple[str, float, float, float, str], results: Results) -> str:
     scale, dim, batch, threads, ops = key
-    text = f"{scale}, D = {dim}, B = {batch}, {threads} thr."
+    text = f"{scale}, D = {dim:.0f}, B = {batch:.0f}, {threads:.0f} thr."
     return text if ops == "native" or results.ok["ops"].nunique() < 2 else f"{text}, {ops} ops"
 
 
@@ -89,9 +93,31 @@ def whole_steps(results: Results) -> str:
                 cells += ["", ""]
                 continue
             row = found.sort_values("sitting").iloc[0]
-            mark = f" {DAGGER}" if row["distrust"] else ""
-            cells += [f"{row['examples_per_second']:,.0f}{mark}", f"{row['table_share']:.0%}"]
+            cells += [f"{row['examples_per_second']:,.0f}{_mark(row)}", f"{row['table_share']:.0%}"]
         lines.append([name, optimizer.replace("_", "-"), *cells])
+    return rendered(lines)
+
+
+def parts_of_a_step(results: Results) -> str:
+    """Where the milliseconds of a step over full tables go, in both precisions, as it is and compiled."""
+    rows = results.select("step", phase="step")
+    names = [name for name in rows if name.endswith(" ms")]
+    lines = [["DLRM step, ms", "whole", "tables", *(name.removesuffix(" ms") for name in names)]]
+    lines.append(["---", *["---:"] * (2 + len(names))])
+    for _, row in rows.iterrows():
+        name = f"{row['contestant']}, {row['precision']}, {row['mode']}"
+        parts = [f"{row[part]:.2f}" for part in names]
+        lines.append([name, f"{row['median_ms']:.2f}{_mark(row)}", f"{row['table_share']:.0%}", *parts])
+    return rendered(lines)
+
+
+def optimizers(results: Results) -> str:
+    """What ``optimizer=None`` costs against the fused optimizers."""
+    rows = results.select("step", phase="optimizer")
+    lines = [["step of full tables", "ms", "against the first"], ["---", "---:", "---:"]]
+    for _, row in rows.iterrows():
+        ratio = f"{row['median_ms'] / rows.iloc[0]['median_ms']:.1f}×"
+        lines.append([f"`{row['contestant']}`", f"{_milliseconds(row)}{_mark(row)}", ratio])
     return rendered(lines)
 
 
@@ -157,7 +183,7 @@ def faster_rivals(results: Results) -> str:
             if share < 1:
                 work = "forward" if phase == "forward" else f"step with {optimizer.replace('_', '-')}"
                 mark = f" {DAGGER}" if doubts_of([row, dict(mine.loc[optimizer])]) else ""
-                where = f"{scale}, D = {dim}, batch {batch}, {threads} thread{'s' * (threads > 1)}"
+                where = f"{scale}, D = {dim:.0f}, batch {batch:.0f}, {threads:.0f} thread{'s' * (threads > 1)}"
                 found.append(f"- {row['contestant']}, {work}, {where}: {share:.2f}× our time{mark}")
     if not compared:
         return "Nothing was compared."
@@ -206,6 +232,8 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "headline": ("Tables: 1/10, D = 16, batch 2048", headline),
     "axes": ("Tables: other configurations", axes),
     "dlrm": ("A whole DLRM step", whole_steps),
+    "step": ("Parts of a step", parts_of_a_step),
+    "optimizers": ("What optimizer=None costs", optimizers),
     "frameworks": ("End to end", end_to_end),
     "memory": ("Peak memory", memory),
     "machine": ("The machine", description),

@@ -18,13 +18,26 @@ Pair = tuple[str, str]  # a contestant and its optimizer
 FULL: Pair = (ours.FULL, "rowwise_adagrad")
 
 
-_TEXT = "suite", "scale", "contestant", "optimizer", "phase", "status", "distrust", "reason", "kind", "precision", "ops"
+_TEXT = (
+    "suite",
+    "scale",
+    "contestant",
+    "optimizer",
+    "phase",
+    "status",
+    "distrust",
+    "reason",
+    "kind",
+    "precision",
+    "mode",
+    "ops",
+)
 _NUMBERS = (
-    *("dim", "batch", "threads", "sitting", "others", "median_ms", "table_share", "examples_per_second"),
+    *("dim", "batch", "threads", "sitting", "others", "median_ms", "min_ms", "table_share", "examples_per_second"),
     *("repeat", "peak_bytes", "training_bytes", "bytes_per_second", "rows_per_second"),
 )
 _IDENTITY = [
-    *("suite", "scale", "dim", "batch", "threads", "ops", "precision", "phase"),
+    *("suite", "scale", "dim", "batch", "threads", "ops", "precision", "mode", "phase"),
     *("contestant", "optimizer", "sitting", "repeat"),
 ]
 
@@ -69,8 +82,11 @@ def default_ops(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 class Measured(NamedTuple):
+    """``value``: of medians; ``of_minima``: the same of the quickest calls, which noise touches less."""
+
     value: float
     doubts: str = ""
+    of_minima: float | None = None
 
 
 def row_of(rows: pd.DataFrame, pair: Pair) -> pd.DataFrame:
@@ -88,19 +104,24 @@ def ratio(rows: pd.DataFrame, slow: Pair, fast: Pair) -> Measured | None:
     both = sorted(set(a["sitting"]) & set(b["sitting"]))
     if both:
         first, second = (r[r["sitting"] == both[0]].iloc[0] for r in (a, b))
-        return Measured(first["median_ms"] / second["median_ms"], doubts_of([first, second]))
-    through = [ratio(rows, pair, FULL) if pair != FULL else Measured(1.0) for pair in (slow, fast)]
-    if through[0] is None or through[1] is None or FULL in (slow, fast):
+        value, of_minima = (first[column] / second[column] for column in ("median_ms", "min_ms"))
+        return Measured(value, doubts_of([first, second]), of_minima)
+    if FULL in (slow, fast):
         return None
-    return Measured(through[0].value / through[1].value, "; ".join(filter(None, (t.doubts for t in through if t))))
+    one, other = ratio(rows, slow, FULL), ratio(rows, fast, FULL)
+    if one is None or other is None:
+        return None
+    doubts = "; ".join(dict.fromkeys(filter(None, (one.doubts, other.doubts))))
+    of_minima = None if one.of_minima is None or not other.of_minima else one.of_minima / other.of_minima
+    return Measured(one.value / other.value, doubts, of_minima)
 
 
 def doubts_of(rows: Sequence[Any]) -> str:
-    found = [f"{row['contestant']}: {row['distrust']}" for row in rows if row["distrust"]]
+    """Why a number made of these rows is not to be trusted; empty where it is."""
     others = max((float(row["others"]) for row in rows if row["others"] == row["others"]), default=0.0)
     if others > OTHERS:
-        found.append(f"others took {others:.0%} of the machine")
-    return "; ".join(dict.fromkeys(found))
+        return f"others took {others:.0%} of the machine"
+    return "; ".join(dict.fromkeys(f"{row['contestant']}: {row['distrust']}" for row in rows if row["distrust"]))
 
 
 def memory_rows(results: Results) -> Iterator[tuple[str, str, pd.Series, float]]:
