@@ -33,7 +33,8 @@ class Memory:
     their gradient where there is no fused optimiser (the state of a ``torch.optim`` optimiser comes on top).
     ``full_bytes``: the equivalent full fp32 tables, ``None`` where a table has no vocabulary. ``by_kind``: the present
     form's bytes. ``constants``: seeds, sizes and offsets of every lookup, which follow from the plan, are in no file
-    and count in none of the others.
+    and count in none of the others. ``dense_gradient_bytes``: of the gradients that each step fills as a whole,
+    whatever it looks up; 0 with a fused optimiser, with sparse gradients, and where nothing trains.
     """
 
     inference_bytes: int
@@ -41,11 +42,33 @@ class Memory:
     full_bytes: int | None
     by_kind: Mapping[str, int]
     constants: int
+    dense_gradient_bytes: int = 0
+
+    @property
+    def ops(self) -> str:
+        """What looks tables up on the CPU: ``"native"`` or ``"reference"``."""
+        from embtables import ops
+
+        return ops.backend()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.by_kind.items())
         ratio = f" ({self.inference_bytes / self.full_bytes:.2%} of full)" if self.full_bytes else ""
         return (
             f"inference {format_bytes(self.inference_bytes)}{ratio}: {kinds}; "
-            f"training {format_bytes(self.training_bytes)}; constants {format_bytes(self.constants)}"
+            f"training {format_bytes(self.training_bytes)}; constants {format_bytes(self.constants)}; ops {self.ops}"
+            f"{self._cost_of_dense_gradients()}"
+        )
+
+    def _cost_of_dense_gradients(self) -> str:
+        """A line of its own, where there are any."""
+        size = self.dense_gradient_bytes
+        if not size:
+            return ""
+        # The gradient is zeroed; weights and gradient are read, and weights written. Adam reads and writes two moments.
+        sgd, adam = format_bytes(4 * size), format_bytes(8 * size)
+        return (
+            f"\noptimizer=None: each step fills a gradient of {format_bytes(size)}, and torch.optim passes over it, "
+            f"the weights and its state, whatever is looked up (SGD moves {sgd}, Adam {adam}); a fused optimizer such "
+            'as optimizer="rowwise_adagrad", or sparse=True with SparseAdam or Adagrad, moves only the rows looked up'
         )
