@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import platform
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
