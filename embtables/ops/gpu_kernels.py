@@ -29,6 +29,8 @@ _TILE = 2048
 _WINDOW = 32
 # The widest tile where each column is updated by itself.
 _COLUMNS = 64
+# Multiplications and additions stay apart, as they are in the reference.
+_OPTIONS = {"enable_fp_fusion": False}
 
 
 def lookup(weight: Tensor, index: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def lookup(weight: Tensor, index: Tensor) -> Tensor:
     rows = min(1024 // columns, 256) if columns < 512 else 2
     grid = triton.cdiv(index.numel(), rows), triton.cdiv(width, columns)
     with torch.cuda.device_of(weight):
-        _gather[grid](weight, index.contiguous(), out, index.numel(), width, rows, columns, num_warps=4)
+        _gather[grid](weight, index.contiguous(), out, index.numel(), width, rows, columns, num_warps=4, **_OPTIONS)
     return out
 
 
@@ -72,12 +74,10 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
     first, second = [*moments, weight, weight][:2]
     warps = max(1, min(8, window * columns // 256))
     with torch.cuda.device_of(weight):
-        # Multiplications and additions stay apart, as they are in the reference.
-        options = {"num_warps": warps, "enable_fp_fusion": False}
-        _window_sums[grid](rows, order, grad, sums, count, width, window, columns, **options)
+        _window_sums[grid](rows, order, grad, sums, count, width, window, columns, num_warps=warps, **_OPTIONS)
         _step[grid](
             weight, first, second, rows, order, grad, sums, hyper, corrections, count,
-            width, window, columns, rule, clips, **options,
+            width, window, columns, rule, clips, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
 
 
