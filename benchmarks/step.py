@@ -1,13 +1,14 @@
 """Where a whole DLRM step goes, and what tables without a fused optimizer cost.
 
-    python -m benchmarks.step                    # a minute or two on two cores
+    python -m benchmarks.step                    # two or three minutes on two cores
     python -m benchmarks.step --only precisions
     python -m benchmarks.step --only optimizers --divisor 100 --json
 
-Both parts run interleaved, on the 26 Criteo cardinalities divided by --divisor, D = 16:
+Each part is one interleaved run; tables are the 26 of Criteo, cardinalities divided by --divisor, D = 16:
 
 - precisions: a step of DLRM (bottom 512-256-16, top 512-256-1, fused Adam) over full tables with row-wise Adagrad, in
   fp32 and bf16, as it is and compiled, beside the same model on vectors that are there already; and the parts of it.
+- histories: a step of DIN as it is by default, over tables of its own: two histories of 0 to 40 entries.
 - optimizers: the tables alone, with fused optimizers and as ordinary parameters under torch.optim.
 """
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks import machine, ours
 from benchmarks.contestants import Built
@@ -30,9 +32,9 @@ from benchmarks.dlrm import BOTTOM, NUM_DENSE, TOP, Given, alone
 from benchmarks.tables import Row
 from benchmarks.timing import Others, Progress, ignore, interleaved, quartiles, within
 from benchmarks.workload import Workload, sizes
-from embtables import EmbeddingTables
-from embtables.datasets import Batch
-from embtables.models import DLRM
+from embtables import EmbeddingTables, TableConfig, plan
+from embtables.datasets import Batch, Jagged
+from embtables.models import DIN, DLRM
 
 PARTS = ("lookup", "dense forward", "dense backward", "dense optimizer", "tables' update")
 
@@ -127,6 +129,62 @@ def precisions(settings: Settings, progress: Progress = ignore) -> list[Row]:
     return rows
 
 
+def histories(settings: Settings, progress: Progress = ignore) -> list[Row]:
+    """A row for each of fp32 and bf16, as it is and compiled, of DIN over tables with row-wise Adagrad."""
+    torch.set_num_threads(settings.threads)
+    size, dim = settings.batch, settings.dim
+    ids = {"user": 100_000, "item": 50_000, "category": 500}
+    configs = [TableConfig("user", ids["user"], dim)]
+    configs += [TableConfig(n, ids[n], dim, [n, f"{n}_history"], pooling="mean") for n in ("item", "category")]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(number: int, *shape: int) -> Tensor:
+        return torch.randint(number, shape, generator=generator)
+
+    batches = []
+    for _ in range(8):
+        offsets = F.pad(draw(41, size).cumsum(0), (1, 0))
+        lists = {f"{n}_history": Jagged(draw(ids[n], int(offsets[-1])), offsets) for n in ("item", "category")}
+        plain = torch.stack([draw(number, size) for number in ids.values()], dim=1)
+        batches.append(Batch(draw(2, size).float(), torch.randn(size, 4, generator=generator), plain, None, lists))
+
+    def step(bf16: bool, compiled: bool) -> Callable[[int], None]:
+        torch.manual_seed(0)
+        tables = EmbeddingTables(plan(configs, "full"))
+        model = DIN(tables, 4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        if compiled:
+            tables.lookup = torch.compiler.disable(tables.lookup)  # type: ignore[method-assign]
+            model.compile(dynamic=True)
+
+        def run(number: int) -> None:
+            batch = batches[number % len(batches)]
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model(batch)
+            F.binary_cross_entropy_with_logits(logits.float(), batch.labels).backward()
+            optimizer.step()
+
+        return run
+
+    steps: dict[str, Callable[[int], None]] = {}
+    first: dict[str, float] = {}
+    for compiled in (False, True) if settings.compiled else (False,):
+        for bf16 in (False, True):
+            key = f"{'bf16' if bf16 else 'fp32'}|{'compiled' if compiled else 'eager'}"
+            steps[key] = step(bf16, compiled)
+            start = time.perf_counter()
+            steps[key](0)
+            first[key] = time.perf_counter() - start
+    others = Others()
+    rows = []
+    for key, timing in interleaved(steps, settings.rounds, turn=0.15, progress=progress).items():
+        precision, mode = key.split("|")
+        row = _common(settings, "histories") | {"contestant": "DIN", "precision": precision, "mode": mode}
+        rows.append(row | {"scale": "", "first_s": first[key], "others": others.share(), **timing.row()})
+    return rows
+
+
 def optimizers(settings: Settings, progress: Progress = ignore) -> list[Row]:
     """A row for each way to train the same full tables: lookup, backward and update."""
     torch.set_num_threads(settings.threads)
@@ -160,10 +218,19 @@ def optimizers(settings: Settings, progress: Progress = ignore) -> list[Row]:
 
 
 def run(settings: Settings, progress: Progress = ignore) -> list[Row]:
-    """The rows of both."""
-    rows = precisions(settings, within(progress, 0, 2))
-    gc.collect()
-    return rows + optimizers(settings, within(progress, 1, 2))
+    """The rows of all parts."""
+    rows = []
+    for number, part in enumerate(MEASURES.values()):
+        rows += part(settings, within(progress, number, len(MEASURES)))
+        gc.collect()
+    return rows
+
+
+MEASURES: dict[str, Callable[[Settings, Progress], list[Row]]] = {
+    "precisions": precisions,
+    "histories": histories,
+    "optimizers": optimizers,
+}
 
 
 def _common(settings: Settings, phase: str) -> Row:
@@ -176,27 +243,31 @@ def show(rows: list[Row]) -> str:
     lines = []
     whole = [row for row in rows if row["phase"] == "step"]
     if whole:
-        lines.append(f"{'whole step':34} {'ms':>7} {'min':>7} {'ratio':>6} {'tables':>7} {'first s':>8}   parts, ms")
+        lines.append(
+            f"{'whole step':34} {'ms':>7} {'min':>7} {'ratio':>6} {'of min':>6} {'tables':>7} {'first s':>8}   parts, ms"
+        )
     for row in whole:
         parts = "  ".join(f"{part} {row[f'{part} ms']:.2f}" for part in PARTS)
         name = f"{row['contestant']}, {row['precision']}, {row['mode']}"
         lines.append(
             f"{name:34} {row['median_ms']:7.2f} {row['min_ms']:7.2f} {row['median_ms'] / whole[0]['median_ms']:6.2f} "
-            f"{row['table_share']:7.1%} {row['first_s']:8.1f}   {parts}"
+            f"{row['min_ms'] / whole[0]['min_ms']:6.2f} {row['table_share']:7.1%} {row['first_s']:8.1f}   {parts}"
         )
-    alone = [row for row in rows if row["phase"] == "optimizer"]
-    if alone:
-        lines.append(f"{'tables alone':34} {'ms':>7} {'min':>7} {'ratio':>6}")
-    for row in alone:
-        ratio = row["median_ms"] / alone[0]["median_ms"]
-        lines.append(f"{row['contestant']:34} {row['median_ms']:7.2f} {row['min_ms']:7.2f} {ratio:6.1f}")
+    for phase, title in (("histories", "DIN"), ("optimizer", "tables alone")):
+        found = [row for row in rows if row["phase"] == phase]
+        if found:
+            lines.append(f"{title:34} {'ms':>7} {'min':>7} {'ratio':>6} {'of min':>6}")
+        for row in found:
+            name = row["contestant"] if phase == "optimizer" else f"{row['precision']}, {row['mode']}"
+            ratio, of_min = (row[kind] / found[0][kind] for kind in ("median_ms", "min_ms"))
+            lines.append(f"{name:34} {row['median_ms']:7.2f} {row['min_ms']:7.2f} {ratio:6.2f} {of_min:6.2f}")
     doubts = sorted({f"{row['contestant']}: {row['distrust']}" for row in rows if row["distrust"]})
     return "\n".join([*lines, *(f"not to be trusted: {doubt}" for doubt in doubts)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("precisions", "optimizers"), help="one of the two parts")
+    parser.add_argument("--only", choices=tuple(MEASURES), help="one of the parts")
     parser.add_argument("--divisor", type=int, default=10, help="of cardinalities above 1,000 (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2048, help="examples a step (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -205,8 +276,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     given = parser.parse_args()
     settings = Settings(given.divisor, 16, given.batch, given.threads, given.rounds, not given.no_compile)
-    measure = {"precisions": precisions, "optimizers": optimizers, None: run}[given.only]
-    rows = measure(settings)
+    rows = run(settings) if given.only is None else MEASURES[given.only](settings, ignore)
     print(json.dumps(rows, indent=1) if given.json else show(rows))
 
 
