@@ -216,6 +216,23 @@ def test_an_empty_batch_changes_nothing(kernels: object, rule: str) -> None:
         assert all(torch.equal(a.cpu(), b) for a, b in zip([got, *given], [weight, *state]))
 
 
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_triton
+def test_nothing_waits_for_the_gpu(kernels: object) -> None:
+    weight, index, grad, h = on(
+        DEVICE, [torch.randn(9, 4), index_of(58, 9, 1, hot=40), torch.randn(100, 4), hyper(0.1)]
+    )
+    state = on(DEVICE, state_of("adam", 9, 4, torch.float32))
+    kernels.lookup(weight, index)
+    kernels.update_(weight, state, index, grad, h, "adam")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.lookup(weight, index)
+        kernels.update_(weight, state, index, grad, h, "adam")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @on_device
 @needs_triton
 def test_offsets_beyond_31_bits(kernels: object) -> None:
@@ -317,6 +334,7 @@ assert "triton" not in sys.modules
 
 
 # Every launch becomes a compilation, for a GPU that is not there; prints its kernel and how many loads are of 16 bytes.
+# The tensors have no data, so whoever asks for some, as to wait for the GPU, gets an error.
 COMPILE = """
 import re, torch
 from triton.backends.compiler import GPUTarget
@@ -335,6 +353,7 @@ def launch(self, grid):
     return compile
 
 JITFunction.__getitem__ = launch
+torch.set_default_device("meta")
 from embtables.ops import gpu_kernels
 
 for architecture, dtype, width in (80, torch.float32, 16), (90, torch.bfloat16, 64), (90, torch.float64, 33):
@@ -350,7 +369,10 @@ for architecture, dtype, width in (80, torch.float32, 16), (90, torch.bfloat16, 
 @pytest.mark.skipif(INTERPRETED, reason="nothing to compile in the interpreter")
 @needs_triton
 def test_the_kernels_compile(tmp_path: Path) -> None:
-    """To machine code of two generations of GPUs, with 16-byte loads where rows allow them; this takes no GPU."""
+    """To machine code of two generations of GPUs, with 16-byte loads where rows allow them; this takes no GPU.
+
+    And that nothing waits for a GPU.
+    """
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=kept, capture_output=True, text=True)
     lines = result.stdout.splitlines()
