@@ -23,7 +23,6 @@ def read_ahead(items: Generator[T, None, None], depth: int = 1) -> Generator[T, 
         while (item := pending.popleft().result()) is not done:
             pending.append(pool.submit(next, items, done))
             yield item  # type: ignore[misc]  # it is a T, as it is not `done`
-            del item  # it is no longer needed, and may be large
     finally:
         pool.shutdown(cancel_futures=True)
         items.close()

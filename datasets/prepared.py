@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import track
 
+from .ahead import read_ahead
 from .rows import Batch, Lists, Rows
 from .splits import SPLITS
 
@@ -28,6 +32,8 @@ LABEL, GROUP = "label", "_group"
 MOST_ENTRIES = 2**31 - 1  # of one list
 WINDOW_BYTES = 2**31
 """Rows shuffled together: a split that fits in this many bytes is shuffled as a whole and stays in memory."""
+BATCHES_AHEAD = 2
+"""Made in a thread, where a core is spare for it."""
 
 
 class File(BaseModel):
@@ -211,44 +217,34 @@ class PreparedDataset:
         """Batches of a split: in file order without a seed, else shuffled, as a pure function of (seed, epoch).
 
         A split of up to `WINDOW_BYTES` is shuffled as a whole; a larger one by shards, and then within windows of
-        that size. `skip` leaves out the first batches, without reading what only they need.
+        that size, two of which are in memory: one is read while the other is used. `skip` leaves out the first batches,
+        without reading what only they need.
+
+        A thread reads windows ahead and, where a GPU or fewer threads than there are cores compute, another makes
+        batches ahead. They end when the iterator is used up, closed or dropped. An error in a file is raised where the
+        first batch that needs the file would have come.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: at least 1 is needed")
         if skip < 0:
             raise ValueError(f"skip {skip}: it cannot be negative")
         self._split(split)
-        return self._iterate(split, batch_size, seed, epoch, skip, drop_last)
+        windows = read_ahead(self._loaded(split, seed, epoch, skip * batch_size))
+        batches = _batches(windows, batch_size, drop_last)
+        return read_ahead(batches, BATCHES_AHEAD) if _has_spare_core() else batches
 
-    def _iterate(
-        self, split: str, batch_size: int, seed: int | None, epoch: int, skip: int, drop_last: bool
-    ) -> Iterator[Batch]:
-        to_skip = skip * batch_size
-        rest: Rows | None = None
+    def _loaded(
+        self, split: str, seed: int | None, epoch: int, to_skip: int
+    ) -> Generator[tuple[Rows, np.ndarray | None, int], None, None]:
+        """Windows, the order of their rows (None is as they are), and with how many of them begun."""
         for number, window in enumerate(self._windows(split, seed, epoch)):
             num_rows = sum(shard.rows for shard in window)
             if to_skip >= num_rows:
                 to_skip -= num_rows
                 continue
-            rows = self._rows(split, window)
-            order = np.arange(num_rows) if seed is None else _generator(seed, epoch, number + 1).permutation(num_rows)
-            position = to_skip
+            order = None if seed is None else _generator(seed, epoch, number + 1).permutation(num_rows)
+            yield self._rows(split, window), order, to_skip
             to_skip = 0
-            if rest is not None:
-                position = batch_size - len(rest.labels)
-                rest = rest.joined(rows.take(order[:position]))
-                if len(rest.labels) < batch_size:
-                    continue
-                yield rest.batch()
-                rest = None
-            while position + batch_size <= num_rows:
-                chosen = slice(position, position + batch_size)
-                yield (rows.cut(chosen) if seed is None else rows.take(order[chosen])).batch()
-                position += batch_size
-            if position < num_rows:
-                rest = rows.take(order[position:])
-        if rest is not None and not drop_last:
-            yield rest.batch()
 
     def _windows(self, split: str, seed: int | None, epoch: int) -> list[list[Shard]]:
         shards = [shard for shard in self._split(split).shards if shard.rows]
@@ -294,10 +290,9 @@ class PreparedDataset:
             self._check_values(shard, table)
             part = slice(start, start + shard.rows)
             rows.labels[part] = table.column(LABEL).to_numpy()
-            for column, name in enumerate(self.dense_features):
-                rows.dense[part, column] = table.column(name).to_numpy()
-            for column, name in enumerate(self.feature_names):
-                rows.ids[part, column] = table.column(name).to_numpy()
+            for names, matrix in ((self.dense_features, rows.dense), (self.feature_names, rows.ids)):
+                if names:  # stacked first: numpy transposes faster than it writes one column after another into rows
+                    matrix[part] = np.stack([table.column(name).to_numpy() for name in names]).T
             if rows.groups is not None:
                 rows.groups[part] = table.column(GROUP).to_numpy()
             for name, parts in lists.items():
@@ -349,7 +344,7 @@ class PreparedDataset:
             missing = [name for name in columns or [] if name not in parquet.schema_arrow.names]
             if missing:
                 raise ValueError(f"{self.path / shard.file}: no column '{missing[0]}'")
-            table = parquet.read(columns)
+            table = parquet.read(columns, use_threads=False)  # other cores are for the training that goes on
         except pa.ArrowException as error:
             raise ValueError(f"{self.path / shard.file}: not a readable Parquet file: {error}") from error
         if table.num_rows != shard.rows:
@@ -375,6 +370,40 @@ class PreparedDataset:
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
         return self._manifest.splits[split]
+
+
+def _has_spare_core() -> bool:
+    """Whether a thread can make batches without slowing those that compute."""
+    return torch.cuda.is_initialized() or torch.get_num_threads() < (os.cpu_count() or 1)
+
+
+def _batches(
+    windows: Generator[tuple[Rows, np.ndarray | None, int], None, None], batch_size: int, drop_last: bool
+) -> Generator[Batch, None, None]:
+    rest: Rows | None = None
+    with closing(windows):
+        for rows, order, position in windows:
+            num_rows = len(rows.labels)
+            if rest is not None:
+                missing = batch_size - len(rest.labels)
+                rest = rest.joined(_part(rows, order, 0, min(missing, num_rows)))
+                position = min(missing, num_rows)
+                if len(rest.labels) < batch_size:
+                    continue
+                yield rest.batch()
+                rest = None
+            while position + batch_size <= num_rows:
+                yield _part(rows, order, position, position + batch_size).batch()
+                position += batch_size
+            if position < num_rows:
+                rest = _part(rows, order, position, num_rows)
+    if rest is not None and not drop_last:
+        yield rest.batch()
+
+
+def _part(rows: Rows, order: np.ndarray | None, start: int, stop: int) -> Rows:
+    """A copy of the rows in these places of the order."""
+    return rows.cut(slice(start, stop)) if order is None else rows.take(order[start:stop])
 
 
 def _generator(seed: int, epoch: int, window: int) -> np.random.Generator:

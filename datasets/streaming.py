@@ -18,7 +18,6 @@ from .vocabulary import MISSING, KeyCounter
 from .writing import Contents, Writer
 
 LINE = "_line"
-ROWS_AT_ONCE = 2**18
 THREADS = min(4, os.cpu_count() or 1)  # each at work on a feature of its own
 
 
@@ -43,7 +42,6 @@ def write_streaming(
     waiting = _Waiting(writer.folder / "waiting")
     for block in rows:
         waiting.add(block)
-    waiting.close()
     rejections.check(final=True)
     writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
     writer.report(rejections.lines())
@@ -83,19 +81,11 @@ class _Waiting:
         folder.mkdir()
         self.folder = folder
         self.num_blocks = 0
-        self._frames: list[pl.DataFrame] = []
 
     def add(self, block: Block) -> None:
-        self._frames.append(block.frame.with_columns(pl.Series(LINE, block.lines)))
-        if sum(map(len, self._frames)) >= ROWS_AT_ONCE:
-            self.close()
-
-    def close(self) -> None:
-        """Writes what is not yet in a file."""
-        if self._frames:
-            pl.concat(self._frames).write_ipc(self._path(self.num_blocks), compression="uncompressed")
-            self.num_blocks += 1
-            self._frames = []
+        frame = block.frame.with_columns(pl.Series(LINE, block.lines))
+        frame.write_ipc(self._path(self.num_blocks), compression="uncompressed")
+        self.num_blocks += 1
 
     def blocks(self, *, remove: bool = False) -> Iterator[Block]:
         for number in range(self.num_blocks):
