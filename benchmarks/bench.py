@@ -49,7 +49,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget what --out holds, and begin anew")
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # one configuration, in the process that measures it
     chosen = parser.parse_args(arguments)
     chosen.suites = [suite.strip() for suite in chosen.suites.split(",") if suite.strip()]
     chosen.mode = "quick" if chosen.quick else "full" if chosen.full else "default"
@@ -125,9 +124,6 @@ def measure(planned: Sequence[jobs.Job], store: Store, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
-    if chosen.job is not None:
-        jobs.serve(chosen.job)
-        return 0
     console = Console(stderr=True)
     run = {"mode": chosen.mode, "threads": chosen.threads, "machine": machine.describe()}
     try:

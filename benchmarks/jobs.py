@@ -163,7 +163,7 @@ def in_a_process(job: Job, progress: Progress = ignore) -> list[tables.Row]:
     if environment["EMBTABLES_OPS"] == "native":
         # The default: native where it was built, and the reference operators elsewhere.
         environment.pop("EMBTABLES_OPS")
-    command = [sys.executable, "-m", "benchmarks.bench", "--job", job.dumps()]
+    command = [sys.executable, "-m", "benchmarks.jobs", job.dumps()]
     rows = None
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
@@ -195,3 +195,7 @@ def serve(text: str) -> None:
 
     rows = Job.loads(text).run_here(progress)
     out.write("rows " + json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -65,7 +65,7 @@ def contestants(work: Workload, everything: bool = True) -> list[Contestant | Sk
         found += [
             Contestant(f"{FULL}, optimizer=None, sparse", "adagrad", True, 2 * size, _parameters("adagrad")),
             Contestant(f"{FULL}, optimizer=None, sparse", "adam", True, 3 * size, _parameters("adam")),
-            Contestant(f"{FULL}, optimizer=None", "dense adam", True, 4 * size, _parameters("dense adam")),
+            Contestant(f"{FULL}, optimizer=None", "dense adam", True, 6 * size, _parameters("dense adam")),
         ]
     return found
 

@@ -46,24 +46,7 @@ LENGTHS = {
 }
 #: Page, marker -> the folders of sweeps over variants of one data set, which make one table.
 ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
-#: Page -> the parts of the speed report that it shows, under the markers speed-<part>.
-SPEED = {
-    README: ("targets", "faster", "machine"),
-    PERFORMANCE: (
-        "targets",
-        "faster",
-        "headline",
-        "axes",
-        "dlrm",
-        "step",
-        "optimizers",
-        "frameworks",
-        "memory",
-        "machine",
-        "noise",
-        "skipped",
-    ),
-}
+#: Its parts go where a page has the marker speed-<part>.
 SPEED_REPORT = RESULTS / "speed" / "report.md"
 
 
@@ -157,7 +140,8 @@ def filled(page: Path, text: str) -> str:
             contents[marker] = f"{rows}\n\n![test AUC against bytes]({figure})"
     if SPEED_REPORT.exists():
         report = SPEED_REPORT.read_text(encoding="utf-8")
-        contents |= {f"speed-{part}": speed(report, part) for part in SPEED.get(page, ())}
+        parts = re.findall("<!-- results:speed-(.*?) -->", text)
+        contents |= {f"speed-{part}": speed(report, part) for part in parts}
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
         whole = f"{start}\n{content}\n{end}"

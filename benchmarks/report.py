@@ -54,6 +54,18 @@ def headline(results: Results) -> str:
     return rendered(lines)
 
 
+def details(results: Results) -> str:
+    """Median, minimum and CPU time of everything in the main configuration."""
+    lines = [["ms", "optimizer", "phase", "median", "min", "CPU", "calls"], ["---", "---", "---", *["---:"] * 4]]
+    for phase in ("forward", "step"):
+        for _, row in results.configuration(phase=phase).iterrows():
+            times = [f"{row[name]:.2f}" for name in ("median_ms", "min_ms", "cpu_ms")]
+            times[0] += _mark(row)
+            optimizer = row["optimizer"].replace("_", "-") if phase == "step" else ""
+            lines.append([row["contestant"], optimizer, phase, *times, f"{row['calls']:.0f}"])
+    return rendered(lines)
+
+
 def axes(results: Results) -> str:
     """Milliseconds of a step in every configuration, with row-wise Adagrad, else Adagrad, else SGD."""
     rows = results.select("tables", phase="step")
@@ -236,6 +248,7 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "optimizers": ("What optimizer=None costs", optimizers),
     "frameworks": ("End to end", end_to_end),
     "memory": ("Peak memory", memory),
+    "details": ("Tables: 1/10, D = 16, batch 2048, with minimum and CPU time", details),
     "machine": ("The machine", description),
     "noise": ("What to trust", noise),
     "skipped": ("Left out", skipped),

@@ -33,7 +33,19 @@ _TEXT = (
     "ops",
 )
 _NUMBERS = (
-    *("dim", "batch", "threads", "sitting", "others", "median_ms", "min_ms", "table_share", "examples_per_second"),
+    *(
+        "dim",
+        "batch",
+        "threads",
+        "sitting",
+        "others",
+        "median_ms",
+        "min_ms",
+        "cpu_ms",
+        "calls",
+        "table_share",
+        "examples_per_second",
+    ),
     *("repeat", "peak_bytes", "training_bytes", "bytes_per_second", "rows_per_second"),
 )
 _IDENTITY = [
