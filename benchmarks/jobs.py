@@ -16,7 +16,8 @@ from benchmarks import dlrm, frameworks, ours, rivals, step, tables
 from benchmarks.timing import Progress, ignore
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("machine", "tables", "dlrm", "step", "memory", "frameworks")
+SUITES = ("machine", "tables", "dlrm", "step", "memory", "frameworks", "data")
+_THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"
 MODES = ("quick", "default", "full")
 
 
@@ -28,7 +29,24 @@ class Ceilings:
     rounds: int = 10
 
 
-Settings = tables.Settings | dlrm.Settings | step.Settings | dlrm.Memory | frameworks.Settings | Ceilings
+@dataclass(frozen=True)
+class Reading:
+    """Preparing text and reading it back: see ``benchmarks.data``."""
+
+    rows: int
+    rounds: int
+    threads: int
+
+
+def _read(settings: Reading, progress: Progress) -> list[tables.Row]:
+    from benchmarks import data  # polars and pyarrow, which no other job has in its memory
+
+    found = data.run(data.Settings(settings.rows, rounds=settings.rounds), progress)
+    common = {"suite": "data", "threads": settings.threads, "status": "ok"}
+    return [common | {"contestant": row.pop("name"), **row} for row in found]
+
+
+Settings = tables.Settings | dlrm.Settings | step.Settings | dlrm.Memory | frameworks.Settings | Ceilings | Reading
 _SETTINGS: dict[str, type[Any]] = {
     "machine": Ceilings,
     "tables": tables.Settings,
@@ -36,6 +54,7 @@ _SETTINGS: dict[str, type[Any]] = {
     "step": step.Settings,
     "memory": dlrm.Memory,
     "frameworks": frameworks.Settings,
+    "data": Reading,
 }
 _RUN: dict[str, Callable[[Any, Progress], list[tables.Row]]] = {
     "machine": lambda s, progress: tables.ceilings(s.threads, s.rounds, progress),
@@ -44,6 +63,7 @@ _RUN: dict[str, Callable[[Any, Progress], list[tables.Row]]] = {
     "step": step.run,
     "memory": dlrm.peak,
     "frameworks": frameworks.run,
+    "data": _read,
 }
 
 
@@ -58,6 +78,8 @@ class Job:
         s = self.settings
         if isinstance(s, Ceilings):
             return f"machine: {_threads(s.threads)}"
+        if isinstance(s, Reading):
+            return f"data: {s.rows:,} rows, {_threads(s.threads)}"
         if isinstance(s, tables.Settings):
             parts = [s.scale, f"D = {s.dim}", f"batch {s.batch}", _threads(s.threads)]
             if s.ops != "native":
@@ -115,6 +137,8 @@ def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
             for is_ours in (True, False) if repeat % 2 == 0 else (False, True):
                 steps = 10 if quick else 30
                 add("frameworks", frameworks.Settings(model, is_ours, steps, threads=threads, repeat=repeat))
+    if not quick:
+        add("data", Reading(500_000, 3, threads))
     if mode == "default":
         axis = tables.Settings(threads=threads, everything=False, rounds=10)
         add("tables", replace(axis, ops="reference", rivals=False))
@@ -159,7 +183,7 @@ def in_a_process(job: Job, progress: Progress = ignore) -> list[tables.Row]:
     """
     settings = job.settings
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "EMBTABLES_OPS": getattr(settings, "ops", "native")}
-    environment |= {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment |= {name: str(settings.threads) for name in _THREADS}
     if environment["EMBTABLES_OPS"] == "native":
         # The default: native where it was built, and the reference operators elsewhere.
         environment.pop("EMBTABLES_OPS")

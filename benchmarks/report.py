@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import ours
-from benchmarks.results import DAGGER, RESULTS, Results, default_ops, doubts_of, memory_rows, rendered, row_of
+from benchmarks import ours, rivals
+from benchmarks.results import DAGGER, FULL, RESULTS, Results, default_ops, memory_rows, ratio, rendered, row_of
 from benchmarks.targets import targets
 from benchmarks.timing import OTHERS
 
@@ -144,6 +144,15 @@ def end_to_end(results: Results) -> str:
     return rendered(lines)
 
 
+def data(results: Results) -> str:
+    """Rows a second of wall clock, and of the CPU time of all threads."""
+    lines = [["text and prepared data", "rows/s", "rows per second of CPU"], ["---", "---:", "---:"]]
+    for _, row in results.select("data").iterrows():
+        wall, cpu = (1e3 * row["rows"] / row[name] for name in ("median_ms", "cpu_ms"))
+        lines.append([row["contestant"], f"{wall:,.0f}{_mark(row)}", f"{cpu:,.0f}"])
+    return rendered(lines)
+
+
 def memory(results: Results) -> str:
     lines = [["training", "tables", "plan's training bytes", "peak above the dense part's", "ratio"]]
     lines.append(["---", "---", *["---:"] * 3])
@@ -180,23 +189,26 @@ def skipped(results: Results) -> str:
 
 def faster_rivals(results: Results) -> str:
     """Every comparison of equal work in which a rival took less time than embtables' full tables."""
-    rows = default_ops(results.select("tables"))
+    rows = default_ops(pd.concat([results.select("tables"), results.select("dlrm")]))
+    rows = rows[(rows["kind"] != "ceiling") & (rows["contestant"] != rivals.QR)]
     found, compared = [], 0
-    keys = ["scale", "dim", "batch", "threads", "phase", "sitting"]
-    for (scale, dim, batch, threads, phase, _), group in rows.groupby(keys, sort=False):
-        group = group[(group["kind"] != "ceiling") & ~group["contestant"].str.contains("quotient")]
-        mine = group[group["contestant"] == ours.FULL].set_index("optimizer", drop=False)
-        for _, row in group[~group["contestant"].str.startswith("embtables")].iterrows():
-            optimizer = next(iter(mine.index), "") if phase == "forward" else row["optimizer"]
-            if optimizer not in mine.index:
+    keys = ["suite", "scale", "dim", "batch", "threads", "precision", "phase"]
+    for (suite, scale, dim, batch, threads, precision, phase), group in rows.groupby(keys, sort=False):
+        others = group[~group["contestant"].str.startswith("embtables")]
+        for name, optimizer in dict.fromkeys(zip(others["contestant"], others["optimizer"])):
+            # A forward has no optimizer; the tables that it was measured on have one all the same.
+            mine = FULL if phase == "forward" else (ours.FULL, optimizer)
+            measured = ratio(group, (name, optimizer), mine)
+            if measured is None:
                 continue
             compared += 1
-            share = row["median_ms"] / mine.loc[optimizer]["median_ms"]
-            if share < 1:
+            if measured.value < 1:
                 work = "forward" if phase == "forward" else f"step with {optimizer.replace('_', '-')}"
-                mark = f" {DAGGER}" if doubts_of([row, dict(mine.loc[optimizer])]) else ""
                 where = f"{scale}, D = {dim:.0f}, batch {batch:.0f}, {threads:.0f} thread{'s' * (threads > 1)}"
-                found.append(f"- {row['contestant']}, {work}, {where}: {share:.2f}× our time{mark}")
+                if suite == "dlrm":
+                    work = f"whole DLRM {work} ({precision})"
+                mark = f" {DAGGER}" if measured.doubts else ""
+                found.append(f"- {name}, {work}, {where}: {measured.value:.2f}× our time{mark}")
     if not compared:
         return "Nothing was compared."
     if not found:
@@ -247,6 +259,7 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "step": ("Parts of a step", parts_of_a_step),
     "optimizers": ("What optimizer=None costs", optimizers),
     "frameworks": ("End to end", end_to_end),
+    "data": ("Data", data),
     "memory": ("Peak memory", memory),
     "details": ("Tables: 1/10, D = 16, batch 2048, with minimum and CPU time", details),
     "machine": ("The machine", description),

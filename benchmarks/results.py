@@ -46,7 +46,7 @@ _NUMBERS = (
         "table_share",
         "examples_per_second",
     ),
-    *("repeat", "peak_bytes", "training_bytes", "bytes_per_second", "rows_per_second"),
+    *("repeat", "rows", "peak_bytes", "training_bytes", "bytes_per_second", "rows_per_second"),
 )
 _IDENTITY = [
     *("suite", "scale", "dim", "batch", "threads", "ops", "precision", "mode", "phase"),
