@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -205,8 +206,14 @@ def in_a_process(job: Job, progress: Progress = ignore) -> list[tables.Row]:
         errors.seek(0)
         lines = [line for line in errors if line.strip()]
     if process.returncode or rows is None:
-        raise JobFailed(lines[-1].strip() if lines else f"it ended with exit code {process.returncode}")
+        raise JobFailed(lines[-1].strip() if lines else _ending(process.returncode))
     return list(rows)
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "it was killed, as the system does where memory runs out; close other programs"
+    return f"it ended with exit code {code}"
 
 
 def serve(text: str) -> None:

@@ -527,6 +527,16 @@ def test_the_process_of_a_job_says_why_it_ended() -> None:
         jobs.in_a_process(job)
 
 
+def test_a_job_that_is_killed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program that kills itself, in the place of Python.
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(jobs.sys, "executable", str(program))
+    with pytest.raises(jobs.JobFailed, match="it was killed, as the system does where memory runs out"):
+        jobs.in_a_process(jobs.Job("memory", dlrm.Memory(None, threads=1)))
+
+
 def test_a_report_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no results.csv: run `python -m benchmarks.bench"):
         results.Results.read(tmp_path)
