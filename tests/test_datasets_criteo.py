@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -194,6 +195,20 @@ def test_unusable_files_get_one_sentence_and_leave_nothing(tmp_path: Path, make,
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
+def test_a_disk_too_small_for_the_rows_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pl.DataFrame.write_ipc
+
+    def full(self: pl.DataFrame, path: Path, *, compression: Literal["uncompressed"]) -> None:
+        original(self, "/dev/full", compression=compression)
+
+    monkeypatch.setattr(pl.DataFrame, "write_ipc", full)
+    source = write(tmp_path / "train.txt", raw_rows(300))
+    with pytest.raises(OSError, match="out: No space left on device.*nothing was written"):
+        prepare_criteo(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "train.txt"]
+
+
 def test_a_wrong_file_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module._blocks, "__defaults__", (2**16,))
     source = tmp_path / "train.txt"
@@ -206,7 +221,7 @@ def test_a_wrong_file_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_two_million_rows_in_less_than_two_gib() -> None:
     result = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "prepare_criteo.py", "--rows", "2000000"],
+        [sys.executable, "-m", "benchmarks.data", "--rows", "2000000", "--peak"],
         capture_output=True,
         text=True,
         cwd=ROOT,
