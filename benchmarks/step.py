@@ -243,9 +243,8 @@ def show(rows: list[Row]) -> str:
     lines = []
     whole = [row for row in rows if row["phase"] == "step"]
     if whole:
-        lines.append(
-            f"{'whole step':34} {'ms':>7} {'min':>7} {'ratio':>6} {'of min':>6} {'tables':>7} {'first s':>8}   parts, ms"
-        )
+        head = f"{'whole step':34} {'ms':>7} {'min':>7} {'ratio':>6} {'of min':>6} {'tables':>7} {'first s':>8}"
+        lines.append(f"{head}   parts, ms")
     for row in whole:
         parts = "  ".join(f"{part} {row[f'{part} ms']:.2f}" for part in PARTS)
         name = f"{row['contestant']}, {row['precision']}, {row['mode']}"

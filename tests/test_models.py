@@ -11,6 +11,7 @@ from torch import nn
 
 from embtables.datasets import Batch
 from embtables.models import DLRM, MLP, build_model, find_model
+from embtables.models.dlrm import _PairwiseDots
 
 
 class FakeTables(nn.Module):
@@ -151,3 +152,20 @@ def test_find_model(tmp_path, monkeypatch):
         build_model("dlrm", tables, 0, {"units": [3]})
     with pytest.raises(ValueError, match="must keep the tables"):
         build_model("my_own_model:Forgets", tables, 0, {})
+
+
+def test_gradients_of_dot_products() -> None:
+    """Against finite differences, and in float32 vectors under bfloat16 autocast."""
+    vectors = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    rows, columns = torch.tril_indices(4, 4, offset=-1)
+    pairs = rows * 4 + columns
+    torch.autograd.gradcheck(lambda v: _PairwiseDots.apply(v, pairs), (vectors,))
+    torch.autograd.gradcheck(lambda v: _PairwiseDots.apply(v, pairs[[3, 0]]), (vectors,))
+    wanted = torch.stack([vectors[:, i] @ vectors[:, j].T for i, j in zip(rows, columns)]).diagonal(dim1=1, dim2=2).T
+    torch.testing.assert_close(_PairwiseDots.apply(vectors, pairs), wanted)
+    half = vectors.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        _PairwiseDots.apply(half, pairs).float().square().sum().backward()
+    wanted.square().sum().backward()
+    assert half.grad is not None and vectors.grad is not None
+    torch.testing.assert_close(half.grad, vectors.grad.float(), rtol=0.05, atol=0.3)
