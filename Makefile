@@ -1,6 +1,6 @@
 # `make help` lists the targets. Any Python 3.10–3.12 with venv will do; PYTHON=… names one.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean distclean
+.PHONY: help venv demo test bench lint format clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ venv: $(STAMP) ## make .venv and install everything into it
 
 # torchrec goes in alone and without its requirements: it asks for the CUDA build of fbgemm-gpu, which would overwrite
 # fbgemm-gpu-cpu and cannot be imported without a GPU driver. Its other requirements are in the extra `torchrec`.
-$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables/ops/csrc/*)
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "embtables needs Python 3.10, 3.11 or 3.12 with venv and pip; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,6 +56,10 @@ demo: $(STAMP) ## the main job on generated data: accuracy of each method at 10 
 test: $(STAMP) ## every test, ruff and mypy among them
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
+# BENCH_FLAGS="--quick" takes about two minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
+bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about 15 minutes
+	$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
+
 lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,7 +70,7 @@ format: $(STAMP) ## let ruff format the code and sort the imports
 	$(BIN)/ruff format .
 
 clean: ## remove what builds, tests and the demo leave behind
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO) runs/bench embtables/ops/_native.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## the same, and the environment

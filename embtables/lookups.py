@@ -14,6 +14,7 @@ from embtables import ops
 from embtables.hashing import hash_ids, seed_for
 from embtables.inputs import CONFIG, PoolingLike
 from embtables.methods.base import Block, TableEntry
+from embtables.ops.program import Entrance
 from embtables.store import Part
 
 _POLICIES = ("error", "hash", "oov")
@@ -105,6 +106,13 @@ class Lookups(nn.Module):
         self._ranges = json.dumps([(f, t.name, t.num_embeddings) for f, t in zip(features, self.tables)])
         self.policies = {t.on_out_of_range for t in self.tables if t.num_embeddings is not None}
         self.pads = any(t.padding_idx is not None for t in self.tables)
+
+    def entrances(self) -> list[Entrance]:
+        """How ids come to each of the lookups, for native code."""
+        return [
+            Entrance(column, t.embedding_dim, t.num_embeddings, t.on_out_of_range, seed, t.padding_idx)
+            for column, t, seed in zip(self.places, self.tables, self.seed.tolist())
+        ]
 
     # ---- before the block ----------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from embtables import ops
 from embtables.layout import DTYPES, Form, Slab
 from embtables.optimizers import FusedOptimizer
 
+_NO_STEP = torch.zeros((), dtype=torch.int64)
+
 
 class Part(NamedTuple):
     """A request to the store: ``rows`` (int64 of any shape, counted within ``width``; −1 yields zeros).
@@ -114,7 +116,7 @@ class Store(nn.Module):
             rows[slab.width] = start + slab.rows
         self.widths = tuple(rows)
         for width in self.widths:
-            self._add_weight(f"weight_{width}", torch.empty(rows[width], width, device=device))
+            self._add_weight(f"weight_{width}", ops.huge_pages(torch.empty(rows[width], width, device=device)))
         self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
         for extra in (e for form in forms for e in form.extras):
             self._add_weight(self._extras[extra.name], torch.empty(extra.shape, device=device))
@@ -163,7 +165,7 @@ class Store(nn.Module):
         if self.optimizer is not None:
             rows, width = (weight.shape[0], weight[0].numel()) if weight.ndim > 1 else (1, weight.numel())
             for i, state_width in enumerate(self.optimizer.state_widths(width)):
-                state = torch.empty(rows, state_width, device=weight.device)
+                state = ops.huge_pages(torch.empty(rows, state_width, device=weight.device))
                 self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
 
     # ---- the parts of a step -------------------------------------------------------------------------------------
@@ -239,6 +241,61 @@ class Store(nn.Module):
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self._place.device
+
+    # ---- for native code ------------------------------------------------------------------------------------------
+
+    def weight_rows(self) -> dict[int, int]:
+        """Rows of each weight, by its width."""
+        return {width: getattr(self, f"weight_{width}").shape[0] for width in self.widths}
+
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(self, attribute).shape) for name, attribute in self._extras.items()}
+
+    def code_names(self) -> list[str]:
+        return list(self._codes)
+
+    def all_tensors(self) -> list[Tensor]:
+        """Whatever there is, in one order."""
+        return [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+
+    def gives_gradients(self) -> bool:
+        """Whether the weights are parameters that get a gradient now."""
+        return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self._parameters.values())
+
+    def lookup_weights(self) -> list[Tensor]:
+        """The weights of all widths."""
+        return [getattr(self, f"weight_{width}") for width in self.widths]
+
+    def differentiated_weights(self) -> list[Tensor]:
+        """The same; where a step has many lookups and dense gradients under their other names."""
+        weights = self.lookup_weights()
+        return [self._aliases.of(w) for w in weights] if self.many_lookups and not self.sparse else weights
+
+    def extra_weights(self) -> list[Tensor]:
+        return [getattr(self, attribute) for attribute in self._extras.values()]
+
+    def code_tensors(self) -> list[Tensor]:
+        return [getattr(self, attribute) for attribute in self._codes.values()]
+
+    @property
+    def hyper(self) -> Tensor:
+        """The fused optimiser's hyper-parameters, as ``embtables.ops`` takes them."""
+        return self._hyper
+
+    def next_step(self) -> Tensor:
+        """The number of the step that is about to begin, 0 where nobody counts."""
+        return self._step + 1 if self.optimizer is not None and self.optimizer.counts_steps else _NO_STEP
+
+    def two_states(self, names: Sequence[str]) -> list[Tensor]:
+        """Two tensors of optimiser state for each weight, empty where the rule has none."""
+        each = [self._state_of_rows(name) for name in names]
+        return [state for states in each for state in (*states, *[torch.empty(0)] * (2 - len(states)))]
+
+    def lookup_states(self) -> list[Tensor]:
+        return self.two_states([f"weight_{width}" for width in self.widths])
+
+    def extra_states(self) -> list[Tensor]:
+        return self.two_states(list(self._extras.values()))
 
     # ---- names, views and sizes ----------------------------------------------------------------------------------
 

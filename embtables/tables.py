@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from embtables import ops
 from embtables.config import TableConfig
 from embtables.files import replacing
 from embtables.hashing import seed_for
@@ -25,8 +26,10 @@ from embtables.methods.base import Block, FullBlock, Initializer, Stage, TableEn
 from embtables.plan import GroupPlan, Plan, checked_counts
 from embtables.regularization import Regularizer
 from embtables.store import Store
+from embtables.whole import WholeLookup
 
 _CHUNK = 65536
+T = TypeVar("T")
 
 
 class EmbeddingTables(nn.Module):
@@ -82,6 +85,8 @@ class EmbeddingTables(nn.Module):
         self.feature_names: list[str] = list(dict.fromkeys(features))
         self.output_names = [f"{f}@{t.name}" if features.count(f) > 1 else f for t, f in pairs]
         self.embedding_dims = [table.embedding_dim for table, _ in pairs]
+        self._own_modes: list[str | None] = [table.pooling for table, _ in pairs]
+        self._fits_one_tensor = len(set(self.embedding_dims)) == 1 and len(pairs) == len(self.feature_names)
 
     def _build(self, store: Store) -> None:
         """The lookups over a store, one for each group, variant and dimension."""
@@ -111,6 +116,7 @@ class EmbeddingTables(nn.Module):
             starts.append(starts[-1] + self.embedding_dims[outputs.index(pair)])
         columns = [c for i in vector_order for c in range(starts[i], starts[i + 1])]
         self._order = vector_order
+        self._whole = None if store.device.type == "meta" else WholeLookup.of(store, lookups, vector_order)
         self._in_order = columns == list(range(len(columns)))
         self.register_buffer("_columns", torch.tensor(columns, device=store.device), persistent=False)
         self.register_buffer("_vectors", torch.tensor(vector_order, device=store.device), persistent=False)
@@ -223,7 +229,13 @@ class EmbeddingTables(nn.Module):
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         self._check_one_tensor(pooling)
-        found = self._look_up(ids, offsets, per_sample_weights, training)
+        trains = self._trains(training)
+        if (whole := self._as_a_whole(ids, offsets, per_sample_weights, trains)) is not None:
+            given = (ids, None if offsets is None else offsets.long(), per_sample_weights)
+            if pooling is None:
+                return self._native(whole, lambda: whole.in_input_order(*given, trains), given, trains)
+            return self._native(whole, lambda: whole.side_by_side(*given, self._modes(pooling), trains), given, trains)
+        found = self._look_up(ids, offsets, per_sample_weights, trains)
         if pooling is None:
             weighted = [f.lookups.weighted(f.vectors, f.picked) for f in found]
             if offsets is None:
@@ -275,21 +287,69 @@ class EmbeddingTables(nn.Module):
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         check_pooling(pooling, self.feature_names)
-        found = self._look_up(ids, offsets, per_sample_weights, training)
+        trains = self._trains(training)
+        if (whole := self._as_a_whole(ids, offsets, per_sample_weights, trains)) is not None:
+            given = (ids, None if offsets is None else offsets.long(), per_sample_weights)
+            each = self._native(whole, lambda: whole.one_by_one(*given, self._modes(pooling), trains), given, trains)
+            return dict(zip(self.output_names, each))
+        found = self._look_up(ids, offsets, per_sample_weights, trains)
         bags = None if offsets is None else Bags.of(offsets, len(self.feature_names))
         outputs = [output for f in found for output in f.lookups.outputs(f.vectors, f.picked, pooling, bags)]
         return {name: outputs[i] for name, i in zip(self.output_names, self._order)}
 
-    def _look_up(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool | None
-    ) -> list[_Found]:
+    def _trains(self, training: bool | None) -> bool:
+        return (self.training if training is None else training) and torch.is_grad_enabled() and not self.served
+
+    def _modes(self, pooling: PoolingLike) -> list[str | None]:
+        """The pooling of each output."""
+        if pooling == CONFIG:
+            return self._own_modes
+        modes = [mode for lookups in self._each_lookup() for mode in lookups.modes(pooling)]
+        return [modes[i] for i in self._order]
+
+    def _as_a_whole(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool
+    ) -> WholeLookup | None:
+        """The native lookup, if this call can go that way: regularisation works on the vectors of single ids."""
+        whole = self._whole
+        if whole is None or (training and self.regularizers) or not whole.takes(ids, offsets, weights, training):
+            return None
+        return whole
+
+    def _native(
+        self,
+        whole: WholeLookup,
+        look_up: Callable[[], T],
+        given: tuple[Tensor, Tensor | None, Tensor | None],
+        training: bool,
+    ) -> T:
+        """``look_up``, and with it a step; where it refuses its input, the error that PyTorch's way raises."""
+        if training and self.store.optimizer is not None:
+            _refuse_what_fused_updates_cannot_do(self.store.device)
+        try:
+            if training and self.stages:
+                # A stage may change the weights, so that its step has to come first; and only where the ids are good.
+                whole.refuse(*given[:2])
+                for stage in self.stages:
+                    stage.step()
+            found = look_up()
+        except ops.Refused:
+            check_input(*given, self.feature_names)
+            batch = given[0].shape[0] if given[1] is None else (given[1].numel() - 1) // len(self.feature_names)
+            for lookups in self._each_lookup():
+                lookups.pick(*given, batch)
+            raise
+        if training:
+            self.store.begin_step()
+        return found
+
+    def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool) -> list[_Found]:
         """The vector of every id, for each block; one gather in all."""
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
         if offsets is not None:
             offsets = offsets.long()
         each = list(self._each_lookup())
         picked = [lookups.pick(ids, offsets, weights, batch) for lookups in each]
-        training = (self.training if training is None else training) and torch.is_grad_enabled() and not self.served
         if training:
             self._begin_step()
         self.store.training_lookup = training
@@ -317,9 +377,7 @@ class EmbeddingTables(nn.Module):
                     f"pooling is None for '{unpooled[0]}', whose vectors do not fit beside pooled ones: "
                     "call lookup, which gives each output by itself"
                 )
-        elif pooling is None and (
-            len(set(self.embedding_dims)) > 1 or len(self.output_names) > len(self.feature_names)
-        ):
+        elif pooling is None and not self._fits_one_tensor:
             raise ValueError(
                 "pooling=None needs tables of one embedding_dim, and no feature in two tables; lookup takes any"
             )
@@ -440,7 +498,8 @@ class EmbeddingTables(nn.Module):
             training += by_kind["frequencies"]
         small = [*self.lookups.buffers(), *self.regularizers.buffers(), self._columns, self._vectors]
         constants = storage_bytes(small) - storage_bytes(counts)
-        return Memory(inference, training, self.plan.full_bytes, by_kind, constants)
+        dense = self.plan.optimizer is None and not (self.served or self.store.sparse)
+        return Memory(inference, training, self.plan.full_bytes, by_kind, constants, gradients if dense else 0)
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
 

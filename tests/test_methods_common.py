@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import sqrt
 from typing import Any
 
@@ -12,7 +13,7 @@ from core_cases import all_methods, falling_counts, method_id, random_ids, shuff
 from scalar import vector
 from torch import Tensor
 
-from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
+from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, ops, plan
 from embtables.methods import Method, from_config, kinds
 
 METHODS = pytest.mark.parametrize("method", all_methods(), ids=method_id)
@@ -80,6 +81,12 @@ def test_vectors_equal_a_scalar_computation(method: Method, budget: str) -> None
 @BUDGETS
 @METHODS
 def test_dense_tables_equal_forward_bit_for_bit(method: Method, budget: str) -> None:
+    # Native code adds up a product with a projection in another order than a product of matrices.
+    with ops.using("reference") if method.kind == "mixed_dimension" else nullcontext():
+        check_dense_tables_equal_forward(method, budget)
+
+
+def check_dense_tables_equal_forward(method: Method, budget: str) -> None:
     for tables in both_forms(method, budget):
         dense = {c.name: tables.to_dense(c.name) for c in CONFIGS}
         ids = random_ids(tables, 257, seed=3)

@@ -15,6 +15,7 @@ from embtables.budget import keep_apart
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.ops.program import Piece, Recipe
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -84,6 +85,13 @@ class Block(nn.Module):
         """Vectors ``[..., D]`` from the gathered parts, each ``[*rows.shape, width]``."""
         raise NotImplementedError
 
+    def recipes(self) -> list[Recipe] | None:
+        """The same as ``address`` and ``combine``, said as data for each lookup, for native code to do as a whole.
+
+        ``None``: it cannot be said so, and PyTorch does it.
+        """
+        return None
+
     def rows(self, ids: Tensor, feature: Tensor) -> Tensor:
         """Vectors ``[..., D]`` of ids: address, gather, combine."""
         return self.combine(self.store.gather(self.address(ids, feature)), ids, feature)
@@ -108,6 +116,9 @@ class FullBlock(Block):
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return values[0]
+
+    def recipes(self) -> list[Recipe]:
+        return [Recipe("concat", [Piece(self.embedding_dim, base)]) for base in self.base.tolist()]
 
 
 class Stage(nn.Module):

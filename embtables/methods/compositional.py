@@ -19,6 +19,7 @@ from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
+from embtables.ops.program import Operation, Piece, Recipe
 from embtables.store import Part, Store
 
 Radices = Literal["quotient_remainder", "chinese_remainder"]
@@ -230,3 +231,18 @@ class CompositionalBlock(Block):
         if self.operation == "add":
             return values[0].sum(-2)
         return reduce(torch.mul, values[0].unbind(-2))
+
+    def recipes(self) -> list[Recipe]:
+        operation: dict[str, Operation] = {"mult": "mult", "add": "sum", "concat": "concat"}
+        columns = [0, *accumulate(self.widths)] if self.operation == "concat" else [0] * len(self.widths)
+        constants = zip(self.base.tolist(), self.divisor.tolist(), self.radix.tolist())
+        return [
+            Recipe(
+                operation[self.operation],
+                [
+                    Piece(width, base, "digit", divisor, radix, column=column)
+                    for width, column, base, divisor, radix in zip(self.widths, columns, bases, divisors, radices)
+                ],
+            )
+            for bases, divisors, radices in constants
+        ]

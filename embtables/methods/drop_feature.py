@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embtables.layout import Entry, Form, Group, Layout
 from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.ops.program import Recipe
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -46,11 +47,18 @@ class DropFeature(Method):
 
 
 class _DroppedBlock(Block):
+    def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
+        super().__init__(entries, store)
+        self.num_lookups = len(entries)
+
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         return []
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
+
+    def recipes(self) -> list[Recipe]:
+        return [Recipe("sum", [])] * self.num_lookups
 
     def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
         return torch.zeros_like(ids).unsqueeze(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embtables.layout import Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, TableEntry, full_layout
+from embtables.ops.program import Piece, Recipe
 from embtables.optimizers import FusedOptimizer
 from embtables.ranking import RankedMethod, counts_by_rank, rank_code, rank_code_name, remapped
 from embtables.store import Part, Store
@@ -90,3 +91,14 @@ class _CutoffBlock(Block):
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return values[0]
+
+    def recipes(self) -> list[Recipe]:
+        rows = zip(self.base.tolist(), self.own_rows.tolist(), self.ranks_from.tolist())
+        return [
+            Recipe(
+                "concat",
+                [Piece(self.embedding_dim, base, "cut", own_rows)],
+                None if self.rank_code is None else (self.rank_code, ranks_from),
+            )
+            for base, own_rows, ranks_from in rows
+        ]

@@ -13,6 +13,7 @@ from embtables.config import TableConfig
 from embtables.hashing import hash_ids, seed_for
 from embtables.layout import Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
+from embtables.ops.program import Piece, Recipe
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -65,3 +66,7 @@ class HashBlock(Block):
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return values[0]
+
+    def recipes(self) -> list[Recipe]:
+        rows = zip(self.base.tolist(), self.seed.tolist(), self.size.tolist())
+        return [Recipe("concat", [Piece(self.embedding_dim, base, "hash", seed, size)]) for base, seed, size in rows]

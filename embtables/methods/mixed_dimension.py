@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embtables.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, Initializer, TableEntry, full_entry, full_layout
+from embtables.ops.program import Piece, Recipe
 from embtables.ranking import RankedMethod, counts_by_rank, rank_code, rank_code_name, remapped
 from embtables.store import Part, Store
 
@@ -217,6 +218,21 @@ class _MixedBlock(Block):
         order = torch.cat([(width == w).nonzero().squeeze(1) for w in self.widths])
         vectors = torch.cat(wide).index_select(0, order.argsort())
         return vectors.view(*ids.shape, self.embedding_dim)
+
+    def recipes(self) -> list[Recipe]:
+        constants = zip(self.ends.tolist(), self.base.tolist(), self.width.tolist(), self.ranks_from.tolist())
+        return [
+            Recipe(
+                "alternatives",
+                [
+                    Piece(width, base, "below", end, projection=self.projections.get(width))
+                    for end, base, width in zip(ends, bases, widths)
+                    if width
+                ],
+                None if self.rank_code is None else (self.rank_code, ranks_from),
+            )
+            for ends, bases, widths, ranks_from in constants
+        ]
 
     def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
         rows, width = self._places(ids, feature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import sqrt
 from typing import ClassVar, Literal
 
@@ -16,6 +17,7 @@ from embtables.config import TableConfig
 from embtables.hashing import hash_ids, hash_signs
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
+from embtables.ops.program import Piece, Recipe
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -105,6 +107,20 @@ class _SumBlock(Block):
             rows = rows * hash_signs(ids.unsqueeze(-1), self.sign_seed[feature]).unsqueeze(-1)
         return rows.sum(-2) if self.method.operation == "sum" else rows.mean(-2)
 
+    def recipes(self) -> list[Recipe]:
+        constants = zip(self.base.tolist(), self.size.tolist(), self.seed.tolist(), self.sign_seed.tolist())
+        signs = self.method.signs
+        return [
+            Recipe(
+                self.method.operation,
+                [
+                    Piece(self.embedding_dim, base, "hash", seed, size, sign_seed=sign_seed if signs else None)
+                    for seed, sign_seed in zip(seeds, sign_seeds)
+                ],
+            )
+            for (base,), (size,), seeds, sign_seeds in constants
+        ]
+
     def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
         rows = self.address(ids, feature)[0].rows
         if self.method.signs:
@@ -132,3 +148,16 @@ class _ConcatBlock(Block):
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return torch.cat(values, dim=-1)
+
+    def recipes(self) -> list[Recipe]:
+        columns = [0, *accumulate(self.widths)]
+        return [
+            Recipe(
+                "concat",
+                [
+                    Piece(width, base, "hash", seed, size, column=column)
+                    for width, column, base, seed in zip(self.widths, columns, bases, seeds)
+                ],
+            )
+            for bases, (size,), seeds in zip(self.base.tolist(), self.size.tolist(), self.seed.tolist())
+        ]

@@ -16,6 +16,7 @@ from embtables.budget import split
 from embtables.config import TableConfig
 from embtables.layout import FULL, Code, Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Block, Floor, Method, Stage, TableEntry, full_entry
+from embtables.ops.program import Piece, Recipe
 from embtables.store import Part, Store
 
 # Without for_training.
@@ -223,6 +224,9 @@ class DenseBlock(Block):
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return values[0]
+
+    def recipes(self) -> list[Recipe]:
+        return [Recipe("concat", [Piece(self.embedding_dim, base)]) for base in self.base.tolist()]
 
 
 class PruningStage(Stage):

@@ -12,6 +12,7 @@ from torch import Tensor
 from embtables.hashing import hash_ids, hash_signs
 from embtables.layout import Entry, Group, Layout
 from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
+from embtables.ops.program import Piece, Recipe
 from embtables.optimizers import FusedOptimizer, RowWiseAdagrad
 from embtables.store import Part, Store
 
@@ -79,6 +80,28 @@ class _RobeBlock(Block):
         if not self.signs:
             return vectors
         return vectors * self._signs(ids, feature)
+
+    def recipes(self) -> list[Recipe]:
+        z, size = self.block_size, int(self.size)
+        return [
+            Recipe(
+                "concat",
+                [
+                    Piece(
+                        1,
+                        self.start,
+                        "block",
+                        seed,
+                        size,
+                        scalars=min(z, self.embedding_dim - c * z),
+                        column=c * z,
+                        sign_seed=sign_seed if self.signs else None,
+                    )
+                    for c, (seed, sign_seed) in enumerate(zip(seeds, sign_seeds))
+                ],
+            )
+            for seeds, sign_seeds in zip(self.seed.tolist(), self.sign_seed.tolist())
+        ]
 
     def _signs(self, ids: Tensor, feature: Tensor) -> Tensor:
         signs = hash_signs(ids.unsqueeze(-1), self.sign_seed[feature])

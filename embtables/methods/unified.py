@@ -12,6 +12,7 @@ from torch import Tensor
 from embtables.hashing import hash_ids
 from embtables.layout import Entry, Group, Layout
 from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
+from embtables.ops.program import Piece, Recipe
 from embtables.optimizers import FusedOptimizer
 from embtables.store import Part, Store
 
@@ -77,3 +78,10 @@ class _UnifiedBlock(Block):
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
         return values[0].flatten(-2)
+
+    def recipes(self) -> list[Recipe]:
+        w, start, size = self.width, self.start, int(self.size)
+        return [
+            Recipe("concat", [Piece(w, start, "hash", seed, size, column=j * w) for j, seed in enumerate(seeds)])
+            for seeds in self.seed.tolist()
+        ]

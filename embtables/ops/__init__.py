@@ -1,12 +1,111 @@
 """The lookup and its fused optimisers, under ``torch.library``.
 
 ``embtables::lookup`` gathers rows and, in its backward, hands their gradient to ``embtables::update_``. ``reference``
-gives both their meaning in plain PyTorch, wherever PyTorch runs. A native version registers further kernels for the
-same two operators (``torch.library.register_kernel``) and has to match it. ``embtables::refuse_ids`` raises for ids out
-of range inside compiled and exported graphs.
+gives both their meaning in plain PyTorch, wherever PyTorch runs; ``native`` has kernels of both for CPUs, ``gpu`` for
+CUDA. ``look_up`` does all lookups of a module at once, in native code alone. ``embtables::refuse_ids`` raises for ids
+out of range inside compiled and exported graphs.
+
+``EMBTABLES_OPS=native`` insists on native code, ``EMBTABLES_OPS=reference`` leaves it aside; without either it is used
+where it was built.
 """
 
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from embtables.ops import fused, gpu, native
+from embtables.ops.fused import bind, differentiate, look_up, update_in_backward
 from embtables.ops.ids import raise_for_ids, refuse_ids
+from embtables.ops.native import Refused, fits
 from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update
 
-__all__ = ["coalesce", "fused_dense", "fused_lookup", "raise_for_ids", "refuse_ids", "update"]
+__all__ = [
+    "Refused",
+    "backend",
+    "bind",
+    "coalesce",
+    "differentiate",
+    "fits",
+    "fused_dense",
+    "fused_lookup",
+    "huge_pages",
+    "instructions",
+    "look_up",
+    "raise_for_ids",
+    "refuse_ids",
+    "update",
+    "update_in_backward",
+    "using",
+]
+
+_VARIABLE = "EMBTABLES_OPS"
+
+
+def _choose() -> native.Library | None:
+    wanted = os.environ.get(_VARIABLE, "")
+    if wanted not in ("", "native", "reference"):
+        raise ValueError(f"{_VARIABLE} must be native or reference, not {wanted!r}")
+    if wanted == "reference":
+        return None
+    try:
+        return native.Library(native.load())
+    except native.LibraryMissing as error:
+        if wanted == "native":
+            raise ImportError(f"{_VARIABLE}=native: {error}") from None
+        warnings.warn(
+            f"embtables looks tables up in plain PyTorch, which is several times slower: {error} "
+            f"({_VARIABLE}=reference says that it is meant so)",
+            stacklevel=3,
+        )
+        return None
+
+
+_library = _choose()
+_in_use = _library is not None
+
+
+def backend() -> str:
+    """What looks up tables on the CPU: ``"native"`` or ``"reference"``."""
+    return "native" if _in_use else "reference"
+
+
+def instructions() -> str | None:
+    """The instruction set that native code uses on this machine, ``None`` where there is none."""
+    return None if _library is None else _library.instructions
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Within the ``with`` block lookups go through ``"native"`` or ``"reference"``, to compare the two.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: for native code where there is none.
+    """
+    global _in_use
+    if name not in ("native", "reference"):
+        raise ValueError(f"the operators are native or reference, not {name!r}")
+    if name == "native" and _library is None:
+        raise RuntimeError("there is no native code in this process")
+    before, _in_use = _in_use, name == "native"
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
+if _library is not None:
+    fused.use(_library)
+    native.register(_library, lambda: _in_use, fused_lookup, update)
+
+gpu.register()
+
+
+def huge_pages(fresh: Tensor) -> Tensor:
+    """The tensor, to which nothing has been written yet, on huge pages where native code is used and it is large."""
+    return fresh if _library is None else _library.huge_pages(fresh)

@@ -1,0 +1,7 @@
+// AVX2.
+#define EMBTABLES_INSTRUCTIONS avx2
+#include "kernels.h"
+
+namespace embtables {
+EMBTABLES_FUNCTIONS(avx2)
+}  // namespace embtables

@@ -1,0 +1,1274 @@
+// The kernels. Compiled once for each instruction set (baseline.cpp, avx2.cpp, avx512.cpp), in a namespace of its own.
+//
+// Every sum has one order, whatever the threads: an output's ids in order, a row's occurrences in order, and a row is
+// updated by one thread. No fused multiply-add is generated (-ffp-contract=off), so instruction sets agree too.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "program.h"
+#include "threads.h"
+
+namespace embtables {
+namespace EMBTABLES_INSTRUCTIONS {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+inline float load(const float* p) { return *p; }
+inline void store(float* p, float value) { *p = value; }
+
+inline float load(const bfloat16* p) {
+    uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline void store(bfloat16* p, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+        p->bits = 0x7fc0;
+        return;
+    }
+    p->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+inline float load(const float16* p) {
+    const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000) << 16, exponent = (p->bits >> 10) & 31, low = p->bits & 1023;
+    float value;
+    if (exponent == 0) {
+        value = static_cast<float>(low) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | (low << 13);
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline void store(float16* p, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) {
+        p->bits = 0x7e00;
+    } else if (bits >= 0x477ff000) {
+        p->bits = sign | 0x7c00;
+    } else if (bits < 0x38800000) {  // subnormal: adding 0.5 rounds to a multiple of 2**-24, ties to even
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, 4);
+        p->bits = sign | static_cast<uint16_t>(bits - 0x3f000000);
+    } else {
+        p->bits = sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13);
+    }
+}
+
+template <int W>
+inline int64_t fixed(int64_t width) {
+    return W ? W : width;
+}
+
+#include "vectors.h"
+
+// ---- addresses -----------------------------------------------------------------------------------------------------
+
+inline uint64_t mix(uint64_t x) {  // splitmix64, as embtables.hashing.mix
+    x += 0x9E3779B97F4A7C15ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+inline int64_t hash_small(int64_t id, int64_t seed, uint64_t size) {  // size below 2**32
+    const uint64_t h = mix(static_cast<uint64_t>(id ^ seed));
+    return static_cast<int64_t>(((h >> 33) * size + ((((h >> 2) & 0x7fffffff) * size) >> 31)) >> 31);
+}
+
+inline int64_t hash_id(int64_t id, int64_t seed, int64_t size) {
+    if (size < (int64_t{1} << 32)) return hash_small(id, seed, static_cast<uint64_t>(size));
+    return static_cast<int64_t>((mix(static_cast<uint64_t>(id ^ seed)) >> 2) % static_cast<uint64_t>(size));
+}
+
+inline float hash_sign(int64_t id, int64_t seed) {
+    return ((mix(static_cast<uint64_t>(id ^ seed)) >> 62) & 1) ? 1.0f : -1.0f;
+}
+
+// Lookups are worked on some ids at a time: while the rows of one lookup are found and on their way, so are the next's.
+constexpr int64_t BLOCK_OF_IDS = 64;
+
+inline int64_t id_at(const Call& call, int64_t place) {
+    return call.id_bytes == 4 ? static_cast<const int32_t*>(call.ids)[place] : static_cast<const int64_t*>(call.ids)[place];
+}
+
+// An id as its table takes it, where it is not refused.
+inline int64_t taken(const Lookup& lookup, int64_t id) {
+    if (lookup.policy == ANY || static_cast<uint64_t>(id) < static_cast<uint64_t>(lookup.size)) return id;
+    if (lookup.policy == OOV) return lookup.size;
+    const int64_t folded = hash_id(id, lookup.fold_seed, lookup.size);
+    // An id that means something must not become one that means nothing.
+    return lookup.has_padding && folded == lookup.padding ? (folded + 1) % lookup.size : folded;
+}
+
+// n ids from `first` on, as their table takes them; false where one is refused.
+inline bool in_range(const Call& call, const Lookup& lookup, int64_t first, int64_t stride, int64_t n, int64_t* x, uint8_t* skip) {
+    if (call.id_bytes == 4) {
+        const int32_t* ids = static_cast<const int32_t*>(call.ids) + first;
+        for (int64_t i = 0; i < n; ++i) x[i] = ids[i * stride];
+    } else {
+        const int64_t* ids = static_cast<const int64_t*>(call.ids) + first;
+        for (int64_t i = 0; i < n; ++i) x[i] = ids[i * stride];
+    }
+    const uint64_t size = static_cast<uint64_t>(lookup.size);
+    if (lookup.policy != ANY) {
+        bool any = false;
+        for (int64_t i = 0; i < n; ++i) any |= static_cast<uint64_t>(x[i]) >= size;
+        if (any) {
+            if (lookup.policy == REFUSE) return false;
+            for (int64_t i = 0; i < n; ++i) x[i] = taken(lookup, x[i]);
+        }
+    }
+    if (lookup.has_padding)
+        for (int64_t i = 0; i < n; ++i) skip[i] = x[i] == lookup.padding;
+    return true;
+}
+
+// The addresses of n ids; rows has n * num_rows of them, `stride` from id to id.
+template <class T>
+inline void address(const Program& program, const Call& call, const Lookup& lookup, int64_t* x, const uint8_t* skip,
+                    int64_t n, int64_t* rows, int64_t stride) {
+    if (lookup.code >= 0) {
+        const int32_t* ranks = call.codes[lookup.code] + lookup.ranks_from;
+        for (int64_t i = 0; i < n; ++i) x[i] = ranks[x[i]];
+    }
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    int64_t found[BLOCK_OF_IDS];
+    for (int64_t c = 0; c < lookup.num_rows; ++c) {
+        const Piece& piece = pieces[c];
+        if (lookup.operation == MIXED) {
+            for (int64_t i = 0; i < n; ++i) {
+                int64_t j = 0;
+                while (x[i] >= pieces[j].a) ++j;
+                found[i] = program.weights[pieces[j].weight].start + pieces[j].base + x[i];
+                const Weight& w = program.weights[pieces[j].weight];
+                __builtin_prefetch(static_cast<const T*>(call.weights[pieces[j].weight]) + (found[i] - w.start) * w.width);
+            }
+        } else {
+            const Weight& weight = program.weights[piece.weight];
+            const int64_t base = weight.start + piece.base;
+            switch (piece.kind) {
+                case HASH:
+                case BLOCK:
+                    if (piece.b < (int64_t{1} << 32)) {
+                        for (int64_t i = 0; i < n; ++i)
+                            found[i] = base + hash_small(x[i], piece.a, static_cast<uint64_t>(piece.b));
+                    } else {
+                        for (int64_t i = 0; i < n; ++i) found[i] = base + hash_id(x[i], piece.a, piece.b);
+                    }
+                    break;
+                case DIGIT:
+                    for (int64_t i = 0; i < n; ++i) {
+                        uint64_t q = static_cast<uint64_t>(x[i]);
+                        const uint64_t divisor = static_cast<uint64_t>(piece.a), radix = static_cast<uint64_t>(piece.b);
+                        if ((q | divisor | radix) >> 32) {
+                            q = q / divisor % radix;
+                        } else {  // 32-bit division is several times faster
+                            const uint32_t small = static_cast<uint32_t>(q) / static_cast<uint32_t>(divisor);
+                            q = small < radix ? small : small % static_cast<uint32_t>(radix);
+                        }
+                        found[i] = base + static_cast<int64_t>(q);
+                    }
+                    break;
+                case CUT:
+                    for (int64_t i = 0; i < n; ++i) found[i] = base + (x[i] < piece.a ? x[i] : piece.a);
+                    break;
+                default:
+                    for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
+            }
+            const T* values = static_cast<const T*>(call.weights[piece.weight]) - weight.start * weight.width;
+            for (int64_t i = 0; i < n; ++i) {
+                const char* row = reinterpret_cast<const char*>(values + found[i] * weight.width);
+                for (int64_t at = 0; at < piece.width * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(row + at);
+            }
+        }
+        if (lookup.has_padding)
+            for (int64_t i = 0; i < n; ++i) found[i] = skip[i] ? -1 : found[i];
+        for (int64_t i = 0; i < n; ++i) rows[i * stride + c] = found[i];
+    }
+}
+
+// Calls f with the dimension as a constant where it is a common one: loops over it are then a few vector instructions.
+template <class T, class F>
+inline void with_dim(int64_t dim, const F& f) {
+    if constexpr (!std::is_same<T, float>::value) return f(std::integral_constant<int, 0>{});
+    switch (dim) {
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 8: return f(std::integral_constant<int, 8>{});
+        case 16: return f(std::integral_constant<int, 16>{});
+        case 32: return f(std::integral_constant<int, 32>{});
+        case 64: return f(std::integral_constant<int, 64>{});
+        default: return f(std::integral_constant<int, 0>{});
+    }
+}
+
+// ---- vectors -------------------------------------------------------------------------------------------------------
+
+template <class T>
+inline const T* row_of(const Program& program, const Call& call, int64_t weight, int64_t row) {
+    const Weight& w = program.weights[weight];
+    return static_cast<const T*>(call.weights[weight]) + (row - w.start) * w.width;
+}
+
+inline int64_t weight_of(const Program& program, const Lookup& lookup, int64_t row) {  // MIXED: which alternative it is
+    for (int64_t j = 0; j + 1 < lookup.num_pieces; ++j) {
+        const int64_t w = program.pieces[lookup.first_piece + j].weight;
+        if (row >= program.weights[w].start && row < program.weights[w + 1].start) return lookup.first_piece + j;
+    }
+    return lookup.first_piece + lookup.num_pieces - 1;
+}
+
+// A block of scalars of a circular slab: f(scalar, place in the vector).
+template <class F>
+inline void each_scalar(const Program& program, const Piece& piece, int64_t row, const F& f) {
+    const int64_t end = program.weights[piece.weight].start + piece.base + piece.b;
+    const int64_t first = piece.width < end - row ? piece.width : end - row;
+    for (int64_t o = 0; o < first; ++o) f(row + o, o);
+    for (int64_t o = first; o < piece.width; ++o) f(row + o - piece.b, o);
+}
+
+// The vector of an id, v [D]; `id` is what signs are hashed from.
+template <class T, int D>
+inline void vector_of(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows, int64_t id,
+                      float* __restrict v) {
+    const int64_t dim = fixed<D>(lookup.dim);
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    if (lookup.num_pieces == 0 || rows[0] < 0) {
+        for (int64_t d = 0; d < dim; ++d) v[d] = 0;
+        return;
+    }
+    switch (lookup.operation) {
+        case CONCAT:
+            for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                const Piece& piece = pieces[c];
+                float* out = v + piece.column;
+                if (piece.kind == BLOCK) {
+                    const T* scalars = static_cast<const T*>(call.weights[piece.weight]) - program.weights[piece.weight].start;
+                    const float sign = piece.has_sign ? hash_sign(id, piece.sign_seed) : 1.0f;
+                    each_scalar(program, piece, rows[c], [&](int64_t at, int64_t o) { out[o] = sign * load(scalars + at); });
+                    continue;
+                }
+                const T* row = row_of<T>(program, call, piece.weight, rows[c]);
+                if (piece.width == dim) {
+                    each<D, T>(dim, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
+                } else {
+                    with_dim<T>(piece.width, [&](auto w) {
+                        each<w, T>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
+                    });
+                }
+            }
+            break;
+        case SUM:
+        case MEAN:
+            for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                const float sign = pieces[c].has_sign ? hash_sign(id, pieces[c].sign_seed) : 1.0f;
+                each<D, T>(dim, [&](int64_t d, auto n) {
+                    const auto value = sign * get<n>(row + d);
+                    put<n>(v + d, c ? get<n>(v + d) + value : value);
+                });
+            }
+            if (lookup.operation == MEAN) {
+                const float count = static_cast<float>(lookup.num_pieces);
+                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) / count); });
+            }
+            break;
+        case MULT: {
+            const T* first = row_of<T>(program, call, pieces[0].weight, rows[0]);
+            const T* second = row_of<T>(program, call, pieces[1].weight, rows[1]);
+            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(first + d) * get<n>(second + d)); });
+            for (int64_t c = 2; c < lookup.num_pieces; ++c) {
+                const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(row + d)); });
+            }
+            break;
+        }
+        default: {  // MIXED
+            const Piece& piece = program.pieces[weight_of(program, lookup, rows[0])];
+            const T* row = row_of<T>(program, call, piece.weight, rows[0]);
+            if (piece.projection < 0) {
+                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(row + d)); });
+                break;
+            }
+            const T* projection = static_cast<const T*>(call.projections[piece.projection]);
+            each<D, T>(dim, [&](int64_t d, auto n) {
+                auto sum = load(row) * get<n>(projection + d);
+                for (int64_t j = 1; j < piece.width; ++j) sum += load(row + j) * get<n>(projection + j * dim + d);
+                put<n>(v + d, sum);
+            });
+        }
+    }
+}
+
+inline bool is_one_row(const Program& program, const Lookup& lookup) {
+    return lookup.operation == CONCAT && lookup.num_pieces == 1 && program.pieces[lookup.first_piece].kind != BLOCK;
+}
+
+// How a lookup's ids and addresses lie: id i of the lookup at ids[i * stride], its rows at rows[i * row_stride].
+struct Place {
+    int64_t first_id, stride, rows, row_stride;
+};
+
+inline Place place_of(const Program& program, const Call& call, int64_t l, const int64_t* starts) {
+    const Lookup& lookup = program.lookups[l];
+    if (call.offsets == nullptr) return {lookup.column, program.num_features, starts[l], program.rows_per_example};
+    return {call.offsets[lookup.column * call.batch], 1, starts[l], lookup.num_rows};
+}
+
+// First address of each lookup: within an example, or with offsets in the whole.
+inline void row_starts(const Program& program, const Call& call, int64_t* starts) {
+    int64_t next = 0;
+    for (int64_t l = 0; l < program.num_lookups; ++l) {
+        starts[l] = next;
+        const Lookup& lookup = program.lookups[l];
+        int64_t ids = 1;
+        if (call.offsets != nullptr)
+            ids = call.offsets[(lookup.column + 1) * call.batch] - call.offsets[lookup.column * call.batch];
+        next += ids * lookup.num_rows;
+    }
+    starts[program.num_lookups] = next;
+}
+
+// The ids of bags [first, last) of a lookup, counted from its first one.
+inline void ids_of_bags(const Call& call, const Lookup& lookup, int64_t& first, int64_t& last) {
+    if (call.offsets == nullptr) return;
+    const int64_t* offsets = call.offsets + lookup.column * call.batch;
+    first = offsets[first] - offsets[0], last = offsets[last] - offsets[0];
+}
+
+// What a bag's vectors are divided by: for a mean the ids that are no padding, at least 1.
+inline float divisor_of(const Lookup& lookup, const Output& output, const int64_t* rows, int64_t stride, int64_t n) {
+    if (output.pooling != POOL_MEAN) return 1.0f;
+    int64_t count = lookup.has_padding ? 0 : n;
+    if (lookup.has_padding)
+        for (int64_t i = 0; i < n; ++i) count += rows[i * stride] >= 0;
+    return static_cast<float>(count > 1 ? count : 1);
+}
+
+template <class T, int D>
+inline void gather_bags(const Program& program, const Call& call, int64_t l, const Place& place, int64_t first,
+                        int64_t last, float* scratch) {
+    const Lookup& lookup = program.lookups[l];
+    const Output& output = call.outputs[l];
+    const int64_t dim = fixed<D>(lookup.dim);
+    T* out = static_cast<T*>(call.values) + output.start;
+    const int64_t* rows = call.rows + place.rows;
+    const float* id_weights = call.id_weights ? call.id_weights + place.first_id : nullptr;
+    const bool pools = call.offsets != nullptr && output.pooling != NONE;
+    if (!pools) {
+        int64_t begin = first, end = last;
+        ids_of_bags(call, lookup, begin, end);
+        const bool copies = !id_weights && is_one_row(program, lookup);
+        const T* values = nullptr;
+        if (copies) {
+            const int64_t w = program.pieces[lookup.first_piece].weight;
+            values = static_cast<const T*>(call.weights[w]) - program.weights[w].start * dim;
+        }
+        for (int64_t i = begin; i < end; ++i) {
+            T* to = out + i * output.stride;
+            const int64_t* r = rows + i * place.row_stride;
+            if (copies && r[0] >= 0) {
+                std::memcpy(to, values + r[0] * dim, dim * sizeof(T));
+                continue;
+            }
+            vector_of<T, D>(program, call, lookup, r, taken(lookup, id_at(call, place.first_id + i * place.stride)), scratch);
+            const float factor = id_weights ? id_weights[i * place.stride] : 1.0f;
+            if (id_weights)
+                for (int64_t d = 0; d < dim; ++d) scratch[d] *= factor;
+            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(scratch + d)); });
+        }
+        return;
+    }
+    float* sum = scratch + dim;
+    const int64_t* offsets = call.offsets + lookup.column * call.batch;
+    for (int64_t b = first; b < last; ++b) {
+        const int64_t begin = offsets[b] - offsets[0], end = offsets[b + 1] - offsets[0];
+        for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            vector_of<T, D>(program, call, lookup, rows + i * place.row_stride,
+                            taken(lookup, id_at(call, place.first_id + i)), scratch);
+            const float factor = id_weights ? id_weights[i] : 1.0f;
+            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(sum + d, get<n>(sum + d) + factor * get<n>(scratch + d)); });
+        }
+        const float divisor = divisor_of(lookup, output, rows + begin * place.row_stride, place.row_stride, end - begin);
+        T* to = out + b * output.stride;
+        each<D, T>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(sum + d) / divisor); });
+    }
+}
+
+inline bool offsets_fit(const Program& program, const Call& call) {
+    const int64_t last = program.num_features * call.batch;
+    bool falls = false;
+    for (int64_t i = 0; i < last; ++i) falls |= call.offsets[i] > call.offsets[i + 1];
+    return !falls && call.offsets[0] == 0 && call.offsets[last] == call.num_ids;
+}
+
+template <class T>
+Outcome forward(const Call& call) {
+    const Program program(call.program);
+    if (call.offsets != nullptr && !offsets_fit(program, call)) return BAD_OFFSETS;
+    std::vector<int64_t> starts(program.num_lookups + 1);
+    row_starts(program, call, starts.data());
+    int64_t widest = 1;
+    for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
+    std::atomic<bool> good{true};
+    const int64_t parts = call.num_threads;
+    in_parallel(parts, [&](int64_t part) {
+        std::vector<float> scratch(2 * widest);
+        int64_t x[BLOCK_OF_IDS];
+        uint8_t skip[BLOCK_OF_IDS] = {};
+        const int64_t end = call.batch * (part + 1) / parts;
+        for (int64_t first = call.batch * part / parts; first < end && good; first += BLOCK_OF_IDS) {
+            const int64_t last = std::min(end, first + BLOCK_OF_IDS);
+            for (int64_t l = 0; l < program.num_lookups; ++l) {
+                const Lookup& lookup = program.lookups[l];
+                const Place place = place_of(program, call, l, starts.data());
+                            int64_t i = first, stop = last;
+                ids_of_bags(call, lookup, i, stop);
+                for (; i < stop; i += BLOCK_OF_IDS) {
+                    const int64_t n = std::min(BLOCK_OF_IDS, stop - i);
+                    if (!in_range(call, lookup, place.first_id + i * place.stride, place.stride, n, x, skip)) {
+                        good = false;
+                        return;
+                    }
+                    address<T>(program, call, lookup, x, skip, n, call.rows + place.rows + i * place.row_stride, place.row_stride);
+                }
+            }
+            for (int64_t l = 0; l < program.num_lookups; ++l) {
+                const Place place = place_of(program, call, l, starts.data());
+                with_dim<T>(program.lookups[l].dim, [&](auto dim) {
+                    gather_bags<T, dim.value>(program, call, l, place, first, last, scratch.data());
+                });
+            }
+        }
+    });
+    return good ? DONE : REFUSED_ID;
+}
+
+// ---- one step of the optimiser on a row ----------------------------------------------------------------------------
+
+struct Rule {
+    int64_t kind;
+    float lr, l2, eps, beta1, beta2, rest1, rest2, correction1, correction2, clip;
+
+    explicit Rule(const Call& call) : kind(call.rule) {
+        if (kind >= DENSE_GRADIENT) return;
+        const double* h = call.hyper;
+        lr = static_cast<float>(h[0]), l2 = static_cast<float>(h[1]), eps = static_cast<float>(h[2]);
+        beta1 = static_cast<float>(h[3]), beta2 = static_cast<float>(h[4]);
+        // 1 − β is taken in double precision: in single precision 1 − 0.999 is off by 1e-5.
+        rest1 = static_cast<float>(1 - h[3]), rest2 = static_cast<float>(1 - h[4]);
+        correction1 = static_cast<float>(1 - std::pow(h[3], static_cast<double>(call.step)));
+        correction2 = static_cast<float>(1 - std::pow(h[4], static_cast<double>(call.step)));
+        clip = call.num_hyper > 5 ? static_cast<float>(h[5]) : 0.0f;
+    }
+};
+
+template <int W, class T, class S>
+inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t width) {
+    // State of another type than float is gone through one by one.
+    using Type = typename std::conditional<std::is_same<T, float>::value, S, T>::type;
+    const int64_t n = fixed<W>(width);
+    if (rule.kind >= DENSE_GRADIENT) {
+        each<W, T>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(g + d)); });
+        return;
+    }
+    if (rule.clip > 0) {
+        const float norm = std::sqrt(dot<W>(g, g, n));
+        const float factor = rule.clip / (norm > rule.clip ? norm : rule.clip);
+        each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) * factor); });
+    }
+    if (rule.l2 != 0) each<W, T>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + rule.l2 * get<m>(w + d)); });
+    switch (rule.kind) {
+        case SGD:
+            each<W, T>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rule.lr * get<m>(g + d)); });
+            break;
+        case ROWWISE_ADAGRAD: {
+            store(s0, load(s0) + dot<W>(g, g, n) / static_cast<float>(n));
+            const float rate = rule.lr / (std::sqrt(load(s0)) + rule.eps);
+            each<W, T>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rate * get<m>(g + d)); });
+            break;
+        }
+        case ADAGRAD:
+            each<W, Type>(n, [&](int64_t d, auto m) {
+                const auto gradient = get<m>(g + d);
+                const lanes<m> total = get<m>(s0 + d) + gradient * gradient;
+                put<m>(s0 + d, total);
+                put<m>(w + d, get<m>(w + d) - rule.lr * gradient / (root<m>(total) + rule.eps));
+            });
+            break;
+        default:  // ADAM
+            each<W, Type>(n, [&](int64_t d, auto m) {
+                const auto gradient = get<m>(g + d);
+                const lanes<m> first = rule.beta1 * get<m>(s0 + d) + rule.rest1 * gradient;
+                const lanes<m> second = rule.beta2 * get<m>(s1 + d) + rule.rest2 * (gradient * gradient);
+                put<m>(s0 + d, first);
+                put<m>(s1 + d, second);
+                const lanes<m> root_of = root<m>(second / rule.correction2);
+                put<m>(w + d, get<m>(w + d) - rule.lr * (first / rule.correction1) / (root_of + rule.eps));
+            });
+    }
+}
+
+// Scalars of blocks have no rows: each is clipped by itself.
+template <class T, class S>
+inline void update_scalars(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t n) {
+    if (rule.kind < DENSE_GRADIENT && rule.clip > 0) {
+        for (int64_t i = 0; i < n; ++i) {
+            const float norm = g[i] < 0 ? -g[i] : g[i];
+            g[i] *= rule.clip / (norm > rule.clip ? norm : rule.clip);
+        }
+        Rule unclipped = rule;
+        unclipped.clip = 0;
+        update_row<0>(unclipped, w, s0, s1, g, n);
+        return;
+    }
+    update_row<0>(rule, w, s0, s1, g, n);
+}
+
+// ---- the occurrences of rows ---------------------------------------------------------------------------------------
+
+// A row, and where its gradient lies: an element of the output's gradient, or with OWN of the values made from it.
+struct Entry {
+    uint64_t row;
+    uint64_t source;
+};
+constexpr uint64_t OWN = uint64_t{1} << 63;
+
+// A stretch of a block of scalars.
+struct Stretch {
+    uint64_t first;
+    uint64_t source;
+    int64_t length;
+};
+
+// Rows whose numbers agree but for the last bits belong to one thread: their state may share a cache line.
+constexpr int64_t LINE_BITS = 4;
+// Stretches end where a region does, for the same reason.
+constexpr int64_t REGION_BITS = 10;
+
+inline bool belongs(uint64_t place, uint64_t part, uint64_t parts) {
+    // Any function of the place that spreads evenly; a multiply and the product's upper bits.
+    return parts == 1 || ((place * 0x9E3779B97F4A7C15ull) >> 40) % parts == part;
+}
+
+// A buffer whose contents need no initial values.
+template <class E>
+struct Buffer {
+    std::unique_ptr<E[]> data;
+    size_t capacity = 0, size = 0;
+    void reserve(size_t n) {
+        if (n <= capacity) return;
+        capacity = n + n / 4;
+        data.reset(new E[capacity]);
+    }
+};
+
+// What one part of an update works with; kept from step to step, so that no step maps memory anew.
+struct Workspace {
+    Buffer<Entry> entries, spare;
+    Buffer<Stretch> stretches;
+    std::vector<uint32_t> counts;
+    Buffer<uint64_t> order;
+    Buffer<float> sum;
+};
+
+// Stable radix sort of entries by row, rows below `end`; the result is in `entries`.
+inline void sort_entries(Workspace& work, uint64_t end) {
+    const size_t n = work.entries.size;
+    if (n < 2) return;
+    int bits = 1;
+    while (bits < 64 && (end - 1) >> bits) ++bits;
+    // Short lists are sorted with small counters.
+    const int most = n < 4096 ? 8 : 11;
+    const int passes = (bits + most - 1) / most, digit = (bits + passes - 1) / passes;
+    const size_t size = size_t{1} << digit;
+    work.spare.reserve(n);
+    work.counts.assign(size * passes, 0);
+    uint32_t* counts = work.counts.data();
+    const Entry* all = work.entries.data.get();
+    for (size_t i = 0; i < n; ++i)
+        for (int pass = 0; pass < passes; ++pass) ++counts[pass * size + ((all[i].row >> (pass * digit)) & (size - 1))];
+    for (int pass = 0; pass < passes; ++pass) {
+        uint32_t* count = counts + pass * size;
+        uint32_t before = 0;
+        for (size_t j = 0; j < size; ++j) {
+            const uint32_t own = count[j];
+            count[j] = before;
+            before += own;
+        }
+        const Entry* from = work.entries.data.get();
+        Entry* to = work.spare.data.get();
+        const int shift = pass * digit;
+        for (size_t i = 0; i < n; ++i) to[count[(from[i].row >> shift) & (size - 1)]++] = from[i];
+        std::swap(work.entries.data, work.spare.data);
+        std::swap(work.entries.capacity, work.spare.capacity);
+    }
+}
+
+// The sum of a run of occurrences of one row, in input order.
+template <int W, class T>
+inline void sum_run(const Entry* run, const Entry* end, const T* gradient, const float* own, int64_t width, float* sum) {
+    const int64_t n = fixed<W>(width);
+    for (const Entry* entry = run; entry < end; ++entry) {
+        if (entry->source & OWN) {
+            const float* value = own + (entry->source & ~OWN);
+            each<W>(n, [&](int64_t d, auto m) {
+                put<m>(sum + d, entry == run ? get<m>(value + d) : get<m>(sum + d) + get<m>(value + d));
+            });
+        } else {
+            const T* value = gradient + entry->source;
+            each<W, T>(n, [&](int64_t d, auto m) {
+                put<m>(sum + d, entry == run ? get<m>(value + d) : get<m>(sum + d) + get<m>(value + d));
+            });
+        }
+    }
+}
+
+// Where the rows of one weight are, and what goes with them.
+template <class T, class S>
+struct Target {
+    T* values;
+    S* state0;
+    S* state1;
+    int64_t width;
+    int64_t start;        // number of its first row among those of all weights
+    int64_t* rows;        // SPARSE_GRADIENT: where to note rows, from `next` on
+    int64_t next;
+};
+
+template <int W, class T, class S>
+void update_rows(const Rule& rule, Target<T, S>& target, const Entry* entry, const Entry* end, const T* gradient,
+                 const float* own, float* sum) {
+    constexpr int64_t AHEAD = 12;
+    const int64_t width = fixed<W>(target.width), state_width = rule.kind == ROWWISE_ADAGRAD ? 1 : width;
+    const bool sparse = rule.kind == SPARSE_GRADIENT;
+    while (entry < end) {
+        if (entry + AHEAD < end) {
+            const Entry& later = entry[AHEAD];
+            const int64_t row = static_cast<int64_t>(later.row) - target.start;
+            if (!sparse) {
+                const char* w = reinterpret_cast<const char*>(target.values + row * width);
+                for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(w + at, 1);
+            }
+            if (target.state0) {
+                const char* s = reinterpret_cast<const char*>(target.state0 + row * state_width);
+                for (int64_t at = 0; at < state_width * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(s + at, 1);
+            }
+            if (target.state1) {
+                const char* s = reinterpret_cast<const char*>(target.state1 + row * state_width);
+                for (int64_t at = 0; at < state_width * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(s + at, 1);
+            }
+            if (!(later.source & OWN)) __builtin_prefetch(gradient + later.source);
+        }
+        const Entry* run = entry;
+        do ++entry;
+        while (entry < end && entry->row == run->row);
+        sum_run<W>(run, entry, gradient, own, width, sum);
+        const int64_t row = static_cast<int64_t>(run->row) - target.start;
+        const int64_t to = sparse ? target.next++ : row;
+        if (sparse) target.rows[to] = row;
+        update_row<W>(rule, target.values + to * width, target.state0 ? target.state0 + row * state_width : nullptr,
+                      target.state1 ? target.state1 + row * state_width : nullptr, sum, width);
+    }
+}
+
+// Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole.
+template <class T, class S>
+void update_stretches(const Rule& rule, Target<T, S>& target, Workspace& work, const Entry* entry, const Entry* end,
+                      const T* gradient, const float* own) {
+    const Stretch* all = work.stretches.data.get();
+    while (entry < end) {
+        const uint64_t first = entry->row;
+        uint64_t stop = first;
+        const Entry* chain = entry;
+        bool one_place = true;
+        for (; entry < end && (entry == chain || entry->row < stop); ++entry) {
+            one_place &= entry->row == first;
+            stop = std::max(stop, entry->row + static_cast<uint64_t>(all[entry->source].length));
+        }
+        const size_t count = static_cast<size_t>(entry - chain);
+        const int64_t length = static_cast<int64_t>(stop - first);
+        work.sum.reserve(length);
+        float* sum = work.sum.data.get();
+        for (int64_t i = 0; i < length; ++i) sum[i] = 0;
+        work.order.reserve(count);
+        uint64_t* order = work.order.data.get();
+        for (size_t i = 0; i < count; ++i) order[i] = chain[i].source;
+        if (!one_place) std::sort(order, order + count);  // back into input order
+        for (size_t i = 0; i < count; ++i) {
+            const Stretch& stretch = all[order[i]];
+            float* to = sum + (stretch.first - first);
+            if (stretch.source & OWN) {
+                const float* from = own + (stretch.source & ~OWN);
+                each<0>(stretch.length, [&](int64_t d, auto m) { put<m>(to + d, get<m>(to + d) + get<m>(from + d)); });
+            } else {
+                const T* from = gradient + stretch.source;
+                each<0, T>(stretch.length, [&](int64_t d, auto m) { put<m>(to + d, get<m>(to + d) + get<m>(from + d)); });
+            }
+        }
+        const int64_t scalar = static_cast<int64_t>(first) - target.start;
+        if (rule.kind == SPARSE_GRADIENT) {
+            for (int64_t i = 0; i < length; ++i) target.rows[target.next + i] = scalar + i;
+            update_row<0>(rule, target.values + target.next, target.state0, target.state1, sum, length);
+            target.next += length;
+            continue;
+        }
+        update_scalars(rule, target.values + scalar, target.state0 ? target.state0 + scalar : nullptr,
+                       target.state1 ? target.state1 + scalar : nullptr, sum, length);
+    }
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// How a lookup's gradient reaches its rows.
+struct Flow {
+    bool direct;        // rows take slices of the output's gradient as they are
+    int64_t own_start;  // else: values made from it, own_stride an id
+    int64_t own_stride;
+    int64_t num_ids;
+};
+
+inline bool is_direct(const Program& program, const Call& call, int64_t l) {
+    const Lookup& lookup = program.lookups[l];
+    if (lookup.num_pieces == 0) return true;
+    if (call.id_weights || (lookup.operation != CONCAT && lookup.operation != SUM)) return false;
+    if (call.offsets && call.outputs[l].pooling == POOL_MEAN) return false;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c)
+        if (program.pieces[lookup.first_piece + c].has_sign) return false;
+    return true;
+}
+
+// Gradient of a piece's rows within an id's own values.
+inline int64_t own_column(const Program& program, const Lookup& lookup, int64_t c) {
+    switch (lookup.operation) {
+        case CONCAT: return program.pieces[lookup.first_piece + c].column;
+        case MIXED: return 0;
+        default: return c * lookup.dim;
+    }
+}
+
+// Examples whose gradients of the projections are added up by themselves first: the same for any number of threads.
+constexpr int64_t CHUNK = 512;
+
+// The values that rows take where they are no slices of the gradient, for the ids of bags [first, last).
+template <class T, int D>
+void make_own(const Program& program, const Call& call, int64_t l, const Place& place, const Flow& flow, int64_t first,
+              int64_t last, float* own, float* scratch, float* const* projection_sums) {
+    const Lookup& lookup = program.lookups[l];
+    const Output& output = call.outputs[l];
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    const int64_t dim = fixed<D>(lookup.dim);
+    const T* gradient = static_cast<const T*>(call.values) + output.start;
+    const float* id_weights = call.id_weights ? call.id_weights + place.first_id : nullptr;
+    const bool pools = call.offsets && output.pooling != NONE;
+    float* g = scratch;
+    float* product = scratch + dim;
+    for (int64_t b = first; b < last; ++b) {
+        int64_t begin = b, end = b + 1;
+        ids_of_bags(call, lookup, begin, end);
+        const int64_t* rows = call.rows + place.rows + begin * place.row_stride;
+        const float divisor = pools ? divisor_of(lookup, output, rows, place.row_stride, end - begin) : 1.0f;
+        for (int64_t i = begin; i < end; ++i, rows += place.row_stride) {
+            if (rows[0] < 0) continue;
+            const int64_t at = i * place.stride;
+            const T* from = gradient + (pools ? b : i) * output.stride;
+            const float factor = id_weights ? id_weights[at] : 1.0f;
+            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(g + d, get<n>(from + d) / divisor * factor); });
+            float* to = own + flow.own_start + i * flow.own_stride;
+            switch (lookup.operation) {
+                case CONCAT:
+                    each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
+                    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                        if (!pieces[c].has_sign) continue;
+                        const float sign = hash_sign(taken(lookup, id_at(call, place.first_id + at)), pieces[c].sign_seed);
+                        for (int64_t d = 0; d < pieces[c].width; ++d) to[pieces[c].column + d] *= sign;
+                    }
+                    break;
+                case SUM:
+                case MEAN:
+                    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                        float sign = pieces[c].has_sign ? hash_sign(taken(lookup, id_at(call, place.first_id + at)), pieces[c].sign_seed) : 1.0f;
+                        if (lookup.operation == MEAN) sign /= static_cast<float>(lookup.num_pieces);
+                        each<D>(dim, [&](int64_t d, auto n) { put<n>(to + c * dim + d, sign * get<n>(g + d)); });
+                    }
+                    break;
+                case MULT: {
+                    if (lookup.num_pieces == 2) {
+                        const T* one = row_of<T>(program, call, pieces[0].weight, rows[0]);
+                        const T* two = row_of<T>(program, call, pieces[1].weight, rows[1]);
+                        each<D, T>(dim, [&](int64_t d, auto n) {
+                            put<n>(to + d, get<n>(g + d) * get<n>(two + d));
+                            put<n>(to + dim + d, get<n>(g + d) * get<n>(one + d));
+                        });
+                        break;
+                    }
+                    // The product of all others: of those before on the way there, of those behind on the way back.
+                    for (int64_t d = 0; d < dim; ++d) product[d] = g[d];
+                    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                        const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                        each<D, T>(dim, [&](int64_t d, auto n) {
+                            put<n>(to + c * dim + d, get<n>(product + d));
+                            put<n>(product + d, get<n>(product + d) * get<n>(row + d));
+                        });
+                    }
+                    for (int64_t d = 0; d < dim; ++d) product[d] = 1;
+                    for (int64_t c = lookup.num_pieces - 1; c >= 0; --c) {
+                        const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                        each<D, T>(dim, [&](int64_t d, auto n) {
+                            put<n>(to + c * dim + d, get<n>(to + c * dim + d) * get<n>(product + d));
+                            put<n>(product + d, get<n>(product + d) * get<n>(row + d));
+                        });
+                    }
+                    break;
+                }
+                default: {  // MIXED
+                    const Piece& piece = program.pieces[weight_of(program, lookup, rows[0])];
+                    if (piece.projection < 0) {
+                        each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
+                        break;
+                    }
+                    const T* row = row_of<T>(program, call, piece.weight, rows[0]);
+                    const T* projection = static_cast<const T*>(call.projections[piece.projection]);
+                    float* total = projection_sums[piece.projection];
+                    for (int64_t j = 0; j < piece.width; ++j) {
+                        to[j] = dot<D>(g, projection + j * dim, dim);
+                        const float value = load(row + j);
+                        each<D>(dim, [&](int64_t d, auto n) {
+                            put<n>(total + j * dim + d, get<n>(total + j * dim + d) + value * get<n>(g + d));
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+// The rows of one part: those of ids in order, first by example, with offsets by lookup.
+inline void add_row(Workspace& work, const Program& program, const Piece& piece, uint64_t row, uint64_t source,
+                    uint64_t part, uint64_t parts) {
+    if (piece.kind != BLOCK) {
+        if (belongs(row >> LINE_BITS, part, parts)) work.entries.data[work.entries.size++] = {row, source};
+        return;
+    }
+    const uint64_t start = static_cast<uint64_t>(program.weights[piece.weight].start + piece.base);
+    const uint64_t end = start + static_cast<uint64_t>(piece.b);
+    for (int64_t left = piece.width; left > 0;) {
+        const uint64_t region = ((row >> REGION_BITS) + 1) << REGION_BITS;
+        const int64_t length = std::min<int64_t>(left, static_cast<int64_t>(std::min(region, end) - row));
+        if (belongs(row >> REGION_BITS, part, parts)) work.stretches.data[work.stretches.size++] = {row, source, length};
+        left -= length, source += static_cast<uint64_t>(length), row += static_cast<uint64_t>(length);
+        if (row == end) row = start;
+    }
+}
+
+// Rows that one part updates, sorted, and after them its stretches, sorted by where they begin.
+struct Sorted {
+    size_t num_rows, num_stretches;
+};
+
+template <class T, class S>
+struct Update {
+    const Call& call;
+    const Program& program;
+    const Rule rule;
+    std::vector<Workspace>& works;
+    std::vector<Workspace>& stretch_works;
+    const T* gradient;
+    const float* own;
+
+    Target<T, S> target(int64_t w) const {
+        const bool stateful = rule.kind < DENSE_GRADIENT && call.states;
+        return {static_cast<T*>(call.weights[w]), stateful ? static_cast<S*>(call.states[2 * w]) : nullptr,
+                stateful ? static_cast<S*>(call.states[2 * w + 1]) : nullptr, program.weights[w].width,
+                program.weights[w].start, call.gradient_rows ? call.gradient_rows[w] : nullptr, 0};
+    }
+
+    // Distinct rows (scalars) of each weight in a part's sorted lists, for SPARSE_GRADIENT.
+    void count(int64_t part, int64_t* counts) const {
+        each_weight(works[part], [&](int64_t w, const Entry* e, const Entry* end) {
+            for (const Entry* at = e; at < end; ++at) counts[w] += at == e || at->row != at[-1].row;
+        });
+        const Stretch* all = works[part].stretches.data.get();
+        each_weight(stretch_works[part], [&](int64_t w, const Entry* e, const Entry* end) {
+            uint64_t covered = 0;
+            for (; e < end; ++e) {
+                const uint64_t stop = e->row + static_cast<uint64_t>(all[e->source].length);
+                if (stop > covered) counts[w] += static_cast<int64_t>(stop - std::max(covered, e->row));
+                covered = std::max(covered, stop);
+            }
+        });
+    }
+
+    template <class F>
+    void each_weight(const Workspace& work, const F& f) const {
+        const Entry* entry = work.entries.data.get();
+        const Entry* end = entry + work.entries.size;
+        for (int64_t w = 0; w < program.num_weights && entry < end; ++w) {
+            const uint64_t stop = static_cast<uint64_t>(program.weights[w + 1].start);
+            const Entry* next = std::lower_bound(entry, end, stop, [](const Entry& e, uint64_t row) { return e.row < row; });
+            if (next > entry) f(w, entry, next);
+            entry = next;
+        }
+    }
+
+    // Applies a part's updates; `next` is where its distinct rows begin in each weight's sparse gradient.
+    void apply(int64_t part, int64_t* next) const {
+        Workspace& work = works[part];
+        each_weight(work, [&](int64_t w, const Entry* e, const Entry* end) {
+            Target<T, S> to = target(w);
+            to.next = next ? next[w] : 0;
+            work.sum.reserve(to.width);
+            with_width(to.width, [&](auto width) {
+                update_rows<width.value>(rule, to, e, end, gradient, own, work.sum.data.get());
+            });
+            if (next) next[w] = to.next;
+        });
+        each_weight(stretch_works[part], [&](int64_t w, const Entry* e, const Entry* end) {
+            Target<T, S> to = target(w);
+            to.next = next ? next[w] : 0;
+            update_stretches(rule, to, work, e, end, gradient, own);
+            if (next) next[w] = to.next;
+        });
+    }
+
+    template <class F>
+    static void with_width(int64_t width, const F& f) {
+        if (width == 1) return f(std::integral_constant<int, 1>{});
+        with_dim<T>(width, f);
+    }
+
+    void sort(int64_t part) const {
+        Workspace& work = works[part];
+        Workspace& stretches = stretch_works[part];
+        const uint64_t end = static_cast<uint64_t>(program.total_rows);
+        sort_entries(work, end);
+        stretches.entries.size = 0;
+        if (!work.stretches.size) return;
+        stretches.entries.reserve(work.stretches.size);
+        for (size_t i = 0; i < work.stretches.size; ++i)
+            stretches.entries.data[stretches.entries.size++] = {work.stretches.data[i].first, i};
+        sort_entries(stretches, end);
+    }
+
+    void run(int64_t parts, int64_t* num_gradient_rows) const {
+        if (rule.kind != SPARSE_GRADIENT) {
+            in_parallel(parts, [&](int64_t part) {
+                sort(part);
+                apply(part, nullptr);
+            });
+            return;
+        }
+        const size_t n = static_cast<size_t>(program.num_weights);
+        std::vector<int64_t> counts(n * parts, 0);
+        in_parallel(parts, [&](int64_t part) {
+            sort(part);
+            count(part, counts.data() + n * part);
+        });
+        for (size_t w = 0; w < n; ++w) {
+            int64_t before = 0;
+            for (int64_t part = 0; part < parts; ++part) {
+                const int64_t own_rows = counts[n * part + w];
+                counts[n * part + w] = before;
+                before += own_rows;
+            }
+            num_gradient_rows[w] = before;
+        }
+        in_parallel(parts, [&](int64_t part) { apply(part, counts.data() + n * part); });
+    }
+};
+
+// The calling thread's workspaces.
+struct Kept {
+    std::vector<Workspace> works, stretch_works;
+    Buffer<float> own, projections;
+};
+
+inline Kept& kept() {
+    static thread_local Kept kept;
+    return kept;
+}
+
+// Adds up the projections' gradients and applies the rule to each of their rows.
+template <class T, class S>
+void update_projections(const Program& program, const Call& call, const Rule& rule, const float* sums, int64_t chunks,
+                        int64_t chunk_size, const std::vector<int64_t>& starts) {
+    std::vector<float> total(chunk_size);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t i = 0; i < chunk_size; ++i) total[i] += sums[chunk * chunk_size + i];
+    for (int64_t p = 0; p < program.num_projections; ++p) {
+        const Projection& shape = program.projections[p];
+        const bool stateful = rule.kind < DENSE_GRADIENT && call.projection_states;
+        const int64_t state_width = rule.kind == ROWWISE_ADAGRAD ? 1 : shape.dim;
+        S* s0 = stateful ? static_cast<S*>(call.projection_states[2 * p]) : nullptr;
+        S* s1 = stateful ? static_cast<S*>(call.projection_states[2 * p + 1]) : nullptr;
+        for (int64_t j = 0; j < shape.width; ++j)
+            update_row<0>(rule, static_cast<T*>(call.projections[p]) + j * shape.dim, s0 ? s0 + j * state_width : nullptr,
+                          s1 ? s1 + j * state_width : nullptr, total.data() + starts[p] + j * shape.dim, shape.dim);
+    }
+}
+
+template <class T, class S>
+void backward(const Call& call, const Call& gradients) {
+    // `gradients` is where results go: the weights themselves with a fused optimiser, tensors of gradients without.
+    const Program program(call.program);
+    const Rule rule(call);
+    std::vector<int64_t> starts(program.num_lookups + 1);
+    row_starts(program, call, starts.data());
+    Kept& keep = kept();
+
+    // Which lookups need values of their own, and where those lie.
+    std::vector<Flow> flows(program.num_lookups);
+    int64_t own_size = 0;
+    bool any_own = false;
+    for (int64_t l = 0; l < program.num_lookups; ++l) {
+        const Lookup& lookup = program.lookups[l];
+        int64_t first = 0, last = call.batch;
+        ids_of_bags(call, lookup, first, last);
+        Flow& flow = flows[l];
+        flow = {is_direct(program, call, l), own_size, 0, last - first};
+        if (flow.direct) continue;
+        any_own = true;
+        flow.own_stride = lookup.operation == CONCAT || lookup.operation == MIXED ? lookup.dim : lookup.num_pieces * lookup.dim;
+        own_size += flow.num_ids * flow.own_stride;
+    }
+    std::vector<int64_t> projection_starts(program.num_projections + 1, 0);
+    for (int64_t p = 0; p < program.num_projections; ++p)
+        projection_starts[p + 1] = projection_starts[p] + program.projections[p].width * program.projections[p].dim;
+    const int64_t chunk_size = projection_starts[program.num_projections];
+    const int64_t chunks = (call.batch + CHUNK - 1) / CHUNK;
+    keep.own.reserve(static_cast<size_t>(own_size));
+    keep.projections.reserve(static_cast<size_t>(chunks * chunk_size));
+    int64_t widest = 1;
+    for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
+    if (any_own) {
+        const int64_t parts = call.num_threads;
+        in_parallel(parts, [&](int64_t part) {
+            std::vector<float> scratch(2 * widest);
+            std::vector<float*> sums(program.num_projections);
+            for (int64_t chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
+                float* chunk_sums = keep.projections.data.get() + chunk * chunk_size;
+                for (int64_t i = 0; i < chunk_size; ++i) chunk_sums[i] = 0;
+                for (int64_t p = 0; p < program.num_projections; ++p) sums[p] = chunk_sums + projection_starts[p];
+                const int64_t first = chunk * CHUNK, last = std::min(call.batch, first + CHUNK);
+                for (int64_t l = 0; l < program.num_lookups; ++l) {
+                    if (flows[l].direct) continue;
+                    const Place place = place_of(program, call, l, starts.data());
+                    with_dim<T>(program.lookups[l].dim, [&](auto dim) {
+                        make_own<T, dim.value>(program, call, l, place, flows[l], first, last, keep.own.data.get(),
+                                                  scratch.data(), sums.data());
+                    });
+                }
+            }
+        });
+    }
+
+    const int64_t parts = call.num_threads;
+    if (static_cast<int64_t>(keep.works.size()) < parts) {
+        keep.works.resize(parts);
+        keep.stretch_works.resize(parts);
+    }
+    int64_t most_rows = 0, most_stretches = 0;
+    for (int64_t l = 0; l < program.num_lookups; ++l) {
+        const Lookup& lookup = program.lookups[l];
+        if (lookup.num_pieces == 0) continue;
+        if (program.pieces[lookup.first_piece].kind != BLOCK) {
+            most_rows += flows[l].num_ids * lookup.num_rows;
+            continue;
+        }
+        // A block may be cut where the slab ends and at each end of a region; a short slab is run through repeatedly.
+        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+            const Piece& p = program.pieces[lookup.first_piece + c];
+            most_stretches += flows[l].num_ids * (2 + (p.width >> REGION_BITS) + p.width / p.b);
+        }
+    }
+    std::vector<Workspace>& works = keep.works;
+    in_parallel(parts, [&](int64_t part) {
+        Workspace& work = works[part];
+        work.entries.size = work.stretches.size = 0;
+        // Bounds for any share of the rows: untouched pages cost nothing.
+        work.entries.reserve(static_cast<size_t>(most_rows));
+        work.stretches.reserve(static_cast<size_t>(most_stretches));
+        const uint64_t p = static_cast<uint64_t>(part), ps = static_cast<uint64_t>(parts);
+        if (call.offsets == nullptr) {
+            // What repeats from example to example: a slot for each address.
+            struct Slot {
+                const Piece* piece;
+                uint64_t source, stride;
+                bool mixed;
+            };
+            std::vector<Slot> slots;
+            for (int64_t l = 0; l < program.num_lookups; ++l) {
+                const Lookup& lookup = program.lookups[l];
+                const Output& output = call.outputs[l];
+                for (int64_t c = 0; c < lookup.num_rows; ++c) {
+                    const Piece* piece = program.pieces + lookup.first_piece + c;
+                    const uint64_t column = static_cast<uint64_t>(lookup.operation == CONCAT ? piece->column : 0);
+                    if (flows[l].direct)
+                        slots.push_back({piece, static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride), false});
+                    else
+                        slots.push_back({piece, OWN | static_cast<uint64_t>(flows[l].own_start + own_column(program, lookup, c)),
+                                         static_cast<uint64_t>(flows[l].own_stride), false});
+                }
+            }
+            const int64_t n = static_cast<int64_t>(slots.size());
+            const int64_t* row = call.rows;
+            for (int64_t b = 0; b < call.batch; ++b)
+                for (int64_t k = 0; k < n; ++k, ++row)
+                    if (*row >= 0)
+                        add_row(work, program, *slots[k].piece, static_cast<uint64_t>(*row),
+                                slots[k].source + static_cast<uint64_t>(b) * slots[k].stride, p, ps);
+            return;
+        }
+        for (int64_t l = 0; l < program.num_lookups; ++l) {
+            const Lookup& lookup = program.lookups[l];
+            const Output& output = call.outputs[l];
+            const Piece* pieces = program.pieces + lookup.first_piece;
+            const int64_t* row = call.rows + starts[l];
+            for (int64_t b = 0; b < call.batch; ++b) {
+                int64_t begin = b, end = b + 1;
+                ids_of_bags(call, lookup, begin, end);
+                for (int64_t i = begin; i < end; ++i)
+                    for (int64_t c = 0; c < lookup.num_rows; ++c, ++row) {
+                        if (*row < 0) continue;
+                        const int64_t from = output.pooling == NONE ? i : b;
+                        const int64_t column = lookup.operation == CONCAT ? pieces[c].column : 0;
+                        const uint64_t source =
+                            flows[l].direct
+                                ? static_cast<uint64_t>(output.start + from * output.stride + column)
+                                : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + own_column(program, lookup, c));
+                        add_row(work, program, pieces[c], static_cast<uint64_t>(*row), source, p, ps);
+                    }
+            }
+        }
+    });
+    const Update<T, S> update{gradients, program, rule, works, keep.stretch_works, static_cast<const T*>(call.values),
+                              keep.own.data.get()};
+    update.run(parts, gradients.num_gradient_rows);
+    if (program.num_projections)
+        update_projections<T, S>(program, gradients, rule, keep.projections.data.get(), any_own ? chunks : 0, chunk_size, projection_starts);
+}
+
+// ---- from a call's types to template arguments ----------------------------------------------------------------------
+
+inline Outcome run_forward(const Call& call) {
+    switch (call.dtype) {
+        case BFLOAT16: return forward<bfloat16>(call);
+        case FLOAT16: return forward<float16>(call);
+        default: return forward<float>(call);
+    }
+}
+
+inline void run_backward(const Call& call, const Call& gradients) {
+    const bool wide_state = call.state_dtype == FLOAT32;
+    switch (call.dtype) {
+        case BFLOAT16:
+            return wide_state ? backward<bfloat16, float>(call, gradients) : backward<bfloat16, bfloat16>(call, gradients);
+        case FLOAT16:
+            return wide_state ? backward<float16, float>(call, gradients) : backward<float16, float16>(call, gradients);
+        default: return backward<float, float>(call, gradients);
+    }
+}
+
+inline Outcome run_gather(const Gather& gather) {
+    bool outside = false;
+    for (int64_t i = 0; i < gather.num_ids; ++i)
+        outside |= static_cast<uint64_t>(gather.rows[i]) >= static_cast<uint64_t>(gather.num_rows);
+    if (outside) return NO_SUCH_ROW;
+    const int64_t bytes = gather.row_bytes;
+    const char* from = static_cast<const char*>(gather.weight);
+    char* to = static_cast<char*>(gather.values);
+    in_parallel(gather.num_threads, [&](int64_t part) {
+        const int64_t first = gather.num_ids * part / gather.num_threads, last = gather.num_ids * (part + 1) / gather.num_threads;
+        auto copy = [&](auto size) {
+            constexpr int64_t AHEAD = 32;
+            const int64_t n = size.value ? size.value : bytes;
+            for (int64_t i = first; i < last; ++i) {
+                if (i + AHEAD < last)
+                    for (int64_t at = 0; at < n; at += 64) __builtin_prefetch(from + gather.rows[i + AHEAD] * n + at);
+                std::memcpy(to + i * n, from + gather.rows[i] * n, static_cast<size_t>(n));
+            }
+        };
+        switch (bytes) {
+            case 4: return copy(std::integral_constant<int, 4>{});
+            case 8: return copy(std::integral_constant<int, 8>{});
+            case 16: return copy(std::integral_constant<int, 16>{});
+            case 32: return copy(std::integral_constant<int, 32>{});
+            case 64: return copy(std::integral_constant<int, 64>{});
+            case 128: return copy(std::integral_constant<int, 128>{});
+            default: return copy(std::integral_constant<int, 0>{});
+        }
+    });
+    return DONE;
+}
+
+// One weight and a list of rows: a program of one lookup that is given its addresses.
+template <class T, class S>
+void update_of(const RowUpdate& u) {
+    const int64_t words[] = {1, 0, 0, 1, 0, 0, /* Weight */ u.width, 0, u.width, u.num_rows};
+    const Program program(words);
+    void* weights[] = {u.weight};
+    void* states[] = {u.state0, u.state1};
+    Call call{};
+    call.weights = weights, call.states = states, call.rule = u.rule, call.hyper = u.hyper, call.num_hyper = u.num_hyper;
+    call.step = u.step;
+    Kept& keep = kept();
+    if (static_cast<int64_t>(keep.works.size()) < u.num_threads) {
+        keep.works.resize(u.num_threads);
+        keep.stretch_works.resize(u.num_threads);
+    }
+    std::vector<Workspace>& works = keep.works;
+    in_parallel(u.num_threads, [&](int64_t part) {
+        Workspace& work = works[part];
+        work.entries.size = work.stretches.size = 0;
+        work.entries.reserve(static_cast<size_t>(u.num_ids));
+        for (int64_t i = 0; i < u.num_ids; ++i) {
+            const uint64_t row = static_cast<uint64_t>(u.rows[i]);
+            if (belongs(row >> LINE_BITS, static_cast<uint64_t>(part), static_cast<uint64_t>(u.num_threads)))
+                work.entries.data[work.entries.size++] = {row, static_cast<uint64_t>(i * u.width)};
+        }
+    });
+    const Rule rule(call);
+    const Update<T, S> update{call, program, rule, works, keep.stretch_works, static_cast<const T*>(u.gradient), nullptr};
+    update.run(u.num_threads, nullptr);
+}
+
+inline void run_update(const RowUpdate& u) {
+    const bool wide_state = u.state_dtype == FLOAT32;
+    switch (u.dtype) {
+        case BFLOAT16: return wide_state ? update_of<bfloat16, float>(u) : update_of<bfloat16, bfloat16>(u);
+        case FLOAT16: return wide_state ? update_of<float16, float>(u) : update_of<float16, float16>(u);
+        default: return update_of<float, float>(u);
+    }
+}
+
+}  // namespace EMBTABLES_INSTRUCTIONS
+}  // namespace embtables
+
+#define EMBTABLES_STRING(name) #name
+#define EMBTABLES_FUNCTIONS(name)                                                                                \
+    extern const Functions name##_functions;                                                                     \
+    const Functions name##_functions{EMBTABLES_STRING(name), name::run_forward, name::run_backward, name::run_gather, \
+                                     name::run_update};

@@ -1,0 +1,150 @@
+// What a lookup is, as one int64 tensor that Python writes once (embtables/ops/program.py), and the arguments of a call.
+#pragma once
+#include <cstdint>
+
+namespace embtables {
+
+enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4 };
+enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4 };
+enum Policy : int64_t { ANY = -1, REFUSE = 0, FOLD = 1, OOV = 2 };
+enum Pooling : int64_t { NONE = 0, POOL_SUM = 1, POOL_MEAN = 2 };
+enum RuleKind : int64_t { SGD = 0, ROWWISE_ADAGRAD = 1, ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// A (table, feature) pair: an output. All fields of all structs are int64, so that they are rows of the tensor.
+struct Lookup {
+    int64_t column;      // of its feature among the input's columns
+    int64_t size;        // ids of the table
+    int64_t policy;      // what becomes of others
+    int64_t fold_seed;
+    int64_t padding;
+    int64_t has_padding;
+    int64_t dim;
+    int64_t operation;
+    int64_t first_piece;
+    int64_t num_pieces;
+    int64_t num_rows;    // addresses an id: one a piece, but one in all where pieces are alternatives (MIXED)
+    int64_t code;        // remap from id to rank, or -1
+    int64_t ranks_from;
+};
+
+// Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK).
+struct Piece {
+    int64_t kind;
+    int64_t weight;
+    int64_t base;        // first row (scalar) of its slab within the weight
+    int64_t a;           // HASH, BLOCK: seed; DIGIT: divisor; CUT: greatest row; MIXED: the first rank beyond
+    int64_t b;           // HASH, BLOCK: rows (scalars) of the slab; DIGIT: radix
+    int64_t width;       // scalars it contributes
+    int64_t column;      // where they go in the vector (CONCAT)
+    int64_t has_sign;
+    int64_t sign_seed;
+    int64_t projection;  // MIXED: to the lookup's dim, or -1
+};
+
+struct Weight {
+    int64_t width;
+    int64_t start;       // rows of all weights before: addresses count through all weights
+};
+
+struct Projection {
+    int64_t width;
+    int64_t dim;
+};
+
+struct Program {
+    int64_t num_features, num_lookups, num_pieces, num_weights, num_projections, num_codes, rows_per_example, total_rows;
+    const Lookup* lookups;
+    const Piece* pieces;
+    const Weight* weights;          // num_weights + 1; the last one ends the rows
+    const Projection* projections;
+
+    explicit Program(const int64_t* words) {
+        num_features = words[0];
+        num_lookups = words[1];
+        num_pieces = words[2];
+        num_weights = words[3];
+        num_projections = words[4];
+        num_codes = words[5];
+        const int64_t* next = words + 6;
+        lookups = reinterpret_cast<const Lookup*>(next);
+        next += num_lookups * (sizeof(Lookup) / 8);
+        pieces = reinterpret_cast<const Piece*>(next);
+        next += num_pieces * (sizeof(Piece) / 8);
+        weights = reinterpret_cast<const Weight*>(next);
+        next += (num_weights + 1) * (sizeof(Weight) / 8);
+        projections = reinterpret_cast<const Projection*>(next);
+        rows_per_example = 0;
+        for (int64_t l = 0; l < num_lookups; ++l) rows_per_example += lookups[l].num_rows;
+        total_rows = weights[num_weights].start;
+    }
+};
+
+// Where a lookup's output lies, counted in elements: bag b at start + b * stride; of NONE, id i at start + i * stride.
+struct Output {
+    int64_t start, stride, pooling;
+};
+
+struct Call {
+    const int64_t* program;
+    const void* ids;             // int32 or int64, [batch, num_features], or flat with offsets
+    int64_t id_bytes;
+    const int64_t* offsets;      // [num_features * batch + 1], or null
+    int64_t num_ids;
+    const float* id_weights;     // of the shape of ids, or null
+    int64_t batch;
+    void* const* weights;
+    void* const* projections;
+    const int32_t* const* codes;
+    const Output* outputs;
+    void* values;                // forward: the output; backward: its gradient
+    int64_t* rows;               // addresses: written forward, read backward
+    int64_t dtype;
+    int64_t state_dtype;
+    int64_t num_threads;
+    // backward only
+    int64_t rule;
+    const double* hyper;         // lr, l2, eps, beta1, beta2 and, where there are six, the norm to clip at
+    int64_t num_hyper;
+    int64_t step;
+    void* const* states;              // two a weight, null where the rule has none
+    void* const* projection_states;   // two a projection
+    int64_t* const* gradient_rows;    // SPARSE_GRADIENT: the distinct rows of each weight; `weights` takes their values
+    int64_t* num_gradient_rows;
+};
+
+// Rows of one weight, each to its place in `values`.
+struct Gather {
+    const void* weight;
+    const int64_t* rows;  // [num_ids]
+    void* values;
+    int64_t row_bytes;
+    int64_t num_rows;
+    int64_t num_ids;
+    int64_t num_threads;
+};
+
+// One step of the optimiser on rows of one weight, given the gradient [num_ids, width] of each occurrence.
+struct RowUpdate {
+    void* weight;
+    void* state0;
+    void* state1;
+    const int64_t* rows;
+    const void* gradient;
+    const double* hyper;
+    int64_t num_hyper, step, rule, dtype, state_dtype, width, num_rows, num_ids, num_threads;
+};
+
+// What a function returns.
+enum Outcome : int { DONE = 0, REFUSED_ID = 1, BAD_OFFSETS = 2, NO_SUCH_ROW = 3, OUT_OF_MEMORY = 4 };
+
+// The kernels of one instruction set; OUT_OF_MEMORY is thrown as std::bad_alloc.
+struct Functions {
+    const char* name;
+    Outcome (*forward)(const Call&);
+    void (*backward)(const Call&, const Call&);
+    Outcome (*gather)(const Gather&);
+    void (*update)(const RowUpdate&);
+};
+
+}  // namespace embtables

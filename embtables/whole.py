@@ -1,0 +1,206 @@
+"""All lookups of a module in one native pass: from its arguments to a request, and from the values to its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embtables import ops
+from embtables.lookups import Lookups
+from embtables.ops.native import Bound, Given
+from embtables.ops.program import POOLING, Request, compile_program
+from embtables.store import Store
+
+_NOTHING = torch.empty(0)
+
+
+class WholeLookup:
+    """The lookups of a module, as one program in the order of its outputs.
+
+    Args:
+        store: what they read.
+        lookups: the module's, whose blocks all have ``recipes``.
+        order: for each output its place among the blocks' lookups, one block after another.
+    """
+
+    def __init__(self, store: Store, lookups: Sequence[Lookups], order: Sequence[int]) -> None:
+        pairs = [pair for each in lookups for pair in zip(each.entrances(), each.block.recipes() or [])]
+        pairs = [pairs[i] for i in order]
+        self.store = store
+        self.num_features = lookups[0].num_features
+        self.columns = [entrance.column for entrance, _ in pairs]
+        self.dims = [entrance.embedding_dim for entrance, _ in pairs]
+        self.width = sum(self.dims)
+        self.starts = [0, *accumulate(self.dims)][:-1]
+        self._place: list[int] = []
+        self._weights: list[Tensor] = []
+        self._kept: Bound | None = None
+        self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
+        self.program = compile_program(
+            pairs, self.num_features, store.weight_rows(), store.extra_shapes(), store.code_names()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files begin without the places of these tensors."""
+        return {**self.__dict__, "_place": [], "_weights": [], "_kept": None}
+
+    @classmethod
+    def of(cls, store: Store, lookups: Sequence[Lookups], order: Sequence[int]) -> WholeLookup | None:
+        """``None`` where a block says nothing, there is nothing to look up, or there is no native code."""
+        if ops.instructions() is None or store.device.type != "cpu" or not store.widths or not lookups:
+            return None
+        return None if any(each.block.recipes() is None for each in lookups) else cls(store, lookups, order)
+
+    def takes(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool) -> bool:
+        """Whether native code may look at these very tensors, and at the store's.
+
+        Exported graphs hold PyTorch's own operators, so that they run where this package is not; so do compiled ones
+        where the weights are parameters.
+        """
+        if ops.backend() != "native" or (weights is not None and weights.requires_grad):
+            return False
+        if torch.compiler.is_compiling():
+            fused = training and self.store.optimizer is not None
+            return not torch.compiler.is_exporting() and (fused or not self.store.gives_gradients()) and self._fits()
+        return (
+            all(t is None or (type(t) is Tensor and t.is_cpu) for t in (ids, offsets, weights))
+            and not torch.jit.is_tracing()
+            and not torch._C._are_functorch_transforms_active()
+            and self._bound() is not None
+        )
+
+    def refuse(self, ids: Tensor, offsets: Tensor | None) -> None:
+        """Raises ``Refused`` for what ``side_by_side`` would refuse, and does nothing else."""
+        with torch.no_grad():
+            self.side_by_side(ids, offsets, None, ["sum"] * len(self.dims), False)
+
+    # ---- looking up ----------------------------------------------------------------------------------------------
+
+    def side_by_side(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, modes: Sequence[str | None], training: bool
+    ) -> Tensor:
+        """Pooled vectors ``[B, ΣD]``."""
+        batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // self.num_features
+        key = tuple(modes)
+        if key not in self._side_by_side:
+            self._side_by_side[key] = self._outputs(self.starts, [self.width] * len(self.dims), modes)
+        outputs = self._side_by_side[key]
+        values = self._values(ids, offsets, weights, outputs, batch * self.width, training)
+        return values.view(batch, self.width)
+
+    def one_by_one(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, modes: Sequence[str | None], training: bool
+    ) -> list[Tensor]:
+        """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where bags are not pooled."""
+        if offsets is None:
+            rows = [ids.shape[0]] * len(self.dims)
+        else:
+            batch = (offsets.numel() - 1) // self.num_features
+            bounds = offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
+            rows = [
+                batch if mode is not None else bounds[column + 1] - bounds[column]
+                for mode, column in zip(modes, self.columns)
+            ]
+        sizes = [n * dim for n, dim in zip(rows, self.dims)]
+        outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
+        values = self._values(ids, offsets, weights, outputs, sum(sizes), training)
+        return [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
+
+    def in_input_order(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool) -> Tensor:
+        """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
+        dim, modes = self.dims[0], [None] * len(self.dims)
+        if offsets is None:
+            return self.side_by_side(ids, None, weights, modes, training).view(ids.shape[0], -1, dim)
+        batch = (offsets.numel() - 1) // self.num_features
+        bounds = offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
+        outputs = self._outputs([bounds[column] * dim for column in self.columns], self.dims, modes)
+        return self._values(ids, offsets, weights, outputs, ids.numel() * dim, training).view(-1, dim)
+
+    @staticmethod
+    def _outputs(starts: Sequence[int], strides: Sequence[int], modes: Sequence[str | None]) -> Tensor:
+        return torch.tensor([*zip(starts, strides, [POOLING[mode] for mode in modes])], dtype=torch.int64)
+
+    def _values(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        outputs: Tensor,
+        num_values: int,
+        training: bool,
+    ) -> Tensor:
+        program, store = self.program, self.store
+        given = Given(
+            ids.contiguous(),
+            None if offsets is None else offsets.contiguous(),
+            None if weights is None else weights.to(torch.float32).contiguous(),
+            outputs,
+            num_values,
+            ids.shape[0] * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id,
+        )
+        updates = training and store.optimizer is not None
+        if torch.compiler.is_compiling():
+            return self._in_graph(given, updates)
+        bound = self._bound()
+        assert bound is not None
+        if updates:
+            return ops.update_in_backward(bound, given, store._hook, int(store.next_step()), self._weights)
+        if store.gives_gradients():
+            parameters = [*store.differentiated_weights(), *store.extra_weights()]
+            return ops.differentiate(bound, given, parameters, store.sparse or store.many_lookups)
+        return bound.look_up(given)[0]
+
+    def _in_graph(self, given: Given, updates: bool) -> Tensor:
+        store, request = self.store, self._request()
+        values: Tensor = ops.look_up(
+            request.words,
+            given.ids,
+            given.offsets,
+            given.id_weights,
+            request.weights,
+            request.projections,
+            request.codes,
+            given.outputs,
+            request.states,
+            request.projection_states,
+            request.hyper,
+            store.next_step(),
+            given.num_values,
+            given.num_rows,
+            request.rule,
+            store._hook if updates else None,
+        )[0]
+        return values
+
+    def _bound(self) -> Bound | None:
+        """The program bound to the store's tensors, anew where one has moved; ``None`` where they do not fit."""
+        place = [tensor.data_ptr() for tensor in self.store.all_tensors()]
+        if place != self._place:
+            request = self._request()
+            self._weights = [*request.weights, *request.projections]
+            self._kept = ops.bind(request) if self._fits() else None
+            self._place = place
+        return self._kept
+
+    def _fits(self) -> bool:
+        request = self._request()
+        states = [state for state in (*request.states, *request.projection_states) if state.numel()]
+        return ops.fits([*request.weights, *request.projections]) and ops.fits(states)
+
+    def _request(self) -> Request:
+        store = self.store
+        fused = store.optimizer
+        return Request(
+            self.program.words,
+            store.lookup_weights(),
+            store.extra_weights(),
+            store.code_tensors(),
+            store.lookup_states(),
+            store.extra_states(),
+            _NOTHING if fused is None else store.hyper,
+            "sgd" if fused is None else fused.kind,
+        )

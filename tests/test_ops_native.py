@@ -1,0 +1,468 @@
+"""Native lookups against the reference operators and float64, for every method, optimiser, dtype and thread count."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
+from torch import Tensor
+
+from embtables import EmbeddingTables, TableConfig, ops, plan
+from embtables.methods import Method, from_config
+from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+
+pytestmark = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
+
+METHODS = pytest.mark.parametrize("method", all_methods(), ids=method_id)
+OPTIMIZERS = [SGD(lr=0.1), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1), None]
+OPTIMIZER = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind if o else "none")
+RESERVED = 2**62
+
+CONFIGS = [
+    TableConfig("user", 4000, 16, on_out_of_range="hash", padding_idx=3),
+    TableConfig("item", 900, 16, ["item", "history"], pooling="mean", on_out_of_range="oov"),
+    TableConfig("city", 40, 16, padding_idx=0),
+    TableConfig("slot", 3, 8),
+    TableConfig("tag", 700, 6, pooling="mean"),
+]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
+    # Frequencies in no order: ids are mapped to ranks.
+    counts = {
+        c.name: shuffled_counts(c.num_embeddings) if c.name == "item" else falling_counts(c.num_embeddings)
+        for c in CONFIGS
+    }
+    budget = None if method.kind == "full" else "40%"
+    return EmbeddingTables(plan(CONFIGS, method, budget, counts, optimizer), seed=3, std=0.5, **options)
+
+
+def suits(method: Method, optimizer: Any) -> bool:
+    return not (method.kind == "robe" and optimizer is not None and optimizer.kind == "rowwise_adagrad")
+
+
+def jagged(tables: EmbeddingTables, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Flat ids and offsets: bags of none to four ids, padding among them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 5, (len(tables.feature_names) * batch,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    pool = random_ids(tables, int(lengths.max()) * batch, seed).t().reshape(len(tables.feature_names), -1)
+    per_feature = lengths.view(len(tables.feature_names), batch).sum(1).tolist()
+    return torch.cat([ids[:n] for ids, n in zip(pool, per_feature)]), offsets
+
+
+def some_ids(tables: EmbeddingTables, batch: int, seed: int) -> Tensor:
+    """Few distinct ids, so that rows occur many times; some padding, and some out of range where that is allowed."""
+    ids = random_ids(tables, batch, seed)
+    ids[::3] = ids[0]
+    column = {f: i for i, f in enumerate(tables.feature_names)}
+    ids[1::7, column["user"]] = 3
+    ids[2::7, column["user"]] = -5
+    ids[3::7, column["item"]] = 10**12
+    ids[4::7, column["city"]] = 0
+    return ids
+
+
+def state(tables: EmbeddingTables) -> dict[str, Tensor]:
+    gradients = {f"{n}.grad": p.grad.to_dense() for n, p in tables.named_parameters() if p.grad is not None}
+    weights = {n: t for n, t in tables.state_dict().items() if "extra_state" not in n}
+    return {**weights, **tables.optimizer_state_dict(), **gradients}
+
+
+# A row's occurrences are added up in another order where features share rows; a hundred of them, and products of rows,
+# carry that to the fifth decimal in a few steps at a learning rate of 0.1.
+def assert_same(ours: EmbeddingTables, reference: EmbeddingTables, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    expected = state(reference)
+    for name, tensor in state(ours).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def step(tables: EmbeddingTables, arguments: tuple[Any, ...], seed: int, **options: Any) -> Tensor:
+    out: Tensor = tables(*arguments, **options)
+    if out.requires_grad:
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        out.backward(gradient.to(out.dtype))
+    return out.detach()
+
+
+# ---- against the reference -------------------------------------------------------------------------------------------
+
+
+@METHODS
+@OPTIMIZER
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+def test_steps_equal_the_reference(method: Method, optimizer: Any, dtype: torch.dtype) -> None:
+    if not suits(method, optimizer):
+        return
+    ours, reference = make(method, optimizer), make(method, optimizer)
+    assert ours._whole is not None
+    for seed in range(3):
+        ids = some_ids(ours, 300, seed)
+        ids = ids if dtype == torch.int64 else ids.clamp(-5, 2**31 - 1).to(dtype)
+        got = step(ours, (ids,), seed)
+        with ops.using("reference"):
+            expected = step(reference, (ids,), seed)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+    assert_same(ours, reference)
+
+
+@METHODS
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("pooling", ["config", "sum", "mean"])
+def test_bags_equal_the_reference(method: Method, weighted: bool, pooling: str) -> None:
+    optimizer = Adagrad(lr=0.1, l2=0.01)
+    ours, reference = make(method, optimizer), make(method, optimizer)
+    for seed in range(2):
+        ids, offsets = jagged(ours, 90, seed)
+        weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) + 0.5 if weighted else None
+        got = step(ours, (ids, offsets.int() if seed else offsets, weights), seed, pooling=pooling)
+        with ops.using("reference"):
+            expected = step(reference, (ids, offsets, weights), seed, pooling=pooling)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+    assert_same(ours, reference)
+
+
+@METHODS
+@OPTIMIZER
+def test_outputs_one_by_one_equal_the_reference(method: Method, optimizer: Any) -> None:
+    if not suits(method, optimizer):
+        return
+    ours, reference = make(method, optimizer), make(method, optimizer)
+
+    def run(tables: EmbeddingTables, seed: int) -> dict[str, Tensor]:
+        ids, offsets = jagged(tables, 70, seed)
+        found = tables.lookup(ids, offsets, pooling={"history": None, "tag": "sum", "city": None})
+        loss = sum((v * torch.linspace(-1, 1, v.numel()).view(v.shape)).sum() for v in found.values())
+        if loss.requires_grad:
+            loss.backward()
+        return found
+
+    for seed in range(2):
+        got = run(ours, seed)
+        with ops.using("reference"):
+            expected = run(reference, seed)
+        assert list(got) == list(expected)
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=2e-5)
+    assert_same(ours, reference)
+
+
+def test_unpooled_vectors_come_in_the_order_of_the_ids() -> None:
+    tables = EmbeddingTables(plan([TableConfig("b", 50, 4), TableConfig("a", 60, 4, ["x", "y"])], "hash", "50%"))
+    ids, offsets = jagged(tables, 30, 0)
+    got = tables(ids, offsets, pooling=None)
+    with ops.using("reference"):
+        assert torch.equal(got, tables(ids, offsets, pooling=None))
+        columns = random_ids(tables, 20)
+        expected = tables(columns, pooling=None)
+    assert torch.equal(tables(columns, pooling=None), expected)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05], ids=["whole", "clipped"])
+@pytest.mark.parametrize("l2", [0.0, 0.1], ids=["free", "decayed"])
+@METHODS
+def test_clipping_and_decay_equal_the_reference(method: Method, l2: float, clip: float) -> None:
+    for kind in (SGD, RowWiseAdagrad, Adagrad, Adam):
+        optimizer = kind(lr=0.1, l2=l2, clip_row_norm=clip)
+        if not suits(method, optimizer):
+            continue
+        ours, reference = make(method, optimizer), make(method, optimizer)
+        ids = some_ids(ours, 200, 1)
+        step(ours, (ids,), 1)
+        with ops.using("reference"):
+            step(reference, (ids,), 1)
+        assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@METHODS
+def test_gradients_equal_the_reference(method: Method, sparse: bool) -> None:
+    ours, reference = make(method, None, sparse=sparse), make(method, None, sparse=sparse)
+    for seed in range(2):  # they add up
+        ids = some_ids(ours, 300, seed)
+        step(ours, (ids,), seed)
+        with ops.using("reference"):
+            step(reference, (ids,), seed)
+    for parameter in ours.parameters():
+        if parameter.grad is not None and parameter.ndim == 2 and sparse and parameter.grad.is_sparse:
+            rows = parameter.grad.coalesce().indices()
+            assert rows.unique().numel() == rows.numel()
+    assert_same(ours, reference)
+
+
+# ---- against float64 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 8, 15, 16, 17, 32, 64, 100])
+@pytest.mark.parametrize("kind", ["full", "hash"])
+def test_vectors_and_updates_equal_float64(kind: str, dim: int) -> None:
+    """Full rows by plain loops in float64: sum over occurrences, then Adagrad."""
+    config = TableConfig("t", 200, dim)
+    tables = EmbeddingTables(plan([config], kind, None if kind == "full" else "50%", optimizer=Adagrad(lr=0.1)), std=1)
+    ids = random_ids(tables, 500)
+    before = tables.store.slab("t").double().numpy().copy()
+    gradient = torch.randn(500, dim)
+    out = tables(ids)
+    row = tables.lookups[0].block.address(ids.t(), tables.lookups[0].lookup.unsqueeze(1))[0].rows[0].numpy()
+    np.testing.assert_array_equal(out.detach().numpy(), before[row].astype(np.float32))
+    out.backward(gradient)
+    expected, total = before.copy(), np.zeros_like(before)
+    summed = np.zeros_like(before)
+    np.add.at(summed, row, gradient.double().numpy())
+    total += summed**2
+    expected -= 0.1 * summed / (np.sqrt(total) + 1e-8) * (total > 0)
+    np.testing.assert_allclose(tables.store.slab("t").numpy(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@OPTIMIZER
+@METHODS
+def test_half_precision_is_as_close_to_float32_as_its_format(
+    method: Method, optimizer: Any, dtype: torch.dtype
+) -> None:
+    """One step of tables in 16 bits: every weight within a few units in the last place of the step in 32 bits."""
+    if not suits(method, optimizer):
+        return
+    half, single = make(method, optimizer).to(dtype), make(method, optimizer)
+    single.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in half.state_dict().items()})
+    ids = some_ids(half, 60, 0)
+    out = half(ids)
+    assert out.dtype == dtype
+    expected = single(ids)
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(out.float(), expected, rtol=3 * unit, atol=unit)
+    if not out.requires_grad:
+        return
+    gradient = torch.randint(-4, 5, out.shape) / 8
+    out.backward(gradient.to(dtype))
+    expected.backward(gradient)
+    weights = {n: t for n, t in single.named_parameters()} if optimizer is None else single.state_dict()
+    mine = {n: t for n, t in half.named_parameters()} if optimizer is None else half.state_dict()
+    for name, tensor in mine.items():
+        if not tensor.is_floating_point():
+            continue
+        ours, theirs = (tensor.grad, weights[name].grad) if optimizer is None else (tensor, weights[name])
+        # Gradients that are sums of rounded products near 0 have an error of the size of their terms.
+        torch.testing.assert_close(ours.float(), theirs, rtol=8 * unit, atol=16 * unit)
+
+
+def test_conversions_round_to_nearest_and_ties_to_even() -> None:
+    """Mean pooling of one id divides by one: float32 to 16 bits and back for every kind of number, as PyTorch does."""
+    values = torch.cat(
+        [torch.randn(4000) * 10.0 ** torch.randint(-9, 6, (4000,)), torch.tensor([0.0, -0.0, 65504.0, 65520.0, 1e30])]
+    )
+    values = torch.cat([values, torch.arange(0, 4096) * 2.0**-25, 1 + torch.arange(0, 4096) * 2.0**-12])
+    for dtype in (torch.bfloat16, torch.float16):
+        tables = EmbeddingTables(plan([TableConfig("t", values.numel(), 1)], "full", optimizer=SGD(lr=1.0))).to(dtype)
+        tables.store.slab("t").zero_()
+        out = tables(torch.arange(values.numel()).unsqueeze(1))
+        # w − 1·(−v) = v, computed in float32 and stored in 16 bits; v is exact where it came from 16 bits.
+        gradient = -values.to(dtype).unsqueeze(1)
+        out.backward(gradient)
+        assert torch.equal(tables.store.slab("t").squeeze(1), values.to(dtype))
+        halved = EmbeddingTables(plan([TableConfig("t", values.numel(), 1)], "full", optimizer=SGD(lr=0.3))).to(dtype)
+        halved.store.slab("t").zero_()
+        halved(torch.arange(values.numel()).unsqueeze(1)).backward(gradient)
+        rate = torch.tensor(0.3, dtype=torch.float32)
+        assert torch.equal(halved.store.slab("t").squeeze(1), (0 - rate * gradient.float()).to(dtype).squeeze(1))
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@METHODS
+@OPTIMIZER
+def test_threads_leave_the_same_bits(method: Method, optimizer: Any) -> None:
+    if not suits(method, optimizer):
+        return
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        tables = make(method, optimizer)
+        outs = [step(tables, (some_ids(tables, 5000, seed),), seed) for seed in range(2)]
+        ids, offsets = jagged(tables, 3000, 2)
+        outs.append(step(tables, (ids, offsets), 2))
+        results.append((outs, state(tables)))
+    for outs, weights in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs, results[0][0]))
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, results[0][1][name]), name
+
+
+def test_two_trainers_in_two_threads_do_not_disturb_each_other() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def train(seed: int) -> dict[str, Tensor]:
+        tables = make(from_config("compositional"), Adam())
+        for number in range(5):
+            step(tables, (some_ids(tables, 3000, seed + number),), number)
+        return state(tables)
+
+    alone = [train(seed) for seed in (0, 100)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(train, (0, 100)))
+    for a, b in zip(alone, together):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- which way a lookup goes -----------------------------------------------------------------------------------------
+
+
+def test_bad_ids_raise_what_the_reference_raises_and_change_nothing() -> None:
+    for optimizer in (Adam(), None):
+        tables = make(from_config("hash"), optimizer)
+        before = copy.deepcopy(state(tables))
+        ids = random_ids(tables, 5000)
+        ids[4321, tables.feature_names.index("slot")] = 3
+        with pytest.raises(IndexError, match="feature 'slot' holds id 3, but table 'slot' has the ids 0 … 2"):
+            tables(ids)
+        flat, offsets = ids.t().reshape(-1), torch.arange(ids.numel() + 1)
+        with pytest.raises(IndexError, match="feature 'slot' holds id 3"):
+            tables.lookup(flat, offsets)
+        offsets[7] = 9
+        with pytest.raises(ValueError, match="offsets must rise"):
+            tables(random_ids(tables, 5000).t().reshape(-1), offsets)
+        assert all(torch.equal(before[name], tensor) for name, tensor in state(tables).items())
+
+
+def test_moved_weights_are_found() -> None:
+    tables = make(from_config("compositional"), None)
+    ids = random_ids(tables, 50)
+    tables(ids)
+    with torch.no_grad():
+        for parameter in tables.parameters():
+            parameter.data = parameter.data.clone() * 2
+    with ops.using("reference"):
+        expected = tables(ids)
+    torch.testing.assert_close(tables(ids), expected)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["copy", "pickle"])
+def test_copies_look_up_their_own_weights(copies: Any) -> None:
+    tables = make(from_config("hash"), SGD(lr=1.0))
+    ids = random_ids(tables, 50)
+    first = tables(ids).detach()
+    other = copies(tables)
+    step(other, (ids,), 0)
+    assert torch.equal(tables(ids).detach(), first) and not torch.equal(other(ids), first)
+
+
+def test_weights_of_ids_get_their_gradient() -> None:
+    tables = make(from_config("hash"), SGD())
+    ids, offsets = jagged(tables, 20, 0)
+    weights = torch.ones(ids.shape, requires_grad=True)
+    tables(ids, offsets, weights).sum().backward()
+    assert weights.grad is not None and weights.grad.abs().sum() > 0
+
+
+def test_functional_transforms_go_through_pytorch() -> None:
+    tables = make(from_config("hash"), None)
+    ids = random_ids(tables, 10)
+    parameters = dict(tables.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(tables, p, (ids,)).square().sum())(parameters)
+    tables(ids).square().sum().backward()
+    for name, parameter in tables.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.1), RowWiseAdagrad(lr=0.1)], ids=["adam", "rowwise_adagrad"])
+@pytest.mark.parametrize("kind", ["hash", "compositional", "mixed_dimension"])
+def test_compiled_steps_leave_the_same_bits(kind: str, optimizer: Any) -> None:
+    torch.compiler.reset()
+    eager, compiled = make(from_config(kind), optimizer), make(from_config(kind), optimizer)
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        ids = some_ids(eager, 64 + seed, seed)
+        step(eager, (ids,), seed)
+        out = graph(ids)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)))
+    left, right = state(eager), state(compiled)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_exported_graphs_hold_pytorchs_own_operators() -> None:
+    tables = make(from_config("compositional"), None).eval()
+    ids = random_ids(tables, 8)
+    with torch.no_grad():
+        exported = torch.export.export(tables, (ids,))
+        torch.testing.assert_close(exported.module()(ids), tables(ids))
+    assert not [n for n in exported.graph.nodes if "look_up" in str(n.target)]
+
+
+def test_small_and_empty_batches() -> None:
+    for method in all_methods():
+        tables = make(method, Adagrad())
+        for batch in (0, 1):
+            out = tables(random_ids(tables, batch))
+            assert out.shape == (batch, sum(tables.embedding_dims))
+            if out.requires_grad:
+                out.sum().backward()
+        nothing = torch.zeros(len(tables.feature_names) * 2 + 1, dtype=torch.int64)
+        assert torch.equal(
+            tables(torch.zeros(0, dtype=torch.int64), nothing), torch.zeros(2, sum(tables.embedding_dims))
+        )
+
+
+def test_the_graph_check_says_when_a_weight_changed_before_its_gradient_was_taken() -> None:
+    tables = make(from_config("hash"), None)
+    out = tables(random_ids(tables, 8))
+    with torch.no_grad():
+        next(tables.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_environment_chooses() -> None:
+    code = "from embtables import ops; print(ops.backend())"
+    assert run(code, EMBTABLES_OPS="reference").stdout.strip() == "reference"
+    assert run(code, EMBTABLES_OPS="native").stdout.strip() == "native"
+    wrong = run(code, EMBTABLES_OPS="fast")
+    assert wrong.returncode and "EMBTABLES_OPS must be native or reference, not 'fast'" in wrong.stderr
+
+
+def test_one_notice_where_there_is_no_library(tmp_path: Path) -> None:
+    """As with an installation that found no compiler: the library's file is out of sight."""
+    code = (
+        "import pathlib; real = pathlib.Path.is_file\n"
+        "pathlib.Path.is_file = lambda self: self.name != '_native.so' and real(self)\n"
+        "import torch; from embtables import EmbeddingTables, TableConfig, ops, plan\n"
+        "tables = EmbeddingTables(plan([TableConfig('t', 9, 4)], 'full', optimizer='adam'))\n"
+        "tables(torch.tensor([[1]])).sum().backward(); print(ops.backend())"
+    )
+    result = run(code)
+    assert result.stdout.strip() == "reference", result.stderr
+    assert result.stderr.count("the native library was not built") == 1
+    insisted = run(code, EMBTABLES_OPS="native")
+    assert insisted.returncode and "EMBTABLES_OPS=native: the native library was not built" in insisted.stderr
+    assert run(code, EMBTABLES_OPS="reference").stderr == ""
