@@ -160,11 +160,13 @@ inline void address(const Program& program, const Call& call, const Lookup& look
         const Piece& piece = pieces[c];
         if (lookup.operation == MIXED) {
             for (int64_t i = 0; i < n; ++i) {
+                // Which alternative it is cannot be foreseen, so that counting is faster than stopping.
                 int64_t j = 0;
-                while (x[i] >= pieces[j].a) ++j;
-                found[i] = program.weights[pieces[j].weight].start + pieces[j].base + x[i];
+                for (int64_t k = 0; k + 1 < lookup.num_pieces; ++k) j += x[i] >= pieces[k].a;
                 const Weight& w = program.weights[pieces[j].weight];
-                __builtin_prefetch(static_cast<const T*>(call.weights[pieces[j].weight]) + (found[i] - w.start) * w.width);
+                const int64_t row = pieces[j].base + x[i];
+                found[i] = w.start + row;
+                __builtin_prefetch(static_cast<const T*>(call.weights[pieces[j].weight]) + row * w.width);
             }
         } else {
             const Weight& weight = program.weights[piece.weight];
@@ -201,7 +203,9 @@ inline void address(const Program& program, const Call& call, const Lookup& look
             const T* values = static_cast<const T*>(call.weights[piece.weight]) - weight.start * weight.width;
             for (int64_t i = 0; i < n; ++i) {
                 const char* row = reinterpret_cast<const char*>(values + found[i] * weight.width);
-                for (int64_t at = 0; at < piece.width * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(row + at);
+                const int64_t bytes = piece.width * static_cast<int64_t>(sizeof(T));
+                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+                if (piece.kind == BLOCK) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
             }
         }
         if (lookup.has_padding)
@@ -232,21 +236,13 @@ inline const T* row_of(const Program& program, const Call& call, int64_t weight,
     return static_cast<const T*>(call.weights[weight]) + (row - w.start) * w.width;
 }
 
-inline int64_t weight_of(const Program& program, const Lookup& lookup, int64_t row) {  // MIXED: which alternative it is
-    for (int64_t j = 0; j + 1 < lookup.num_pieces; ++j) {
-        const int64_t w = program.pieces[lookup.first_piece + j].weight;
-        if (row >= program.weights[w].start && row < program.weights[w + 1].start) return lookup.first_piece + j;
-    }
-    return lookup.first_piece + lookup.num_pieces - 1;
-}
-
-// A block of scalars of a circular slab: f(scalar, place in the vector).
-template <class F>
-inline void each_scalar(const Program& program, const Piece& piece, int64_t row, const F& f) {
-    const int64_t end = program.weights[piece.weight].start + piece.base + piece.b;
-    const int64_t first = piece.width < end - row ? piece.width : end - row;
-    for (int64_t o = 0; o < first; ++o) f(row + o, o);
-    for (int64_t o = first; o < piece.width; ++o) f(row + o - piece.b, o);
+// MIXED: the width and the projection of an address, which follow from its weight.
+inline const Piece& alternative_of(const Program& program, const Lookup& lookup, int64_t row) {
+    int64_t w = 0;
+    for (int64_t k = 1; k < program.num_weights; ++k) w += row >= program.weights[k].start;
+    const Piece* piece = program.pieces + lookup.first_piece;
+    while (piece->weight != w) ++piece;
+    return *piece;
 }
 
 // The vector of an id, v [D]; `id` is what signs are hashed from.
@@ -265,9 +261,18 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
                 const Piece& piece = pieces[c];
                 float* out = v + piece.column;
                 if (piece.kind == BLOCK) {
-                    const T* scalars = static_cast<const T*>(call.weights[piece.weight]) - program.weights[piece.weight].start;
+                    const Weight& weight = program.weights[piece.weight];
+                    const T* scalars = static_cast<const T*>(call.weights[piece.weight]) + (rows[c] - weight.start);
                     const float sign = piece.has_sign ? hash_sign(id, piece.sign_seed) : 1.0f;
-                    each_scalar(program, piece, rows[c], [&](int64_t at, int64_t o) { out[o] = sign * load(scalars + at); });
+                    if (rows[c] + piece.width <= weight.start + piece.base + piece.b) {
+                        with_dim<T>(piece.width, [&](auto w) {
+                            each<w, T>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, sign * get<n>(scalars + d)); });
+                        });
+                        continue;
+                    }
+                    const int64_t offset = rows[c] - weight.start - piece.base;
+                    for (int64_t o = 0; o < piece.width; ++o)
+                        out[o] = sign * load(scalars - offset + (offset + o) % piece.b);
                     continue;
                 }
                 const T* row = row_of<T>(program, call, piece.weight, rows[c]);
@@ -306,7 +311,7 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
             break;
         }
         default: {  // MIXED
-            const Piece& piece = program.pieces[weight_of(program, lookup, rows[0])];
+            const Piece& piece = alternative_of(program, lookup, rows[0]);
             const T* row = row_of<T>(program, call, piece.weight, rows[0]);
             if (piece.projection < 0) {
                 each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(row + d)); });
@@ -322,19 +327,140 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
     }
 }
 
+// ---- alternatives with projections, the ids of each alternative together ---------------------------------------------
+//
+// Which alternative an id has cannot be foreseen, so that a processor would guess wrong at most ids. Sorted by
+// alternative, a block of ids runs through code for one width, with the projection in registers.
+
+// Those of n ids whose rows lie in a weight: their numbers among the n, and how many they are.
+inline int64_t ids_in_weight(const Program& program, int64_t weight, const int64_t* rows, int64_t stride, int64_t n, int64_t* index) {
+    const int64_t first = program.weights[weight].start, last = program.weights[weight + 1].start;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        index[count] = i;
+        count += rows[i * stride] >= first && rows[i * stride] < last;
+    }
+    return count;
+}
+
+inline const Piece* alternative_in(const Program& program, const Lookup& lookup, int64_t weight) {
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c)
+        if (pieces[c].weight == weight) return pieces + c;
+    return nullptr;
+}
+
+// Calls f with the width as a constant where it is one that a narrow row of a common dimension has.
+template <int D, class F>
+inline bool with_narrow_width(int64_t width, const F& f) {
+    if constexpr (D == 8 || D == 16 || D == 32) {
+        switch (width) {
+            case 1: return f(std::integral_constant<int, 1>{}), true;
+            case 2: return f(std::integral_constant<int, 2>{}), true;
+            case 4: return f(std::integral_constant<int, 4>{}), true;
+            case 8:
+                if constexpr (D > 8) return f(std::integral_constant<int, 8>{}), true;
+        }
+    }
+    return false;
+}
+
+// out[i] = row_i · projection for some of n ids.
+template <int D, int W>
+inline void project(const float* values, int64_t start, const float* projection, const int64_t* rows, int64_t row_stride,
+                    const int64_t* index, int64_t count, float* out, int64_t stride) {
+    constexpr int N = D < 16 ? D : 16, C = D / N;
+    lanes<N> p[W][C];
+    for (int j = 0; j < W; ++j)
+        for (int c = 0; c < C; ++c) p[j][c] = get<N>(projection + j * D + c * N);
+    for (int64_t k = 0; k < count; ++k) {
+        const float* row = values + (rows[index[k] * row_stride] - start) * W;
+        float* to = out + index[k] * stride;
+        for (int c = 0; c < C; ++c) {
+            lanes<N> sum = row[0] * p[0][c];
+            for (int j = 1; j < W; ++j) sum += row[j] * p[j][c];
+            put<N>(to + c * N, sum);
+        }
+    }
+}
+
+// Backward of it: the gradient of each row, own [W] at own + i * own_stride, and of the projection, added to `total`.
+template <int D, int W>
+inline void project_back(const float* values, int64_t start, const float* projection, const int64_t* rows, int64_t row_stride,
+                         const int64_t* index, int64_t count, const float* gradient, int64_t stride, float* own,
+                         int64_t own_stride, float* total) {
+    constexpr int N = D < 16 ? D : 16, C = D / N;
+    lanes<N> sums[W][C];
+    lanes<W> columns[D];
+    for (int j = 0; j < W; ++j)
+        for (int c = 0; c < C; ++c) sums[j][c] = get<N>(total + j * D + c * N);
+    for (int d = 0; d < D; ++d) {
+        float column[W];
+        for (int j = 0; j < W; ++j) column[j] = projection[j * D + d];
+        columns[d] = get<W>(column);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        const float* row = values + (rows[index[k] * row_stride] - start) * W;
+        const float* g = gradient + index[k] * stride;
+        // Two running sums, for the sake of speed: of the first half of the dimensions, and of the second.
+        lanes<W> low = g[0] * columns[0], high = g[D / 2] * columns[D / 2];
+        for (int d = 1; d < D / 2; ++d) low += g[d] * columns[d], high += g[D / 2 + d] * columns[D / 2 + d];
+        put<W>(own + index[k] * own_stride, low + high);
+        for (int j = 0; j < W; ++j)
+            for (int c = 0; c < C; ++c) sums[j][c] += row[j] * get<N>(g + c * N);
+    }
+    for (int j = 0; j < W; ++j)
+        for (int c = 0; c < C; ++c) put<N>(total + j * D + c * N, sums[j][c]);
+}
+
+// The vectors of up to BLOCK_OF_IDS ids; whether that was possible.
+template <class T, int D>
+bool gather_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
+                         int64_t row_stride, int64_t n, T* out, int64_t stride) {
+    if constexpr (!std::is_same<T, float>::value || (D != 8 && D != 16 && D != 32)) {
+        return false;
+    } else {
+        int64_t index[BLOCK_OF_IDS];
+        int64_t found = 0;
+        for (int64_t w = 0; w < program.num_weights; ++w) {
+            const Piece* piece = alternative_in(program, lookup, w);
+            const int64_t count = piece ? ids_in_weight(program, w, rows, row_stride, n, index) : 0;
+            if (count == 0) continue;
+            found += count;
+            const float* values = static_cast<const float*>(call.weights[w]);
+            const int64_t start = program.weights[w].start, width = program.weights[w].width;
+            if (piece->projection < 0) {
+                for (int64_t k = 0; k < count; ++k)
+                    std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - start) * D, D * sizeof(float));
+                continue;
+            }
+            const float* projection = static_cast<const float*>(call.projections[piece->projection]);
+            const bool done = with_narrow_width<D>(width, [&](auto v) {
+                project<D, v>(values, start, projection, rows, row_stride, index, count, out, stride);
+            });
+            if (!done) return false;
+        }
+        if (found < n)
+            for (int64_t i = 0; i < n; ++i)
+                if (rows[i * row_stride] < 0) std::memset(out + i * stride, 0, D * sizeof(float));
+        return true;
+    }
+}
+
 inline bool is_one_row(const Program& program, const Lookup& lookup) {
     return lookup.operation == CONCAT && lookup.num_pieces == 1 && program.pieces[lookup.first_piece].kind != BLOCK;
 }
 
 // How a lookup's ids and addresses lie: id i of the lookup at ids[i * stride], its rows at rows[i * row_stride].
 struct Place {
-    int64_t first_id, stride, rows, row_stride;
+    int64_t first_id, stride, rows, row_stride, num_ids;
 };
 
 inline Place place_of(const Program& program, const Call& call, int64_t l, const int64_t* starts) {
     const Lookup& lookup = program.lookups[l];
-    if (call.offsets == nullptr) return {lookup.column, program.num_features, starts[l], program.rows_per_example};
-    return {call.offsets[lookup.column * call.batch], 1, starts[l], lookup.num_rows};
+    if (call.offsets == nullptr) return {lookup.column, program.num_features, starts[l], program.rows_per_example, call.batch};
+    const int64_t first = call.offsets[lookup.column * call.batch];
+    return {first, 1, starts[l], lookup.num_rows, call.offsets[(lookup.column + 1) * call.batch] - first};
 }
 
 // First address of each lookup: within an example, or with offsets in the whole.
@@ -380,6 +506,14 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
     if (!pools) {
         int64_t begin = first, end = last;
         ids_of_bags(call, lookup, begin, end);
+        if (lookup.operation == MIXED && !id_weights) {
+            int64_t i = begin;
+            for (; i < end; i += BLOCK_OF_IDS)
+                if (!gather_alternatives<T, D>(program, call, lookup, rows + i * place.row_stride, place.row_stride,
+                                               std::min(BLOCK_OF_IDS, end - i), out + i * output.stride, output.stride))
+                    break;
+            if (i >= end) return;
+        }
         const bool copies = !id_weights && is_one_row(program, lookup);
         const T* values = nullptr;
         if (copies) {
@@ -471,9 +605,10 @@ Outcome forward(const Call& call) {
 
 struct Rule {
     int64_t kind;
-    float lr, l2, eps, beta1, beta2, rest1, rest2, correction1, correction2, clip;
+    float clip;
+    float lr, l2, eps, beta1, beta2, rest1, rest2, correction1, correction2;
 
-    explicit Rule(const Call& call) : kind(call.rule) {
+    explicit Rule(const Call& call) : kind(call.rule), clip(0) {
         if (kind >= DENSE_GRADIENT) return;
         const double* h = call.hyper;
         lr = static_cast<float>(h[0]), l2 = static_cast<float>(h[1]), eps = static_cast<float>(h[2]);
@@ -550,6 +685,9 @@ inline void update_scalars(const Rule& rule, T* w, S* s0, S* s1, float* g, int64
 
 // ---- the occurrences of rows ---------------------------------------------------------------------------------------
 
+// How many ids (or entries) ahead of their use rows are asked for.
+constexpr int64_t AHEAD = 12;
+
 // A row, and where its gradient lies: an element of the output's gradient, or with OWN of the values made from it.
 struct Entry {
     uint64_t row;
@@ -557,17 +695,20 @@ struct Entry {
 };
 constexpr uint64_t OWN = uint64_t{1} << 63;
 
-// A stretch of a block of scalars.
-struct Stretch {
-    uint64_t first;
-    uint64_t source;
-    int64_t length;
-};
+// Of a stretch of a block of scalars the row is the first scalar; its source holds the length too.
+constexpr int LENGTH_BITS = 15, SOURCE_BITS = 48;
+inline int64_t length_of(const Entry& stretch) {
+    return static_cast<int64_t>((stretch.source & ~OWN) >> SOURCE_BITS);
+}
+inline uint64_t source_of(const Entry& stretch) {  // as a row's
+    return stretch.source & (OWN | ((uint64_t{1} << SOURCE_BITS) - 1));
+}
 
 // Rows whose numbers agree but for the last bits belong to one thread: their state may share a cache line.
 constexpr int64_t LINE_BITS = 4;
 // Stretches end where a region does, for the same reason.
 constexpr int64_t REGION_BITS = 10;
+static_assert(REGION_BITS < LENGTH_BITS, "");
 
 inline bool belongs(uint64_t place, uint64_t part, uint64_t parts) {
     // Any function of the place that spreads evenly; a multiply and the product's upper bits.
@@ -589,9 +730,8 @@ struct Buffer {
 // What one part of an update works with; kept from step to step, so that no step maps memory anew.
 struct Workspace {
     Buffer<Entry> entries, spare;
-    Buffer<Stretch> stretches;
     std::vector<uint32_t> counts;
-    Buffer<uint64_t> order;
+    std::vector<Entry> order;
     Buffer<float> sum;
 };
 
@@ -662,7 +802,6 @@ struct Target {
 template <int W, class T, class S>
 void update_rows(const Rule& rule, Target<T, S>& target, const Entry* entry, const Entry* end, const T* gradient,
                  const float* own, float* sum) {
-    constexpr int64_t AHEAD = 12;
     const int64_t width = fixed<W>(target.width), state_width = rule.kind == ROWWISE_ADAGRAD ? 1 : width;
     const bool sparse = rule.kind == SPARSE_GRADIENT;
     while (entry < end) {
@@ -695,42 +834,74 @@ void update_rows(const Rule& rule, Target<T, S>& target, const Entry* entry, con
     }
 }
 
+template <class S>
+inline void prefetch(const S* values, int64_t at, int64_t count) {
+    if (!values) return;
+    const char* first = reinterpret_cast<const char*>(values + at);
+    const char* last = first + count * static_cast<int64_t>(sizeof(S)) - 1;
+    for (const char* line = first; line < last; line += 64) __builtin_prefetch(line, 1);
+    __builtin_prefetch(last, 1);
+}
+
 // Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole.
 template <class T, class S>
 void update_stretches(const Rule& rule, Target<T, S>& target, Workspace& work, const Entry* entry, const Entry* end,
                       const T* gradient, const float* own) {
-    const Stretch* all = work.stretches.data.get();
+    auto add = [&](const Entry& stretch, float* to) {
+        const uint64_t source = source_of(stretch);
+        if (source & OWN) {
+            const float* from = own + (source & ~OWN);
+            each<0>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
+        } else {
+            const T* from = gradient + source;
+            each<0, T>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
+        }
+    };
     while (entry < end) {
         const uint64_t first = entry->row;
         uint64_t stop = first;
         const Entry* chain = entry;
         bool one_place = true;
         for (; entry < end && (entry == chain || entry->row < stop); ++entry) {
+            if (entry + AHEAD < end) {
+                const Entry& later = entry[AHEAD];
+                const int64_t at = static_cast<int64_t>(later.row) - target.start;
+                if (!target.rows) prefetch(target.values, at, length_of(later));
+                prefetch(target.state0, at, length_of(later));
+                prefetch(target.state1, at, length_of(later));
+                if (!(later.source & OWN)) __builtin_prefetch(gradient + source_of(later));
+            }
             one_place &= entry->row == first;
-            stop = std::max(stop, entry->row + static_cast<uint64_t>(all[entry->source].length));
+            stop = std::max(stop, entry->row + static_cast<uint64_t>(length_of(*entry)));
         }
         const size_t count = static_cast<size_t>(entry - chain);
         const int64_t length = static_cast<int64_t>(stop - first);
+        const int64_t scalar = static_cast<int64_t>(first) - target.start;
+        if (count == 1 && !target.rows && rule.clip == 0) {  // the rule, and fast
+            S* const s0 = target.state0 ? target.state0 + scalar : nullptr;
+            S* const s1 = target.state1 ? target.state1 + scalar : nullptr;
+            with_dim<T>(length, [&](auto w) {
+                work.sum.reserve(length);
+                const Entry one{first, source_of(*chain)};
+                sum_run<w>(&one, &one + 1, gradient, own, length, work.sum.data.get());
+                update_row<w>(rule, target.values + scalar, s0, s1, work.sum.data.get(), length);
+            });
+            continue;
+        }
         work.sum.reserve(length);
         float* sum = work.sum.data.get();
         for (int64_t i = 0; i < length; ++i) sum[i] = 0;
-        work.order.reserve(count);
-        uint64_t* order = work.order.data.get();
-        for (size_t i = 0; i < count; ++i) order[i] = chain[i].source;
-        if (!one_place) std::sort(order, order + count);  // back into input order
-        for (size_t i = 0; i < count; ++i) {
-            const Stretch& stretch = all[order[i]];
-            float* to = sum + (stretch.first - first);
-            if (stretch.source & OWN) {
-                const float* from = own + (stretch.source & ~OWN);
-                each<0>(stretch.length, [&](int64_t d, auto m) { put<m>(to + d, get<m>(to + d) + get<m>(from + d)); });
-            } else {
-                const T* from = gradient + stretch.source;
-                each<0, T>(stretch.length, [&](int64_t d, auto m) { put<m>(to + d, get<m>(to + d) + get<m>(from + d)); });
-            }
+        if (one_place) {
+            for (const Entry* e = chain; e < entry; ++e) add(*e, sum);
+        } else {
+            // One order for all the stretches of a scalar: that of their sources.
+            work.order.assign(chain, entry);
+            std::sort(work.order.begin(), work.order.end(), [](const Entry& a, const Entry& b) {
+                return source_of(a) != source_of(b) ? source_of(a) < source_of(b) : a.row < b.row;
+            });
+            for (const Entry& stretch : work.order) add(stretch, sum + (stretch.row - first));
         }
-        const int64_t scalar = static_cast<int64_t>(first) - target.start;
-        if (rule.kind == SPARSE_GRADIENT) {
+        if (target.rows) {
             for (int64_t i = 0; i < length; ++i) target.rows[target.next + i] = scalar + i;
             update_row<0>(rule, target.values + target.next, target.state0, target.state1, sum, length);
             target.next += length;
@@ -773,6 +944,59 @@ inline int64_t own_column(const Program& program, const Lookup& lookup, int64_t 
 // Examples whose gradients of the projections are added up by themselves first: the same for any number of threads.
 constexpr int64_t CHUNK = 512;
 
+// Asks for rows that will be read.
+template <class T>
+inline void prefetch_rows(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows) {
+    if (rows[0] < 0 || (lookup.operation != MULT && lookup.operation != MIXED)) return;
+    for (int64_t c = 0; c < lookup.num_rows; ++c) {
+        int64_t w = program.pieces[lookup.first_piece + c].weight;
+        if (lookup.operation == MIXED) {
+            w = 0;
+            for (int64_t k = 1; k < program.num_weights; ++k) w += rows[0] >= program.weights[k].start;
+        }
+        __builtin_prefetch(row_of<T>(program, call, w, rows[c]));
+    }
+}
+
+// Gradients of the rows of up to BLOCK_OF_IDS ids with alternatives; whether that was possible: it begins with nothing
+// that it cannot finish.
+template <int D>
+bool own_of_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
+                         int64_t row_stride, int64_t n, const float* gradient, int64_t stride, float* own,
+                         int64_t own_stride, float* const* projection_sums) {
+    if constexpr (D != 8 && D != 16 && D != 32) {
+        return false;
+    } else {
+        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+            const Piece& piece = program.pieces[lookup.first_piece + c];
+            if (piece.projection >= 0 && !with_narrow_width<D>(piece.width, [](auto) {})) return false;
+        }
+        for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
+        int64_t index[BLOCK_OF_IDS];
+        for (int64_t w = 0; w < program.num_weights; ++w) {
+            const Piece* piece = alternative_in(program, lookup, w);
+            const int64_t count = piece ? ids_in_weight(program, w, rows, row_stride, n, index) : 0;
+            if (count == 0) continue;
+            if (piece->projection >= 0) {
+                const float* values = static_cast<const float*>(call.weights[w]);
+                for (int64_t k = 0; k < count; ++k)
+                    __builtin_prefetch(values + (rows[index[k] * row_stride] - program.weights[w].start) * piece->width);
+            }
+            if (piece->projection < 0) {
+                for (int64_t k = 0; k < count; ++k)
+                    std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
+                continue;
+            }
+            with_narrow_width<D>(piece->width, [&](auto v) {
+                project_back<D, v>(static_cast<const float*>(call.weights[w]), program.weights[w].start,
+                                   static_cast<const float*>(call.projections[piece->projection]), rows, row_stride, index,
+                                   count, gradient, stride, own, own_stride, projection_sums[piece->projection]);
+            });
+        }
+        return true;
+    }
+}
+
 // The values that rows take where they are no slices of the gradient, for the ids of bags [first, last).
 template <class T, int D>
 void make_own(const Program& program, const Call& call, int64_t l, const Place& place, const Flow& flow, int64_t first,
@@ -786,15 +1010,31 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     const bool pools = call.offsets && output.pooling != NONE;
     float* g = scratch;
     float* product = scratch + dim;
+    if constexpr (std::is_same<T, float>::value) {
+        if (lookup.operation == MIXED && !pools && !id_weights) {
+            int64_t begin = first, end = last;
+            ids_of_bags(call, lookup, begin, end);
+            int64_t i = begin;
+            for (; i < end; i += BLOCK_OF_IDS)
+                if (!own_of_alternatives<D>(program, call, lookup, call.rows + place.rows + i * place.row_stride,
+                                            place.row_stride, std::min(BLOCK_OF_IDS, end - i), gradient + i * output.stride,
+                                            output.stride, own + flow.own_start + i * flow.own_stride, flow.own_stride,
+                                            projection_sums))
+                    break;
+            if (i >= end) return;
+        }
+    }
     for (int64_t b = first; b < last; ++b) {
         int64_t begin = b, end = b + 1;
         ids_of_bags(call, lookup, begin, end);
         const int64_t* rows = call.rows + place.rows + begin * place.row_stride;
         const float divisor = pools ? divisor_of(lookup, output, rows, place.row_stride, end - begin) : 1.0f;
         for (int64_t i = begin; i < end; ++i, rows += place.row_stride) {
+            if (i + AHEAD < place.num_ids) prefetch_rows<T>(program, call, lookup, rows + AHEAD * place.row_stride);
             if (rows[0] < 0) continue;
             const int64_t at = i * place.stride;
             const T* from = gradient + (pools ? b : i) * output.stride;
+            __builtin_prefetch(from + AHEAD * output.stride);
             const float factor = id_weights ? id_weights[at] : 1.0f;
             each<D, T>(dim, [&](int64_t d, auto n) { put<n>(g + d, get<n>(from + d) / divisor * factor); });
             float* to = own + flow.own_start + i * flow.own_stride;
@@ -845,7 +1085,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     break;
                 }
                 default: {  // MIXED
-                    const Piece& piece = program.pieces[weight_of(program, lookup, rows[0])];
+                    const Piece& piece = alternative_of(program, lookup, rows[0]);
                     if (piece.projection < 0) {
                         each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
                         break;
@@ -867,7 +1107,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
 }
 
 // The rows of one part: those of ids in order, first by example, with offsets by lookup.
-inline void add_row(Workspace& work, const Program& program, const Piece& piece, uint64_t row, uint64_t source,
+inline void add_row(Workspace& work, Workspace& stretches, const Program& program, const Piece& piece, uint64_t row, uint64_t source,
                     uint64_t part, uint64_t parts) {
     if (piece.kind != BLOCK) {
         if (belongs(row >> LINE_BITS, part, parts)) work.entries.data[work.entries.size++] = {row, source};
@@ -878,16 +1118,12 @@ inline void add_row(Workspace& work, const Program& program, const Piece& piece,
     for (int64_t left = piece.width; left > 0;) {
         const uint64_t region = ((row >> REGION_BITS) + 1) << REGION_BITS;
         const int64_t length = std::min<int64_t>(left, static_cast<int64_t>(std::min(region, end) - row));
-        if (belongs(row >> REGION_BITS, part, parts)) work.stretches.data[work.stretches.size++] = {row, source, length};
+        if (belongs(row >> REGION_BITS, part, parts))
+            stretches.entries.data[stretches.entries.size++] = {row, source | static_cast<uint64_t>(length) << SOURCE_BITS};
         left -= length, source += static_cast<uint64_t>(length), row += static_cast<uint64_t>(length);
         if (row == end) row = start;
     }
 }
-
-// Rows that one part updates, sorted, and after them its stretches, sorted by where they begin.
-struct Sorted {
-    size_t num_rows, num_stretches;
-};
 
 template <class T, class S>
 struct Update {
@@ -911,11 +1147,10 @@ struct Update {
         each_weight(works[part], [&](int64_t w, const Entry* e, const Entry* end) {
             for (const Entry* at = e; at < end; ++at) counts[w] += at == e || at->row != at[-1].row;
         });
-        const Stretch* all = works[part].stretches.data.get();
         each_weight(stretch_works[part], [&](int64_t w, const Entry* e, const Entry* end) {
             uint64_t covered = 0;
             for (; e < end; ++e) {
-                const uint64_t stop = e->row + static_cast<uint64_t>(all[e->source].length);
+                const uint64_t stop = e->row + static_cast<uint64_t>(length_of(*e));
                 if (stop > covered) counts[w] += static_cast<int64_t>(stop - std::max(covered, e->row));
                 covered = std::max(covered, stop);
             }
@@ -961,16 +1196,8 @@ struct Update {
     }
 
     void sort(int64_t part) const {
-        Workspace& work = works[part];
-        Workspace& stretches = stretch_works[part];
-        const uint64_t end = static_cast<uint64_t>(program.total_rows);
-        sort_entries(work, end);
-        stretches.entries.size = 0;
-        if (!work.stretches.size) return;
-        stretches.entries.reserve(work.stretches.size);
-        for (size_t i = 0; i < work.stretches.size; ++i)
-            stretches.entries.data[stretches.entries.size++] = {work.stretches.data[i].first, i};
-        sort_entries(stretches, end);
+        sort_entries(works[part], static_cast<uint64_t>(program.total_rows));
+        sort_entries(stretch_works[part], static_cast<uint64_t>(program.total_rows));
     }
 
     void run(int64_t parts, int64_t* num_gradient_rows) const {
@@ -1072,14 +1299,17 @@ void backward(const Call& call, const Call& gradients) {
                 float* chunk_sums = keep.projections.data.get() + chunk * chunk_size;
                 for (int64_t i = 0; i < chunk_size; ++i) chunk_sums[i] = 0;
                 for (int64_t p = 0; p < program.num_projections; ++p) sums[p] = chunk_sums + projection_starts[p];
-                const int64_t first = chunk * CHUNK, last = std::min(call.batch, first + CHUNK);
-                for (int64_t l = 0; l < program.num_lookups; ++l) {
-                    if (flows[l].direct) continue;
-                    const Place place = place_of(program, call, l, starts.data());
-                    with_dim<T>(program.lookups[l].dim, [&](auto dim) {
-                        make_own<T, dim.value>(program, call, l, place, flows[l], first, last, keep.own.data.get(),
-                                                  scratch.data(), sums.data());
-                    });
+                const int64_t end = std::min(call.batch, (chunk + 1) * CHUNK);
+                for (int64_t first = chunk * CHUNK; first < end; first += BLOCK_OF_IDS) {
+                    const int64_t last = std::min(end, first + BLOCK_OF_IDS);
+                    for (int64_t l = 0; l < program.num_lookups; ++l) {
+                        if (flows[l].direct) continue;
+                        const Place place = place_of(program, call, l, starts.data());
+                        with_dim<T>(program.lookups[l].dim, [&](auto dim) {
+                            make_own<T, dim.value>(program, call, l, place, flows[l], first, last, keep.own.data.get(),
+                                                   scratch.data(), sums.data());
+                        });
+                    }
                 }
             }
         });
@@ -1106,11 +1336,11 @@ void backward(const Call& call, const Call& gradients) {
     }
     std::vector<Workspace>& works = keep.works;
     in_parallel(parts, [&](int64_t part) {
-        Workspace& work = works[part];
-        work.entries.size = work.stretches.size = 0;
+        Workspace &work = works[part], &stretches = keep.stretch_works[part];
+        work.entries.size = stretches.entries.size = 0;
         // Bounds for any share of the rows: untouched pages cost nothing.
         work.entries.reserve(static_cast<size_t>(most_rows));
-        work.stretches.reserve(static_cast<size_t>(most_stretches));
+        stretches.entries.reserve(static_cast<size_t>(most_stretches));
         const uint64_t p = static_cast<uint64_t>(part), ps = static_cast<uint64_t>(parts);
         if (call.offsets == nullptr) {
             // What repeats from example to example: a slot for each address.
@@ -1138,7 +1368,7 @@ void backward(const Call& call, const Call& gradients) {
             for (int64_t b = 0; b < call.batch; ++b)
                 for (int64_t k = 0; k < n; ++k, ++row)
                     if (*row >= 0)
-                        add_row(work, program, *slots[k].piece, static_cast<uint64_t>(*row),
+                        add_row(work, stretches, program, *slots[k].piece, static_cast<uint64_t>(*row),
                                 slots[k].source + static_cast<uint64_t>(b) * slots[k].stride, p, ps);
             return;
         }
@@ -1159,7 +1389,7 @@ void backward(const Call& call, const Call& gradients) {
                             flows[l].direct
                                 ? static_cast<uint64_t>(output.start + from * output.stride + column)
                                 : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + own_column(program, lookup, c));
-                        add_row(work, program, pieces[c], static_cast<uint64_t>(*row), source, p, ps);
+                        add_row(work, stretches, program, pieces[c], static_cast<uint64_t>(*row), source, p, ps);
                     }
             }
         }
@@ -1203,7 +1433,6 @@ inline Outcome run_gather(const Gather& gather) {
     in_parallel(gather.num_threads, [&](int64_t part) {
         const int64_t first = gather.num_ids * part / gather.num_threads, last = gather.num_ids * (part + 1) / gather.num_threads;
         auto copy = [&](auto size) {
-            constexpr int64_t AHEAD = 32;
             const int64_t n = size.value ? size.value : bytes;
             for (int64_t i = first; i < last; ++i) {
                 if (i + AHEAD < last)
@@ -1242,7 +1471,7 @@ void update_of(const RowUpdate& u) {
     std::vector<Workspace>& works = keep.works;
     in_parallel(u.num_threads, [&](int64_t part) {
         Workspace& work = works[part];
-        work.entries.size = work.stretches.size = 0;
+        work.entries.size = keep.stretch_works[part].entries.size = 0;
         work.entries.reserve(static_cast<size_t>(u.num_ids));
         for (int64_t i = 0; i < u.num_ids; ++i) {
             const uint64_t row = static_cast<uint64_t>(u.rows[i]);

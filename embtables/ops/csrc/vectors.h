@@ -59,6 +59,16 @@ inline float sum_of(lanes<N> v) {
     if constexpr (N == 1) {
         return v;
     } else {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+        // Without it the compiler goes through memory.
+        if constexpr (N == 16)
+            return sum_of<8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+        if constexpr (N == 8)
+            return sum_of<4>(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+        if constexpr (N == 4)
+            return sum_of<2>(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
+#endif
         lanes<N / 2> low, high;
         std::memcpy(&low, &v, sizeof low);
         std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
@@ -71,8 +81,11 @@ template <int W, class T = float, class F>
 inline void each(int64_t n, const F& f) {
     if constexpr (W == 0 || !std::is_same<T, float>::value) {
         int64_t i = 0;
-        if constexpr (std::is_same<T, float>::value)
+        if constexpr (std::is_same<T, float>::value) {
             for (; i + 16 <= n; i += 16) f(i, std::integral_constant<int, 16>{});
+            if (i + 8 <= n) f(i, std::integral_constant<int, 8>{}), i += 8;
+            if (i + 4 <= n) f(i, std::integral_constant<int, 4>{}), i += 4;
+        }
         for (; i < n; ++i) f(i, std::integral_constant<int, 1>{});
     } else {
         constexpr int N = W < 16 ? W : 16;
