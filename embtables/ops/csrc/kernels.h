@@ -722,8 +722,8 @@ struct Buffer {
     size_t capacity = 0, size = 0;
     void reserve(size_t n) {
         if (n <= capacity) return;
+        data.reset(new E[n + n / 4]);  // may throw, and then nothing has changed
         capacity = n + n / 4;
-        data.reset(new E[capacity]);
     }
 };
 
@@ -1316,7 +1316,7 @@ void backward(const Call& call, const Call& gradients) {
     }
 
     const int64_t parts = call.num_threads;
-    if (static_cast<int64_t>(keep.works.size()) < parts) {
+    if (static_cast<int64_t>(keep.stretch_works.size()) < parts) {
         keep.works.resize(parts);
         keep.stretch_works.resize(parts);
     }
@@ -1328,10 +1328,11 @@ void backward(const Call& call, const Call& gradients) {
             most_rows += flows[l].num_ids * lookup.num_rows;
             continue;
         }
-        // A block may be cut where the slab ends and at each end of a region; a short slab is run through repeatedly.
+        // A block is cut where the slab ends, a short slab being run through repeatedly, and at each end of a region,
+        // of which every run may meet one however short it is.
         for (int64_t c = 0; c < lookup.num_pieces; ++c) {
             const Piece& p = program.pieces[lookup.first_piece + c];
-            most_stretches += flows[l].num_ids * (2 + (p.width >> REGION_BITS) + p.width / p.b);
+            most_stretches += flows[l].num_ids * (2 * (2 + p.width / p.b) + (p.width >> REGION_BITS));
         }
     }
     std::vector<Workspace>& works = keep.works;
@@ -1464,7 +1465,7 @@ void update_of(const RowUpdate& u) {
     call.weights = weights, call.states = states, call.rule = u.rule, call.hyper = u.hyper, call.num_hyper = u.num_hyper;
     call.step = u.step;
     Kept& keep = kept();
-    if (static_cast<int64_t>(keep.works.size()) < u.num_threads) {
+    if (static_cast<int64_t>(keep.stretch_works.size()) < u.num_threads) {
         keep.works.resize(u.num_threads);
         keep.stretch_works.resize(u.num_threads);
     }

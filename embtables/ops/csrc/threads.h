@@ -2,6 +2,7 @@
 // of our own, would compete with PyTorch's, which go on spinning for a while after each of its operations.
 #pragma once
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <new>
 #include <thread>
@@ -44,7 +45,12 @@ void in_parallel(int64_t parts, const Work& work) {
         parallel(run, &shared, static_cast<unsigned>(parts), 0);
     } else {
         std::vector<std::thread> threads;
-        for (int64_t i = 1; i < parts; ++i) threads.emplace_back(run, &shared);
+        threads.reserve(static_cast<std::size_t>(parts));
+        try {
+            for (int64_t i = 1; i < parts; ++i) threads.emplace_back(run, &shared);
+        } catch (...) {
+            // No memory or no permission for another thread: those there are do its parts.
+        }
         run(&shared);
         for (auto& thread : threads) thread.join();
     }
