@@ -486,7 +486,7 @@ inline void ids_of_bags(const Call& call, const Lookup& lookup, int64_t& first, 
 
 // What a bag's vectors are divided by: for a mean the ids that are no padding, at least 1.
 inline float divisor_of(const Lookup& lookup, const Output& output, const int64_t* rows, int64_t stride, int64_t n) {
-    if (output.pooling != POOL_MEAN) return 1.0f;
+    if (output.pooling != POOL_MEAN || lookup.num_rows == 0) return 1.0f;
     int64_t count = lookup.has_padding ? 0 : n;
     if (lookup.has_padding)
         for (int64_t i = 0; i < n; ++i) count += rows[i * stride] >= 0;
