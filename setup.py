@@ -57,7 +57,10 @@ class build_native(build_ext):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         libraries = ["dl"] if platform.system() == "Linux" else []
         extra = ["-pthread", *os.environ.get("EMBTABLES_LDFLAGS", "").split()]
-        self.compiler.link_shared_object(objects, path, libraries=libraries, extra_postargs=extra, target_lang="c++")
+        # A process that has the old library loaded keeps it: the new one takes its place as another file.
+        fresh = f"{path}.{os.getpid()}"
+        self.compiler.link_shared_object(objects, fresh, libraries=libraries, extra_postargs=extra, target_lang="c++")
+        os.replace(fresh, path)
 
 
 class wheel_for_any_python(bdist_wheel):

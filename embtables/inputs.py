@@ -16,7 +16,7 @@ PoolingLike: TypeAlias = str | Mapping[str, str | None] | None
 
 
 def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, feature_names: Sequence[str]) -> None:
-    """Raises ``TypeError`` or ``ValueError``, naming the argument that does not fit."""
+    """Raises ``TypeError`` or ``ValueError``, naming the argument whose type or shape does not fit."""
     num_features = len(feature_names)
     for name, value in (("ids", ids), ("offsets", offsets), ("per_sample_weights", weights)):
         if not isinstance(value, Tensor) and (value is not None or name == "ids"):
@@ -41,6 +41,12 @@ def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, fea
             f"offsets must be 1-D with {num_features}·batch + 1 elements for {num_features} features; "
             f"they have shape {tuple(offsets.shape)}"
         )
+
+
+def check_offsets(ids: Tensor, offsets: Tensor | None) -> None:
+    """Raises ``ValueError`` for offsets that do not rise from 0 to the number of ids: unlike shapes, this is data."""
+    if offsets is None:
+        return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != ids.numel() or bool((offsets.diff() < 0).any()):
         raise ValueError(

@@ -126,7 +126,8 @@ class Lookups(nn.Module):
             return Picked(self._in_range(by_feature.long(), feature), feature, None, weights, None)
         starts = offsets[self.columns * batch]
         lengths = offsets[(self.columns + 1) * batch] - starts
-        feature = self.lookup.repeat_interleave(lengths)
+        # Its size is known where all ids are taken, and need not be asked of the device.
+        feature = self.lookup.repeat_interleave(lengths, output_size=ids.numel() if self.takes_all else None)
         if self.takes_all:
             return Picked(self._in_range(ids.long(), feature), feature, offsets, weights, None)
         before = lengths.cumsum(0) - lengths

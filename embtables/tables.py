@@ -18,7 +18,7 @@ from embtables import ops
 from embtables.config import TableConfig
 from embtables.files import replacing
 from embtables.hashing import seed_for
-from embtables.inputs import CONFIG, PoolingLike, check_input, check_pooling
+from embtables.inputs import CONFIG, PoolingLike, check_input, check_offsets, check_pooling
 from embtables.layout import FULL
 from embtables.lookups import Bags, Lookups, Picked
 from embtables.memory import Memory, storage_bytes
@@ -235,6 +235,7 @@ class EmbeddingTables(nn.Module):
             if pooling is None:
                 return self._native(whole, lambda: whole.in_input_order(*given, trains), given, trains)
             return self._native(whole, lambda: whole.side_by_side(*given, self._modes(pooling), trains), given, trains)
+        check_offsets(ids, offsets)
         found = self._look_up(ids, offsets, per_sample_weights, trains)
         if pooling is None:
             weighted = [f.lookups.weighted(f.vectors, f.picked) for f in found]
@@ -292,6 +293,7 @@ class EmbeddingTables(nn.Module):
             given = (ids, None if offsets is None else offsets.long(), per_sample_weights)
             each = self._native(whole, lambda: whole.one_by_one(*given, self._modes(pooling), trains), given, trains)
             return dict(zip(self.output_names, each))
+        check_offsets(ids, offsets)
         found = self._look_up(ids, offsets, per_sample_weights, trains)
         bags = None if offsets is None else Bags.of(offsets, len(self.feature_names))
         outputs = [output for f in found for output in f.lookups.outputs(f.vectors, f.picked, pooling, bags)]
@@ -334,7 +336,7 @@ class EmbeddingTables(nn.Module):
                     stage.step()
             found = look_up()
         except ops.Refused:
-            check_input(*given, self.feature_names)
+            check_offsets(*given[:2])
             batch = given[0].shape[0] if given[1] is None else (given[1].numel() - 1) // len(self.feature_names)
             for lookups in self._each_lookup():
                 lookups.pick(*given, batch)

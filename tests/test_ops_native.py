@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
 from torch import Tensor
 
-from embtables import EmbeddingTables, TableConfig, ops, plan
+from embtables import EmbeddingTables, Plan, TableConfig, ops, plan
 from embtables.methods import Method, from_config
 from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 
@@ -45,14 +47,19 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
+@cache
+def planned(method: str, optimizer: Any) -> Plan:
     # Frequencies in no order: ids are mapped to ranks.
     counts = {
         c.name: shuffled_counts(c.num_embeddings) if c.name == "item" else falling_counts(c.num_embeddings)
         for c in CONFIGS
     }
-    budget = None if method.kind == "full" else "40%"
-    return EmbeddingTables(plan(CONFIGS, method, budget, counts, optimizer), seed=3, std=0.5, **options)
+    settings = json.loads(method)
+    return plan(CONFIGS, settings, None if settings["kind"] == "full" else "40%", counts, optimizer)
+
+
+def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
+    return EmbeddingTables(planned(json.dumps(method.to_dict()), optimizer), seed=3, std=0.5, **options)
 
 
 def suits(method: Method, optimizer: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from embtables.allocator import keep_freed_memory
 from embtables.ops.program import Request
 
 VERSION = 1
@@ -22,8 +23,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3, "dense": 4, "sparse": 5}
 # Below this many rows a second thread costs more than it saves.
 _ROWS_A_THREAD = 4096
-# Tables from this size on ask for huge pages; blocks up to this size stay mapped from step to step.
-_HUGE, _KEPT = 4 * 2**20, 2**30
+# Tables from this size on ask for huge pages, outputs from this size on for memory that stays mapped.
+_HUGE, _LARGE = 2**22, 2**24
 
 # ``Outcome`` of ``csrc/program.h``.
 _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
@@ -124,7 +125,6 @@ def load() -> ctypes.CDLL:
         ("gather", [_pointer]),
         ("update", [_pointer]),
         ("huge_pages", [_pointer, _int]),
-        ("keep_blocks", [_int]),
     ):
         getattr(library, f"embtables_{name}").argtypes = arguments
     # PyTorch's OpenMP runtime is in the process from its import on.
@@ -178,9 +178,9 @@ class Library:
 
     def keep_large_blocks(self, num_bytes: int) -> None:
         """Large outputs come and go with each step; from the first one on the C library keeps their memory mapped."""
-        if num_bytes >= 2**24 and not self._keeps_blocks:
+        if num_bytes >= _LARGE and not self._keeps_blocks:
             self._keeps_blocks = True
-            self._library.embtables_keep_blocks(_KEPT)
+            keep_freed_memory()
 
     # ---- single weights ------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -12,7 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment", "keep_freed_memory", "peak_rss_bytes"]
+from embtables import ops
+
+__all__ = ["environment", "peak_rss_bytes"]
 
 _PACKAGES = (
     "embtables",
@@ -38,6 +39,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "memory_bytes": _memory_bytes(),
         "threads": threads,
+        "operators": ops.backend() if ops.instructions() is None else f"{ops.backend()} ({ops.instructions()})",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
@@ -50,21 +52,6 @@ def peak_rss_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def keep_freed_memory() -> None:
-    """Has the C library (glibc) keep what a step frees for the next one, instead of giving it back to the system.
-
-    Activations of some megabytes are otherwise mapped, and their pages zeroed, anew in each step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    # Older releases take no more than 32 MiB.
-    for option in (mmap_threshold, trim_threshold):
-        mallopt(option, 2**30) or mallopt(option, 2**25)
 
 
 def _version(name: str) -> str | None:

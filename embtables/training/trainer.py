@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import yaml
 
+from embtables.allocator import keep_freed_memory
 from embtables.budget import InfeasibleBudget
 from embtables.datasets import PreparedDataset
 from embtables.files import sha256, write_json, write_text
@@ -34,7 +35,7 @@ from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import check_identity
 from embtables.training.compilation import check_compiler
 from embtables.training.config import RunConfig
-from embtables.training.environment import environment, keep_freed_memory
+from embtables.training.environment import environment
 from embtables.training.loop import CHECKPOINT, Run
 from embtables.training.planning import labels, plan_tables, selected
 

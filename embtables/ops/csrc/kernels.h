@@ -1139,7 +1139,7 @@ struct Update {
         const bool stateful = rule.kind < DENSE_GRADIENT && call.states;
         return {static_cast<T*>(call.weights[w]), stateful ? static_cast<S*>(call.states[2 * w]) : nullptr,
                 stateful ? static_cast<S*>(call.states[2 * w + 1]) : nullptr, program.weights[w].width,
-                program.weights[w].start, call.gradient_rows ? call.gradient_rows[w] : nullptr, 0};
+                program.weights[w].start, rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, 0};
     }
 
     // Distinct rows (scalars) of each weight in a part's sorted lists, for SPARSE_GRADIENT.

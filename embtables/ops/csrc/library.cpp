@@ -7,7 +7,6 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
-#include <malloc.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -117,14 +116,6 @@ EXPORT void embtables_huge_pages(void* memory, int64_t bytes) {
     const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
     if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Lets the C library keep freed blocks of up to `bytes` for the next step, which would otherwise map them anew.
-EXPORT void embtables_keep_blocks(int64_t bytes) {
-#if defined(__GLIBC__)
-    mallopt(M_MMAP_THRESHOLD, static_cast<int>(bytes));
-    mallopt(M_TRIM_THRESHOLD, static_cast<int>(bytes));
 #endif
 }
 }
