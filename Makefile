@@ -1,6 +1,6 @@
 # `make help` lists the targets. Any Python 3.10–3.12 with venv will do; PYTHON=… names one.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format clean distclean
+.PHONY: help venv demo test sanitize bench lint format clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,11 @@ demo: $(STAMP) ## the main job on generated data: accuracy of each method at 10 
 
 test: $(STAMP) ## every test, ruff and mypy among them
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+
+# Random programs for each: SEEDS=20000 takes an hour.
+SEEDS ?= 2000
+sanitize: $(STAMP) ## the native kernels alone, all instruction sets, under AddressSanitizer, UBSan and ThreadSanitizer
+	EMBTABLES_SANITIZE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/test_ops_sanitizers.py
 
 # BENCH_FLAGS="--quick" takes about two minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
 bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about 15 minutes
