@@ -978,8 +978,16 @@ static void try_refusals(uint64_t seed) {
                 else
                     c.id_memory.as<int64_t>()[at] = c.random.one_of<int64_t>({-1, INT64_MIN, INT64_MAX, lookup.size});
                 Step step(c, *functions, num_threads);
+                const Memory refused(2, 8);
+                if (c.random.chance(2)) step.call.refused = refused.as<int64_t>();
                 EXPECT(step.forward() == REFUSED_ID, "an id out of range was taken");
                 unchanged(step);
+                if (step.call.refused) {
+                    const int64_t l = step.call.refused[0], id = step.call.refused[1];
+                    const int64_t wrong = c.narrow_ids ? c.id_memory.as<int32_t>()[at] : c.id_memory.as<int64_t>()[at];
+                    EXPECT(l >= 0 && l < static_cast<int64_t>(c.lookups.size()) && c.lookups[l].column == f && c.lookups[l].policy == REFUSE && id == wrong,
+                           "lookup " + std::to_string(l) + " and id " + std::to_string(id) + " were named as refused, not " + std::to_string(wrong));
+                }
                 c.id_memory = kept;
             }
             if (!c.jagged) continue;
