@@ -64,6 +64,16 @@ class build_native(build_ext):
 
 
 class wheel_for_any_python(bdist_wheel):
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+        # Without the library the wheel suits any machine, and is told from one with it by its name.
+        built = self.get_finalized_command("build_ext").get_outputs()
+        if not any(map(os.path.isfile, built)):
+            self.distribution.ext_modules = None
+            self.root_is_pure = True
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
