@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from embtables import ops
 from embtables.budget import Budget
 from embtables.config import OutOfRange, Pooling, TableConfig
 from embtables.layout import FULL
@@ -16,6 +17,7 @@ from embtables.lookups import Lookups, Picked
 from embtables.optimizers import FusedOptimizer
 from embtables.plan import MethodLike, plan
 from embtables.tables import EmbeddingTables
+from embtables.whole import WholeLookup
 
 
 class _Steps:
@@ -64,8 +66,7 @@ class _OneTable(nn.Module):
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
-    def _pick(self, ids: Tensor, bags: Tensor | None, weights: Tensor | None) -> tuple[Lookups, Picked, Tensor]:
-        """The lookup of this table, the flat ids as it takes them, and their vectors ``[N, D]``."""
+    def _check_ids(self, ids: Tensor) -> None:
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"the ids of table '{self.name}' must be an int32 or int64 tensor, not {kind}")
@@ -74,13 +75,64 @@ class _OneTable(nn.Module):
                 f"DataParallel copies table '{self.name}' to other devices without its addresses: "
                 "use DistributedDataParallel, or one device"
             )
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled() and not self.tables.served
+
+    def _in_one_pass(
+        self, ids: Tensor, bags: Tensor | None, weights: Tensor | None, mode: Pooling | None
+    ) -> Tensor | None:
+        """The output by native code: pooled ``[B, D]``, or ``[N, D]`` where there are no bags.
+
+        ``None`` where the lookup is not for native code, or refused by it: then nothing has happened, and ``_pick``
+        does it or says what is wrong.
+        """
+        tables, training = self.tables, self._trains()
+        whole = None if torch.compiler.is_compiling() or (training and tables.regularizers) else self._whole()
+        if whole is None or not whole.takes(ids, bags, weights, training):
+            return None
+        ids = ids.reshape(-1) if bags is not None else ids.reshape(-1, 1)
+        begun = training and self._steps.begun
+        try:
+            if training and not begun and tables.stages:
+                # A stage may change the weights, so that its step has to come first; and only where the ids are good.
+                whole.refuse(ids, bags)
+                begun = self._begin_step()
+            output = whole.side_by_side(ids, bags, weights, [mode], training, begun)
+        except ops.Refused:
+            return None
+        if training and not begun:
+            self._begin_step()
+        self._await_end_of_step(output, training)
+        return output
+
+    def _whole(self) -> WholeLookup | None:
+        """This table's native lookup, one for all views, where there is one."""
+        _, lookups, lookup = self._find()
+        made: dict[int, WholeLookup | None] = lookups.__dict__.setdefault("view_lookups", {})
+        if lookup not in made:
+            made[lookup] = WholeLookup.of(self.tables.store, [lookups], [lookup])
+        return made[lookup]
+
+    def _begin_step(self) -> bool:
+        """Begins a step, if this is its first lookup."""
+        if self._steps.begin():
+            self.tables._begin_step()
+        return True
+
+    def _await_end_of_step(self, output: Tensor, training: bool) -> None:
+        if training and output.requires_grad and (self.tables.stages or self.tables.store.optimizer is not None):
+            output.register_hook(self._steps.end)
+
+    def _pick(self, ids: Tensor, bags: Tensor | None, weights: Tensor | None) -> tuple[Lookups, Picked, Tensor]:
+        """The lookup of this table, the flat ids as it takes them, and their vectors ``[N, D]``."""
         tables = self.tables
         number, lookups, lookup = self._find()
         feature = lookups.lookup[lookup].expand(ids.numel())
         picked = Picked(lookups._in_range(ids.reshape(-1).long(), feature), feature, bags, weights, None)
-        training = self.training and torch.is_grad_enabled() and not tables.served
-        if training and self._steps.begin():
-            tables._begin_step()
+        training = self._trains()
+        if training:
+            self._begin_step()
         tables.store.training_lookup = training
         with torch.autocast(tables.store.device.type, enabled=False):
             parts = lookups.without_padding(lookups.block.address(picked.ids, feature), picked)
@@ -89,8 +141,7 @@ class _OneTable(nn.Module):
         tables.store.end_step()
         if training and tables.regularizers:
             vectors = tables.regularizers[number](vectors, picked.ids, feature)
-        if training and vectors.requires_grad and (tables.stages or tables.store.optimizer is not None):
-            vectors.register_hook(self._steps.end)
+        self._await_end_of_step(vectors, training)
         return lookups, picked, vectors
 
     @property
@@ -239,7 +290,11 @@ class Embedding(_OneTable):
 
     def forward(self, input: Tensor) -> Tensor:
         """Vectors ``[..., D]`` of ids ``[...]``."""
-        return self._pick(input, None, None)[2].view(*input.shape, self.embedding_dim)
+        self._check_ids(input)
+        vectors = self._in_one_pass(input, None, None, None)
+        if vectors is None:
+            vectors = self._pick(input, None, None)[2]
+        return vectors.view(*input.shape, self.embedding_dim)
 
 
 class EmbeddingBag(_OneTable):
@@ -281,6 +336,12 @@ class EmbeddingBag(_OneTable):
                     f"per_sample_weights have shape {tuple(per_sample_weights.shape)}, but ids {tuple(input.shape)}"
                 )
             per_sample_weights = per_sample_weights.reshape(-1)
+        self._check_ids(input)
+        pooled = self._in_one_pass(input, bags, per_sample_weights, self.mode)
+        if pooled is not None:
+            return pooled
+        if offsets is not None:
+            _check_bags(bags, input.numel())
         lookups, picked, vectors = self._pick(input, bags, per_sample_weights)
         return lookups.pool(vectors, picked, [self.mode])[0]
 
@@ -293,9 +354,14 @@ class EmbeddingBag(_OneTable):
         if ids.ndim != 1 or offsets is None or offsets.ndim != 1:
             raise ValueError(f"ids must be [B, N], or flat with 1-D offsets; they have shape {tuple(ids.shape)}")
         bags = offsets.long() if self.include_last_offset else F.pad(offsets.long(), (0, 1), value=ids.numel())
-        if not bags.numel() or bags[0] != 0 or bags[-1] > ids.numel() or bool((bags.diff() < 0).any()):
-            raise ValueError(f"offsets must rise from 0 to at most the number of ids, {ids.numel()}")
-        return bags
+        return bags if bags.numel() else _check_bags(bags, ids.numel())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+def _check_bags(bags: Tensor, num_ids: int) -> Tensor:
+    """The bags; raises ``ValueError`` for wrong ones, which unlike their shape is data. Native code sees for itself."""
+    if not bags.numel() or bags[0] != 0 or bags[-1] > num_ids or bool((bags.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to at most the number of ids, {num_ids}")
+    return bags

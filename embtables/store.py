@@ -262,17 +262,18 @@ class Store(nn.Module):
         """Whether the weights are parameters that get a gradient now."""
         return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self._parameters.values())
 
-    def lookup_weights(self) -> list[Tensor]:
-        """The weights of all widths."""
-        return [getattr(self, f"weight_{width}") for width in self.widths]
+    def lookup_weights(self, widths: Sequence[int] | None = None) -> list[Tensor]:
+        """The weights of these widths, by default of all."""
+        return [getattr(self, f"weight_{width}") for width in (self.widths if widths is None else widths)]
 
-    def differentiated_weights(self) -> list[Tensor]:
+    def differentiated_weights(self, widths: Sequence[int]) -> list[Tensor]:
         """The same; where a step has many lookups and dense gradients under their other names."""
-        weights = self.lookup_weights()
+        weights = self.lookup_weights(widths)
         return [self._aliases.of(w) for w in weights] if self.many_lookups and not self.sparse else weights
 
-    def extra_weights(self) -> list[Tensor]:
-        return [getattr(self, attribute) for attribute in self._extras.values()]
+    def extra_weights(self, names: Sequence[str] | None = None) -> list[Tensor]:
+        """These extras, by default all."""
+        return [getattr(self, self._extras[name]) for name in (self._extras if names is None else names)]
 
     def code_tensors(self) -> list[Tensor]:
         return [getattr(self, attribute) for attribute in self._codes.values()]
@@ -282,20 +283,22 @@ class Store(nn.Module):
         """The fused optimiser's hyper-parameters, as ``embtables.ops`` takes them."""
         return self._hyper
 
-    def next_step(self) -> Tensor:
-        """The number of the step that is about to begin, 0 where nobody counts."""
-        return self._step + 1 if self.optimizer is not None and self.optimizer.counts_steps else _NO_STEP
+    def next_step(self, begun: bool = False) -> Tensor:
+        """The number of the step that is about to begin, or of the one that has ``begun``; 0 where nobody counts."""
+        if self.optimizer is None or not self.optimizer.counts_steps:
+            return _NO_STEP
+        return self._step.clone() if begun else self._step + 1
 
     def two_states(self, names: Sequence[str]) -> list[Tensor]:
         """Two tensors of optimiser state for each weight, empty where the rule has none."""
         each = [self._state_of_rows(name) for name in names]
         return [state for states in each for state in (*states, *[torch.empty(0)] * (2 - len(states)))]
 
-    def lookup_states(self) -> list[Tensor]:
-        return self.two_states([f"weight_{width}" for width in self.widths])
+    def lookup_states(self, widths: Sequence[int]) -> list[Tensor]:
+        return self.two_states([f"weight_{width}" for width in widths])
 
-    def extra_states(self) -> list[Tensor]:
-        return self.two_states(list(self._extras.values()))
+    def extra_states(self, names: Sequence[str]) -> list[Tensor]:
+        return self.two_states([self._extras[name] for name in names])
 
     # ---- names, views and sizes ----------------------------------------------------------------------------------
 

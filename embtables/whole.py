@@ -23,15 +23,23 @@ class WholeLookup:
 
     Args:
         store: what they read.
-        lookups: the module's, whose blocks all have ``recipes``.
-        order: for each output its place among the blocks' lookups, one block after another.
+        lookups: the module's or some of them, whose blocks all have ``recipes``.
+        order: for each output its place among the blocks' lookups, one block after another. The features of these have
+            a column of the input each.
     """
 
     def __init__(self, store: Store, lookups: Sequence[Lookups], order: Sequence[int]) -> None:
         pairs = [pair for each in lookups for pair in zip(each.entrances(), each.block.recipes() or [])]
+        # What the blocks read, and no more: other weights take no part in a step.
+        read = [(piece.width, piece.projection) for _, recipe in pairs for piece in recipe.pieces]
+        widths, projections = {width for width, _ in read}, {name for _, name in read}
+        weights = {width: rows for width, rows in store.weight_rows().items() if width in widths}
+        extras = {name: shape for name, shape in store.extra_shapes().items() if name in projections}
         pairs = [pairs[i] for i in order]
+        columns = {column: i for i, column in enumerate(sorted({entrance.column for entrance, _ in pairs}))}
+        pairs = [(entrance._replace(column=columns[entrance.column]), recipe) for entrance, recipe in pairs]
         self.store = store
-        self.num_features = lookups[0].num_features
+        self.num_features = len(columns)
         self.columns = [entrance.column for entrance, _ in pairs]
         self.dims = [entrance.embedding_dim for entrance, _ in pairs]
         self.width = sum(self.dims)
@@ -40,9 +48,7 @@ class WholeLookup:
         self._weights: list[Tensor] = []
         self._kept: Bound | None = None
         self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
-        self.program = compile_program(
-            pairs, self.num_features, store.weight_rows(), store.extra_shapes(), store.code_names()
-        )
+        self.program = compile_program(pairs, self.num_features, weights, extras, store.code_names())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files begin without the places of these tensors."""
@@ -53,7 +59,10 @@ class WholeLookup:
         """``None`` where a block says nothing, there is nothing to look up, or there is no native code."""
         if ops.instructions() is None or store.device.type != "cpu" or not store.widths or not lookups:
             return None
-        return None if any(each.block.recipes() is None for each in lookups) else cls(store, lookups, order)
+        if any(each.block.recipes() is None for each in lookups):
+            return None
+        whole = cls(store, lookups, order)
+        return whole if whole.program.widths else None
 
     def takes(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool) -> bool:
         """Whether native code may look at these very tensors, and at the store's.
@@ -81,15 +90,21 @@ class WholeLookup:
     # ---- looking up ----------------------------------------------------------------------------------------------
 
     def side_by_side(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, modes: Sequence[str | None], training: bool
+        self,
+        ids: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        modes: Sequence[str | None],
+        training: bool,
+        begun: bool = False,
     ) -> Tensor:
-        """Pooled vectors ``[B, ΣD]``."""
+        """Pooled vectors ``[B, ΣD]``; ``begun`` says that the step which they belong to has been counted."""
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // self.num_features
         key = tuple(modes)
         if key not in self._side_by_side:
             self._side_by_side[key] = self._outputs(self.starts, [self.width] * len(self.dims), modes)
         outputs = self._side_by_side[key]
-        values = self._values(ids, offsets, weights, outputs, batch * self.width, training)
+        values = self._values(ids, offsets, weights, outputs, batch * self.width, training, begun)
         return values.view(batch, self.width)
 
     def one_by_one(
@@ -132,6 +147,7 @@ class WholeLookup:
         outputs: Tensor,
         num_values: int,
         training: bool,
+        begun: bool = False,
     ) -> Tensor:
         program, store = self.program, self.store
         given = Given(
@@ -144,17 +160,17 @@ class WholeLookup:
         )
         updates = training and store.optimizer is not None
         if torch.compiler.is_compiling():
-            return self._in_graph(given, updates)
+            return self._in_graph(given, updates, begun)
         bound = self._bound()
         assert bound is not None
         if updates:
-            return ops.update_in_backward(bound, given, store._hook, int(store.next_step()), self._weights)
+            return ops.update_in_backward(bound, given, store._hook, int(store.next_step(begun)), self._weights)
         if store.gives_gradients():
-            parameters = [*store.differentiated_weights(), *store.extra_weights()]
+            parameters = [*store.differentiated_weights(program.widths), *store.extra_weights(program.projections)]
             return ops.differentiate(bound, given, parameters, store.sparse or store.many_lookups)
         return bound.look_up(given)[0]
 
-    def _in_graph(self, given: Given, updates: bool) -> Tensor:
+    def _in_graph(self, given: Given, updates: bool, begun: bool) -> Tensor:
         store, request = self.store, self._request()
         values: Tensor = ops.look_up(
             request.words,
@@ -168,7 +184,7 @@ class WholeLookup:
             request.states,
             request.projection_states,
             request.hyper,
-            store.next_step(),
+            store.next_step(begun),
             given.num_values,
             given.num_rows,
             request.rule,
@@ -192,15 +208,15 @@ class WholeLookup:
         return ops.fits([*request.weights, *request.projections]) and ops.fits(states)
 
     def _request(self) -> Request:
-        store = self.store
+        store, widths, extras = self.store, self.program.widths, self.program.projections
         fused = store.optimizer
         return Request(
             self.program.words,
-            store.lookup_weights(),
-            store.extra_weights(),
+            store.lookup_weights(widths),
+            store.extra_weights(extras),
             store.code_tensors(),
-            store.lookup_states(),
-            store.extra_states(),
+            store.lookup_states(widths),
+            store.extra_states(extras),
             _NOTHING if fused is None else store.hyper,
             "sgd" if fused is None else fused.kind,
         )
