@@ -110,7 +110,7 @@ class Lookups(nn.Module):
     def entrances(self) -> list[Entrance]:
         """How ids come to each of the lookups, for native code."""
         return [
-            Entrance(column, t.embedding_dim, t.num_embeddings, t.on_out_of_range, seed, t.padding_idx)
+            Entrance(t.name, column, t.embedding_dim, t.num_embeddings, t.on_out_of_range, seed, t.padding_idx)
             for column, t, seed in zip(self.places, self.tables, self.seed.tolist())
         ]
 

@@ -251,16 +251,17 @@ class Store(nn.Module):
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(getattr(self, attribute).shape) for name, attribute in self._extras.items()}
 
-    def code_names(self) -> list[str]:
-        return list(self._codes)
+    def code_key(self, name: str) -> str:
+        """A code's name in state dicts."""
+        return self._codes[name]
 
-    def all_tensors(self) -> list[Tensor]:
-        """Whatever there is, in one order."""
-        return [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+    def codes(self) -> dict[str, Tensor]:
+        return {name: self.code(name) for name in self._codes}
 
     def gives_gradients(self) -> bool:
         """Whether the weights are parameters that get a gradient now."""
-        return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self._parameters.values())
+        weights = [*self.lookup_weights(), *self.extra_weights()]
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
     def lookup_weights(self, widths: Sequence[int] | None = None) -> list[Tensor]:
         """The weights of these widths, by default of all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -44,15 +45,24 @@ class WholeLookup:
         self.dims = [entrance.embedding_dim for entrance, _ in pairs]
         self.width = sum(self.dims)
         self.starts = [0, *accumulate(self.dims)][:-1]
-        self._place: list[int] = []
-        self._weights: list[Tensor] = []
+        pieces = [piece for _, recipe in pairs for piece in recipe.pieces]
+        # A product's gradient depends on its factors, that of a sum with signs on the ids.
+        products = any(recipe.operation == "mult" and len(recipe.pieces) > 1 for _, recipe in pairs)
+        self.reads_weights = products or any(piece.projection is not None for piece in pieces)
+        self.reads_ids = any(piece.sign_seed is not None for piece in pieces)
+        names = [
+            (feature, t.name, t.num_embeddings) for each in lookups for feature, t in zip(each.features, each.tables)
+        ]
+        self._ranges = json.dumps([names[i] for i in order])
+        self._key: list[Any] = []
         self._kept: Bound | None = None
         self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
-        self.program = compile_program(pairs, self.num_features, weights, extras, store.code_names())
+        self.program = compile_program(pairs, self.num_features, weights, extras, store.codes())
+        self._code_dtypes = [code.dtype for code in store.code_tensors()]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files begin without the places of these tensors."""
-        return {**self.__dict__, "_place": [], "_weights": [], "_kept": None}
+        return {**self.__dict__, "_key": [], "_kept": None}
 
     @classmethod
     def of(cls, store: Store, lookups: Sequence[Lookups], order: Sequence[int]) -> WholeLookup | None:
@@ -73,19 +83,28 @@ class WholeLookup:
         if ops.backend() != "native" or (weights is not None and weights.requires_grad):
             return False
         if torch.compiler.is_compiling():
-            fused = training and self.store.optimizer is not None
-            return not torch.compiler.is_exporting() and (fused or not self.store.gives_gradients()) and self._fits()
+            updates = training and self.store.optimizer is not None
+            # A graph may put other updates before the backward of a lookup, which must not read their results.
+            suits = not self.reads_weights if updates else not self.store.gives_gradients()
+            return suits and not torch.compiler.is_exporting() and self._fits(self._request())
         return (
             all(t is None or (type(t) is Tensor and t.is_cpu) for t in (ids, offsets, weights))
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0
             and self._bound() is not None
         )
 
+    def fits(self) -> bool:
+        """Whether native code takes the store's tensors as they are now, wherever they lie."""
+        return ops.backend() == "native" and self._fits(self._request())
+
     def refuse(self, ids: Tensor, offsets: Tensor | None) -> None:
         """Raises ``Refused`` for what ``side_by_side`` would refuse, and does nothing else."""
-        with torch.no_grad():
-            self.side_by_side(ids, offsets, None, ["sum"] * len(self.dims), False)
+        outputs = self._outputs(self.starts, self.dims, [None] * len(self.dims))
+        bound = self._bound()
+        assert bound is not None
+        bound.check(Given(ids.contiguous(), None if offsets is None else offsets.contiguous(), None, outputs, 0, 0))
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -164,7 +183,7 @@ class WholeLookup:
         bound = self._bound()
         assert bound is not None
         if updates:
-            return ops.update_in_backward(bound, given, store._hook, int(store.next_step(begun)), self._weights)
+            return ops.update_in_backward(bound, given, store._hook, int(store.next_step(begun)))
         if store.gives_gradients():
             parameters = [*store.differentiated_weights(program.widths), *store.extra_weights(program.projections)]
             return ops.differentiate(bound, given, parameters, store.sparse or store.many_lookups)
@@ -188,24 +207,31 @@ class WholeLookup:
             given.num_values,
             given.num_rows,
             request.rule,
+            self._ranges,
             store._hook if updates else None,
         )[0]
         return values
 
     def _bound(self) -> Bound | None:
-        """The program bound to the store's tensors, anew where one has moved; ``None`` where they do not fit."""
-        place = [tensor.data_ptr() for tensor in self.store.all_tensors()]
-        if place != self._place:
-            request = self._request()
-            self._weights = [*request.weights, *request.projections]
-            self._kept = ops.bind(request) if self._fits() else None
-            self._place = place
+        """The program bound to the store's tensors, anew where they are others; ``None`` where they do not fit."""
+        request = self._request()
+        tensors = [*request.weights, *request.projections, *request.codes, *request.states, *request.projection_states]
+        key = [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
+        if key != self._key:
+            self._kept = ops.bind(request, self.reads_weights, self.reads_ids) if self._fits(request) else None
+            self._key = key
         return self._kept
 
-    def _fits(self) -> bool:
-        request = self._request()
+    def _fits(self, request: Request) -> bool:
+        weights = [*request.weights, *request.projections]
         states = [state for state in (*request.states, *request.projection_states) if state.numel()]
-        return ops.fits([*request.weights, *request.projections]) and ops.fits(states)
+        return (
+            ops.fits(weights)
+            and ops.fits(states)
+            and (not states or states[0].dtype in (torch.float32, weights[0].dtype))
+            and all(type(code) is Tensor and code.is_contiguous() for code in request.codes)
+            and [code.dtype for code in request.codes] == self._code_dtypes
+        )
 
     def _request(self) -> Request:
         store, widths, extras = self.store, self.program.widths, self.program.projections

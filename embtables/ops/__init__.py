@@ -6,19 +6,22 @@ CUDA. ``look_up`` does all lookups of a module at once, in native code alone. ``
 out of range inside compiled and exported graphs.
 
 ``EMBTABLES_OPS=native`` insists on native code, ``EMBTABLES_OPS=reference`` leaves it aside; without either it is used
-where it was built.
+where it was built. ``EMBTABLES_INSTRUCTIONS=baseline``, ``avx2`` or ``avx512`` names the instruction set, which is the
+best that the processor has otherwise.
 """
 
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
-from embtables.ops import fused, gpu, native
+from embtables.ops import fused, gpu, native, reference
 from embtables.ops.fused import bind, differentiate, look_up, update_in_backward
 from embtables.ops.ids import raise_for_ids, refuse_ids
 from embtables.ops.native import Refused, fits
@@ -57,12 +60,20 @@ def _choose() -> native.Library | None:
     except native.LibraryMissing as error:
         if wanted == "native":
             raise ImportError(f"{_VARIABLE}=native: {error}") from None
-        warnings.warn(
+        warnings.warn_explicit(
             f"embtables looks tables up in plain PyTorch, which is several times slower: {error} "
             f"({_VARIABLE}=reference says that it is meant so)",
-            stacklevel=3,
+            UserWarning,
+            *_importer(),
         )
         return None
+
+
+def _importer() -> tuple[str, int]:
+    """File and line of who imports embtables."""
+    inside = (f"{Path(__file__).parents[1]}{os.sep}", "<frozen importlib")
+    frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+    return next((place for place in frames if not place[0].startswith(inside)), (__file__, 0))
 
 
 _library = _choose()
@@ -83,6 +94,8 @@ def instructions() -> str | None:
 def using(name: str) -> Iterator[None]:
     """Within the ``with`` block lookups go through ``"native"`` or ``"reference"``, to compare the two.
 
+    It holds for the whole process: lookups of other threads go that way, too.
+
     Raises:
         ValueError: for another name.
         RuntimeError: for native code where there is none.
@@ -101,6 +114,7 @@ def using(name: str) -> Iterator[None]:
 
 if _library is not None:
     fused.use(_library)
+    reference.before_updates.append(native.settle)
     native.register(_library, lambda: _in_use, fused_lookup, update)
 
 gpu.register()

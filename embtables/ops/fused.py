@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtables.ops.native import Bound, Given, Library
+from embtables.ops.ids import raise_for_id
+from embtables.ops.native import Bound, Given, Library, Refused
 from embtables.ops.program import Request
 
 _library: list[Library] = []
@@ -23,25 +24,34 @@ def use(library: Library) -> None:
     _library[:] = [library]
 
 
-def bind(request: Request) -> Bound:
-    """The request's program, weights and state, for lookups with other arguments."""
-    return Bound(_library[0], request)
+def bind(request: Request, reads_weights: bool = False, reads_ids: bool = False) -> Bound:
+    """The request's program, weights and state, for lookups with any arguments; the flags as in ``Bound``."""
+    return Bound(_library[0], request, reads_weights, reads_ids)
+
+
+def _save(ctx: Any, bound: Bound, given: Given, parameters: Sequence[Tensor] = ()) -> None:
+    """Has autograd notice where something that backward reads again is changed before."""
+    read = [given.offsets, given.id_weights, given.ids if bound.reads_ids else None]
+    ctx.save_for_backward(*(t if t is not None and not t.is_inference() else None for t in read), *parameters)
 
 
 class _Updated(torch.autograd.Function):
     """The rows are updated in backward. ``hook`` only makes autograd call it."""
 
     @staticmethod
-    def forward(ctx: Any, hook: Tensor, bound: Bound, given: Given, step: int, weights: Sequence[Tensor]) -> Tensor:
+    def forward(ctx: Any, hook: Tensor, bound: Bound, given: Given, step: int) -> Tensor:
         values, ctx.looked = bound.look_up(given)
-        ctx.bound, ctx.step, ctx.weights = bound, step, weights
+        bound.await_gradient(ctx.looked)
+        ctx.bound, ctx.step = bound, step
+        _save(ctx, bound, given)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        ctx.saved_tensors  # noqa: B018
         ctx.bound.update_rows(ctx.looked, grad, ctx.step)
-        torch.autograd.graph.increment_version(ctx.weights)
-        return None, None, None, None, None
+        torch.autograd.graph.increment_version(ctx.bound.weights)
+        return None, None, None, None
 
 
 class _Differentiated(torch.autograd.Function):
@@ -51,8 +61,7 @@ class _Differentiated(torch.autograd.Function):
     def forward(ctx: Any, bound: Bound, given: Given, sparse: bool, *parameters: Tensor) -> Tensor:
         values, ctx.looked = bound.look_up(given)
         ctx.bound, ctx.sparse = bound, sparse
-        # So that autograd notices where a weight changes before its gradient is taken.
-        ctx.save_for_backward(*parameters)
+        _save(ctx, bound, given, parameters if bound.reads_weights else ())
         return values
 
     @staticmethod
@@ -62,13 +71,13 @@ class _Differentiated(torch.autograd.Function):
         return None, None, None, *ctx.bound.gradients(ctx.looked, grad, ctx.sparse)
 
 
-def update_in_backward(bound: Bound, given: Given, hook: Tensor, step: int, weights: Sequence[Tensor]) -> Tensor:
-    """The values, flat; backward updates the rows, and ``weights``, in place. ``hook``: any that requires a gradient.
+def update_in_backward(bound: Bound, given: Given, hook: Tensor, step: int) -> Tensor:
+    """The values, flat; backward updates the rows in place. ``hook``: any tensor that requires a gradient.
 
     Raises:
         Refused: see ``Bound.look_up``.
     """
-    return _Updated.apply(hook, bound, given, step, weights)
+    return _Updated.apply(hook, bound, given, step)
 
 
 def differentiate(bound: Bound, given: Given, parameters: Sequence[Tensor], sparse: bool) -> Tensor:
@@ -100,11 +109,18 @@ def look_up(
     num_values: int,
     num_rows: int,
     rule: str,
+    ranges: str,
     hook: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The values of a request and their addresses; a ``hook`` with a gradient makes backward update the rows."""
     request = Request(words, weights, projections, codes, states, projection_states, hyper, rule)
-    values, looked = bind(request).look_up(Given(ids, offsets, id_weights, outputs, num_values, num_rows))
+    given = Given(ids, offsets, id_weights, outputs, num_values, num_rows)
+    try:
+        values, looked = bind(request).look_up(given)
+    except Refused as error:
+        if error.lookup is None or error.id is None:
+            raise ValueError(f"offsets must rise from 0 to the number of ids, {ids.numel()}") from None
+        raise_for_id(error.id, error.lookup, ranges)
     return values, looked.rows
 
 
@@ -125,6 +141,7 @@ def _(
     num_values: int,
     num_rows: int,
     rule: str,
+    ranges: str,
     hook: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return weights[0].new_empty(num_values), ids.new_empty(num_rows, dtype=torch.int64)
@@ -162,7 +179,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _step(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *tensors, num_values, num_rows, rule, hook = ctx.inputs
+    *tensors, num_values, num_rows, rule, ranges, hook = ctx.inputs
     update_rows(*tensors, rule, ctx.rows, grad)
     return tuple([None] * len(value) if isinstance(value, list) else None for value in ctx.inputs)
 

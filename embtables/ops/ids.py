@@ -16,9 +16,14 @@ def raise_for_ids(ids: Tensor, lookup: Tensor, wrong: Tensor, ranges: str) -> No
     lookup, as JSON.
     """
     first = tuple(wrong.nonzero()[0].tolist())
-    feature, table, size = json.loads(ranges)[int(lookup.expand_as(ids)[first])]
+    raise_for_id(int(ids[first]), int(lookup.expand_as(ids)[first]), ranges)
+
+
+def raise_for_id(id: int, lookup: int, ranges: str) -> NoReturn:
+    """``IndexError`` naming one id; ``ranges`` as above."""
+    feature, table, size = json.loads(ranges)[lookup]
     raise IndexError(
-        f"feature '{feature}' holds id {int(ids[first])}, but table '{table}' has the ids 0 … {size - 1}; "
+        f"feature '{feature}' holds id {id}, but table '{table}' has the ids 0 … {size - 1}; "
         'to accept others give the table on_out_of_range="oov" or "hash"'
     )
 

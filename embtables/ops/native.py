@@ -8,6 +8,8 @@ updated once, with the same bits for any number of threads.
 from __future__ import annotations
 
 import ctypes
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +18,24 @@ import torch
 from torch import Tensor
 
 from embtables.allocator import keep_freed_memory
-from embtables.ops.program import Request
+from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS, Request
 
-VERSION = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3, "dense": 4, "sparse": 5}
+# Columns of the state that a rule keeps for rows of W columns.
+_STATE: dict[str, Callable[[int], list[int]]] = {
+    "sgd": lambda width: [],
+    "rowwise_adagrad": lambda width: [1],
+    "adagrad": lambda width: [width],
+    "adam": lambda width: [width, width],
+}
 # Below this many rows a second thread costs more than it saves.
 _ROWS_A_THREAD = 4096
 # Tables from this size on ask for huge pages, outputs from this size on for memory that stays mapped.
 _HUGE, _LARGE = 2**22, 2**24
 
+# int64s of ``Lookup`` in ``csrc/program.h``.
+_LOOKUP_WORDS = 13
 # ``Outcome`` of ``csrc/program.h``.
 _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -61,6 +71,8 @@ _Call = _struct(
     projection_states=_pointer,
     gradient_rows=_pointer,
     num_gradient_rows=_pointer,
+    saved=_pointer,
+    refused=_pointer,
 )
 _Gather = _struct(
     "_Gather",
@@ -92,8 +104,20 @@ _RowUpdate = _struct(
 )
 
 
+def _version() -> int:
+    """As ``embtables_version`` in ``csrc/library.cpp``."""
+    version = 2
+    for size in (*map(ctypes.sizeof, (_Call, _Gather, _RowUpdate)), 8 * LOOKUP_WORDS, 8 * PIECE_WORDS):
+        version = version * 1000 + size
+    return version
+
+
 class Refused(Exception):
-    """A lookup was given an id out of range, or offsets that do not fit. Who asked knows how to say which."""
+    """A lookup was given offsets that do not fit, or an id out of range: of which lookup, and which one."""
+
+    def __init__(self, lookup: int | None, id: int | None) -> None:
+        super().__init__("offsets do not fit" if lookup is None else f"lookup {lookup} was given id {id}")
+        self.lookup, self.id = lookup, id
 
 
 class LibraryMissing(Exception):
@@ -105,9 +129,13 @@ def load() -> ctypes.CDLL:
 
     Raises:
         LibraryMissing: where it was not built, cannot be loaded, or is of another version of this package.
+        ValueError: for a value of ``EMBTABLES_INSTRUCTIONS`` that does not suit this processor.
     """
     path = Path(__file__).parent / "_native.so"
-    rebuild = "install embtables again where a C++ compiler (g++ or clang++) is at hand"
+    rebuild = (
+        "install embtables again where a C++ compiler (g++ or clang++) is at hand; "
+        "pip install -v shows what the compiler says"
+    )
     if not path.is_file():
         raise LibraryMissing(f"the native library was not built; to have it, {rebuild}")
     try:
@@ -116,17 +144,24 @@ def load() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise LibraryMissing(f"the native library {path.name} cannot be loaded ({error}); {rebuild}") from None
     version.restype = _int
-    if version() != VERSION:
+    if version() != _version():
         raise LibraryMissing(f"the native library {path.name} is of another version of embtables; {rebuild}")
     library.embtables_instructions.restype = ctypes.c_char_p
+    if library.embtables_instructions() is None:
+        raise ValueError(
+            "EMBTABLES_INSTRUCTIONS must be baseline, avx2 or avx512, and one that this processor has, not "
+            f"{os.environ.get('EMBTABLES_INSTRUCTIONS')!r}; leave it out for the best one"
+        )
     for name, arguments in (
         ("forward", [_pointer]),
         ("backward", [_pointer, _pointer]),
+        ("keep_rows", [_pointer]),
         ("gather", [_pointer]),
         ("update", [_pointer]),
         ("huge_pages", [_pointer, _int]),
     ):
         getattr(library, f"embtables_{name}").argtypes = arguments
+    library.embtables_keep_rows.restype = _int
     # PyTorch's OpenMP runtime is in the process from its import on.
     library.embtables_find_openmp()
     return library
@@ -143,12 +178,29 @@ class Given(NamedTuple):
     num_rows: int
 
 
-class Looked(NamedTuple):
-    """A lookup that was done: its call, what the call points to, and the addresses it found."""
+class Looked:
+    """A lookup that was done: its call, what the call points to, the addresses it found, and the rows it read.
 
-    call: Any
-    given: Given
-    rows: Tensor
+    The rows are noted only where its gradient depends on them and somebody else is about to change them.
+    """
+
+    def __init__(self, bound: Bound, call: Any, given: Given, rows: Tensor) -> None:
+        self.bound, self.call, self.given, self.rows = bound, call, given, rows
+        self.versions: list[int] = []
+        self.saved: tuple[Tensor, list[Tensor], Any] | None = None
+
+
+# Lookups whose gradient depends on rows that a fused update may change before it is taken.
+_waiting: weakref.WeakSet[Looked] = weakref.WeakSet()
+
+
+def settle(changing: Sequence[Tensor]) -> None:
+    """Has the lookups that wait for their gradients note the rows they read in weights about to change."""
+    if _waiting:
+        places = {tensor.data_ptr() for tensor in changing}
+        for looked in list(_waiting):
+            if not places.isdisjoint(looked.bound.addresses):
+                looked.bound.keep_rows(looked)
 
 
 class Library:
@@ -169,6 +221,11 @@ class Library:
         if outcome == _OUT_OF_MEMORY:
             raise MemoryError(f"not enough memory for the native {function} of this batch: take a smaller one")
         return outcome
+
+    def count(self, function: str, call: ctypes.Structure) -> int:
+        """What a function that counts returns."""
+        number: int = getattr(self._library, f"embtables_{function}")(ctypes.byref(call))
+        return number
 
     def huge_pages(self, fresh: Tensor) -> Tensor:
         """The tensor, whose memory nothing has been written to yet, on huge pages where it is large."""
@@ -200,15 +257,32 @@ class Library:
             num_threads=threads(index.numel()),
         )
         if self.run("gather", call) == _NO_SUCH_ROW:
-            wrong = index[(index < 0) | (index >= weight.shape[0])]
-            raise IndexError(f"row {int(wrong[0])} is out of range: the weight has {weight.shape[0]} rows")
+            raise _no_such_row(weight, index)
         return values
 
     def update(
         self, weight: Tensor, rows: Sequence[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str, step: int
     ) -> None:
-        """``embtables::update_``, its state told apart into tensors of rows and the step."""
+        """``embtables::update_``, its state told apart into tensors of rows and the step.
+
+        Raises:
+            IndexError: for a row that the weight does not have; nothing has been changed then.
+            ValueError: for shapes that do not fit.
+        """
+        (num_rows, width), num_ids = weight.shape, index.numel()
+        if index.shape != (num_ids,) or grad.shape != (num_ids, width):
+            raise ValueError(
+                f"index {list(index.shape)} and grad {list(grad.shape)} must be [N] and [N, {width}], as the weight"
+            )
+        expected = [(num_rows, columns) for columns in _STATE[rule](width)]
+        if [tuple(state.shape) for state in rows] != expected:
+            found = ", ".join(str(list(state.shape)) for state in rows) or "nothing"
+            needs = ", ".join(str(list(shape)) for shape in expected) or "nothing"
+            raise ValueError(f"the state of {rule} for a weight of {list(weight.shape)} is {needs}, not {found}")
+        if hyper.numel() not in (5, 6):
+            raise ValueError(f"hyper holds {hyper.numel()} numbers, not lr, l2, eps, beta1, beta2 and where to clip")
         index, grad = index.long().contiguous(), grad.to(weight.dtype).contiguous()
+        hyper = hyper.to("cpu", torch.float64).contiguous()
         call = _RowUpdate(
             weight=weight.data_ptr(),
             state0=rows[0].data_ptr() if rows else None,
@@ -221,44 +295,59 @@ class Library:
             rule=RULES[rule],
             dtype=DTYPES[weight.dtype],
             state_dtype=DTYPES[rows[0].dtype] if rows else 0,
-            width=weight.shape[1],
-            num_rows=weight.shape[0],
-            num_ids=index.numel(),
-            num_threads=threads(index.numel()),
+            width=width,
+            num_rows=num_rows,
+            num_ids=num_ids,
+            num_threads=threads(num_ids),
         )
-        self.run("update", call)
+        if self.run("update", call) == _NO_SUCH_ROW:
+            raise _no_such_row(weight, index)
 
 
 class Bound:
-    """A program bound to the weights and state of a module, as they lie now.
+    """A program bound to the weights and state of a module, which it holds.
 
-    It holds addresses, not tensors: who keeps it sees to it that ``request`` is still what the module has.
+    Args:
+        request: the program, weights and state.
+        reads_weights: whether gradients depend on weights, as those of products do.
+        reads_ids: whether they depend on the ids themselves, as those of signs do.
     """
 
-    def __init__(self, library: Library, request: Request) -> None:
-        self._library = library
+    def __init__(self, library: Library, request: Request, reads_weights: bool, reads_ids: bool) -> None:
+        self.reads_weights, self.reads_ids = reads_weights, reads_ids
+        self.weights = [*request.weights, *request.projections]
+        self._library, self._request = library, request
         self._dtype = request.weights[0].dtype
         self._shapes = [w.shape for w in request.weights], [p.shape for p in request.projections]
+        self._num_features, num_lookups = request.words[:2].tolist()
+        self._widest = int(request.words[6 : 6 + _LOOKUP_WORDS * num_lookups].view(-1, _LOOKUP_WORDS)[:, 6].max())
         state = next((s for s in request.states if s.numel()), None)
-        lists = (request.weights, request.projections, request.codes, request.states, request.projection_states)
-        pointers = [_pointers(tensors) for tensors in lists]
-        weights, projections, codes, states, projection_states = map(ctypes.addressof, pointers)
         self._call = _Call(
             program=request.words.data_ptr(),
-            weights=weights,
-            projections=projections,
-            codes=codes,
             dtype=DTYPES[self._dtype],
             state_dtype=0 if state is None else DTYPES[state.dtype],
             rule=RULES[request.rule],
-            hyper=request.hyper.data_ptr(),
             num_hyper=request.hyper.numel(),
-            states=states,
-            projection_states=projection_states,
         )
-        # Pointers live as long as what they point to is held; the weights are the module's.
-        self._held = (pointers, request.words)
-        self._num_features = int(request.words[0])
+        self.addresses: list[int] = []
+        self._find()
+
+    def _find(self) -> None:
+        """Notes where all tensors lie; they may have moved since (FSDP, ``share_memory_``, ``.data = …``)."""
+        request = self._request
+        lists = (request.weights, request.projections, request.codes, request.states, request.projection_states)
+        addresses = [tensor.data_ptr() for tensors in lists for tensor in tensors]
+        if addresses == self.addresses:
+            return
+        if any(weight.dtype != self._dtype for weight in self.weights):
+            raise RuntimeError("the tables were cast to another type between their lookup and its backward")
+        self._pointers = [_pointers(tensors) for tensors in lists]
+        call = self._call
+        call.weights, call.projections, call.codes, call.states, call.projection_states = map(
+            ctypes.addressof, self._pointers
+        )
+        call.hyper = request.hyper.data_ptr()
+        self.addresses = addresses
 
     def look_up(self, given: Given) -> tuple[Tensor, Looked]:
         """The values, flat, and what backward needs.
@@ -271,10 +360,20 @@ class Bound:
         self._library.keep_large_blocks(values.nbytes)
         looked = self.looked(given, torch.empty(given.num_rows, dtype=torch.int64))
         looked.call.values = values.data_ptr()
-        outcome = self._library.run("forward", looked.call)
-        if outcome != _DONE:
-            raise Refused("offsets do not fit" if outcome == _BAD_OFFSETS else "an id is out of range")
+        self._run_forward(looked)
         return values, looked
+
+    def check(self, given: Given) -> None:
+        """Raises ``Refused`` for what ``look_up`` would refuse, and does nothing else."""
+        self._run_forward(self.looked(given, torch.empty(0, dtype=torch.int64)))
+
+    def _run_forward(self, looked: Looked) -> None:
+        refused = (_int * 2)()
+        looked.call.refused = ctypes.addressof(refused)
+        outcome = self._library.run("forward", looked.call)
+        looked.call.refused = None
+        if outcome != _DONE:
+            raise Refused(*((None, None) if outcome == _BAD_OFFSETS else refused))
 
     def looked(self, given: Given, rows: Tensor) -> Looked:
         """A lookup with these arguments, whose addresses are ``rows``, or will be."""
@@ -289,25 +388,67 @@ class Bound:
             call.id_weights = id_weights.data_ptr()
         call.outputs, call.rows = given.outputs.data_ptr(), rows.data_ptr()
         call.num_threads = threads(given.num_rows)
-        return Looked(call, given, rows)
+        return Looked(self, call, given, rows)
+
+    def await_gradient(self, looked: Looked) -> None:
+        """From now on until ``update_rows`` the rows that were read are noted before somebody changes them."""
+        if self.reads_weights:
+            looked.versions = [weight._version for weight in self.weights]
+            _waiting.add(looked)
+
+    def keep_rows(self, looked: Looked) -> None:
+        """Notes the rows that the gradient of a lookup depends on, and the projections."""
+        _waiting.discard(looked)
+        if looked.versions != [weight._version for weight in self.weights]:
+            return  # somebody has changed them already, and backward will say so
+        call = looked.call
+        call.saved = None
+        saved = torch.empty(self._library.count("keep_rows", call), dtype=self._dtype)
+        call.saved = saved.data_ptr()
+        self._library.count("keep_rows", call)
+        projections = [projection.clone() for projection in self._request.projections]
+        looked.saved = saved, projections, _pointers(projections)
 
     def update_rows(self, looked: Looked, grad: Tensor, step: int) -> None:
-        """One step of the optimiser on all rows of a lookup, given the gradient of its values."""
-        grad, call = grad.contiguous(), looked.call
-        call.values, call.step = grad.data_ptr(), step
-        self._library.run("backward", call, call)
+        """One step of the optimiser on all rows of a lookup, given the gradient of its values.
+
+        Raises:
+            RuntimeError: where the gradient depends on weights that have been changed since, other than by updates.
+        """
+        _waiting.discard(looked)
+        settle(self.weights)
+        self._find()
+        grad, target = grad.contiguous(), self._placed(looked.call)
+        target.values, target.step = grad.data_ptr(), step
+        call = target
+        if looked.saved is not None:
+            call = _Call.from_buffer_copy(target)
+            call.projections = ctypes.addressof(looked.saved[2])
+        elif looked.versions != [weight._version for weight in self.weights] and self.reads_weights:
+            raise RuntimeError(
+                "the tables were changed between a lookup and its backward, and the gradient of this method depends on "
+                "what they were; of a graph that is kept, backward can be called once: add up the losses instead"
+            )
+        self._library.run("backward", call, target)
+
+    def _placed(self, call: Any) -> Any:
+        """A call, with the places where all tensors are now."""
+        for field in ("weights", "projections", "codes", "states", "projection_states", "hyper"):
+            setattr(call, field, getattr(self._call, field))
+        return call
 
     def gradients(self, looked: Looked, grad: Tensor, sparse: bool) -> list[Tensor]:
         """The gradients of the weights, dense or sparse with distinct rows, and of the projections (dense)."""
-        grad, call = grad.contiguous(), looked.call
+        self._find()
+        grad, call = grad.contiguous(), self._placed(looked.call)
         shapes, projection_shapes = self._shapes
         call.values, call.rule = grad.data_ptr(), RULES["sparse" if sparse else "dense"]
         target = _Call.from_buffer_copy(call)
         into_projections = [torch.zeros(shape, dtype=self._dtype) for shape in projection_shapes]
         if sparse:
             # No weight has more distinct rows than there are addresses, which stand for blocks where the width is 1.
-            widest = int(looked.given.outputs[:, 1].max())
-            most = [min(rows, looked.rows.numel() * (widest if width == 1 else 1)) for rows, width in shapes]
+            each = [self._widest if width == 1 else 1 for _, width in shapes]
+            most = [min(shape[0], looked.rows.numel() * n) for shape, n in zip(shapes, each)]
             into = [torch.empty(n, width, dtype=self._dtype) for n, (_, width) in zip(most, shapes)]
             index = [torch.empty(n, dtype=torch.int64) for n in most]
             counts = torch.zeros(len(shapes), dtype=torch.int64)
@@ -326,6 +467,11 @@ class Bound:
         return [*into, *into_projections]
 
 
+def _no_such_row(weight: Tensor, index: Tensor) -> IndexError:
+    wrong = index[(index < 0) | (index >= weight.shape[0])]
+    return IndexError(f"row {int(wrong[0])} is out of range: the weight has {weight.shape[0]} rows")
+
+
 def threads(num_rows: int) -> int:
     """As many as PyTorch uses, but one for a few rows."""
     return max(1, min(torch.get_num_threads(), num_rows // _ROWS_A_THREAD))
@@ -338,8 +484,13 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 
 def fits(tensors: Sequence[Tensor]) -> bool:
     """Whether the library takes these weights: on the CPU, contiguous, and of one of its types, the same for all."""
-    return all(t.device.type == "cpu" and t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors) and (
-        not tensors or tensors[0].dtype in DTYPES
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.is_contiguous()
+        and t.dtype == tensors[0].dtype
+        and t.dtype in DTYPES
+        for t in tensors
     )
 
 
@@ -355,7 +506,7 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
 
     @update.register_kernel("cpu")
     def _(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
-        rows = [s for s in state if s.is_floating_point()]
-        if in_use() and fits([weight]) and fits(rows):
-            return library.update(weight, rows, index, grad, hyper, rule, int(state[-1]) if rule == "adam" else 0)
+        *rows, step = state if rule == "adam" and state else [*state, torch.zeros(())]
+        if in_use() and fits([weight]) and fits(rows) and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
+            return library.update(weight, rows, index, grad, hyper, rule, int(step))
         return plain_update(weight, state, index, grad, hyper, rule)

@@ -6,8 +6,8 @@ looked up by its ``address`` and ``combine`` in PyTorch; the two have to mean th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ _ADDRESSES = {"row": 0, "hash": 1, "digit": 2, "cut": 3, "block": 4, "below": 0}
 # How the ids of a bag become one vector: not at all, or so.
 POOLING = {None: 0, "sum": 1, "mean": 2}
 _POLICIES = {"error": 0, "hash": 1, "oov": 2}
+# How many words ``csrc/program.h`` has for a lookup and for a piece.
+LOOKUP_WORDS, PIECE_WORDS = 13, 10
 
 
 class Piece(NamedTuple):
@@ -60,16 +62,27 @@ class Recipe(NamedTuple):
     pieces: Sequence[Piece]
     ranks: tuple[str, int] | None = None
 
+    @property
+    def num_rows(self) -> int:
+        """Addresses of an id."""
+        return 1 if self.operation == "alternatives" else len(self.pieces)
+
 
 class Entrance(NamedTuple):
     """How ids come to a lookup: the input's column, and the table's treatment of ids out of range and of padding."""
 
+    table: str
     column: int
     embedding_dim: int
     num_embeddings: int | None
     on_out_of_range: str
     seed: int
     padding_idx: int | None
+
+    @property
+    def num_ids(self) -> int | None:
+        """Ids are 0 … num_ids - 1, the one for all that are out of range among them; ``None``: any 64-bit integer."""
+        return None if self.num_embeddings is None else self.num_embeddings + (self.on_out_of_range == "oov")
 
 
 class Program(NamedTuple):
@@ -93,23 +106,27 @@ def compile_program(
     num_features: int,
     weights: dict[int, int],
     projections: dict[str, tuple[int, ...]],
-    codes: Sequence[str],
+    codes: Mapping[str, Tensor],
 ) -> Program:
     """Writes the program of lookups, in the order of the outputs.
 
     Args:
         weights: rows of each weight, by its width.
         projections: shapes of the extras, by name.
-        codes: names of the store's codes.
+        codes: the store's, by name; what is in them does not matter.
+
+    Raises:
+        ValueError: naming the table, for a recipe that leads outside of a weight, a code or a vector.
     """
+    for entrance, recipe in lookups:
+        _check(entrance, recipe, weights, projections, codes)
     widths, extras, remaps = list(weights), list(projections), list(codes)
     lookup_words: list[int] = []
     piece_words: list[int] = []
     num_pieces = 0
     rows_of_feature = [0] * num_features
     for entrance, recipe in lookups:
-        num_rows = 1 if recipe.operation == "alternatives" else len(recipe.pieces)
-        rows_of_feature[entrance.column] += num_rows
+        rows_of_feature[entrance.column] += recipe.num_rows
         size = entrance.num_embeddings
         lookup_words += [
             entrance.column,
@@ -122,7 +139,7 @@ def compile_program(
             _OPERATIONS[recipe.operation],
             num_pieces,
             len(recipe.pieces),
-            num_rows,
+            recipe.num_rows,
             -1 if recipe.ranks is None else remaps.index(recipe.ranks[0]),
             0 if recipe.ranks is None else recipe.ranks[1],
         ]
@@ -148,8 +165,91 @@ def compile_program(
     projection_words = [n for shape in projections.values() for n in shape]
     counts = [num_features, len(lookups), num_pieces, len(widths), len(extras), len(remaps)]
     words = torch.tensor([*counts, *lookup_words, *piece_words, *weight_words, *projection_words], dtype=torch.int64)
-    per_example = sum(1 if recipe.operation == "alternatives" else len(recipe.pieces) for _, recipe in lookups)
-    return Program(words, tuple(widths), tuple(extras), tuple(remaps), per_example, max(rows_of_feature))
+    return Program(words, tuple(widths), tuple(extras), tuple(remaps), sum(rows_of_feature), max(rows_of_feature))
+
+
+# ---- what native code takes for granted ------------------------------------------------------------------------------
+
+
+def _check(
+    entrance: Entrance,
+    recipe: Recipe,
+    weights: Mapping[int, int],
+    projections: Mapping[str, tuple[int, ...]],
+    codes: Mapping[str, Tensor],
+) -> None:
+    """Raises ``ValueError`` where a lookup would read what is not its own, or mean another thing than it says."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise ValueError(f"table '{entrance.table}': its recipe {reason}; mend what the block's recipes() returns")
+
+    dim, num_ids, operation, pieces = entrance.embedding_dim, entrance.num_ids, recipe.operation, recipe.pieces
+    if operation not in _OPERATIONS:
+        refuse(f"has the operation {operation!r}, which is none of {', '.join(_OPERATIONS)}")
+    least = {"sum": 0, "mult": 2}.get(operation, 1)
+    if len(pieces) < least:
+        refuse(f"({operation}) has {len(pieces)} pieces, and needs at least {least}")
+    if recipe.ranks is not None:
+        name, start = recipe.ranks
+        if name not in codes or codes[name].dtype != torch.int32:
+            refuse(f"takes ranks from '{name}', which is no code of int32")
+        if num_ids is None or start < 0 or start + num_ids > codes[name].numel():
+            refuse(f"takes ranks from '{name}', which has {codes[name].numel()} from {start} on, for {num_ids} ids")
+    begin, column = 0, 0
+    of_width: dict[int, str | None] = {}
+    for number, piece in enumerate(pieces):
+        place = f"has a piece (number {number}, {piece.address!r} of width {piece.width})"
+        if piece.address not in _ADDRESSES:
+            refuse(f"{place} whose address is none of {', '.join(_ADDRESSES)}")
+        if (piece.address == "below") != (operation == "alternatives"):
+            refuse(f'{place} in the operation "{operation}": "below" and "alternatives" belong together')
+        if piece.width not in weights:
+            refuse(f"{place}, but the slabs have the widths {', '.join(map(str, weights)) or 'none'}")
+        if operation == "alternatives" and piece.a < begin:
+            refuse(f"{place} for ids below {piece.a}, which the pieces before it have taken")
+        first, last, begin = _rows(piece, num_ids, begin)
+        if last is None:
+            refuse(f"{place} whose rows have no end, since the table has no num_embeddings or b is below 1")
+        if last > first and not 0 <= first < last <= weights[piece.width]:
+            refuse(f"{place} with the rows {first} … {last - 1}, but there are {weights[piece.width]} of that width")
+        scalars = piece.width if piece.scalars is None else piece.scalars
+        if piece.address == "block":
+            if operation != "concat" or piece.width != 1 or not 1 <= scalars <= piece.b:
+                refuse(f"{place} of {scalars} scalars: blocks have width 1, at most b scalars, and are concatenated")
+        elif scalars != piece.width:
+            refuse(f"{place} of {scalars} scalars: only blocks have another number than their width")
+        if operation == "concat" and piece.column != column:
+            refuse(f"{place} for column {piece.column}, but the pieces before it end at column {column}")
+        column += scalars
+        if piece.sign_seed is not None and operation not in ("sum", "mean") and piece.address != "block":
+            refuse(f"{place} with a sign, which sums, means and blocks alone have")
+        if piece.projection is not None:
+            if operation != "alternatives":
+                refuse(f"{place} with a projection, which alternatives alone have")
+            shape = projections.get(piece.projection)
+            if shape is None or tuple(shape) != (piece.width, dim):
+                refuse(f"{place} with the projection '{piece.projection}', which is no extra of [{piece.width}, {dim}]")
+        elif operation != "concat" and scalars != dim:
+            refuse(f"{place}, but its vectors have {dim} dimensions")
+        if of_width.setdefault(piece.width, piece.projection) != piece.projection:
+            refuse(f"{place} with another projection than the one of that width before it")
+    if operation == "concat" and column != dim:
+        refuse(f"has pieces of {column} scalars in all, but its vectors have {dim} dimensions")
+    if operation == "alternatives" and (num_ids is None or begin < num_ids):
+        refuse(f"has alternatives for the ids below {begin} alone, but the table has {num_ids}")
+
+
+def _rows(piece: Piece, num_ids: int | None, begin: int) -> tuple[int, int | None, int]:
+    """The first row of a piece, the one after its last (``None``: no end), and the first id left to the next one."""
+    start, a, b = piece.start, piece.a, piece.b
+    if piece.address in ("hash", "block", "digit"):
+        return start, None if b < 1 or (piece.address == "digit" and a < 1) else start + b, begin
+    if num_ids is None:
+        return start, None, begin
+    if piece.address == "below":
+        end = max(begin, min(a, num_ids))
+        return start + begin, start + end, end
+    return start, start + (num_ids if piece.address == "row" else min(a + 1, num_ids)), begin
 
 
 class Request(NamedTuple):

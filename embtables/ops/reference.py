@@ -7,6 +7,7 @@ clipped: a tensor, so that a new learning rate compiles nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +91,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.weight, ctx.state, ctx.index, _, ctx.hyper, ctx.rule = inputs
 
 
+# Called with the weights that a fused update is about to change.
+before_updates: list[Callable[[Sequence[Tensor]], None]] = []
+
+
 def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
+    for prepare in before_updates:
+        prepare([ctx.weight])
     update(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
     return None, [None] * len(ctx.state), None, None, None, None
 

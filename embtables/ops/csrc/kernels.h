@@ -568,6 +568,7 @@ Outcome forward(const Call& call) {
     int64_t widest = 1;
     for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
     std::atomic<bool> good{true};
+    const bool only_checks = call.values == nullptr;
     const int64_t parts = call.num_threads;
     in_parallel(parts, [&](int64_t part) {
         std::vector<float> scratch(2 * widest);
@@ -584,13 +585,18 @@ Outcome forward(const Call& call) {
                 for (; i < stop; i += BLOCK_OF_IDS) {
                     const int64_t n = std::min(BLOCK_OF_IDS, stop - i);
                     if (!in_range(call, lookup, place.first_id + i * place.stride, place.stride, n, x, skip)) {
-                        good = false;
+                        if (good.exchange(false) && call.refused) {
+                            const uint64_t size = static_cast<uint64_t>(lookup.size);
+                            for (int64_t k = 0; k < n; ++k)
+                                if (static_cast<uint64_t>(x[k]) >= size) call.refused[0] = l, call.refused[1] = x[k];
+                        }
                         return;
                     }
+                    if (only_checks) continue;
                     address<T>(program, call, lookup, x, skip, n, call.rows + place.rows + i * place.row_stride, place.row_stride);
                 }
             }
-            for (int64_t l = 0; l < program.num_lookups; ++l) {
+            for (int64_t l = 0; !only_checks && l < program.num_lookups; ++l) {
                 const Place place = place_of(program, call, l, starts.data());
                 with_dim<T>(program.lookups[l].dim, [&](auto dim) {
                     gather_bags<T, dim.value>(program, call, l, place, first, last, scratch.data());
@@ -721,7 +727,8 @@ struct Buffer {
     std::unique_ptr<E[]> data;
     size_t capacity = 0, size = 0;
     void reserve(size_t n) {
-        if (n <= capacity) return;
+        // One huge batch does not keep its memory for good.
+        if (n <= capacity && (capacity * sizeof(E) <= (size_t{1} << 26) || capacity / 8 <= n)) return;
         data.reset(new E[n + n / 4]);  // may throw, and then nothing has changed
         capacity = n + n / 4;
     }
@@ -997,6 +1004,48 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
     }
 }
 
+// The flows of all lookups; the number of values that are made.
+inline int64_t find_flows(const Program& program, const Call& call, std::vector<Flow>& flows) {
+    int64_t own_size = 0;
+    flows.resize(program.num_lookups);
+    for (int64_t l = 0; l < program.num_lookups; ++l) {
+        const Lookup& lookup = program.lookups[l];
+        int64_t first = 0, last = call.batch;
+        ids_of_bags(call, lookup, first, last);
+        Flow& flow = flows[l];
+        flow = {is_direct(program, call, l), own_size, 0, last - first};
+        if (flow.direct) continue;
+        flow.own_stride = lookup.operation == CONCAT || lookup.operation == MIXED ? lookup.dim : lookup.num_pieces * lookup.dim;
+        own_size += flow.num_ids * flow.own_stride;
+    }
+    return own_size;
+}
+
+// Rows for a backward pass that will find other values in the weights; they lie as the values made from them will.
+template <class T>
+int64_t keep_rows(const Call& call) {
+    const Program program(call.program);
+    std::vector<int64_t> starts(program.num_lookups + 1);
+    row_starts(program, call, starts.data());
+    std::vector<Flow> flows;
+    const int64_t size = find_flows(program, call, flows);
+    for (int64_t l = 0; call.saved && l < program.num_lookups; ++l) {
+        const Lookup& lookup = program.lookups[l];
+        if (flows[l].direct || (lookup.operation != MULT && lookup.operation != MIXED)) continue;
+        const Place place = place_of(program, call, l, starts.data());
+        for (int64_t i = 0; i < flows[l].num_ids; ++i) {
+            const int64_t* rows = call.rows + place.rows + i * place.row_stride;
+            T* to = static_cast<T*>(call.saved) + flows[l].own_start + i * flows[l].own_stride;
+            for (int64_t c = 0; rows[0] >= 0 && c < lookup.num_rows; ++c) {
+                const Piece& piece = lookup.operation == MIXED ? alternative_of(program, lookup, rows[0])
+                                                               : program.pieces[lookup.first_piece + c];
+                std::memcpy(to + c * lookup.dim, row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
+            }
+        }
+    }
+    return size;
+}
+
 // The values that rows take where they are no slices of the gradient, for the ids of bags [first, last).
 template <class T, int D>
 void make_own(const Program& program, const Call& call, int64_t l, const Place& place, const Flow& flow, int64_t first,
@@ -1011,7 +1060,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     float* g = scratch;
     float* product = scratch + dim;
     if constexpr (std::is_same<T, float>::value) {
-        if (lookup.operation == MIXED && !pools && !id_weights) {
+        if (lookup.operation == MIXED && !pools && !id_weights && !call.saved) {
             int64_t begin = first, end = last;
             ids_of_bags(call, lookup, begin, end);
             int64_t i = begin;
@@ -1038,6 +1087,10 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             const float factor = id_weights ? id_weights[at] : 1.0f;
             each<D, T>(dim, [&](int64_t d, auto n) { put<n>(g + d, get<n>(from + d) / divisor * factor); });
             float* to = own + flow.own_start + i * flow.own_stride;
+            const T* saved = call.saved ? static_cast<const T*>(call.saved) + flow.own_start + i * flow.own_stride : nullptr;
+            auto row_at = [&](const Piece& piece, int64_t c) {
+                return saved ? saved + c * dim : row_of<T>(program, call, piece.weight, rows[c]);
+            };
             switch (lookup.operation) {
                 case CONCAT:
                     each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
@@ -1057,8 +1110,8 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     break;
                 case MULT: {
                     if (lookup.num_pieces == 2) {
-                        const T* one = row_of<T>(program, call, pieces[0].weight, rows[0]);
-                        const T* two = row_of<T>(program, call, pieces[1].weight, rows[1]);
+                        const T* one = row_at(pieces[0], 0);
+                        const T* two = row_at(pieces[1], 1);
                         each<D, T>(dim, [&](int64_t d, auto n) {
                             put<n>(to + d, get<n>(g + d) * get<n>(two + d));
                             put<n>(to + dim + d, get<n>(g + d) * get<n>(one + d));
@@ -1068,7 +1121,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     // The product of all others: of those before on the way there, of those behind on the way back.
                     for (int64_t d = 0; d < dim; ++d) product[d] = g[d];
                     for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-                        const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                        const T* row = row_at(pieces[c], c);
                         each<D, T>(dim, [&](int64_t d, auto n) {
                             put<n>(to + c * dim + d, get<n>(product + d));
                             put<n>(product + d, get<n>(product + d) * get<n>(row + d));
@@ -1076,7 +1129,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     }
                     for (int64_t d = 0; d < dim; ++d) product[d] = 1;
                     for (int64_t c = lookup.num_pieces - 1; c >= 0; --c) {
-                        const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                        const T* row = row_at(pieces[c], c);
                         each<D, T>(dim, [&](int64_t d, auto n) {
                             put<n>(to + c * dim + d, get<n>(to + c * dim + d) * get<n>(product + d));
                             put<n>(product + d, get<n>(product + d) * get<n>(row + d));
@@ -1090,7 +1143,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                         each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
                         break;
                     }
-                    const T* row = row_of<T>(program, call, piece.weight, rows[0]);
+                    const T* row = row_at(piece, 0);
                     const T* projection = static_cast<const T*>(call.projections[piece.projection]);
                     float* total = projection_sums[piece.projection];
                     for (int64_t j = 0; j < piece.width; ++j) {
@@ -1267,20 +1320,9 @@ void backward(const Call& call, const Call& gradients) {
     Kept& keep = kept();
 
     // Which lookups need values of their own, and where those lie.
-    std::vector<Flow> flows(program.num_lookups);
-    int64_t own_size = 0;
-    bool any_own = false;
-    for (int64_t l = 0; l < program.num_lookups; ++l) {
-        const Lookup& lookup = program.lookups[l];
-        int64_t first = 0, last = call.batch;
-        ids_of_bags(call, lookup, first, last);
-        Flow& flow = flows[l];
-        flow = {is_direct(program, call, l), own_size, 0, last - first};
-        if (flow.direct) continue;
-        any_own = true;
-        flow.own_stride = lookup.operation == CONCAT || lookup.operation == MIXED ? lookup.dim : lookup.num_pieces * lookup.dim;
-        own_size += flow.num_ids * flow.own_stride;
-    }
+    std::vector<Flow> flows;
+    const int64_t own_size = find_flows(program, call, flows);
+    const bool any_own = own_size > 0;
     std::vector<int64_t> projection_starts(program.num_projections + 1, 0);
     for (int64_t p = 0; p < program.num_projections; ++p)
         projection_starts[p + 1] = projection_starts[p] + program.projections[p].width * program.projections[p].dim;
@@ -1423,6 +1465,14 @@ inline void run_backward(const Call& call, const Call& gradients) {
     }
 }
 
+inline int64_t run_keep_rows(const Call& call) {
+    switch (call.dtype) {
+        case BFLOAT16: return keep_rows<bfloat16>(call);
+        case FLOAT16: return keep_rows<float16>(call);
+        default: return keep_rows<float>(call);
+    }
+}
+
 inline Outcome run_gather(const Gather& gather) {
     bool outside = false;
     for (int64_t i = 0; i < gather.num_ids; ++i)
@@ -1485,13 +1535,18 @@ void update_of(const RowUpdate& u) {
     update.run(u.num_threads, nullptr);
 }
 
-inline void run_update(const RowUpdate& u) {
+inline Outcome run_update(const RowUpdate& u) {
+    bool outside = false;
+    for (int64_t i = 0; i < u.num_ids; ++i)
+        outside |= static_cast<uint64_t>(u.rows[i]) >= static_cast<uint64_t>(u.num_rows);
+    if (outside) return NO_SUCH_ROW;
     const bool wide_state = u.state_dtype == FLOAT32;
     switch (u.dtype) {
-        case BFLOAT16: return wide_state ? update_of<bfloat16, float>(u) : update_of<bfloat16, bfloat16>(u);
-        case FLOAT16: return wide_state ? update_of<float16, float>(u) : update_of<float16, float16>(u);
-        default: return update_of<float, float>(u);
+        case BFLOAT16: wide_state ? update_of<bfloat16, float>(u) : update_of<bfloat16, bfloat16>(u); break;
+        case FLOAT16: wide_state ? update_of<float16, float>(u) : update_of<float16, float16>(u); break;
+        default: update_of<float, float>(u);
     }
+    return DONE;
 }
 
 }  // namespace EMBTABLES_INSTRUCTIONS
@@ -1500,5 +1555,5 @@ inline void run_update(const RowUpdate& u) {
 #define EMBTABLES_STRING(name) #name
 #define EMBTABLES_FUNCTIONS(name)                                                                                \
     extern const Functions name##_functions;                                                                     \
-    const Functions name##_functions{EMBTABLES_STRING(name), name::run_forward, name::run_backward, name::run_gather, \
+    const Functions name##_functions{EMBTABLES_STRING(name), name::run_forward, name::run_backward, name::run_keep_rows, name::run_gather, \
                                      name::run_update};

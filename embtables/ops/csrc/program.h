@@ -111,6 +111,8 @@ struct Call {
     void* const* projection_states;   // two a projection
     int64_t* const* gradient_rows;    // SPARSE_GRADIENT: the distinct rows of each weight; `weights` takes their values
     int64_t* num_gradient_rows;
+    void* saved;                      // what keep_rows wrote: the rows as they were, where a gradient depends on them
+    int64_t* refused;                 // forward: lookup and id of one that is refused; null: nobody asks
 };
 
 // Rows of one weight, each to its place in `values`.
@@ -143,8 +145,9 @@ struct Functions {
     const char* name;
     Outcome (*forward)(const Call&);
     void (*backward)(const Call&, const Call&);
+    int64_t (*keep_rows)(const Call&);
     Outcome (*gather)(const Gather&);
-    void (*update)(const RowUpdate&);
+    Outcome (*update)(const RowUpdate&);
 };
 
 }  // namespace embtables
