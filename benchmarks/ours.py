@@ -19,6 +19,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "multi_hash": {"num_hashes": 2},
     "compositional": {"operation": "mult"},
     "robe": {"block_size": 8},
+    # One lookup an id, as full tables have; by default it is two of half the width.
+    "unified_one": {"kind": "unified", "width": "dim"},
 }
 FULL = "embtables full"
 
@@ -29,6 +31,7 @@ def name_of(kind: str) -> str:
         "multi_hash": "embtables multi_hash, k = 2",
         "compositional": "embtables compositional, mult",
         "robe": "embtables robe, block 8",
+        "unified_one": "embtables unified, one lookup",
     }.get(kind, f"embtables {kind}")
 
 
@@ -37,7 +40,8 @@ def solved(work: Workload, kind: str, optimizer: str | None) -> Plan:
     tables = [TableConfig(name, size, work.dim) for name, size in zip(work.names, work.sizes)]
     if kind == "full":
         return plan(tables, "full", None, optimizer=optimizer)
-    return plan(tables, {"kind": kind, **SETTINGS.get(kind, {})}, BUDGET, work.frequencies, optimizer)
+    settings = {key: work.dim if value == "dim" else value for key, value in SETTINGS.get(kind, {}).items()}
+    return plan(tables, {"kind": kind, **settings}, BUDGET, work.frequencies, optimizer)
 
 
 def contestants(work: Workload, everything: bool = True) -> list[Contestant | Skipped]:
@@ -46,7 +50,7 @@ def contestants(work: Workload, everything: bool = True) -> list[Contestant | Sk
     ``everything``: every optimizer for every method, and ordinary parameters; else compressed methods have one.
     """
     found: list[Contestant | Skipped] = []
-    for kind in ["full", *(k for k in kinds() if k != "full")]:
+    for kind in ["full", *(k for k in kinds() if k != "full"), "unified_one"]:
         name = name_of(kind)
         forward = True  # is timed once a method, with the first optimizer that it takes
         order = ("rowwise_adagrad", "adagrad", "sgd", "adam")

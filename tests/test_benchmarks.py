@@ -394,7 +394,7 @@ def test_targets_are_judged_by_the_numbers() -> None:
     assert found["step, hash", "full"] == ("1.20×", "**not met**")
     adam = found["step, full, Adam on touched rows", "`nn.EmbeddingBag` loop, SparseAdam"]
     assert adam == ("6.00×", "met †")
-    assert found["step, unified", "full"] == ("", "not measured")
+    assert found["step, unified, two lookups", "full"] == ("", "not measured")
     peak = found["peak memory of training, full", "plan's training bytes, beside the dense part"]
     assert peak == ("1.20×", "**not met**")
     assert verdicts(made_up(full=1.25))[step, "FBGEMM TBE, best setting"] == ("1.60×", "**not met**")
