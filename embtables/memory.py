@@ -34,7 +34,8 @@ class Memory:
     ``full_bytes``: the equivalent full fp32 tables, ``None`` where a table has no vocabulary. ``by_kind``: the present
     form's bytes. ``constants``: seeds, sizes and offsets of every lookup, which follow from the plan, are in no file
     and count in none of the others. ``dense_gradient_bytes``: of the gradients that each step fills as a whole,
-    whatever it looks up; 0 with a fused optimiser, with sparse gradients, and where nothing trains.
+    whatever it looks up; 0 with a fused optimiser, with sparse gradients, and where nothing trains. ``ops``: what these
+    tables' ids go through, ``"native"`` code from ids to vectors or the ``"reference"`` in PyTorch.
     """
 
     inference_bytes: int
@@ -43,13 +44,7 @@ class Memory:
     by_kind: Mapping[str, int]
     constants: int
     dense_gradient_bytes: int = 0
-
-    @property
-    def ops(self) -> str:
-        """What looks tables up on the CPU: ``"native"`` or ``"reference"``."""
-        from embtables import ops
-
-        return ops.backend()
+    ops: str = "reference"
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.by_kind.items())

@@ -501,7 +501,15 @@ class EmbeddingTables(nn.Module):
         small = [*self.lookups.buffers(), *self.regularizers.buffers(), self._columns, self._vectors]
         constants = storage_bytes(small) - storage_bytes(counts)
         dense = self.plan.optimizer is None and not (self.served or self.store.sparse)
-        return Memory(inference, training, self.plan.full_bytes, by_kind, constants, gradients if dense else 0)
+        return Memory(
+            inference,
+            training,
+            self.plan.full_bytes,
+            by_kind,
+            constants,
+            gradients if dense else 0,
+            "native" if self._whole is not None and self._whole.fits() else "reference",
+        )
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
 
@@ -595,6 +603,7 @@ class EmbeddingTables(nn.Module):
             if metadata is None:
                 raise ValueError("it holds no plan")
             tables = cls._empty_served(Plan.from_dict(json.loads(metadata)), device)
+            tables._check_ranks(tensors)
             tables.store.load_state_dict(tensors)
         except (SafetensorError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
@@ -613,6 +622,28 @@ class EmbeddingTables(nn.Module):
                 "this state dict belongs to another plan (other tables, sizes, methods or hash_seed): "
                 "its rows mean other ids"
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        store = f"{prefix}store."
+        self._check_ranks({name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _check_ranks(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ``ValueError`` for ranks that are none, in tensors that the store is about to take.
+
+        A lookup goes where they say, without looking.
+        """
+        for lookups in self._each_lookup():
+            for table, recipe in zip(lookups.tables, lookups.block.recipes() or []):
+                if recipe.ranks is None or table.rows is None:
+                    continue
+                name, start = recipe.ranks
+                ranks = tensors.get(self.store.code_key(name), torch.empty(0)).reshape(-1)[start : start + table.rows]
+                if ranks.numel() and not ranks.is_meta and not 0 <= ranks.min() <= ranks.max() < table.rows:
+                    raise ValueError(
+                        f"table '{table.name}': '{name}' holds ranks {int(ranks.min())} … {int(ranks.max())}, but its "
+                        f"ids have the ranks 0 … {table.rows - 1}: the file or state dict is damaged"
+                    )
 
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)

@@ -96,7 +96,7 @@ class WholeLookup:
         )
 
     def fits(self) -> bool:
-        """Whether native code takes the store's tensors as they are now, wherever they lie."""
+        """Whether native code looks up the store's tensors as they are now."""
         return ops.backend() == "native" and self._fits(self._request())
 
     def refuse(self, ids: Tensor, offsets: Tensor | None) -> None:
