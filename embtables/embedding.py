@@ -88,7 +88,9 @@ class _OneTable(nn.Module):
         does it or says what is wrong.
         """
         tables, training = self.tables, self._trains()
-        whole = None if torch.compiler.is_compiling() or (training and tables.regularizers) else self._whole()
+        # Graphs hold PyTorch's own operators; regularisation works on the vectors of single ids.
+        elsewhere = torch.compiler.is_compiling() or (training and tables.regularizers)
+        whole = None if elsewhere else self._whole()
         if whole is None or not whole.takes(ids, bags, weights, training):
             return None
         ids = ids.reshape(-1) if bags is not None else ids.reshape(-1, 1)
