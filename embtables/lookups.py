@@ -14,10 +14,8 @@ from embtables import ops
 from embtables.hashing import hash_ids, seed_for
 from embtables.inputs import CONFIG, PoolingLike
 from embtables.methods.base import Block, TableEntry
-from embtables.ops.program import Entrance
+from embtables.ops.program import POLICIES, UNBOUNDED, Entrance
 from embtables.store import Part
-
-_POLICIES = ("error", "hash", "oov")
 
 
 class Picked(NamedTuple):
@@ -92,11 +90,10 @@ class Lookups(nn.Module):
         self.places = columns
         self.num_features = len(feature_names)
         self.takes_all = columns == list(range(self.num_features))
-        unbounded = 2**62
         for name, values in (
             ("columns", columns),
-            ("size", [unbounded if t.num_embeddings is None else t.num_embeddings for t in self.tables]),
-            ("policy", [-1 if t.num_embeddings is None else _POLICIES.index(t.on_out_of_range) for t in self.tables]),
+            ("size", [UNBOUNDED if t.num_embeddings is None else t.num_embeddings for t in self.tables]),
+            ("policy", [-1 if t.num_embeddings is None else POLICIES[t.on_out_of_range] for t in self.tables]),
             ("seed", [seed_for(hash_seed, t.name, "out_of_range") for t in self.tables]),
             ("padding", [-1 if t.padding_idx is None else t.padding_idx for t in self.tables]),
             ("has_padding", [t.padding_idx is not None for t in self.tables]),

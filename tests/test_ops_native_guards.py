@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,23 @@ def test_threads_are_those_of_the_runtime_that_pytorch_uses(tmp_path: Path) -> N
         [sys.executable, "-c", THREADS, str(decoy)], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0 and result.stdout.strip() == "native", (result.returncode, result.stderr)
+
+
+def test_a_wheel_built_without_a_compiler_suits_any_machine_and_says_so(tmp_path: Path) -> None:
+    """One with the library has another name, so that a cache or an index keeps the two apart."""
+    for name in ("embtables", "models", "datasets"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    environment = {**os.environ, "CC": "/nonexistent", "CXX": "/nonexistent"}
+    build = "import setuptools.build_meta as b; b.build_wheel('out')"
+    result = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tmp_path / "out").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "embtables/ops/native.py" in archive.namelist() and "embtables/ops/_native.so" not in archive.namelist()

@@ -15,12 +15,12 @@ from torch import Tensor
 Operation = Literal["concat", "sum", "mean", "mult", "alternatives"]
 Address = Literal["row", "hash", "digit", "cut", "block", "below"]
 
-_UNBOUNDED = 2**62
+UNBOUNDED = 2**62
 _OPERATIONS = {"concat": 0, "sum": 1, "mean": 2, "mult": 3, "alternatives": 4}
 _ADDRESSES = {"row": 0, "hash": 1, "digit": 2, "cut": 3, "block": 4, "below": 0}
 # How the ids of a bag become one vector: not at all, or so.
 POOLING = {None: 0, "sum": 1, "mean": 2}
-_POLICIES = {"error": 0, "hash": 1, "oov": 2}
+POLICIES = {"error": 0, "hash": 1, "oov": 2}
 # How many words ``csrc/program.h`` has for a lookup and for a piece.
 LOOKUP_WORDS, PIECE_WORDS = 13, 10
 
@@ -130,8 +130,8 @@ def compile_program(
         size = entrance.num_embeddings
         lookup_words += [
             entrance.column,
-            _UNBOUNDED if size is None else size,
-            -1 if size is None else _POLICIES[entrance.on_out_of_range],
+            UNBOUNDED if size is None else size,
+            -1 if size is None else POLICIES[entrance.on_out_of_range],
             entrance.seed,
             -1 if entrance.padding_idx is None else entrance.padding_idx,
             int(entrance.padding_idx is not None),
