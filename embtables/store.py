@@ -18,6 +18,7 @@ from embtables.layout import DTYPES, Form, Slab
 from embtables.optimizers import FusedOptimizer
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
+_NOTHING = torch.empty(0)
 
 
 class Part(NamedTuple):
@@ -260,12 +261,18 @@ class Store(nn.Module):
 
     def gives_gradients(self) -> bool:
         """Whether the weights are parameters that get a gradient now."""
-        weights = [*self.lookup_weights(), *self.extra_weights()]
-        return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        return torch.is_grad_enabled() and any(w.requires_grad for w in (*self.lookup_weights(), *self.extra_weights()))
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight, extra, code or state by its attribute: the same as ``getattr``, at a fraction of its time."""
+        found = self._buffers.get(name)
+        if found is None:
+            found = self._parameters.get(name)
+        return found if found is not None else getattr(self, name)
 
     def lookup_weights(self, widths: Sequence[int] | None = None) -> list[Tensor]:
         """The weights of these widths, by default of all."""
-        return [getattr(self, f"weight_{width}") for width in (self.widths if widths is None else widths)]
+        return [self.tensor(f"weight_{width}") for width in (self.widths if widths is None else widths)]
 
     def differentiated_weights(self, widths: Sequence[int]) -> list[Tensor]:
         """The same; where a step has many lookups and dense gradients under their other names."""
@@ -274,15 +281,15 @@ class Store(nn.Module):
 
     def extra_weights(self, names: Sequence[str] | None = None) -> list[Tensor]:
         """These extras, by default all."""
-        return [getattr(self, self._extras[name]) for name in (self._extras if names is None else names)]
+        return [self.tensor(self._extras[name]) for name in (self._extras if names is None else names)]
 
     def code_tensors(self) -> list[Tensor]:
-        return [getattr(self, attribute) for attribute in self._codes.values()]
+        return [self.tensor(attribute) for attribute in self._codes.values()]
 
     @property
     def hyper(self) -> Tensor:
-        """The fused optimiser's hyper-parameters, as ``embtables.ops`` takes them."""
-        return self._hyper
+        """The fused optimiser's hyper-parameters, as ``embtables.ops`` takes them; empty without one."""
+        return _NOTHING if self.optimizer is None else self._hyper
 
     def next_step(self, begun: bool = False) -> Tensor:
         """The number of the step that is about to begin, or of the one that has ``begun``; 0 where nobody counts."""
@@ -292,8 +299,8 @@ class Store(nn.Module):
 
     def two_states(self, names: Sequence[str]) -> list[Tensor]:
         """Two tensors of optimiser state for each weight, empty where the rule has none."""
-        each = [self._state_of_rows(name) for name in names]
-        return [state for states in each for state in (*states, *[torch.empty(0)] * (2 - len(states)))]
+        kept = [f"_state_{i}_{name}" for name in names for i in range(2)]
+        return [self.tensor(state) if state in self._buffers else _NOTHING for state in kept]
 
     def lookup_states(self, widths: Sequence[int]) -> list[Tensor]:
         return self.two_states([f"weight_{width}" for width in widths])

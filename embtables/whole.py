@@ -16,8 +16,6 @@ from embtables.ops.native import Bound, Given
 from embtables.ops.program import POOLING, Request, compile_program
 from embtables.store import Store
 
-_NOTHING = torch.empty(0)
-
 
 class WholeLookup:
     """The lookups of a module, as one program in the order of its outputs.
@@ -180,11 +178,11 @@ class WholeLookup:
         updates = training and store.optimizer is not None
         if torch.compiler.is_compiling():
             return self._in_graph(given, updates, begun)
-        bound = self._bound()
+        bound = self._kept  # as ``takes`` found it
         assert bound is not None
         if updates:
             return ops.update_in_backward(bound, given, store._hook, int(store.next_step(begun)))
-        if store.gives_gradients():
+        if store.optimizer is None and store.gives_gradients():
             parameters = [*store.differentiated_weights(program.widths), *store.extra_weights(program.projections)]
             return ops.differentiate(bound, given, parameters, store.sparse or store.many_lookups)
         return bound.look_up(given)[0]
@@ -215,8 +213,8 @@ class WholeLookup:
     def _bound(self) -> Bound | None:
         """The program bound to the store's tensors, anew where they are others; ``None`` where they do not fit."""
         request = self._request()
-        tensors = [*request.weights, *request.projections, *request.codes, *request.states, *request.projection_states]
-        key = [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
+        tensors = [t for field in request if isinstance(field, list) for t in field]
+        key = [(t.data_ptr(), t.dtype, t.shape) for t in (*tensors, request.hyper)]
         if key != self._key:
             self._kept = ops.bind(request, self.reads_weights, self.reads_ids) if self._fits(request) else None
             self._key = key
@@ -243,6 +241,6 @@ class WholeLookup:
             store.code_tensors(),
             store.lookup_states(widths),
             store.extra_states(extras),
-            _NOTHING if fused is None else store.hyper,
+            store.hyper,
             "sgd" if fused is None else fused.kind,
         )
