@@ -297,6 +297,13 @@ class Store(nn.Module):
             return _NO_STEP
         return self._step.clone() if begun else self._step + 1
 
+    def names(self, widths: Sequence[int], extras: Sequence[str]) -> list[str]:
+        """The attributes of these weights and extras, of their state, of all codes and of the hyper-parameters."""
+        weights = [*(f"weight_{width}" for width in widths), *(self._extras[name] for name in extras)]
+        states = [f"_state_{i}_{name}" for name in weights for i in range(2)]
+        hyper = [] if self.optimizer is None else ["_hyper"]
+        return [*weights, *(state for state in states if state in self._buffers), *self._codes.values(), *hyper]
+
     def two_states(self, names: Sequence[str]) -> list[Tensor]:
         """Two tensors of optimiser state for each weight, empty where the rule has none."""
         kept = [f"_state_{i}_{name}" for name in names for i in range(2)]

@@ -52,7 +52,7 @@ class WholeLookup:
             (feature, t.name, t.num_embeddings) for each in lookups for feature, t in zip(each.features, each.tables)
         ]
         self._ranges = json.dumps([names[i] for i in order])
-        self._key: list[Any] = []
+        self._seen: list[tuple[str, Tensor, int, torch.dtype]] = []
         self._kept: Bound | None = None
         self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
         self.program = compile_program(pairs, self.num_features, weights, extras, store.codes())
@@ -60,7 +60,7 @@ class WholeLookup:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files begin without the places of these tensors."""
-        return {**self.__dict__, "_key": [], "_kept": None}
+        return {**self.__dict__, "_seen": [], "_kept": None}
 
     @classmethod
     def of(cls, store: Store, lookups: Sequence[Lookups], order: Sequence[int]) -> WholeLookup | None:
@@ -212,12 +212,19 @@ class WholeLookup:
 
     def _bound(self) -> Bound | None:
         """The program bound to the store's tensors, anew where they are others; ``None`` where they do not fit."""
+        tensor = self.store.tensor
+        for name, known, address, dtype in self._seen:
+            now = tensor(name)
+            if now is not known or now.data_ptr() != address or now.dtype is not dtype:
+                break
+        else:
+            if self._seen:
+                return self._kept
         request = self._request()
-        tensors = [t for field in request if isinstance(field, list) for t in field]
-        key = [(t.data_ptr(), t.dtype, t.shape) for t in (*tensors, request.hyper)]
-        if key != self._key:
-            self._kept = ops.bind(request, self.reads_weights, self.reads_ids) if self._fits(request) else None
-            self._key = key
+        self._kept = ops.bind(request, self.reads_weights, self.reads_ids) if self._fits(request) else None
+        # Noted by name: what the store now has under it, and where that lies.
+        names = self.store.names(self.program.widths, self.program.projections)
+        self._seen = [(name, t, t.data_ptr(), t.dtype) for name, t in ((name, tensor(name)) for name in names)]
         return self._kept
 
     def _fits(self, request: Request) -> bool:

@@ -1159,17 +1159,16 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     }
 }
 
-// The rows of one part: those of ids in order, first by example, with offsets by lookup.
-inline void add_row(Workspace& work, Workspace& stretches, const Program& program, const Piece& piece, uint64_t row, uint64_t source,
-                    uint64_t part, uint64_t parts) {
-    if (piece.kind != BLOCK) {
-        // Written in any case and then counted or not: whose a row is cannot be foreseen.
-        work.entries.data[work.entries.size] = {row, source};
-        work.entries.size += belongs(row >> LINE_BITS, part, parts);
+// A block's stretches: it is cut where its slab ends, where it goes on from the slab's beginning, and where regions end.
+__attribute__((noinline)) inline void add_block(Workspace& stretches, const Program& program, const Piece& piece, uint64_t row,
+                                                uint64_t source, uint64_t part, uint64_t parts) {
+    const uint64_t start = static_cast<uint64_t>(program.weights[piece.weight].start + piece.base);
+    const uint64_t end = start + static_cast<uint64_t>(piece.b), last = row + static_cast<uint64_t>(piece.width) - 1;
+    if ((row ^ last) >> REGION_BITS == 0 && last < end) {  // nearly always: not cut
+        stretches.entries.data[stretches.entries.size] = {row, source | static_cast<uint64_t>(piece.width) << SOURCE_BITS};
+        stretches.entries.size += belongs(row >> REGION_BITS, part, parts);
         return;
     }
-    const uint64_t start = static_cast<uint64_t>(program.weights[piece.weight].start + piece.base);
-    const uint64_t end = start + static_cast<uint64_t>(piece.b);
     for (int64_t left = piece.width; left > 0;) {
         const uint64_t region = ((row >> REGION_BITS) + 1) << REGION_BITS;
         const int64_t length = std::min<int64_t>(left, static_cast<int64_t>(std::min(region, end) - row));
@@ -1178,6 +1177,15 @@ inline void add_row(Workspace& work, Workspace& stretches, const Program& progra
         left -= length, source += static_cast<uint64_t>(length), row += static_cast<uint64_t>(length);
         if (row == end) row = start;
     }
+}
+
+// The rows of one part: those of ids in order, first by example, with offsets by lookup.
+inline void add_row(Workspace& work, Workspace& stretches, const Program& program, const Piece& piece, uint64_t row,
+                    uint64_t source, uint64_t part, uint64_t parts) {
+    if (piece.kind == BLOCK) return add_block(stretches, program, piece, row, source, part, parts);
+    // Written in any case and then counted or not: whose a row is cannot be foreseen.
+    work.entries.data[work.entries.size] = {row, source};
+    work.entries.size += belongs(row >> LINE_BITS, part, parts);
 }
 
 template <class T, class S>
