@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -301,7 +301,9 @@ def plan_apart(
             for (group, chosen), share in zip(pairs, _shares(pairs, floors, bytes_))
         )
         codes = {k: v for g in solved for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
-        return Plan(tables, solved, limit, fused, hash_seed, codes)
+        # What the counts decided is in the layouts and codes; a plan does not hold on to them.
+        settled = tuple(replace(g, group=replace(g.group, counts=(None,) * len(g.group.counts))) for g in solved)
+        return Plan(tables, settled, limit, fused, hash_seed, codes)
 
     if limit is None:
         # Without a budget only what the method needs anyway is allocated: the floor, and for Full that is everything.

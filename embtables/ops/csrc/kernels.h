@@ -152,7 +152,14 @@ inline void address(const Program& program, const Call& call, const Lookup& look
                     int64_t n, int64_t* rows, int64_t stride) {
     if (lookup.code >= 0) {
         const int32_t* ranks = call.codes[lookup.code] + lookup.ranks_from;
-        for (int64_t i = 0; i < n; ++i) x[i] = ranks[x[i]];
+        const uint64_t end = static_cast<uint64_t>(lookup.size + (lookup.policy == OOV));
+        bool outside = false;
+        for (int64_t i = 0; i < n; ++i) {
+            x[i] = ranks[x[i]];
+            outside |= static_cast<uint64_t>(x[i]) >= end;
+        }
+        if (outside)  // the ranks are damaged, and must not lead out of the weights
+            for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint64_t>(x[i]) < end ? x[i] : 0;
     }
     const Piece* pieces = program.pieces + lookup.first_piece;
     int64_t found[BLOCK_OF_IDS];
