@@ -132,7 +132,7 @@ class WholeLookup:
             rows = [ids.shape[0]] * len(self.dims)
         else:
             batch = (offsets.numel() - 1) // self.num_features
-            bounds = offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
+            bounds = self._bounds(offsets, batch)
             rows = [
                 batch if mode is not None else bounds[column + 1] - bounds[column]
                 for mode, column in zip(modes, self.columns)
@@ -148,9 +148,13 @@ class WholeLookup:
         if offsets is None:
             return self.side_by_side(ids, None, weights, modes, training).view(ids.shape[0], -1, dim)
         batch = (offsets.numel() - 1) // self.num_features
-        bounds = offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
+        bounds = self._bounds(offsets, batch)
         outputs = self._outputs([bounds[column] * dim for column in self.columns], self.dims, modes)
         return self._values(ids, offsets, weights, outputs, ids.numel() * dim, training).view(-1, dim)
+
+    def _bounds(self, offsets: Tensor, batch: int) -> list[int]:
+        """Where the ids of each feature begin, and where the last one's end."""
+        return offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
 
     @staticmethod
     def _outputs(starts: Sequence[int], strides: Sequence[int], modes: Sequence[str | None]) -> Tensor:

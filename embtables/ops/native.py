@@ -34,8 +34,6 @@ _ROWS_A_THREAD = 4096
 # Tables from this size on ask for huge pages, outputs from this size on for memory that stays mapped.
 _HUGE, _LARGE = 2**22, 2**24
 
-# int64s of ``Lookup`` in ``csrc/program.h``.
-_LOOKUP_WORDS = 13
 # ``Outcome`` of ``csrc/program.h``.
 _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -320,7 +318,7 @@ class Bound:
         self._dtype = request.weights[0].dtype
         self._shapes = [w.shape for w in request.weights], [p.shape for p in request.projections]
         self._num_features, num_lookups = request.words[:2].tolist()
-        self._widest = int(request.words[6 : 6 + _LOOKUP_WORDS * num_lookups].view(-1, _LOOKUP_WORDS)[:, 6].max())
+        self._widest = int(request.words[6 : 6 + LOOKUP_WORDS * num_lookups].view(-1, LOOKUP_WORDS)[:, 6].max())
         state = next((s for s in request.states if s.numel()), None)
         self._call = _Call(
             program=request.words.data_ptr(),
