@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from embtables import ops
 from embtables.lookups import Lookups
-from embtables.ops.native import Bound, Given
-from embtables.ops.program import POOLING, Request, compile_program
+from embtables.ops.native import LookupArgs
+from embtables.ops.program import POOLING, ProgramTensors, compile_program
 from embtables.store import Store
 
 
@@ -52,15 +51,11 @@ class WholeLookup:
             (feature, t.name, t.num_embeddings) for each in lookups for feature, t in zip(each.features, each.tables)
         ]
         self._ranges = json.dumps([names[i] for i in order])
-        self._seen: list[tuple[str, Tensor, int, torch.dtype]] = []
-        self._kept: Bound | None = None
         self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
         self.program = compile_program(pairs, self.num_features, weights, extras, store.codes())
-        self._code_dtypes = [code.dtype for code in store.code_tensors()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and files begin without the places of these tensors."""
-        return {**self.__dict__, "_seen": [], "_kept": None}
+        self._weight_shapes = [(rows, width) for width, rows in weights.items()]
+        self._projection_shapes = list(extras.values())
+        self._code_forms = [(code.dtype, code.shape) for code in store.code_tensors()]
 
     @classmethod
     def of(cls, store: Store, lookups: Sequence[Lookups], order: Sequence[int]) -> WholeLookup | None:
@@ -84,25 +79,25 @@ class WholeLookup:
             updates = training and self.store.optimizer is not None
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = not self.reads_weights if updates else not self.store.gives_gradients()
-            return suits and not torch.compiler.is_exporting() and self._fits(self._request())
+            return suits and not torch.compiler.is_exporting() and self._fits(self._tensors())
         return (
             all(t is None or (type(t) is Tensor and t.is_cpu) for t in (ids, offsets, weights))
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0
-            and self._bound() is not None
+            and self.tensors() is not None
         )
 
     def fits(self) -> bool:
         """Whether native code looks up the store's tensors as they are now."""
-        return ops.backend() == "native" and self._fits(self._request())
+        return ops.backend() == "native" and self.tensors() is not None
 
     def refuse(self, ids: Tensor, offsets: Tensor | None) -> None:
         """Raises ``Refused`` for what ``side_by_side`` would refuse, and does nothing else."""
         outputs = self._outputs(self.starts, self.dims, [None] * len(self.dims))
-        bound = self._bound()
-        assert bound is not None
-        bound.check(Given(ids.contiguous(), None if offsets is None else offsets.contiguous(), None, outputs, 0, 0))
+        tensors = self.tensors()
+        assert tensors is not None
+        ops.check(tensors, self._args(ids, offsets, None, outputs, 0))
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -170,82 +165,84 @@ class WholeLookup:
         training: bool,
         begun: bool = False,
     ) -> Tensor:
-        program, store = self.program, self.store
-        given = Given(
+        store = self.store
+        args = self._args(ids, offsets, weights, outputs, num_values)
+        updates = training and store.optimizer is not None
+        if torch.compiler.is_compiling():
+            return self._in_graph(args, updates, begun)
+        tensors = self.tensors()
+        assert tensors is not None  # as ``takes`` found
+        reads = self.reads_weights, self.reads_ids
+        if updates:
+            return ops.update_in_backward(self.tensors, tensors, args, *reads, store._hook, int(store.next_step(begun)))
+        if store.optimizer is None and store.gives_gradients():
+            widths, projections = self.program.widths, self.program.projections
+            parameters = [*store.differentiated_weights(widths), *store.extra_weights(projections)]
+            return ops.differentiate(tensors, args, *reads, parameters, store.sparse or store.many_lookups)
+        return ops.look_up_values(tensors, args)
+
+    def _args(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, outputs: Tensor, num_values: int
+    ) -> LookupArgs:
+        program = self.program
+        if offsets is None:
+            batch, num_rows = ids.shape[0], ids.shape[0] * program.rows_per_example
+        else:
+            batch, num_rows = (offsets.numel() - 1) // self.num_features, ids.numel() * program.rows_per_id
+        return LookupArgs(
             ids.contiguous(),
             None if offsets is None else offsets.contiguous(),
             None if weights is None else weights.to(torch.float32).contiguous(),
             outputs,
+            batch,
             num_values,
-            ids.shape[0] * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id,
+            num_rows,
         )
-        updates = training and store.optimizer is not None
-        if torch.compiler.is_compiling():
-            return self._in_graph(given, updates, begun)
-        bound = self._kept  # as ``takes`` found it
-        assert bound is not None
-        if updates:
-            return ops.update_in_backward(bound, given, store._hook, int(store.next_step(begun)))
-        if store.optimizer is None and store.gives_gradients():
-            parameters = [*store.differentiated_weights(program.widths), *store.extra_weights(program.projections)]
-            return ops.differentiate(bound, given, parameters, store.sparse or store.many_lookups)
-        return bound.look_up(given)[0]
 
-    def _in_graph(self, given: Given, updates: bool, begun: bool) -> Tensor:
-        store, request = self.store, self._request()
+    def _in_graph(self, args: LookupArgs, updates: bool, begun: bool) -> Tensor:
+        store, request = self.store, self._tensors()
         values: Tensor = ops.look_up(
             request.words,
-            given.ids,
-            given.offsets,
-            given.id_weights,
+            args.ids,
+            args.offsets,
+            args.id_weights,
             request.weights,
             request.projections,
             request.codes,
-            given.outputs,
+            args.outputs,
             request.states,
             request.projection_states,
             request.hyper,
             store.next_step(begun),
-            given.num_values,
-            given.num_rows,
+            args.num_values,
+            args.num_rows,
             request.rule,
             self._ranges,
             store._hook if updates else None,
         )[0]
         return values
 
-    def _bound(self) -> Bound | None:
-        """The program bound to the store's tensors, anew where they are others; ``None`` where they do not fit."""
-        tensor = self.store.tensor
-        for name, known, address, dtype in self._seen:
-            now = tensor(name)
-            if now is not known or now.data_ptr() != address or now.dtype is not dtype:
-                break
-        else:
-            if self._seen:
-                return self._kept
-        request = self._request()
-        self._kept = ops.bind(request, self.reads_weights, self.reads_ids) if self._fits(request) else None
-        # Noted by name: what the store now has under it, and where that lies.
-        names = self.store.names(self.program.widths, self.program.projections)
-        self._seen = [(name, t, t.data_ptr(), t.dtype) for name, t in ((name, tensor(name)) for name in names)]
-        return self._kept
+    def tensors(self) -> ProgramTensors | None:
+        """What the program reads and writes as it is now; ``None`` where native code does not take it."""
+        tensors = self._tensors()
+        return tensors if self._fits(tensors) else None
 
-    def _fits(self, request: Request) -> bool:
-        weights = [*request.weights, *request.projections]
-        states = [state for state in (*request.states, *request.projection_states) if state.numel()]
+    def _fits(self, tensors: ProgramTensors) -> bool:
+        weights = [*tensors.weights, *tensors.projections]
+        states = [state for state in (*tensors.states, *tensors.projection_states) if state.numel()]
         return (
             ops.fits(weights)
             and ops.fits(states)
             and (not states or states[0].dtype in (torch.float32, weights[0].dtype))
-            and all(type(code) is Tensor and code.is_contiguous() for code in request.codes)
-            and [code.dtype for code in request.codes] == self._code_dtypes
+            and [w.shape for w in weights] == [*self._weight_shapes, *self._projection_shapes]
+            and all(type(code) is Tensor and code.is_contiguous() for code in tensors.codes)
+            and [(code.dtype, code.shape) for code in tensors.codes] == self._code_forms
         )
 
-    def _request(self) -> Request:
+    def _tensors(self) -> ProgramTensors:
         store, widths, extras = self.store, self.program.widths, self.program.projections
         fused = store.optimizer
-        return Request(
+        return ProgramTensors(
             self.program.words,
             store.lookup_weights(widths),
             store.extra_weights(extras),

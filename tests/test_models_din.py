@@ -16,7 +16,7 @@ from embtables.datasets import Batch, Jagged
 from embtables.models import DIN, build_model
 from embtables.models.activations import BatchNorm, Dice
 from embtables.models.attention import ActivationUnit, TargetAttention, segment_softmax
-from embtables.ops.native import Bound
+from embtables.ops.native import Library
 from embtables.training.metrics import auc
 
 PAIR = [{"history": "item", "category_history": "category"}]
@@ -470,7 +470,7 @@ def test_histories_are_looked_up_once_with_everything_else(monkeypatch):
         model(make_batch()).sum().backward()
     assert len(gathers) == 1
     if ops.instructions() is not None:
-        lookups, look_up = [], Bound.look_up
-        monkeypatch.setattr(Bound, "look_up", lambda *a: lookups.append(1) or look_up(*a))
+        lookups, forward = [], Library.forward
+        monkeypatch.setattr(Library, "forward", lambda *a: lookups.append(1) or forward(*a))
         model(make_batch()).sum().backward()
         assert (len(lookups), len(gathers)) == (1, 1)

@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor
 
 from embtables.ops import fused, gpu, native, reference
-from embtables.ops.fused import bind, differentiate, look_up, update_in_backward
+from embtables.ops.fused import check, differentiate, look_up, look_up_values, update_in_backward
 from embtables.ops.ids import raise_for_ids, refuse_ids
 from embtables.ops.native import Refused, fits
 from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update
@@ -30,7 +30,7 @@ from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update
 __all__ = [
     "Refused",
     "backend",
-    "bind",
+    "check",
     "coalesce",
     "differentiate",
     "fits",
@@ -39,6 +39,7 @@ __all__ = [
     "huge_pages",
     "instructions",
     "look_up",
+    "look_up_values",
     "raise_for_ids",
     "refuse_ids",
     "update",
@@ -114,7 +115,7 @@ def using(name: str) -> Iterator[None]:
 
 if _library is not None:
     fused.use(_library)
-    reference.before_updates.append(native.settle)
+    reference.before_updates.append(fused.settle)
     native.register(_library, lambda: _in_use, fused_lookup, update)
 
 gpu.register()

@@ -6,15 +6,16 @@ lookup of a small batch; in compiled graphs it is ``embtables::look_up`` with ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embtables.ops.ids import raise_for_id
-from embtables.ops.native import Bound, Given, Library, Refused
-from embtables.ops.program import Request
+from embtables.ops.native import Library, LookupArgs, Refused
+from embtables.ops.program import ProgramTensors
 
 _library: list[Library] = []
 
@@ -24,14 +25,109 @@ def use(library: Library) -> None:
     _library[:] = [library]
 
 
-def bind(request: Request, reads_weights: bool = False, reads_ids: bool = False) -> Bound:
-    """The request's program, weights and state, for lookups with any arguments; the flags as in ``Bound``."""
-    return Bound(_library[0], request, reads_weights, reads_ids)
+def look_up_values(tensors: ProgramTensors, args: LookupArgs) -> Tensor:
+    """The values, flat, without a gradient.
+
+    Raises:
+        Refused: see ``Library.forward``.
+    """
+    return _library[0].forward(tensors, args)[0]
 
 
-def _save(ctx: Any, bound: Bound, given: Given, parameters: Sequence[Tensor] = ()) -> None:
+def check(tensors: ProgramTensors, args: LookupArgs) -> None:
+    """Raises ``Refused`` for what the other functions here would refuse, and does nothing else."""
+    _library[0].check(tensors, args)
+
+
+class SavedLookup:
+    """A lookup that was done, for its backward: its arguments and the addresses that it found.
+
+    It keeps no address of a weight, nor the weights themselves: they may lie elsewhere when backward comes.
+
+    Args:
+        find: the tensors of the program as they are at the time of the call, ``None`` where native code cannot take
+            them.
+        tensors: what the lookup read.
+        reads_weights: whether the gradient depends on weights, as that of products does.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[], ProgramTensors | None],
+        tensors: ProgramTensors,
+        args: LookupArgs,
+        rows: Tensor,
+        reads_weights: bool,
+    ) -> None:
+        self.find, self.args, self.rows, self.reads_weights = find, args, rows, reads_weights
+        self.forms = tensors.forms()
+        self.versions = self._versions(tensors) if reads_weights else []
+        # The rows that were read and the projections, noted where somebody else is about to change them.
+        self.as_read: tuple[Tensor, list[Tensor]] | None = None
+
+    @staticmethod
+    def _versions(tensors: ProgramTensors) -> list[int]:
+        return [weight._version for weight in (*tensors.weights, *tensors.projections)]
+
+    def check(self, tensors: ProgramTensors | None) -> ProgramTensors:
+        """The tensors.
+
+        Raises:
+            RuntimeError: where they are not what the lookup read, by type or shape.
+        """
+        if tensors is None or tensors.forms() != self.forms:
+            raise RuntimeError(
+                "the tables were cast to another type, resized or moved to another device between their lookup and its "
+                "backward; call backward first"
+            )
+        return tensors
+
+    def keep_rows(self, tensors: ProgramTensors) -> None:
+        """Notes the rows that the gradient depends on, and the projections, as they are now."""
+        if self.versions == self._versions(tensors):  # else somebody has changed them already: backward says so
+            kept = _library[0].keep_rows(tensors, self.args, self.rows)
+            self.as_read = kept, [projection.clone() for projection in tensors.projections]
+
+    def update(self, grad: Tensor, step: int) -> list[Tensor]:
+        """One step of the optimizer on all rows that were looked up; returns the weights and projections it changed.
+
+        Raises:
+            RuntimeError: where the gradient depends on weights that have been changed since, other than by updates.
+        """
+        tensors = self.check(self.find())
+        _waiting.discard(self)
+        weights = [*tensors.weights, *tensors.projections]
+        settle(weights)
+        if self.as_read is None and self.reads_weights and self.versions != self._versions(tensors):
+            raise RuntimeError(
+                "the tables were changed between a lookup and its backward, and the gradient of this method depends on "
+                "what they were; of a graph that is kept, backward can be called once: add up the losses instead"
+            )
+        _library[0].update_rows(tensors, self.args, self.rows, grad.contiguous(), step, self.as_read)
+        return weights
+
+
+# Lookups whose gradient depends on rows that a fused update may change before it is taken.
+_waiting: weakref.WeakSet[SavedLookup] = weakref.WeakSet()
+
+
+def settle(changing: Sequence[Tensor]) -> None:
+    """Has the lookups that wait for their gradients note the rows they read in weights about to change."""
+    if _waiting:
+        places = {tensor.data_ptr() for tensor in changing}
+        for saved in list(_waiting):
+            tensors = saved.find()
+            if tensors is None or tensors.forms() != saved.forms:
+                continue  # its own backward will say so
+            if not places.isdisjoint(t.data_ptr() for t in (*tensors.weights, *tensors.projections)):
+                _waiting.discard(saved)
+                saved.keep_rows(tensors)
+
+
+def _save(ctx: Any, saved: SavedLookup, reads_ids: bool, parameters: Sequence[Tensor] = ()) -> None:
     """Has autograd notice where something that backward reads again is changed before."""
-    read = [given.offsets, given.id_weights, given.ids if bound.reads_ids else None]
+    args = saved.args
+    read = [args.offsets, args.id_weights, args.ids if reads_ids else None]
     ctx.save_for_backward(*(t if t is not None and not t.is_inference() else None for t in read), *parameters)
 
 
@@ -39,54 +135,90 @@ class _Updated(torch.autograd.Function):
     """The rows are updated in backward. ``hook`` only makes autograd call it."""
 
     @staticmethod
-    def forward(ctx: Any, hook: Tensor, bound: Bound, given: Given, step: int) -> Tensor:
-        values, ctx.looked = bound.look_up(given)
-        bound.await_gradient(ctx.looked)
-        ctx.bound, ctx.step = bound, step
-        _save(ctx, bound, given)
+    def forward(
+        ctx: Any,
+        hook: Tensor,
+        find: Callable[[], ProgramTensors | None],
+        tensors: ProgramTensors,
+        args: LookupArgs,
+        reads_weights: bool,
+        reads_ids: bool,
+        step: int,
+    ) -> Tensor:
+        values, rows = _library[0].forward(tensors, args)
+        ctx.saved, ctx.step = SavedLookup(find, tensors, args, rows, reads_weights), step
+        if reads_weights:
+            _waiting.add(ctx.saved)
+        _save(ctx, ctx.saved, reads_ids)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         ctx.saved_tensors  # noqa: B018
-        ctx.bound.update_rows(ctx.looked, grad, ctx.step)
-        torch.autograd.graph.increment_version(ctx.bound.weights)
-        return None, None, None, None
+        torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
+        return (None,) * 7
 
 
 class _Differentiated(torch.autograd.Function):
     """The weights and projections get gradients, the weights' dense or sparse."""
 
     @staticmethod
-    def forward(ctx: Any, bound: Bound, given: Given, sparse: bool, *parameters: Tensor) -> Tensor:
-        values, ctx.looked = bound.look_up(given)
-        ctx.bound, ctx.sparse = bound, sparse
-        _save(ctx, bound, given, parameters if bound.reads_weights else ())
+    def forward(
+        ctx: Any,
+        tensors: ProgramTensors,
+        args: LookupArgs,
+        reads_weights: bool,
+        reads_ids: bool,
+        sparse: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        values, rows = _library[0].forward(tensors, args)
+        ctx.saved = SavedLookup(lambda: tensors, tensors, args, rows, reads_weights)
+        ctx.tensors, ctx.sparse = tensors, sparse
+        _save(ctx, ctx.saved, reads_ids, parameters if reads_weights else ())
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018
-        return None, None, None, *ctx.bound.gradients(ctx.looked, grad, ctx.sparse)
+        saved = ctx.saved
+        tensors = saved.check(ctx.tensors)
+        gradients = _library[0].gradients(tensors, saved.args, saved.rows, grad.contiguous(), ctx.sparse)
+        return None, None, None, None, None, *gradients
 
 
-def update_in_backward(bound: Bound, given: Given, hook: Tensor, step: int) -> Tensor:
+def update_in_backward(
+    find: Callable[[], ProgramTensors | None],
+    tensors: ProgramTensors,
+    args: LookupArgs,
+    reads_weights: bool,
+    reads_ids: bool,
+    hook: Tensor,
+    step: int,
+) -> Tensor:
     """The values, flat; backward updates the rows in place. ``hook``: any tensor that requires a gradient.
 
     Raises:
-        Refused: see ``Bound.look_up``.
+        Refused: see ``Library.forward``.
     """
-    return _Updated.apply(hook, bound, given, step)
+    return _Updated.apply(hook, find, tensors, args, reads_weights, reads_ids, step)
 
 
-def differentiate(bound: Bound, given: Given, parameters: Sequence[Tensor], sparse: bool) -> Tensor:
+def differentiate(
+    tensors: ProgramTensors,
+    args: LookupArgs,
+    reads_weights: bool,
+    reads_ids: bool,
+    parameters: Sequence[Tensor],
+    sparse: bool,
+) -> Tensor:
     """The values, flat; backward gives the weights (sparse or dense) and projections gradients.
 
     Raises:
-        Refused: see ``Bound.look_up``.
+        Refused: see ``Library.forward``.
     """
-    return _Differentiated.apply(bound, given, sparse, *parameters)
+    return _Differentiated.apply(tensors, args, reads_weights, reads_ids, sparse, *parameters)
 
 
 # ---- in compiled graphs ----------------------------------------------------------------------------------------------
@@ -113,15 +245,18 @@ def look_up(
     hook: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The values of a request and their addresses; a ``hook`` with a gradient makes backward update the rows."""
-    request = Request(words, weights, projections, codes, states, projection_states, hyper, rule)
-    given = Given(ids, offsets, id_weights, outputs, num_values, num_rows)
+    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
+    args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), num_values, num_rows)
     try:
-        values, looked = bind(request).look_up(given)
+        return _library[0].forward(tensors, args)
     except Refused as error:
         if error.lookup is None or error.id is None:
             raise ValueError(f"offsets must rise from 0 to the number of ids, {ids.numel()}") from None
         raise_for_id(error.id, error.lookup, ranges)
-    return values, looked.rows
+
+
+def _batch(words: Tensor, ids: Tensor, offsets: Tensor | None) -> int:
+    return ids.shape[0] if offsets is None else (offsets.numel() - 1) // int(words[0])
 
 
 @look_up.register_fake
@@ -168,9 +303,9 @@ def update_rows(
     grad: Tensor,
 ) -> None:
     """One step of the optimiser on the rows of a lookup, given the gradient of its values."""
-    bound = bind(Request(words, weights, projections, codes, states, projection_states, hyper, rule))
-    given = Given(ids, offsets, id_weights, outputs, grad.numel(), rows.numel())
-    bound.update_rows(bound.looked(given, rows), grad, int(step))
+    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
+    args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), grad.numel(), rows.numel())
+    _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

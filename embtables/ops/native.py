@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from embtables.allocator import keep_freed_memory
-from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS, Request
+from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3, "dense": 4, "sparse": 5}
@@ -165,40 +164,21 @@ def load() -> ctypes.CDLL:
     return library
 
 
-class Given(NamedTuple):
-    """The arguments of one lookup; as in ``Request``."""
+class LookupArgs(NamedTuple):
+    """The arguments of one lookup: the ids of ``batch`` examples, and where their vectors go.
+
+    ``ids``: int32 or int64, ``[batch, F]``, or flat with ``offsets`` int64 ``[F·batch + 1]``; ``id_weights``: float32,
+    of the shape of ``ids``; ``outputs``: int64 ``[L, 3]``, as ``Output`` of ``csrc/program.h``; ``num_values`` and
+    ``num_rows``: how many scalars and addresses the lookup has room for.
+    """
 
     ids: Tensor
     offsets: Tensor | None
     id_weights: Tensor | None
     outputs: Tensor
+    batch: int
     num_values: int
     num_rows: int
-
-
-class Looked:
-    """A lookup that was done: its call, what the call points to, the addresses it found, and the rows it read.
-
-    The rows are noted only where its gradient depends on them and somebody else is about to change them.
-    """
-
-    def __init__(self, bound: Bound, call: Any, given: Given, rows: Tensor) -> None:
-        self.bound, self.call, self.given, self.rows = bound, call, given, rows
-        self.versions: list[int] = []
-        self.saved: tuple[Tensor, list[Tensor], Any] | None = None
-
-
-# Lookups whose gradient depends on rows that a fused update may change before it is taken.
-_waiting: weakref.WeakSet[Looked] = weakref.WeakSet()
-
-
-def settle(changing: Sequence[Tensor]) -> None:
-    """Has the lookups that wait for their gradients note the rows they read in weights about to change."""
-    if _waiting:
-        places = {tensor.data_ptr() for tensor in changing}
-        for looked in list(_waiting):
-            if not places.isdisjoint(looked.bound.addresses):
-                looked.bound.keep_rows(looked)
 
 
 class Library:
@@ -301,168 +281,130 @@ class Library:
         if self.run("update", call) == _NO_SUCH_ROW:
             raise _no_such_row(weight, index)
 
+    # ---- whole programs --------------------------------------------------------------------------------------------
+    #
+    # Addresses are taken anew for every call and forgotten after it: between a lookup and its backward tensors may have
+    # moved (FSDP, ``share_memory_``, ``.data = …``).
 
-class Bound:
-    """A program bound to the weights and state of a module, which it holds.
-
-    Args:
-        request: the program, weights and state.
-        reads_weights: whether gradients depend on weights, as those of products do.
-        reads_ids: whether they depend on the ids themselves, as those of signs do.
-    """
-
-    def __init__(self, library: Library, request: Request, reads_weights: bool, reads_ids: bool) -> None:
-        self.reads_weights, self.reads_ids = reads_weights, reads_ids
-        self.weights = [*request.weights, *request.projections]
-        self._library, self._request = library, request
-        self._dtype = request.weights[0].dtype
-        self._shapes = [w.shape for w in request.weights], [p.shape for p in request.projections]
-        self._num_features, num_lookups = request.words[:2].tolist()
-        self._widest = int(request.words[6 : 6 + LOOKUP_WORDS * num_lookups].view(-1, LOOKUP_WORDS)[:, 6].max())
-        state = next((s for s in request.states if s.numel()), None)
-        self._call = _Call(
-            program=request.words.data_ptr(),
-            dtype=DTYPES[self._dtype],
-            state_dtype=0 if state is None else DTYPES[state.dtype],
-            rule=RULES[request.rule],
-            num_hyper=request.hyper.numel(),
-        )
-        self.addresses: list[int] = []
-        self._find()
-
-    def _find(self) -> None:
-        """Notes where all tensors lie; they may have moved since (FSDP, ``share_memory_``, ``.data = …``)."""
-        request = self._request
-        lists = (request.weights, request.projections, request.codes, request.states, request.projection_states)
-        addresses = [tensor.data_ptr() for tensors in lists for tensor in tensors]
-        if addresses == self.addresses:
-            return
-        if any(weight.dtype != self._dtype for weight in self.weights):
-            raise RuntimeError("the tables were cast to another type between their lookup and its backward")
-        self._pointers = [_pointers(tensors) for tensors in lists]
-        call = self._call
-        call.weights, call.projections, call.codes, call.states, call.projection_states = map(
-            ctypes.addressof, self._pointers
-        )
-        call.hyper = request.hyper.data_ptr()
-        self.addresses = addresses
-
-    def look_up(self, given: Given) -> tuple[Tensor, Looked]:
-        """The values, flat, and what backward needs.
+    def forward(self, tensors: ProgramTensors, args: LookupArgs) -> tuple[Tensor, Tensor]:
+        """The values, flat, and the addresses that backward needs.
 
         Raises:
             Refused: for an id out of range, or offsets that do not fit.
-            MemoryError: see ``Library.run``.
+            MemoryError: see ``run``.
         """
-        values = torch.empty(given.num_values, dtype=self._dtype)
-        self._library.keep_large_blocks(values.nbytes)
-        looked = self.looked(given, torch.empty(given.num_rows, dtype=torch.int64))
-        looked.call.values = values.data_ptr()
-        self._run_forward(looked)
-        return values, looked
+        values = torch.empty(args.num_values, dtype=tensors.weights[0].dtype)
+        self.keep_large_blocks(values.nbytes)
+        rows = torch.empty(args.num_rows, dtype=torch.int64)
+        self._run_forward(self._call(tensors, args, rows, values))
+        return values, rows
 
-    def check(self, given: Given) -> None:
-        """Raises ``Refused`` for what ``look_up`` would refuse, and does nothing else."""
-        self._run_forward(self.looked(given, torch.empty(0, dtype=torch.int64)))
+    def check(self, tensors: ProgramTensors, args: LookupArgs) -> None:
+        """Raises ``Refused`` for what ``forward`` would refuse, and does nothing else."""
+        self._run_forward(self._call(tensors, args, torch.empty(0, dtype=torch.int64), None))
 
-    def _run_forward(self, looked: Looked) -> None:
+    def _run_forward(self, call: Any) -> None:
         refused = (_int * 2)()
-        looked.call.refused = ctypes.addressof(refused)
-        outcome = self._library.run("forward", looked.call)
-        looked.call.refused = None
+        call.refused = ctypes.addressof(refused)
+        outcome = self.run("forward", call)
         if outcome != _DONE:
             raise Refused(*((None, None) if outcome == _BAD_OFFSETS else refused))
 
-    def looked(self, given: Given, rows: Tensor) -> Looked:
-        """A lookup with these arguments, whose addresses are ``rows``, or will be."""
-        ids, offsets, id_weights = given.ids, given.offsets, given.id_weights
-        call = _Call.from_buffer_copy(self._call)
-        call.ids, call.id_bytes, call.num_ids = ids.data_ptr(), ids.element_size(), ids.numel()
-        if offsets is None:
-            call.batch = ids.shape[0]
-        else:
-            call.batch, call.offsets = (offsets.numel() - 1) // self._num_features, offsets.data_ptr()
-        if id_weights is not None:
-            call.id_weights = id_weights.data_ptr()
-        call.outputs, call.rows = given.outputs.data_ptr(), rows.data_ptr()
-        call.num_threads = threads(given.num_rows)
-        return Looked(self, call, given, rows)
+    def keep_rows(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor) -> Tensor:
+        """A copy of the rows that the gradient of a lookup depends on, as they are now."""
+        call = self._call(tensors, args, rows, None)
+        kept = torch.empty(self.count("keep_rows", call), dtype=tensors.weights[0].dtype)
+        call.saved = kept.data_ptr()
+        self.count("keep_rows", call)
+        return kept
 
-    def await_gradient(self, looked: Looked) -> None:
-        """From now on until ``update_rows`` the rows that were read are noted before somebody changes them."""
-        if self.reads_weights:
-            looked.versions = [weight._version for weight in self.weights]
-            _waiting.add(looked)
-
-    def keep_rows(self, looked: Looked) -> None:
-        """Notes the rows that the gradient of a lookup depends on, and the projections."""
-        _waiting.discard(looked)
-        if looked.versions != [weight._version for weight in self.weights]:
-            return  # somebody has changed them already, and backward will say so
-        call = looked.call
-        call.saved = None
-        saved = torch.empty(self._library.count("keep_rows", call), dtype=self._dtype)
-        call.saved = saved.data_ptr()
-        self._library.count("keep_rows", call)
-        projections = [projection.clone() for projection in self._request.projections]
-        looked.saved = saved, projections, _pointers(projections)
-
-    def update_rows(self, looked: Looked, grad: Tensor, step: int) -> None:
+    def update_rows(
+        self,
+        tensors: ProgramTensors,
+        args: LookupArgs,
+        rows: Tensor,
+        grad: Tensor,
+        step: int,
+        as_read: tuple[Tensor, list[Tensor]] | None = None,
+    ) -> None:
         """One step of the optimiser on all rows of a lookup, given the gradient of its values.
 
-        Raises:
-            RuntimeError: where the gradient depends on weights that have been changed since, other than by updates.
+        Args:
+            rows: the addresses, as ``forward`` gave them.
+            step: the number of the step.
+            as_read: the rows that the lookup read, from ``keep_rows``, and its projections, where they have changed.
         """
-        _waiting.discard(looked)
-        settle(self.weights)
-        self._find()
-        grad, target = grad.contiguous(), self._placed(looked.call)
-        target.values, target.step = grad.data_ptr(), step
-        call = target
-        if looked.saved is not None:
-            call = _Call.from_buffer_copy(target)
-            call.projections = ctypes.addressof(looked.saved[2])
-        elif looked.versions != [weight._version for weight in self.weights] and self.reads_weights:
-            raise RuntimeError(
-                "the tables were changed between a lookup and its backward, and the gradient of this method depends on "
-                "what they were; of a graph that is kept, backward can be called once: add up the losses instead"
-            )
-        self._library.run("backward", call, target)
+        call = target = self._call(tensors, args, rows, grad)
+        call.step = step
+        if as_read is not None:
+            saved, projections = as_read
+            call = self._call(tensors._replace(projections=projections), args, rows, grad)
+            call.saved, call.step = saved.data_ptr(), step
+        self.run("backward", call, target)
 
-    def _placed(self, call: Any) -> Any:
-        """A call, with the places where all tensors are now."""
-        for field in ("weights", "projections", "codes", "states", "projection_states", "hyper"):
-            setattr(call, field, getattr(self._call, field))
-        return call
-
-    def gradients(self, looked: Looked, grad: Tensor, sparse: bool) -> list[Tensor]:
+    def gradients(
+        self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, grad: Tensor, sparse: bool
+    ) -> list[Tensor]:
         """The gradients of the weights, dense or sparse with distinct rows, and of the projections (dense)."""
-        self._find()
-        grad, call = grad.contiguous(), self._placed(looked.call)
-        shapes, projection_shapes = self._shapes
-        call.values, call.rule = grad.data_ptr(), RULES["sparse" if sparse else "dense"]
-        target = _Call.from_buffer_copy(call)
-        into_projections = [torch.zeros(shape, dtype=self._dtype) for shape in projection_shapes]
+        shapes = [weight.shape for weight in tensors.weights]
+        dtype = tensors.weights[0].dtype
+        call = self._call(tensors, args, rows, grad)
+        call.rule = RULES["sparse" if sparse else "dense"]
+        into_projections = [torch.zeros_like(projection) for projection in tensors.projections]
         if sparse:
             # No weight has more distinct rows than there are addresses, which stand for blocks where the width is 1.
-            each = [self._widest if width == 1 else 1 for _, width in shapes]
-            most = [min(shape[0], looked.rows.numel() * n) for shape, n in zip(shapes, each)]
-            into = [torch.empty(n, width, dtype=self._dtype) for n, (_, width) in zip(most, shapes)]
+            each = [tensors.most_scalars() if width == 1 else 1 for _, width in shapes]
+            most = [min(num_rows, rows.numel() * n) for (num_rows, _), n in zip(shapes, each)]
+            into = [torch.empty(n, width, dtype=dtype) for n, (_, width) in zip(most, shapes)]
             index = [torch.empty(n, dtype=torch.int64) for n in most]
-            counts = torch.zeros(len(shapes), dtype=torch.int64)
         else:
-            into = [torch.zeros(shape, dtype=self._dtype) for shape in shapes]
-            index, counts = [], torch.zeros(0, dtype=torch.int64)
-        pointers = [_pointers(tensors) for tensors in (into, into_projections, index)]
-        target.weights, target.projections, target.gradient_rows = map(ctypes.addressof, pointers)
-        target.num_gradient_rows = counts.data_ptr()
-        self._library.run("backward", call, target)
+            into = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+            index = []
+        counts = torch.zeros(len(shapes) if sparse else 0, dtype=torch.int64)
+        target = self._call(tensors._replace(weights=into, projections=into_projections), args, rows, grad)
+        target.rule = call.rule
+        addresses = _pointers(index)
+        target.gradient_rows, target.num_gradient_rows = ctypes.addressof(addresses), counts.data_ptr()
+        self.run("backward", call, target)
         if sparse:
             into = [
                 torch.sparse_coo_tensor(i[:n].unsqueeze(0), v[:n], shape, check_invariants=False)
                 for shape, i, v, n in zip(shapes, index, into, counts.tolist())
             ]
         return [*into, *into_projections]
+
+    def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> Any:
+        """The arguments of a native function, which holds the lists of addresses but not the tensors themselves."""
+        lists = (tensors.weights, tensors.projections, tensors.codes, tensors.states, tensors.projection_states)
+        pointers = [_pointers(each) for each in lists]
+        weights, projections, codes, states, projection_states = map(ctypes.addressof, pointers)
+        state = next((state for state in tensors.states if state.numel()), None)
+        ids, offsets, id_weights = args.ids, args.offsets, args.id_weights
+        call = _Call(
+            program=tensors.words.data_ptr(),
+            ids=ids.data_ptr(),
+            id_bytes=ids.element_size(),
+            offsets=None if offsets is None else offsets.data_ptr(),
+            num_ids=ids.numel(),
+            id_weights=None if id_weights is None else id_weights.data_ptr(),
+            batch=args.batch,
+            weights=weights,
+            projections=projections,
+            codes=codes,
+            outputs=args.outputs.data_ptr(),
+            values=None if values is None else values.data_ptr(),
+            rows=rows.data_ptr(),
+            dtype=DTYPES[tensors.weights[0].dtype],
+            state_dtype=0 if state is None else DTYPES[state.dtype],
+            num_threads=threads(args.num_rows),
+            rule=RULES[tensors.rule],
+            hyper=tensors.hyper.data_ptr(),
+            num_hyper=tensors.hyper.numel(),
+            states=states,
+            projection_states=projection_states,
+        )
+        call.pointers = pointers
+        return call
 
 
 def _no_such_row(weight: Tensor, index: Tensor) -> IndexError:

@@ -252,8 +252,8 @@ def _rows(piece: Piece, num_ids: int | None, begin: int) -> tuple[int, int | Non
     return start, start + (num_ids if piece.address == "row" else min(a + 1, num_ids)), begin
 
 
-class Request(NamedTuple):
-    """A program and what it reads and writes, as a rule the weights and state of a module.
+class ProgramTensors(NamedTuple):
+    """A program and what it reads and writes, as a rule the weights and state of a module, as they are now.
 
     ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``: two
     for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``.
@@ -267,3 +267,13 @@ class Request(NamedTuple):
     projection_states: list[Tensor]
     hyper: Tensor
     rule: str
+
+    def most_scalars(self) -> int:
+        """The most dimensions of a vector of the program."""
+        num_lookups = int(self.words[1])
+        return int(self.words[6 : 6 + LOOKUP_WORDS * num_lookups].view(-1, LOOKUP_WORDS)[:, 6].max())
+
+    def forms(self) -> list[tuple[torch.dtype, torch.Size]]:
+        """Type and shape of all tensors that a step reads or writes, by which a backward knows them again."""
+        lists = (self.weights, self.projections, self.states, self.projection_states)
+        return [(tensor.dtype, tensor.shape) for tensors in lists for tensor in tensors]
