@@ -131,6 +131,8 @@ class _OneTable(nn.Module):
         tables = self.tables
         number, lookups, lookup = self._find()
         feature = lookups.lookup[lookup].expand(ids.numel())
+        # Backward reads them again, and their owner may have refilled them by then.
+        bags, weights = (None if tensor is None else tensor.clone() for tensor in (bags, weights))
         picked = Picked(lookups._in_range(ids.reshape(-1).long(), feature), feature, bags, weights, None)
         training = self._trains()
         if training:

@@ -349,7 +349,9 @@ class EmbeddingTables(nn.Module):
         """The vector of every id, for each block; one gather in all."""
         batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
         if offsets is not None:
-            offsets = offsets.long()
+            offsets = offsets.to(torch.int64, copy=True)  # backward reads them again: their owner may refill them
+        if weights is not None:
+            weights = weights.clone()
         each = list(self._each_lookup())
         picked = [lookups.pick(ids, offsets, weights, batch) for lookups in each]
         if training:

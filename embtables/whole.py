@@ -97,7 +97,7 @@ class WholeLookup:
         outputs = self._outputs(self.starts, self.dims, [None] * len(self.dims))
         tensors = self.tensors()
         assert tensors is not None
-        ops.check(tensors, self._args(ids, offsets, None, outputs, 0))
+        ops.check(tensors, self._args(ids, offsets, None, outputs, 0, keeps=False))
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -166,33 +166,47 @@ class WholeLookup:
         begun: bool = False,
     ) -> Tensor:
         store = self.store
-        args = self._args(ids, offsets, weights, outputs, num_values)
         updates = training and store.optimizer is not None
+        differentiates = store.optimizer is None and store.gives_gradients()
+        args = self._args(ids, offsets, weights, outputs, num_values, keeps=updates or differentiates)
         if torch.compiler.is_compiling():
             return self._in_graph(args, updates, begun)
         tensors = self.tensors()
         assert tensors is not None  # as ``takes`` found
-        reads = self.reads_weights, self.reads_ids
         if updates:
-            return ops.update_in_backward(self.tensors, tensors, args, *reads, store._hook, int(store.next_step(begun)))
-        if store.optimizer is None and store.gives_gradients():
+            return ops.update_in_backward(
+                self.tensors, tensors, args, self.reads_weights, store._hook, int(store.next_step(begun))
+            )
+        if differentiates:
             widths, projections = self.program.widths, self.program.projections
             parameters = [*store.differentiated_weights(widths), *store.extra_weights(projections)]
-            return ops.differentiate(tensors, args, *reads, parameters, store.sparse or store.many_lookups)
+            return ops.differentiate(tensors, args, self.reads_weights, parameters, store.sparse or store.many_lookups)
         return ops.look_up_values(tensors, args)
 
     def _args(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, outputs: Tensor, num_values: int
+        self,
+        ids: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        outputs: Tensor,
+        num_values: int,
+        *,
+        keeps: bool,
     ) -> LookupArgs:
+        """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
+
+        def taken(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+            return tensor.to(dtype, copy=copy).contiguous()
+
         program = self.program
         if offsets is None:
             batch, num_rows = ids.shape[0], ids.shape[0] * program.rows_per_example
         else:
             batch, num_rows = (offsets.numel() - 1) // self.num_features, ids.numel() * program.rows_per_id
         return LookupArgs(
-            ids.contiguous(),
-            None if offsets is None else offsets.contiguous(),
-            None if weights is None else weights.to(torch.float32).contiguous(),
+            taken(ids, ids.dtype, keeps and self.reads_ids),
+            None if offsets is None else taken(offsets, torch.int64, keeps),
+            None if weights is None else taken(weights, torch.float32, keeps),
             outputs,
             batch,
             num_values,

@@ -11,7 +11,7 @@ import torch
 from core_cases import shuffled_counts
 from torch import Tensor
 
-from embtables import EmbeddingTables, TableConfig, ops, plan
+from embtables import EmbeddingBag, EmbeddingTables, TableConfig, ops, plan
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
 TABLES = [
@@ -96,3 +96,64 @@ def test_a_weight_that_became_smaller_is_not_read_beyond_its_end(optimizer: str 
         out.sum().backward()
     with pytest.raises(IndexError):
         tables(ids, offsets, weights)
+
+
+def refill(*tensors: Tensor) -> None:
+    """As a loader does that reuses its memory: autograd sees nothing of it."""
+    for tensor in tensors:
+        far = torch.linspace(-(10**6), 10**6, tensor.numel()).to(tensor.dtype)
+        tensor.numpy()[:] = far.view(tensor.shape).numpy()
+
+
+@pytest.mark.parametrize("ids_type", [torch.int64, torch.int32])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_arguments_may_be_refilled_before_backward(method: Any, optimizer: str | None, ids_type: torch.dtype) -> None:
+    """By a loader that reuses its buffers; the gradient is that of what was looked up."""
+    refilled = make(method, optimizer)
+    untouched = copy.deepcopy(refilled)
+    for seed in range(2):
+        ids, offsets, weights = bags(seed)
+        given = ids.to(ids_type, copy=True), offsets.to(ids_type, copy=True), weights.clone()
+        out, expected = refilled(*given), untouched(ids, offsets, weights)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+        refill(*given)
+        out.backward(grad)
+        expected.backward(grad)
+        assert all(torch.equal(a, b) for a, b in zip(states(refilled), states(untouched)))
+        columns = ids[:60].view(20, 3)
+        given_columns = columns.to(ids_type, copy=True)
+        out, expected = refilled(given_columns), untouched(columns)
+        refill(given_columns)
+        (out.square().sum() + refilled(columns).sum()).backward()
+        (expected.square().sum() + untouched(columns).sum()).backward()
+        assert all(torch.equal(a, b) for a, b in zip(states(refilled), states(untouched)))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", None])
+def test_arguments_of_a_view_may_be_refilled_before_backward(optimizer: str | None) -> None:
+    tables = make("hash", optimizer)
+    twin = copy.deepcopy(tables)
+    ids, offsets = torch.arange(40), torch.arange(0, 40, 4)
+    view, expected = EmbeddingBag.of(tables, "item"), EmbeddingBag.of(twin, "item")
+    out = view(ids, offsets)
+    given = ids.clone(), offsets.clone()
+    refill(ids, offsets)
+    out.sum().backward()
+    expected(*given).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(states(tables), states(twin)))
+
+
+@pytest.mark.slow
+@NATIVE
+def test_arguments_of_a_compiled_lookup_may_be_refilled_before_backward() -> None:
+    tables = make({"kind": "multi_hash", "signs": True}, "adagrad")
+    twin = copy.deepcopy(tables)
+    compiled = torch.compile(tables, backend="aot_eager", fullgraph=True)
+    columns = bags(0)[0][:60].view(20, 3)
+    given = columns.clone()
+    out = compiled(given)
+    refill(given)
+    out.sum().backward()
+    twin(columns).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(states(tables), states(twin)))

@@ -42,7 +42,8 @@ def check(tensors: ProgramTensors, args: LookupArgs) -> None:
 class SavedLookup:
     """A lookup that was done, for its backward: its arguments and the addresses that it found.
 
-    It keeps no address of a weight, nor the weights themselves: they may lie elsewhere when backward comes.
+    It keeps no address of a weight, nor the weights themselves: they may lie elsewhere when backward comes. The
+    arguments that it reads again have to be copies, since their owner may have refilled them by then.
 
     Args:
         find: the tensors of the program as they are at the time of the call, ``None`` where native code cannot take
@@ -124,13 +125,6 @@ def settle(changing: Sequence[Tensor]) -> None:
                 saved.keep_rows(tensors)
 
 
-def _save(ctx: Any, saved: SavedLookup, reads_ids: bool, parameters: Sequence[Tensor] = ()) -> None:
-    """Has autograd notice where something that backward reads again is changed before."""
-    args = saved.args
-    read = [args.offsets, args.id_weights, args.ids if reads_ids else None]
-    ctx.save_for_backward(*(t if t is not None and not t.is_inference() else None for t in read), *parameters)
-
-
 class _Updated(torch.autograd.Function):
     """The rows are updated in backward. ``hook`` only makes autograd call it."""
 
@@ -142,21 +136,18 @@ class _Updated(torch.autograd.Function):
         tensors: ProgramTensors,
         args: LookupArgs,
         reads_weights: bool,
-        reads_ids: bool,
         step: int,
     ) -> Tensor:
         values, rows = _library[0].forward(tensors, args)
         ctx.saved, ctx.step = SavedLookup(find, tensors, args, rows, reads_weights), step
         if reads_weights:
             _waiting.add(ctx.saved)
-        _save(ctx, ctx.saved, reads_ids)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        ctx.saved_tensors  # noqa: B018
         torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
-        return (None,) * 7
+        return (None,) * 6
 
 
 class _Differentiated(torch.autograd.Function):
@@ -168,14 +159,14 @@ class _Differentiated(torch.autograd.Function):
         tensors: ProgramTensors,
         args: LookupArgs,
         reads_weights: bool,
-        reads_ids: bool,
         sparse: bool,
         *parameters: Tensor,
     ) -> Tensor:
         values, rows = _library[0].forward(tensors, args)
         ctx.saved = SavedLookup(lambda: tensors, tensors, args, rows, reads_weights)
         ctx.tensors, ctx.sparse = tensors, sparse
-        _save(ctx, ctx.saved, reads_ids, parameters if reads_weights else ())
+        if reads_weights:
+            ctx.save_for_backward(*parameters)  # has autograd notice where they are changed before backward
         return values
 
     @staticmethod
@@ -185,7 +176,7 @@ class _Differentiated(torch.autograd.Function):
         saved = ctx.saved
         tensors = saved.check(ctx.tensors)
         gradients = _library[0].gradients(tensors, saved.args, saved.rows, grad.contiguous(), ctx.sparse)
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 def update_in_backward(
@@ -193,7 +184,6 @@ def update_in_backward(
     tensors: ProgramTensors,
     args: LookupArgs,
     reads_weights: bool,
-    reads_ids: bool,
     hook: Tensor,
     step: int,
 ) -> Tensor:
@@ -202,14 +192,13 @@ def update_in_backward(
     Raises:
         Refused: see ``Library.forward``.
     """
-    return _Updated.apply(hook, find, tensors, args, reads_weights, reads_ids, step)
+    return _Updated.apply(hook, find, tensors, args, reads_weights, step)
 
 
 def differentiate(
     tensors: ProgramTensors,
     args: LookupArgs,
     reads_weights: bool,
-    reads_ids: bool,
     parameters: Sequence[Tensor],
     sparse: bool,
 ) -> Tensor:
@@ -218,7 +207,7 @@ def differentiate(
     Raises:
         Refused: see ``Library.forward``.
     """
-    return _Differentiated.apply(tensors, args, reads_weights, reads_ids, sparse, *parameters)
+    return _Differentiated.apply(tensors, args, reads_weights, sparse, *parameters)
 
 
 # ---- in compiled graphs ----------------------------------------------------------------------------------------------
@@ -243,16 +232,31 @@ def look_up(
     rule: str,
     ranges: str,
     hook: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The values of a request and their addresses; a ``hook`` with a gradient makes backward update the rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The values, and for backward their addresses and copies of ids, offsets and weights (empty where there are none).
+
+    A ``hook`` with a gradient makes backward update the rows.
+    """
+    kept = _copies(ids, offsets, id_weights)
+    if offsets is not None:
+        offsets = kept[1]  # what is checked is what backward will read
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), num_values, num_rows)
     try:
-        return _library[0].forward(tensors, args)
+        return *_library[0].forward(tensors, args), *kept
     except Refused as error:
         if error.lookup is None or error.id is None:
             raise ValueError(f"offsets must rise from 0 to the number of ids, {ids.numel()}") from None
         raise_for_id(error.id, error.lookup, ranges)
+
+
+def _copies(ids: Tensor, offsets: Tensor | None, id_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    no_offsets, no_weights = ids.new_empty(0, dtype=torch.int64), ids.new_empty(0, dtype=torch.float32)
+    return (
+        ids.clone(),
+        no_offsets if offsets is None else offsets.clone(),
+        no_weights if id_weights is None else id_weights.clone(),
+    )
 
 
 def _batch(words: Tensor, ids: Tensor, offsets: Tensor | None) -> int:
@@ -278,8 +282,9 @@ def _(
     rule: str,
     ranges: str,
     hook: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return weights[0].new_empty(num_values), ids.new_empty(num_rows, dtype=torch.int64)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = ids.new_empty(num_rows, dtype=torch.int64)
+    return weights[0].new_empty(num_values), rows, *_copies(ids, offsets, id_weights)
 
 
 @torch.library.custom_op(
@@ -308,14 +313,24 @@ def update_rows(
     _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.inputs, ctx.rows = inputs, output[1]
-    ctx.mark_non_differentiable(output[1])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.inputs, ctx.kept = inputs, output[1:]
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _step(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *tensors, num_values, num_rows, rule, ranges, hook = ctx.inputs
-    update_rows(*tensors, rule, ctx.rows, grad)
+def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    words, _, offsets, id_weights, *tensors = ctx.inputs[:12]
+    rows, ids, kept_offsets, kept_weights = ctx.kept
+    update_rows(
+        words,
+        ids,
+        None if offsets is None else kept_offsets,
+        None if id_weights is None else kept_weights,
+        *tensors,
+        ctx.inputs[14],
+        rows,
+        grad,
+    )
     return tuple([None] * len(value) if isinstance(value, list) else None for value in ctx.inputs)
 
 
