@@ -9,29 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embtables import ops
 from embtables.budget import Budget
 from embtables.config import OutOfRange, Pooling, TableConfig
 from embtables.layout import FULL
-from embtables.lookups import Lookups, Picked
+from embtables.lookup.inputs import Input
 from embtables.optimizers import FusedOptimizer
 from embtables.plan import MethodLike, plan
 from embtables.tables import EmbeddingTables
-from embtables.whole import WholeLookup
-
-
-class _Steps:
-    """When a training step begins, among the lookups of several views: the first one, and the next after a backward."""
-
-    begun = False
-
-    def begin(self) -> bool:
-        first = not self.begun
-        self.begun = True
-        return first
-
-    def end(self, gradient: Tensor) -> None:
-        self.begun = False
 
 
 class _OneTable(nn.Module):
@@ -49,7 +33,6 @@ class _OneTable(nn.Module):
         self.num_embeddings, self.embedding_dim = config.num_embeddings, config.embedding_dim
         self.padding_idx = config.padding_idx
         self.sparse = tables.store.sparse
-        tables.store.many_lookups = len(configs) > 1
         self._clear_padding()
 
     @classmethod
@@ -76,90 +59,16 @@ class _OneTable(nn.Module):
                 "use DistributedDataParallel, or one device"
             )
 
-    def _trains(self) -> bool:
-        return self.training and torch.is_grad_enabled() and not self.tables.served
-
-    def _in_one_pass(
-        self, ids: Tensor, bags: Tensor | None, weights: Tensor | None, mode: Pooling | None
-    ) -> Tensor | None:
-        """The output by native code: pooled ``[B, D]``, or ``[N, D]`` where there are no bags.
-
-        ``None`` where the lookup is not for native code, or refused by it: then nothing has happened, and ``_pick``
-        does it or says what is wrong.
-        """
-        tables, training = self.tables, self._trains()
-        # Graphs hold PyTorch's own operators; regularisation works on the vectors of single ids.
-        elsewhere = torch.compiler.is_compiling() or (training and tables.regularizers)
-        whole = None if elsewhere else self._whole()
-        if whole is None or not whole.takes(ids, bags, weights, training):
-            return None
-        ids = ids.reshape(-1) if bags is not None else ids.reshape(-1, 1)
-        begun = training and self._steps.begun
-        try:
-            if training and not begun and tables.stages:
-                # A stage may change the weights, so that its step has to come first; and only where the ids are good.
-                whole.refuse(ids, bags)
-                begun = self._begin_step()
-            output = whole.side_by_side(ids, bags, weights, [mode], training, begun)
-        except ops.Refused:
-            return None
-        if training and not begun:
-            self._begin_step()
-        self._await_end_of_step(output, training)
-        return output
-
-    def _whole(self) -> WholeLookup | None:
-        """This table's native lookup, one for all views, where there is one."""
-        _, lookups, lookup = self._find()
-        made: dict[int, WholeLookup | None] = lookups.__dict__.setdefault("view_lookups", {})
-        if lookup not in made:
-            made[lookup] = WholeLookup.of(self.tables.store, [lookups], [lookup])
-        return made[lookup]
-
-    def _begin_step(self) -> bool:
-        """Begins a step, if this is its first lookup."""
-        if self._steps.begin():
-            self.tables._begin_step()
-        return True
-
-    def _await_end_of_step(self, output: Tensor, training: bool) -> None:
-        if training and output.requires_grad and (self.tables.stages or self.tables.store.optimizer is not None):
-            output.register_hook(self._steps.end)
-
-    def _pick(self, ids: Tensor, bags: Tensor | None, weights: Tensor | None) -> tuple[Lookups, Picked, Tensor]:
-        """The lookup of this table, the flat ids as it takes them, and their vectors ``[N, D]``."""
+    def _look_up(self, given: Input, mode: Pooling | None) -> Tensor:
+        """The output: pooled ``[B, D]``, or ``[N, D]`` of ids ``[N, 1]``."""
         tables = self.tables
-        number, lookups, lookup = self._find()
-        feature = lookups.lookup[lookup].expand(ids.numel())
-        # Backward reads them again, and their owner may have refilled them by then.
-        bags, weights = (None if tensor is None else tensor.clone() for tensor in (bags, weights))
-        picked = Picked(lookups._in_range(ids.reshape(-1).long(), feature), feature, bags, weights, None)
-        training = self._trains()
-        if training:
-            self._begin_step()
-        tables.store.training_lookup = training
-        with torch.autocast(tables.store.device.type, enabled=False):
-            parts = lookups.without_padding(lookups.block.address(picked.ids, feature), picked)
-            values = tables.store.gather(parts, may_skip=lookups.pads)
-            vectors = lookups.mask(lookups.block.combine(values, picked.ids, feature), picked)
-        tables.store.end_step()
-        if training and tables.regularizers:
-            vectors = tables.regularizers[number](vectors, picked.ids, feature)
-        self._await_end_of_step(vectors, training)
-        return lookups, picked, vectors
-
-    @property
-    def _steps(self) -> _Steps:
-        """One for all views of the same tables."""
-        steps: _Steps = self.tables.__dict__.setdefault("view_steps", _Steps())
-        return steps
-
-    def _find(self) -> tuple[int, Lookups, int]:
-        for number, lookups in enumerate(self.tables._each_lookup()):
-            for lookup, table in enumerate(lookups.tables):
-                if table.name == self.name:
-                    return number, lookups, lookup
-        raise AssertionError(self.name)
+        lookup, steps = tables.view(self.name)
+        trains = tables.trains(self.training)
+        with steps.step(tables.store, trains, tables.stages, shared=len(tables.plan.tables) > 1) as step:
+            output = lookup.side_by_side(given, [mode], step)
+        if trains and (step.updates or tables.stages):
+            steps.await_backward(output)
+        return output
 
     def to_dense(self, rows: slice = slice(None)) -> Tensor:
         """The equivalent full table ``[n, D]``, or some of its rows, without a gradient.
@@ -295,9 +204,7 @@ class Embedding(_OneTable):
     def forward(self, input: Tensor) -> Tensor:
         """Vectors ``[..., D]`` of ids ``[...]``."""
         self._check_ids(input)
-        vectors = self._in_one_pass(input, None, None, None)
-        if vectors is None:
-            vectors = self._pick(input, None, None)[2]
+        vectors = self._look_up(Input(input.reshape(-1, 1)), None)
         return vectors.view(*input.shape, self.embedding_dim)
 
 
@@ -341,13 +248,16 @@ class EmbeddingBag(_OneTable):
                 )
             per_sample_weights = per_sample_weights.reshape(-1)
         self._check_ids(input)
-        pooled = self._in_one_pass(input, bags, per_sample_weights, self.mode)
-        if pooled is not None:
-            return pooled
-        if offsets is not None:
-            _check_bags(bags, input.numel())
-        lookups, picked, vectors = self._pick(input, bags, per_sample_weights)
-        return lookups.pool(vectors, picked, [self.mode])[0]
+        ids = input.reshape(-1)
+        if self.include_last_offset and offsets is not None and int(bags[-1]) != ids.numel():
+            # Ids behind the last bag belong to none.
+            end = int(_check_bags(bags, ids.numel())[-1])
+            ids, per_sample_weights = ids[:end], None if per_sample_weights is None else per_sample_weights[:end]
+        try:
+            return self._look_up(Input(ids, bags, per_sample_weights), self.mode)
+        except ValueError:
+            _check_bags(bags, ids.numel())  # says it of the offsets as they were given, without an end of their own
+            raise
 
     def _bags(self, ids: Tensor, offsets: Tensor | None) -> Tensor:
         """Offsets ``[B + 1]`` of the bags, the end of the last one included."""
@@ -365,7 +275,7 @@ class EmbeddingBag(_OneTable):
 
 
 def _check_bags(bags: Tensor, num_ids: int) -> Tensor:
-    """The bags; raises ``ValueError`` for wrong ones, which unlike their shape is data. Native code sees for itself."""
+    """The bags; raises ``ValueError`` for wrong ones, which unlike their shape is data."""
     if not bags.numel() or bags[0] != 0 or bags[-1] > num_ids or bool((bags.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to at most the number of ids, {num_ids}")
     return bags

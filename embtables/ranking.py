@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from embtables.layout import Code, Counts, Group, Layout
-from embtables.methods.base import Method
+from embtables.methods.base import Method, TableEntry
+from embtables.methods.recipe import Ranks
 
 # Prepared data gives id 0 to missing values and id 1 to unseen ones; from 2 on ids fall in frequency.
 _RESERVED = 2
@@ -60,6 +61,12 @@ def rank_code(group: Group) -> tuple[Code, ...]:
 
 def rank_code_name(group: Group) -> str:
     return f"{group.name}/rank"
+
+
+def ranks_of(entry: TableEntry, group: Group) -> Ranks | None:
+    """Where a table's ranks stand, for its recipe; ``None`` where its ids are ranks already."""
+    first = entry.entry.values.get("ranks_from")
+    return None if first is None else Ranks(rank_code_name(group), first)
 
 
 def make_ranks(group: Group) -> dict[str, Any]:

@@ -1,16 +1,14 @@
-"""Where the parameters live: one 2-D tensor a width, slabs side by side in it, and the one gather over them.
+"""Where the parameters live: one 2-D tensor per width, with slabs side by side in it.
 
-A lookup of all tables is one ``index_select`` a width, however many tables there are. Slabs, extras and codes keep
-stable names, for checkpoints and for sharding.
+A lookup of all tables is one gather per width, however many tables there are. Slabs, extras and codes keep stable
+names, for checkpoints and for sharding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtables import ops
@@ -19,52 +17,6 @@ from embtables.optimizers import FusedOptimizer
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
 _NOTHING = torch.empty(0)
-
-
-class Part(NamedTuple):
-    """A request to the store: ``rows`` (int64 of any shape, counted within ``width``; −1 yields zeros).
-
-    ``subset``: which of the ids, counted flat, the first dimension of ``rows`` stands for; ``None`` for all of them, in
-    their own shape.
-    """
-
-    width: int
-    rows: Tensor
-    subset: Tensor | None = None
-
-
-class _DenseOnce(torch.autograd.Function):
-    """A weight under another name, to which lookups give sparse gradients: they add up as such, and become dense once.
-
-    Otherwise each of a step's lookups would fill and add a tensor of the size of the weight.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, aliases: _Aliases) -> Tensor:
-        ctx.aliases = aliases
-        return weight.data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.aliases.clear()
-        return grad.to_dense() if grad.is_sparse else grad, None
-
-
-class _Aliases(dict[tuple[int, int], Tensor]):
-    """The weights' other names, by object and address, from the first lookup after a backward pass to the next one.
-
-    On the meta device all addresses are 0.
-    """
-
-    def of(self, weight: Tensor) -> Tensor:
-        key = id(weight), weight.data_ptr()
-        if key not in self:
-            self[key] = _DenseOnce.apply(weight, self)
-        return self[key]
-
-    def __reduce__(self) -> tuple[type[_Aliases], tuple[()]]:
-        """Copies and files begin without."""
-        return _Aliases, ()
 
 
 class Store(nn.Module):
@@ -82,8 +34,6 @@ class Store(nn.Module):
     _hyper: Tensor
     _place: Tensor
     _step: Tensor
-    # Whether the present lookup trains: who looks up says so, since modules of different modes may share a store.
-    training_lookup = False
 
     def __init__(
         self,
@@ -98,13 +48,8 @@ class Store(nn.Module):
         self.optimizer = optimizer if trainable else None
         self.sparse = sparse
         self.trainable = trainable
-        # Set where a step looks up more than once: the dense gradients of all lookups are then made as one.
-        self.many_lookups = False
-        self._aliases = _Aliases()
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
-        self._hook = torch.zeros((), device="cpu", requires_grad=True)
-        # Extras in the present forward: two blocks that use one have to update it once, by the sum of their gradients.
-        self._in_use: dict[str, Tensor] = {}
+        self.hook = torch.zeros((), device="cpu", requires_grad=True)
         # Moves along with the module, where there may be no other tensor (every table dropped).
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         self._slabs: dict[str, tuple[int, Slab]] = {}
@@ -152,7 +97,6 @@ class Store(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Store:
         """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
         hyper = self._buffers.get("_hyper")
-        self._aliases.clear()
         super()._apply(fn, recurse)
         if hyper is not None and self._hyper.dtype != hyper.dtype:
             self._hyper = hyper.to(self._hyper.device)
@@ -169,99 +113,7 @@ class Store(nn.Module):
                 state = ops.huge_pages(torch.empty(rows, state_width, device=weight.device))
                 self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
 
-    # ---- the parts of a step -------------------------------------------------------------------------------------
-
-    def gather(self, parts: Sequence[Part], *, may_skip: bool = False) -> list[Tensor]:
-        """The values of each part, ``[*rows.shape, width]``, by one gather for each width.
-
-        ``may_skip`` says that an index may be −1, which yields zeros and takes no gradient.
-        """
-        values: list[Tensor | None] = [None] * len(parts)
-        for width in dict.fromkeys(part.width for part in parts):
-            which = [i for i, part in enumerate(parts) if part.width == width]
-            flat = torch.cat([parts[i].rows.reshape(-1) for i in which])
-            if may_skip:
-                found = (flat >= 0).nonzero().squeeze(1)
-                rows = self._lookup(width, flat[found])
-                rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
-            else:
-                rows = self._lookup(width, flat)
-            for i, chunk in zip(which, rows.split([parts[i].rows.numel() for i in which])):
-                values[i] = chunk.view(*parts[i].rows.shape, width)
-        return [value for value in values if value is not None]
-
-    def _lookup(self, width: int, index: Tensor) -> Tensor:
-        weight: Tensor = getattr(self, f"weight_{width}")
-        if self.optimizer is not None and self.training_lookup:
-            state = self._state(f"weight_{width}")
-            rows: Tensor = ops.fused_lookup(weight, state, index, self._hook, self._hyper, self.optimizer.kind)
-            return rows
-        if self.sparse:
-            return F.embedding(index, weight, sparse=True)
-        if self.many_lookups and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return F.embedding(index, self._aliases.of(weight), sparse=True)
-        return weight.index_select(0, index)
-
-    def extra(self, name: str) -> Tensor:
-        """A dense parameter, whole; in a training lookup with a fused optimiser its backward updates it."""
-        weight: Tensor = getattr(self, self._extras[name])
-        if self.optimizer is None or not self.training_lookup:
-            return weight
-        if name not in self._in_use:
-            state = self._state(self._extras[name])
-            self._in_use[name] = ops.fused_dense(weight, state, self._hook, self._hyper, self.optimizer.kind)
-        return self._in_use[name]
-
-    def code(self, name: str) -> Tensor:
-        buffer: Tensor = getattr(self, self._codes[name])
-        return buffer
-
-    def begin_step(self) -> None:
-        """Called once a training forward: Adam's bias correction counts it."""
-        self._in_use.clear()
-        if self.optimizer is not None and self.optimizer.counts_steps:
-            self._step += 1
-
-    def _state(self, name: str) -> list[Tensor]:
-        """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
-        state = self._state_of_rows(name)
-        return [*state, self._step.clone()] if self.optimizer is not None and self.optimizer.counts_steps else state
-
-    def _state_of_rows(self, name: str) -> list[Tensor]:
-        if self.optimizer is None:
-            return []
-        count = len(self.optimizer.state_widths(getattr(self, name).shape[-1]))
-        return [getattr(self, f"_state_{i}_{name}") for i in range(count)]
-
-    def end_step(self) -> None:
-        """Called at the end of a forward."""
-        self._in_use.clear()
-        self.training_lookup = False
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self._place.device
-
-    # ---- for native code ------------------------------------------------------------------------------------------
-
-    def weight_rows(self) -> dict[int, int]:
-        """Rows of each weight, by its width."""
-        return {width: getattr(self, f"weight_{width}").shape[0] for width in self.widths}
-
-    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(getattr(self, attribute).shape) for name, attribute in self._extras.items()}
-
-    def code_key(self, name: str) -> str:
-        """A code's name in state dicts."""
-        return self._codes[name]
-
-    def codes(self) -> dict[str, Tensor]:
-        return {name: self.code(name) for name in self._codes}
-
-    def gives_gradients(self) -> bool:
-        """Whether the weights are parameters that get a gradient now."""
-        return torch.is_grad_enabled() and any(w.requires_grad for w in (*self.lookup_weights(), *self.extra_weights()))
+    # ---- weights, extras, codes and their state -------------------------------------------------------------------
 
     def tensor(self, name: str) -> Tensor:
         """A weight, extra, code or state by its attribute: the same as ``getattr``, at a fraction of its time."""
@@ -270,52 +122,79 @@ class Store(nn.Module):
             found = self._parameters.get(name)
         return found if found is not None else getattr(self, name)
 
-    def lookup_weights(self, widths: Sequence[int] | None = None) -> list[Tensor]:
-        """The weights of these widths, by default of all."""
-        return [self.tensor(f"weight_{width}") for width in (self.widths if widths is None else widths)]
+    def weight(self, width: int) -> Tensor:
+        """The rows of all slabs of a width, ``[rows, width]``."""
+        return self.tensor(f"weight_{width}")
 
-    def differentiated_weights(self, widths: Sequence[int]) -> list[Tensor]:
-        """The same; where a step has many lookups and dense gradients under their other names."""
-        weights = self.lookup_weights(widths)
-        return [self._aliases.of(w) for w in weights] if self.many_lookups and not self.sparse else weights
+    def extra(self, name: str) -> Tensor:
+        """A dense parameter, whole. A block takes those of its step instead, whose backward updates them."""
+        return self.tensor(self._extras[name])
 
-    def extra_weights(self, names: Sequence[str] | None = None) -> list[Tensor]:
-        """These extras, by default all."""
-        return [self.tensor(self._extras[name]) for name in (self._extras if names is None else names)]
+    def code(self, name: str) -> Tensor:
+        """A buffer that no gradient trains."""
+        return self.tensor(self._codes[name])
 
-    def code_tensors(self) -> list[Tensor]:
-        return [self.tensor(attribute) for attribute in self._codes.values()]
+    def state_of(self, weight: str) -> list[Tensor]:
+        """What the update rule keeps for a weight or extra, by its attribute, row by row."""
+        if self.optimizer is None:
+            return []
+        count = len(self.optimizer.state_widths(self.tensor(weight).shape[-1]))
+        return [self.tensor(f"_state_{i}_{weight}") for i in range(count)]
+
+    def count_step(self, number: int = 1) -> None:
+        """Counts a training step, for rules that need its number; −1 takes one back."""
+        if self.optimizer is not None and self.optimizer.counts_steps:
+            self._step += number
+
+    def step_number(self) -> Tensor:
+        """The number of the present step; 0 where nobody counts."""
+        counts = self.optimizer is not None and self.optimizer.counts_steps
+        return self._step.clone() if counts else _NO_STEP
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._place.device
+
+    # ---- names and shapes ------------------------------------------------------------------------------------------
+
+    def weight_rows(self) -> dict[int, int]:
+        """Rows of each weight, by its width."""
+        return {width: self.weight(width).shape[0] for width in self.widths}
+
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the dense parameters, by name."""
+        return {name: tuple(self.extra(name).shape) for name in self._extras}
+
+    def code_names(self) -> list[str]:
+        """The names of the codes, in the order of their allocation."""
+        return list(self._codes)
+
+    def key(self, name: str) -> str:
+        """The attribute of an extra or code, which is its name in state dicts."""
+        return self._extras.get(name) or self._codes[name]
+
+    def gives_gradients(self) -> bool:
+        """Whether any of the weights is a parameter that gets a gradient now."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def hyper(self) -> Tensor:
-        """The fused optimiser's hyper-parameters, as ``embtables.ops`` takes them; empty without one."""
+        """The fused optimizer's hyper-parameters, as ``embtables.ops`` takes them; empty without one."""
         return _NOTHING if self.optimizer is None else self._hyper
 
-    def next_step(self, begun: bool = False) -> Tensor:
-        """The number of the step that is about to begin, or of the one that has ``begun``; 0 where nobody counts."""
-        if self.optimizer is None or not self.optimizer.counts_steps:
-            return _NO_STEP
-        return self._step.clone() if begun else self._step + 1
+    # ---- slabs -------------------------------------------------------------------------------------------------------
 
-    def names(self, widths: Sequence[int], extras: Sequence[str]) -> list[str]:
-        """The attributes of these weights and extras, of their state, of all codes and of the hyper-parameters."""
-        weights = [*(f"weight_{width}" for width in widths), *(self._extras[name] for name in extras)]
-        states = [f"_state_{i}_{name}" for name in weights for i in range(2)]
-        hyper = [] if self.optimizer is None else ["_hyper"]
-        return [*weights, *(state for state in states if state in self._buffers), *self._codes.values(), *hyper]
+    def width(self, slab: str) -> int:
+        """Columns of a slab."""
+        return self._slabs[slab][1].width
 
-    def two_states(self, names: Sequence[str]) -> list[Tensor]:
-        """Two tensors of optimiser state for each weight, empty where the rule has none."""
-        kept = [f"_state_{i}_{name}" for name in names for i in range(2)]
-        return [self.tensor(state) if state in self._buffers else _NOTHING for state in kept]
+    def rows(self, slab: str) -> int:
+        """Rows of a slab."""
+        return self._slabs[slab][1].rows
 
-    def lookup_states(self, widths: Sequence[int]) -> list[Tensor]:
-        return self.two_states([f"weight_{width}" for width in widths])
-
-    def extra_states(self, names: Sequence[str]) -> list[Tensor]:
-        return self.two_states([self._extras[name] for name in names])
-
-    # ---- names, views and sizes ----------------------------------------------------------------------------------
+    def has_slab(self, name: str) -> bool:
+        return name in self._slabs
 
     def start(self, slab: str) -> int:
         """First row of a slab among the rows of its width."""
@@ -324,8 +203,7 @@ class Store(nn.Module):
     def slab(self, name: str) -> Tensor:
         """A view ``[rows, width]`` of a slab's weights."""
         start, slab = self._slabs[name]
-        weight: Tensor = getattr(self, f"weight_{slab.width}")
-        return weight.detach()[start : start + slab.rows]
+        return self.weight(slab.width).detach()[start : start + slab.rows]
 
     def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, view)`` of every slab."""
@@ -334,11 +212,11 @@ class Store(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
         """``(name, tensor, is a code)`` of everything that is allocated, optimiser state aside."""
         for width in self.widths:
-            yield f"weight_{width}", getattr(self, f"weight_{width}"), False
-        for name, attribute in self._extras.items():
-            yield name, getattr(self, attribute), False
-        for name, attribute in self._codes.items():
-            yield name, getattr(self, attribute), True
+            yield f"weight_{width}", self.weight(width), False
+        for name in self._extras:
+            yield name, self.extra(name), False
+        for name in self._codes:
+            yield name, self.code(name), True
 
     def move(self, slab: str, source: Tensor, target: Tensor) -> None:
         """Copies the rows ``source`` of a slab, weights and optimiser state, over the rows ``target``."""
@@ -353,7 +231,7 @@ class Store(nn.Module):
     def slab_state(self, name: str) -> list[Tensor]:
         """Views ``[rows, *]`` of a slab's optimiser state."""
         start, slab = self._slabs[name]
-        return [state[start : start + slab.rows] for state in self._state_of_rows(f"weight_{slab.width}")]
+        return [state[start : start + slab.rows] for state in self.state_of(f"weight_{slab.width}")]
 
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:

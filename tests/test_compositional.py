@@ -181,11 +181,13 @@ def test_bad_fields_are_named(fields: dict[str, object]) -> None:
 
 def addresses(tables: EmbeddingTables, ids: list[int]) -> list[list[int]]:
     """Digits of each id, in the order of the partitions."""
-    lookups = next(iter(tables._each_lookup()))
+    lookups = tables._each_block()[0]
     found = torch.tensor(ids)
     parts = lookups.block.address(found, torch.zeros_like(found))
     rows = torch.cat([part.rows for part in parts], dim=-1)
-    return (rows - lookups.block.base[0]).tolist()  # type: ignore[index]
+    name = lookups.tables[0].name
+    starts = [tables.store.start(f"{name}/{j}") for j in range(rows.shape[-1])]
+    return (rows - torch.tensor(starts)).tolist()
 
 
 def decode(digits: list[int], rows: list[int], radices: str) -> int:

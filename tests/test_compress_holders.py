@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from embtables import compress_
 from embtables.layout import Form, Slab
-from embtables.store import Part, Store
+from embtables.lookup.block import Part
+from embtables.lookup.step import Aliases, Step
+from embtables.store import Store
 
 
 class Model(nn.Module):
@@ -232,6 +234,5 @@ def test_shared_storage_goes_by_the_name_of_its_group() -> None:
 
 def test_widths_without_addresses_are_told_apart() -> None:
     store = Store([Form((Slab("a", 10, 4), Slab("b", 10, 8)))], None, device="meta")
-    store.many_lookups = True
     rows = torch.zeros(3, dtype=torch.int64, device="meta")
-    assert [store.gather([Part(width, rows)])[0].shape for width in (4, 8)] == [(3, 4), (3, 8)]
+    assert [Step(store, aliases=Aliases()).gather([Part(width, rows)])[0].shape for width in (4, 8)] == [(3, 4), (3, 8)]

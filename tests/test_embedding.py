@@ -191,13 +191,13 @@ def test_views_make_one_dense_gradient() -> None:
     (weight,) = tables.parameters()
     made = []
     vectors = [view(torch.tensor([1, 2, 3])) for view in views]
-    (alias,) = tables.store._aliases.values()
+    (alias,) = tables._view_steps.aliases.values()
     alias.register_hook(lambda g: made.append((g.is_sparse, g._nnz())))
     sum(v.sum() for v in vectors).backward()  # type: ignore[union-attr]
     # 3 ids of 3 tables, each of at most two rows of the shared storage
     assert len(made) == 1 and made[0][0] and 3 < made[0][1] <= 18
     assert weight.grad is not None and not weight.grad.is_sparse and weight.grad.sum() == 3 * 3 * 8
-    assert not tables.store._aliases
+    assert not tables._view_steps.aliases
 
 
 def test_pruning_counts_steps_not_lookups() -> None:

@@ -16,16 +16,24 @@ import torch
 from core_cases import shuffled_counts
 
 from embtables import EmbeddingTables, TableConfig, ops, plan
-from embtables.ops import native, reference
-from embtables.ops.program import (
-    LOOKUP_WORDS,
-    PIECE_WORDS,
-    Entrance,
-    Piece,
-    Program,
+from embtables.layout import Code, Extra, Form, Slab
+from embtables.lookup.program import InputSpec, Program, check_recipe, compile_program, is_native
+from embtables.methods.recipe import (
+    Capped,
+    CircularBlock,
+    Coded,
+    Digit,
+    Hashed,
+    Listed,
+    Range,
+    Ranks,
     Recipe,
-    compile_program,
+    Row,
+    concat,
 )
+from embtables.ops import native, reference
+from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS
+from embtables.store import Store
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,95 +50,120 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
-TABLE = Entrance("item", 0, 8, 100, "error", 0, None)
+TABLE = InputSpec("item", "item", 0, 8, 100, "error", 0, None)
+OOV = TABLE._replace(on_out_of_range="oov")
+SMALL = TABLE._replace(num_embeddings=75)
 WITHOUT_VOCABULARY = TABLE._replace(num_embeddings=None)
-CODES = {
-    "rank": torch.zeros(120, dtype=torch.int32),
-    "short": torch.zeros(99, dtype=torch.int32),
-    "wide": torch.zeros(200),
-}
+FORM = Form(
+    slabs=(
+        Slab("wide", 200, 8),
+        Slab("small", 50, 8),
+        Slab("narrow", 50, 4),
+        Slab("narrow too", 25, 4),
+        Slab("scalars", 64, 1),
+        Slab("none", 0, 8),
+    ),
+    extras=(Extra("p", (4, 8)), Extra("q", (4, 8)), Extra("square", (8, 8)), Extra("bias", (8,))),
+    codes=(
+        Code("rank", (120,), "int32", "index"),
+        Code("short", (99,), "int32", "index"),
+        Code("codes", (120, 3), "uint8", "codes"),
+        Code("offsets", (101,), "int16", "codes"),
+        Code("values", (500,), "int64", "codes"),
+        Code("real", (200,), "float32", "weights"),
+    ),
+)
 
 
-def compiled(recipe: Recipe, entrance: Entrance = TABLE) -> Program:
-    """Weights: 200 rows of width 8, 50 of width 4, 64 scalars."""
-    return compile_program([(entrance, recipe)], 1, {8: 200, 4: 50, 1: 64}, {"p": (4, 8), "q": (4, 8)}, CODES)
+def compiled(recipe: Recipe, spec: InputSpec = TABLE) -> Program | None:
+    """The program of a recipe that passes its checks; ``None`` where native code leaves it to PyTorch."""
+    store = Store([FORM], None)
+    check_recipe(spec, recipe, store)
+    return compile_program([(spec, recipe)], 1, store) if is_native(recipe, store) else None
 
 
-GOOD: list[tuple[Recipe, Entrance]] = [
-    (Recipe("concat", [Piece(8, 100)]), TABLE),
-    (Recipe("concat", [Piece(8, 99)], ("rank", 19)), TABLE._replace(on_out_of_range="oov")),
-    (Recipe("concat", [Piece(8, 190, "hash", 5, 10)]), WITHOUT_VOCABULARY),
-    (Recipe("concat", [Piece(4, 0, "digit", 1, 25), Piece(4, 25, "digit", 25, 25, column=4)]), WITHOUT_VOCABULARY),
-    (Recipe("concat", [Piece(8, 149, "cut", 50)], ("rank", 20)), TABLE),
-    (Recipe("concat", [Piece(1, 0, "block", 3, 64, 6, 0), Piece(1, 0, "block", 4, 64, 2, 6, sign_seed=1)]), TABLE),
-    (Recipe("sum", []), TABLE),
-    (Recipe("mean", [Piece(8, 0, "hash", 0, 7, sign_seed=0), Piece(8, 7, "hash", 1, 193)]), TABLE),
-    (Recipe("alternatives", [Piece(8, 0, "below", 50), Piece(4, -50, "below", 2**62, projection="p")]), TABLE),
+NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
+    (concat(Row("wide", 100)), TABLE),
+    (concat(Row("wide", 99), ranks=Ranks("rank", 19)), OOV),
+    (concat(Hashed("small", 5)), WITHOUT_VOCABULARY),
+    (concat(Digit("narrow", 1), Digit("narrow too", 25)), WITHOUT_VOCABULARY),
+    (concat(Capped("small"), ranks=Ranks("rank", 20)), TABLE),
+    (concat(CircularBlock("scalars", 3, 6), CircularBlock("scalars", 4, 2, sign_seed=1)), TABLE),
+    (Recipe("sum", ()), TABLE),
+    (Recipe("mean", (Hashed("small", 0, sign_seed=0), Hashed("wide", 1))), TABLE),
+    (Recipe("alternatives", (Range("small"), Range("narrow", "p"))), TABLE),
+    (concat(Row("narrow"), projection="p"), TABLE._replace(num_embeddings=50)),
 ]
-BAD: list[tuple[str, Recipe, Entrance]] = [
-    ("which is none of concat, sum", Recipe("max", [Piece(8, 0)]), TABLE),  # type: ignore[arg-type]
-    ("whose address is none of row", Recipe("concat", [Piece(8, 0, "column")]), TABLE),  # type: ignore[arg-type]
-    ("slabs have the widths 8, 4, 1", Recipe("concat", [Piece(16, 0)]), TABLE),
-    ("rows 101 … 200, but there are 200", Recipe("concat", [Piece(8, 101)]), TABLE),
-    ("rows 100 … 200, but", Recipe("concat", [Piece(8, 100)]), TABLE._replace(on_out_of_range="oov")),
-    ("rows -1 … 98", Recipe("concat", [Piece(8, -1)]), TABLE),
-    ("rows 191 … 200", Recipe("concat", [Piece(8, 191, "hash", 5, 10)]), TABLE),
-    ("rows 150 … 200", Recipe("concat", [Piece(8, 150, "cut", 50)]), TABLE),
-    ("b is below 1", Recipe("concat", [Piece(8, 0, "digit", 1, 0)]), TABLE),
-    ("b is below 1", Recipe("concat", [Piece(8, 0, "digit", 0, 5)]), TABLE),
-    ("b is below 1", Recipe("concat", [Piece(8, 0, "hash", 1, 0)]), TABLE),
-    ("no num_embeddings", Recipe("concat", [Piece(8, 0)]), WITHOUT_VOCABULARY),
-    ("at most b scalars", Recipe("concat", [Piece(1, 0, "block", 1, 7, 8)]), TABLE),
-    ("are concatenated", Recipe("sum", [Piece(1, 0, "block", 1, 64, 8)]), TABLE),
-    ("only blocks", Recipe("concat", [Piece(8, 0, scalars=9)]), TABLE),
-    ("before it end at column 0", Recipe("concat", [Piece(8, 0, column=1)]), TABLE),
-    ("of 4 scalars in all", Recipe("concat", [Piece(4, 0, "hash", 1, 9)]), TABLE),
-    ("of 12 scalars in all", Recipe("concat", [Piece(8, 0), Piece(4, 0, "hash", 1, 9, column=8)]), TABLE),
-    ("vectors have 8 dimensions", Recipe("sum", [Piece(4, 0, "hash", 1, 9)]), TABLE),
-    ("needs at least 2", Recipe("mult", [Piece(8, 0)]), TABLE),
-    ("needs at least 1", Recipe("concat", []), TABLE),
-    ("with a sign", Recipe("mult", [Piece(8, 0, sign_seed=1), Piece(8, 0)]), TABLE),
-    ("with a projection", Recipe("sum", [Piece(4, 0, "hash", 1, 9, projection="p")]), TABLE),
-    ("no code of int32", Recipe("concat", [Piece(8, 0)], ("ranks", 0)), TABLE),
-    ("no code of int32", Recipe("concat", [Piece(8, 0)], ("wide", 0)), TABLE),
-    ("has 99 from 0 on, for 100 ids", Recipe("concat", [Piece(8, 0)], ("short", 0)), TABLE),
-    ("has 120 from 21 on", Recipe("concat", [Piece(8, 0)], ("rank", 21)), TABLE),
-    ("for None ids", Recipe("concat", [Piece(8, 0, "hash", 1, 9)], ("rank", 0)), WITHOUT_VOCABULARY),
-    ("needs at least 1", Recipe("alternatives", []), TABLE),
-    ("ids below 99 alone", Recipe("alternatives", [Piece(8, 0, "below", 99)]), TABLE),
-    ("have taken", Recipe("alternatives", [Piece(8, 0, "below", 50), Piece(8, 0, "below", 40)]), TABLE),
-    ("belong together", Recipe("alternatives", [Piece(8, 0)]), TABLE),
-    ("belong together", Recipe("concat", [Piece(8, 0, "below", 2**62)]), TABLE),
-    (
-        "rows 0 … 50, but there are 50",
-        Recipe("alternatives", [Piece(8, 0, "below", 49), Piece(4, -49, "below", 2**62, projection="p")]),
-        TABLE,
-    ),
-    (
-        "no extra of",
-        Recipe("alternatives", [Piece(4, 0, "below", 2**62, projection="r")]),
-        TABLE._replace(num_embeddings=9),
-    ),
-    (
-        "another projection",
-        Recipe("alternatives", [Piece(4, 0, "below", 9, projection="p"), Piece(4, 0, "below", 20, projection="q")]),
-        TABLE._replace(num_embeddings=20),
-    ),
+LEFT_TO_PYTORCH: list[tuple[Recipe, InputSpec]] = [
+    (concat(Coded("small", "codes", 2, first=20)), TABLE),
+    (Recipe("mean", (Listed("small", "offsets", "values", 4),)), TABLE),
+    (Recipe("sum", (Hashed("small", 1), Hashed("wide", 2)), projection="square"), TABLE),
+]
+BAD: list[tuple[str, Recipe, InputSpec]] = [
+    ("which is not one of concat, sum", Recipe("max", (Row("wide"),)), TABLE),  # type: ignore[arg-type]
+    ("which is not an address", Recipe("concat", ("wide",)), TABLE),  # type: ignore[arg-type]
+    ("reads the slab 'other', which its layout does not have", concat(Row("other")), TABLE),
+    ("from row 101 on for 100 ids, but the slab has 200 rows", concat(Row("wide", 101)), TABLE),
+    ("from row 100 on for 101 ids", concat(Row("wide", 100)), OOV),
+    ("from row -1 on", concat(Row("wide", -1)), TABLE),
+    ("which has no rows", concat(Hashed("none", 5)), TABLE),
+    ("divisor 0, which is below 1", concat(Digit("wide", 0)), TABLE),
+    ("no num_embeddings", concat(Row("wide")), WITHOUT_VOCABULARY),
+    ("no num_embeddings", concat(Capped("wide")), WITHOUT_VOCABULARY),
+    ("at most all of it", concat(CircularBlock("scalars", 1, 65)), TABLE),
+    ("of a slab of width 1", concat(CircularBlock("wide", 1, 8)), TABLE),
+    ("blocks are joined", Recipe("sum", (CircularBlock("scalars", 1, 8),)), TABLE),
+    ("has 4 scalars in all", concat(Hashed("narrow", 1)), TABLE),
+    ("has 12 scalars in all", concat(Row("wide"), Hashed("narrow", 1)), TABLE),
+    ("has 4 scalars in all", Recipe("sum", (Hashed("narrow", 1),)), TABLE),
+    ("different widths: 8, 4", Recipe("sum", (Hashed("wide", 1), Hashed("narrow", 1))), TABLE),
+    ("needs at least 2", Recipe("product", (Row("wide"),)), TABLE),
+    ("needs at least 1", concat(), TABLE),
+    ("with a sign", Recipe("product", (Hashed("wide", 1, sign_seed=1), Row("wide"))), TABLE),
+    ("'r', which is not a dense parameter [width, D]", concat(Row("wide"), projection="r"), TABLE),
+    ("'bias', which is not a dense parameter [width, D]", concat(Row("wide"), projection="bias"), TABLE),
+    ("8 scalars and a projection [4, 8]", concat(Row("wide"), projection="p"), TABLE),
+    ("reads the code 'ranks', which its layout does not have", concat(Row("wide"), ranks=Ranks("ranks")), TABLE),
+    ("'real', which is not a buffer of integers", concat(Row("wide"), ranks=Ranks("real")), TABLE),
+    ("from 0 on for 100 ids, but it has 99", concat(Row("wide"), ranks=Ranks("short")), TABLE),
+    ("from 21 on for 100 ids, but it has 120", concat(Row("wide"), ranks=Ranks("rank", 21)), TABLE),
+    ("for None ids", concat(Hashed("wide", 1), ranks=Ranks("rank")), WITHOUT_VOCABULARY),
+    ("reads column 3 of the code 'codes', which has 3", concat(Coded("wide", "codes", 3)), TABLE),
+    ("from 21 on for 100 ids, but it has 120", concat(Coded("wide", "codes", first=21)), TABLE),
+    ("from 1 on for 100 ids, but it has 101", Recipe("sum", (Listed("wide", "offsets", "values", 3, 1),)), TABLE),
+    ("a list stands alone", concat(Listed("wide", "offsets", "values", 3)), TABLE),
+    ("of at most 0 rows", Recipe("sum", (Listed("wide", "offsets", "values", 0),)), TABLE),
+    ("needs at least 1", Recipe("alternatives", ()), TABLE),
+    ("alternatives for the ids below 50 only", Recipe("alternatives", (Range("small"),)), TABLE),
+    ("belong together", Recipe("alternatives", (Row("wide"),)), TABLE),
+    ("belong together", concat(Range("wide")), TABLE),
+    ("width 4, but its vectors have 8", Recipe("alternatives", (Range("wide"), Range("narrow"))), TABLE),
+    ("width 8 and a projection [4, 8]", Recipe("alternatives", (Range("wide", "p"),)), TABLE),
+    ("different projections", Recipe("alternatives", (Range("narrow", "p"), Range("narrow too", "q"))), SMALL),
+    ("beside those of its alternatives", Recipe("alternatives", (Range("wide"),), projection="square"), TABLE),
 ]
 
 
-@pytest.mark.parametrize("recipe, entrance", GOOD)
-def test_recipes_that_stay_within_their_slabs_are_taken(recipe: Recipe, entrance: Entrance) -> None:
-    words = compiled(recipe, entrance).words
-    assert words.numel() == 6 + LOOKUP_WORDS + len(recipe.pieces) * PIECE_WORDS + 4 * 2 + 2 * 2
+@pytest.mark.parametrize("recipe, spec", NATIVE_ONES)
+def test_recipes_that_stay_within_their_slabs_are_compiled(recipe: Recipe, spec: InputSpec) -> None:
+    program = compiled(recipe, spec)
+    assert program is not None
+    widths, projections = len(program.widths), len(program.projections)
+    expected = 6 + LOOKUP_WORDS + len(recipe.addresses) * PIECE_WORDS + 2 * (widths + 1) + 2 * projections
+    assert program.words.numel() == expected
 
 
-@pytest.mark.parametrize("reason, recipe, entrance", BAD)
-def test_other_recipes_are_refused_when_tables_are_built(reason: str, recipe: Recipe, entrance: Entrance) -> None:
+@pytest.mark.parametrize("recipe, spec", LEFT_TO_PYTORCH)
+def test_what_native_code_does_not_have_is_left_to_pytorch(recipe: Recipe, spec: InputSpec) -> None:
+    assert compiled(recipe, spec) is None
+
+
+@pytest.mark.parametrize("reason, recipe, spec", BAD)
+def test_other_recipes_are_refused_when_tables_are_built(reason: str, recipe: Recipe, spec: InputSpec) -> None:
     with pytest.raises(
-        ValueError, match=r"^table 'item': its recipe .*; mend what the block's recipes\(\) returns$"
+        ValueError, match=r"^table 'item': its recipe .*; fix what recipe\(\) of its method returns$"
     ) as e:
-        compiled(recipe, entrance)
+        compiled(recipe, spec)
     assert reason in str(e.value)
 
 

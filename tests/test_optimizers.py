@@ -14,6 +14,7 @@ from core_cases import all_methods, falling_counts, method_id, random_ids, shuff
 from torch import Tensor
 
 from embtables import SGD, Adagrad, Adam, EmbeddingTables, RowWiseAdagrad, TableConfig, plan
+from embtables.lookup.inputs import Input
 from embtables.methods import Method
 from embtables.ops import coalesce
 from embtables.optimizers import FusedOptimizer
@@ -125,10 +126,9 @@ def test_extras_are_updated_densely_and_once_by_the_same_rule(config: FusedOptim
         free.zero_grad()
         free(ids).square().sum().backward()
         touched: dict[str, list[int]] = {}
-        lookups = list(free._each_lookup())
-        for lookup in lookups:
-            p = lookup.pick(ids, None, None, len(ids))
-            for part in lookup.block.address(p.ids, p.feature):
+        for block in free._each_block():
+            p = block.pick(Input(ids))
+            for part in block.block.address(p.ids, p.feature):
                 touched.setdefault(f"weight_{part.width}", []).extend(part.rows.flatten().tolist())
         fused(ids).square().sum().backward()
         for name, weight, is_code in free.store.tensors():

@@ -1,11 +1,11 @@
-"""What a method owes: sizes and bytes from a budget, addresses, and how the looked-up parts become vectors."""
+"""What a method owes: sizes and bytes from a budget, and a recipe or a block that says how its tables are looked up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,9 +15,13 @@ from embtables.budget import keep_apart
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
-from embtables.ops.program import Piece, Recipe
+from embtables.lookup.block import Block
+from embtables.methods.recipe import Recipe
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
+from embtables.store import Store
+
+if TYPE_CHECKING:
+    from embtables.lookup.engine import Touched
 
 
 class Floor(NamedTuple):
@@ -51,80 +55,15 @@ class Initializer:
         weight.copy_(values)
 
 
-class Block(nn.Module):
-    """The looked-up tables of one group, variant and dimension: ids in, vectors out, no Python per table.
-
-    ``ids`` and ``feature`` are int64 and broadcast to one shape ``[...]``: ``[F, B]`` with ``feature`` ``[F, 1]``, or
-    flat ``[N]`` each. ``feature`` counts the block's own lookups and indexes its constants.
-    """
-
-    def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
-        super().__init__()
-        self.embedding_dim = entries[0].table.embedding_dim
-        # Reached through a list, so that the store is not registered as a part of every block.
-        self._store = [store]
-
-    @property
-    def store(self) -> Store:
-        return self._store[0]
-
-    def constant(self, name: str, values: Any, dtype: torch.dtype = torch.int64) -> None:
-        """Keeps addressing constants, as a rule one (or a list) a lookup, as a buffer outside the state dict."""
-        self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
-
-    def seeds(self, name: str, entries: Sequence[TableEntry], group: Group, purpose: str, count: int) -> None:
-        """Keeps ``count`` seeds a lookup, ``[F, count]``, each of its own table, purpose and number."""
-        seed = group.hash_seed
-        self.constant(name, [[seed_for(seed, e.table.name, purpose, j) for j in range(count)] for e in entries])
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        """Where the values of each id lie."""
-        raise NotImplementedError
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        """Vectors ``[..., D]`` from the gathered parts, each ``[*rows.shape, width]``."""
-        raise NotImplementedError
-
-    def recipes(self) -> list[Recipe] | None:
-        """The same as ``address`` and ``combine``, said as data for each lookup, for native code to do as a whole.
-
-        ``None``: it cannot be said so, and PyTorch does it.
-        """
-        return None
-
-    def rows(self, ids: Tensor, feature: Tensor) -> Tensor:
-        """Vectors ``[..., D]`` of ids: address, gather, combine."""
-        return self.combine(self.store.gather(self.address(ids, feature)), ids, feature)
-
-    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
-        """int64 ``[..., S]``: ids with equal signatures have equal vectors, whatever the weights."""
-        parts = self.address(ids, feature)
-        return torch.cat([part.rows.reshape(*ids.shape, -1) for part in parts], dim=-1)
-
-
-class FullBlock(Block):
-    """A row an id."""
-
-    def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
-        super().__init__(entries, store)
-        self.constant("base", [store.start(e.table.name) for e in entries])
-
-    base: Tensor
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        return [Part(self.embedding_dim, self.base[feature] + ids)]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return values[0]
-
-    def recipes(self) -> list[Recipe]:
-        return [Recipe("concat", [Piece(self.embedding_dim, base)]) for base in self.base.tolist()]
-
-
 class Stage(nn.Module):
-    """What a method does over the course of training. ``step`` is called once a training forward."""
+    """What a method does over the course of training."""
 
-    def step(self) -> None:
+    def step(self, touched: Touched) -> None:
+        """Called once for each training step, when its ids are known to be good and before anything is read.
+
+        ``touched.ids(table)`` and ``touched.rows(slab)`` say what the step looks up. The stage may change weights and
+        codes.
+        """
         raise NotImplementedError
 
     def done(self) -> bool:
@@ -201,11 +140,21 @@ class Method(BaseModel):
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        """The lookup of tables of one variant (never ``"full"``) in the form that is trained."""
-        raise NotImplementedError
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        """How one table (never one of the variant ``"full"``) is looked up: pure data.
 
-    def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
+        A method that no recipe can say overrides ``block`` instead.
+        """
+        raise NotImplementedError(f"method {self.kind} has neither recipe() nor block()")
+
+    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block | None:
+        """The lookup of tables of one variant and dimension, for methods that no recipe can say.
+
+        ``None``: each table is looked up by its recipe.
+        """
+        return None
+
+    def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block | None:
         """The lookup in the form that is served; the same by default."""
         return self.block(entries, group, store)
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache
 from itertools import accumulate
 from math import gcd, prod, sqrt
 from operator import mul
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
-from embtables.ops.program import Operation, Piece, Recipe
-from embtables.store import Part, Store
+from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
+from embtables.methods.recipe import Combination, Digit, Recipe
+from embtables.store import Store
 
 Radices = Literal["quotient_remainder", "chinese_remainder"]
 MAX_PARTITIONS = 8
@@ -110,8 +108,13 @@ class Compositional(Method):
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return CompositionalBlock(self, entries, store)
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        combine: dict[str, Combination] = {"mult": "product", "add": "sum", "concat": "concat"}
+        rows: list[int] = entry.entry.values["rows"]
+        by_quotient = self.radices == "quotient_remainder"
+        divisors = list(accumulate([1, *rows[:-1]], mul)) if by_quotient else [1] * len(rows)
+        digits = (Digit(f"{entry.table.name}/{j}", divisor) for j, divisor in enumerate(divisors))
+        return Recipe(combine[self.operation], tuple(digits))
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         for table in group.tables:
@@ -198,51 +201,3 @@ def _coprime_from(m: int, product: int) -> int:
     while gcd(m, product) > 1:
         m += 1
     return m
-
-
-class CompositionalBlock(Block):
-    base: Tensor
-    divisor: Tensor
-    radix: Tensor
-
-    def __init__(self, method: Compositional, entries: Sequence[TableEntry], store: Store) -> None:
-        super().__init__(entries, store)
-        rows: list[list[int]] = [e.entry.values["rows"] for e in entries]
-        self.operation = method.operation
-        self.widths = method.widths(self.embedding_dim, len(rows[0]))
-        self.constant(
-            "base", [[store.start(f"{e.table.name}/{j}") for j in range(len(r))] for e, r in zip(entries, rows)]
-        )
-        self.constant("radix", rows)
-        by_quotient = method.radices == "quotient_remainder"
-        self.constant("divisor", [list(accumulate([1, *r[:-1]], mul)) if by_quotient else [1] * len(r) for r in rows])
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        # Integers only: a quotient by way of floating point is wrong beyond 2**24 (float32) or 2**53.
-        quotient = torch.div(ids.unsqueeze(-1), self.divisor[feature], rounding_mode="floor")
-        rows = self.base[feature] + quotient % self.radix[feature]
-        wide = self.widths.count(self.widths[0])
-        parts = [Part(self.widths[0], rows[..., :wide]), Part(self.widths[-1], rows[..., wide:])]
-        return parts[: 1 + (wide < len(self.widths))]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        if self.operation == "concat":
-            return torch.cat([v.flatten(-2) for v in values], dim=-1)
-        if self.operation == "add":
-            return values[0].sum(-2)
-        return reduce(torch.mul, values[0].unbind(-2))
-
-    def recipes(self) -> list[Recipe]:
-        operation: dict[str, Operation] = {"mult": "mult", "add": "sum", "concat": "concat"}
-        columns = [0, *accumulate(self.widths)] if self.operation == "concat" else [0] * len(self.widths)
-        constants = zip(self.base.tolist(), self.divisor.tolist(), self.radix.tolist())
-        return [
-            Recipe(
-                operation[self.operation],
-                [
-                    Piece(width, base, "digit", divisor, radix, column=column)
-                    for width, column, base, divisor, radix in zip(self.widths, columns, bases, divisors, radices)
-                ],
-            )
-            for bases, divisors, radices in constants
-        ]

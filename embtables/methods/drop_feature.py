@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from embtables.layout import Entry, Form, Group, Layout
-from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
-from embtables.ops.program import Recipe
+from embtables.methods.base import Floor, Method, TableEntry, full_entry
+from embtables.methods.recipe import Recipe
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
 
 
 class DropFeature(Method):
@@ -42,23 +37,5 @@ class DropFeature(Method):
             slabs.append(slab)
         return Layout.of(entries, Form(slabs=tuple(slabs)))
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return _DroppedBlock(entries, store)
-
-
-class _DroppedBlock(Block):
-    def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
-        super().__init__(entries, store)
-        self.num_lookups = len(entries)
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        return []
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
-
-    def recipes(self) -> list[Recipe]:
-        return [Recipe("sum", [])] * self.num_lookups
-
-    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
-        return torch.zeros_like(ids).unsqueeze(-1)
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        return Recipe("sum", ())

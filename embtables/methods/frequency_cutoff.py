@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from embtables.layout import Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, TableEntry, full_layout
-from embtables.ops.program import Piece, Recipe
+from embtables.methods.base import Floor, TableEntry, full_layout
+from embtables.methods.recipe import Capped, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.ranking import RankedMethod, counts_by_rank, rank_code, rank_code_name, remapped
-from embtables.store import Part, Store
+from embtables.ranking import RankedMethod, counts_by_rank, rank_code, ranks_of, remapped
 
 
 class FrequencyCutoff(RankedMethod):
@@ -68,37 +64,5 @@ class FrequencyCutoff(RankedMethod):
         fitting = int(np.searchsorted(np.cumsum(row_bytes[order]), limit, side="right"))
         return np.bincount(table[order[:fitting]], minlength=len(counts))
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return _CutoffBlock(entries, group, store)
-
-
-class _CutoffBlock(Block):
-    base: Tensor
-    own_rows: Tensor
-    ranks_from: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
-        super().__init__(entries, store)
-        self.rank_code = rank_code_name(group) if "ranks_from" in entries[0].entry.values else None
-        self.constant("base", [store.start(e.table.name) for e in entries])
-        self.constant("own_rows", [e.entry.values["own_rows"] for e in entries])
-        self.constant("ranks_from", [e.entry.values.get("ranks_from", 0) for e in entries])
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        if self.rank_code is not None:
-            ids = self.store.code(self.rank_code)[self.ranks_from[feature] + ids].long()
-        return [Part(self.embedding_dim, self.base[feature] + torch.minimum(ids, self.own_rows[feature]))]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return values[0]
-
-    def recipes(self) -> list[Recipe]:
-        rows = zip(self.base.tolist(), self.own_rows.tolist(), self.ranks_from.tolist())
-        return [
-            Recipe(
-                "concat",
-                [Piece(self.embedding_dim, base, "cut", own_rows)],
-                None if self.rank_code is None else (self.rank_code, ranks_from),
-            )
-            for base, own_rows, ranks_from in rows
-        ]
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        return concat(Capped(entry.table.name), ranks=ranks_of(entry, group))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
-from embtables.hashing import hash_ids, seed_for
+from embtables.hashing import seed_for
 from embtables.layout import Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Method, TableEntry, full_entry
-from embtables.ops.program import Piece, Recipe
+from embtables.methods.base import Floor, Method, TableEntry, full_entry
+from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
 
 
 class Hash(Method):
@@ -40,33 +37,12 @@ class Hash(Method):
         entries = {table.name: entry for table, (entry, _) in zip(group.tables, pairs)}
         return Layout.of(entries, Form(slabs=tuple(slab for _, slab in pairs)))
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return HashBlock(entries, group, store)
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        name = entry.table.name
+        return concat(Hashed(name, seed_for(group.hash_seed, name, "row", 0)))
 
 
 def _entry(table: TableConfig, rows: int) -> tuple[Entry, Slab]:
     if table.rows is not None and rows >= table.rows:
         return full_entry(table)
     return Entry("hashed", {"rows": rows}), Slab(table.name, rows, table.embedding_dim)
-
-
-class HashBlock(Block):
-    base: Tensor
-    size: Tensor
-    seed: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
-        super().__init__(entries, store)
-        self.constant("base", [store.start(e.table.name) for e in entries])
-        self.constant("size", [e.entry.values["rows"] for e in entries])
-        self.constant("seed", [seed_for(group.hash_seed, e.table.name, "row", 0) for e in entries])
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        return [Part(self.embedding_dim, self.base[feature] + hash_ids(ids, self.seed[feature], self.size[feature]))]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return values[0]
-
-    def recipes(self) -> list[Recipe]:
-        rows = zip(self.base.tolist(), self.seed.tolist(), self.size.tolist())
-        return [Recipe("concat", [Piece(self.embedding_dim, base, "hash", seed, size)]) for base, seed, size in rows]

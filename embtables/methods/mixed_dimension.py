@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import log, sqrt
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from embtables.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, TableEntry, full_entry, full_layout
-from embtables.ops.program import Piece, Recipe
-from embtables.ranking import RankedMethod, counts_by_rank, rank_code, rank_code_name, remapped
-from embtables.store import Part, Store
+from embtables.methods.base import Floor, Initializer, TableEntry, full_entry, full_layout
+from embtables.methods.recipe import Range, Recipe
+from embtables.ranking import RankedMethod, counts_by_rank, rank_code, ranks_of, remapped
+from embtables.store import Store
 
 
 class MixedDimension(RankedMethod):
@@ -119,8 +117,13 @@ class MixedDimension(RankedMethod):
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return _MixedBlock(entries, group, store)
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        name, dim = entry.table.name, entry.table.embedding_dim
+        ranges = [
+            Range(f"{name}/{j}", _projection(group, dim, width) if width < dim else None)
+            for j, width in enumerate(entry.entry.values["widths"])
+        ]
+        return Recipe("alternatives", tuple(ranges), ranks_of(entry, group))
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         super().initialize(layout, group, store, init)
@@ -164,76 +167,3 @@ def _time(block: _Block, wide: int, narrow: int, top: float) -> float:
 
 def _projection(group: Group, widest: int, width: int) -> str:
     return f"{group.name}/projection_{width}_{widest}"
-
-
-class _MixedBlock(Block):
-    """Looks up each width on its own: positions of that width, one gather, one matrix product."""
-
-    ends: Tensor
-    base: Tensor
-    width: Tensor
-    ranks_from: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
-        super().__init__(entries, store)
-        self.rank_code = rank_code_name(group) if "ranks_from" in entries[0].entry.values else None
-        self.widths = sorted({w for e in entries for w in e.entry.values["widths"]})
-        self.projections = {w: _projection(group, self.embedding_dim, w) for w in self.widths if w < self.embedding_dim}
-        most = max(len(e.entry.values["rows"]) for e in entries)
-        ends, base, width = [], [], []
-        for table, entry in entries:
-            rows = np.cumsum(entry.values["rows"])
-            padding = most - len(rows)
-            ends.append([*rows[:-1].tolist(), *[2**62] * (padding + 1)])
-            starts = [store.start(f"{table.name}/{j}") for j in range(len(rows))]
-            # A row is its block's first row plus the id's rank, less the ranks before the block.
-            before = [0, *rows[:-1].tolist()]
-            base.append([s - b for s, b in zip(starts, before)] + [0] * padding)
-            width.append([*entry.values["widths"], *[0] * padding])
-        self.constant("ends", ends)
-        self.constant("base", base)
-        self.constant("width", width)
-        self.constant("ranks_from", [e.entry.values.get("ranks_from", 0) for e in entries])
-
-    def _places(self, ids: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and width of each id, flat."""
-        feature = feature.expand_as(ids).reshape(-1)
-        ranks = ids.reshape(-1)
-        if self.rank_code is not None:
-            ranks = self.store.code(self.rank_code)[self.ranks_from[feature] + ranks].long()
-        block = (ranks.unsqueeze(-1) >= self.ends[feature]).sum(-1)
-        return self.base[feature, block] + ranks, self.width[feature, block]
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        rows, width = self._places(ids, feature)
-        subsets = [(width == w).nonzero().squeeze(1) for w in self.widths]
-        return [Part(w, rows[subset], subset) for w, subset in zip(self.widths, subsets)]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        _, width = self._places(ids, feature)
-        wide = [
-            rows if w == self.embedding_dim else rows @ self.store.extra(self.projections[w])
-            for w, rows in zip(self.widths, values)
-        ]
-        order = torch.cat([(width == w).nonzero().squeeze(1) for w in self.widths])
-        vectors = torch.cat(wide).index_select(0, order.argsort())
-        return vectors.view(*ids.shape, self.embedding_dim)
-
-    def recipes(self) -> list[Recipe]:
-        constants = zip(self.ends.tolist(), self.base.tolist(), self.width.tolist(), self.ranks_from.tolist())
-        return [
-            Recipe(
-                "alternatives",
-                [
-                    Piece(width, base, "below", end, projection=self.projections.get(width))
-                    for end, base, width in zip(ends, bases, widths)
-                    if width
-                ],
-                None if self.rank_code is None else (self.rank_code, ranks_from),
-            )
-            for ends, bases, widths, ranks_from in constants
-        ]
-
-    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
-        rows, width = self._places(ids, feature)
-        return torch.stack([rows, width], dim=-1).view(*ids.shape, 2)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
 from math import sqrt
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
-from embtables.hashing import hash_ids, hash_signs
+from embtables.hashing import seed_for
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
-from embtables.ops.program import Piece, Recipe
+from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
+from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
+from embtables.store import Store
 
 
 class MultiHash(Method):
@@ -71,8 +67,13 @@ class MultiHash(Method):
         widths = chunk_widths(table.embedding_dim, self.num_hashes)
         return Entry("hashed", {"rows": rows}), [Slab(f"{table.name}/{j}", rows, w) for j, w in enumerate(widths)]
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return (_ConcatBlock if self.operation == "concat" else _SumBlock)(entries, group, store, self)
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        name, numbers = entry.table.name, range(self.num_hashes)
+        seeds = [seed_for(group.hash_seed, name, "row", j) for j in numbers]
+        if self.operation == "concat":
+            return concat(*(Hashed(f"{name}/{j}", seed) for j, seed in enumerate(seeds)))
+        signs = [seed_for(group.hash_seed, name, "sign", j) if self.signs else None for j in numbers]
+        return Recipe(self.operation, tuple(Hashed(name, seed, sign) for seed, sign in zip(seeds, signs)))
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         # A sum of k rows has k times a row's variance, a mean 1/k of it.
@@ -81,83 +82,3 @@ class MultiHash(Method):
         for slab in layout.training.slabs:
             std = init.std if slab.name in full else init.std * scale
             init.uniform_(store.slab(slab.name), slab.name, std)
-
-
-class _SumBlock(Block):
-    base: Tensor
-    size: Tensor
-    seed: Tensor
-    sign_seed: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: MultiHash) -> None:
-        super().__init__(entries, store)
-        self.method = method
-        self.constant("base", [[store.start(e.table.name)] for e in entries])
-        self.constant("size", [[e.entry.values["rows"]] for e in entries])
-        self.seeds("seed", entries, group, "row", method.num_hashes)
-        self.seeds("sign_seed", entries, group, "sign", method.num_hashes)
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        hashed = hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size[feature])
-        return [Part(self.embedding_dim, self.base[feature] + hashed)]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        rows = values[0]
-        if self.method.signs:
-            rows = rows * hash_signs(ids.unsqueeze(-1), self.sign_seed[feature]).unsqueeze(-1)
-        return rows.sum(-2) if self.method.operation == "sum" else rows.mean(-2)
-
-    def recipes(self) -> list[Recipe]:
-        constants = zip(self.base.tolist(), self.size.tolist(), self.seed.tolist(), self.sign_seed.tolist())
-        signs = self.method.signs
-        return [
-            Recipe(
-                self.method.operation,
-                [
-                    Piece(self.embedding_dim, base, "hash", seed, size, sign_seed=sign_seed if signs else None)
-                    for seed, sign_seed in zip(seeds, sign_seeds)
-                ],
-            )
-            for (base,), (size,), seeds, sign_seeds in constants
-        ]
-
-    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
-        rows = self.address(ids, feature)[0].rows
-        if self.method.signs:
-            rows = rows * 2 + (hash_signs(ids.unsqueeze(-1), self.sign_seed[feature]) > 0)
-        # The order of the lookups does not matter to a sum.
-        return rows.sort(-1).values
-
-
-class _ConcatBlock(Block):
-    base: Tensor
-    size: Tensor
-    seed: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: MultiHash) -> None:
-        super().__init__(entries, store)
-        self.widths = chunk_widths(self.embedding_dim, method.num_hashes)
-        chunks = range(method.num_hashes)
-        self.constant("base", [[store.start(f"{e.table.name}/{j}") for j in chunks] for e in entries])
-        self.constant("size", [[e.entry.values["rows"]] for e in entries])
-        self.seeds("seed", entries, group, "row", method.num_hashes)
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        rows = self.base[feature] + hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size[feature])
-        return [Part(width, rows[..., j]) for j, width in enumerate(self.widths)]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return torch.cat(values, dim=-1)
-
-    def recipes(self) -> list[Recipe]:
-        columns = [0, *accumulate(self.widths)]
-        return [
-            Recipe(
-                "concat",
-                [
-                    Piece(width, base, "hash", seed, size, column=column)
-                    for width, column, base, seed in zip(self.widths, columns, bases, seeds)
-                ],
-            )
-            for bases, (size,), seeds in zip(self.base.tolist(), self.size.tolist(), self.seed.tolist())
-        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import exp, gcd, isqrt, log
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,13 @@ from torch import Tensor
 from embtables.budget import split
 from embtables.config import TableConfig
 from embtables.layout import FULL, Code, Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Method, Stage, TableEntry, full_entry
-from embtables.ops.program import Piece, Recipe
-from embtables.store import Part, Store
+from embtables.lookup.block import Block, Extras, Part
+from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
+from embtables.methods.recipe import Recipe, Row, concat
+from embtables.store import Store
+
+if TYPE_CHECKING:
+    from embtables.lookup.engine import Touched
 
 # Without for_training.
 _WARMUP_STEPS, _PRUNE_STEPS = 1_000, 10_000
@@ -94,8 +98,8 @@ class Pruned(Method):
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return DenseBlock(entries, group, store)
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        return concat(Row(_name(group, entry.table.embedding_dim), entry.entry.values["first_row"]))
 
     def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return _SERVED[entries[0].entry.variant](entries, group, store)
@@ -211,24 +215,6 @@ def _integer(largest: int) -> str:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-class DenseBlock(Block):
-    base: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
-        super().__init__(entries, store)
-        start = store.start(_name(group, self.embedding_dim))
-        self.constant("base", [start + e.entry.values["first_row"] for e in entries])
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        return [Part(self.embedding_dim, self.base[feature] + ids)]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return values[0]
-
-    def recipes(self) -> list[Recipe]:
-        return [Recipe("concat", [Piece(self.embedding_dim, base)]) for base in self.base.tolist()]
-
-
 class PruningStage(Stage):
     """Counts training forwards, and prunes at some of them.
 
@@ -268,7 +254,7 @@ class PruningStage(Stage):
         return since > 0 and (since - self.prune_steps) % self.interval == 0
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, touched: Touched) -> None:
         self.steps += 1
         step = int(self.steps)
         if not self.prunes_at(step):
@@ -342,7 +328,7 @@ class SparseBlock(Block):
     first: Tensor
 
     def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
-        super().__init__(entries, store)
+        super().__init__(store, entries[0].table.embedding_dim)
         self.name = _name(group, self.embedding_dim)
         self.constant("first", [e.entry.values["first_row"] for e in entries])
 
@@ -352,7 +338,7 @@ class SparseBlock(Block):
     def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
         return (self.first[feature] + ids).unsqueeze(-1)
 
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         return self.decode(self.first[feature] + ids)
 
     def code(self, name: str) -> Tensor:

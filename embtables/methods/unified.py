@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
-from embtables.hashing import hash_ids
+from embtables.hashing import seed_for
 from embtables.layout import Entry, Group, Layout
-from embtables.methods.base import Block, Floor, Method, TableEntry, shared_layout
-from embtables.ops.program import Piece, Recipe
+from embtables.methods.base import Floor, Method, TableEntry, shared_layout
+from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
 
 
 class Unified(Method):
@@ -58,30 +55,6 @@ class Unified(Method):
             group, limit, width, 1, lambda t: Entry("multiplexed", {"lookups": t.embedding_dim // width})
         )
 
-    def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return _UnifiedBlock(entries, group, store, self._width(group))
-
-
-class _UnifiedBlock(Block):
-    seed: Tensor
-    size: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, width: int) -> None:
-        super().__init__(entries, store)
-        self.width = width
-        self.start = store.start(group.name)
-        self.constant("size", store.slab(group.name).shape[0])
-        self.seeds("seed", entries, group, "row", self.embedding_dim // width)
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        return [Part(self.width, self.start + hash_ids(ids.unsqueeze(-1), self.seed[feature], self.size))]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
-        return values[0].flatten(-2)
-
-    def recipes(self) -> list[Recipe]:
-        w, start, size = self.width, self.start, int(self.size)
-        return [
-            Recipe("concat", [Piece(w, start, "hash", seed, size, column=j * w) for j, seed in enumerate(seeds)])
-            for seeds in self.seed.tolist()
-        ]
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        seeds = (seed_for(group.hash_seed, entry.table.name, "row", j) for j in range(entry.entry.values["lookups"]))
+        return concat(*(Hashed(group.name, seed) for seed in seeds))

@@ -22,8 +22,15 @@ from pathlib import Path
 from torch import Tensor
 
 from embtables.ops import fused, gpu, native, reference
-from embtables.ops.fused import check, differentiate, look_up, look_up_values, update_in_backward
-from embtables.ops.ids import raise_for_ids, refuse_ids
+from embtables.ops.fused import (
+    check,
+    differentiate,
+    look_up,
+    look_up_in_graph,
+    look_up_values,
+    update_in_backward,
+)
+from embtables.ops.ids import raise_for_id, raise_for_ids, ranges, refuse_ids
 from embtables.ops.native import Refused, fits
 from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update
 
@@ -39,8 +46,11 @@ __all__ = [
     "huge_pages",
     "instructions",
     "look_up",
+    "look_up_in_graph",
     "look_up_values",
+    "raise_for_id",
     "raise_for_ids",
+    "ranges",
     "refuse_ids",
     "update",
     "update_in_backward",

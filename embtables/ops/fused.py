@@ -250,6 +250,32 @@ def look_up(
         raise_for_id(error.id, error.lookup, ranges)
 
 
+def look_up_in_graph(
+    tensors: ProgramTensors, args: LookupArgs, step: Tensor, ranges: str, hook: Tensor | None
+) -> Tensor:
+    """``look_up`` with the same arguments as the functions for eager calls; the values, flat."""
+    values: Tensor = look_up(
+        tensors.words,
+        args.ids,
+        args.offsets,
+        args.id_weights,
+        tensors.weights,
+        tensors.projections,
+        tensors.codes,
+        args.outputs,
+        tensors.states,
+        tensors.projection_states,
+        tensors.hyper,
+        step,
+        args.num_values,
+        args.num_rows,
+        tensors.rule,
+        ranges,
+        hook,
+    )[0]
+    return values
+
+
 def _copies(ids: Tensor, offsets: Tensor | None, id_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     no_offsets, no_weights = ids.new_empty(0, dtype=torch.int64), ids.new_empty(0, dtype=torch.float32)
     return (

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 
+def ranges(lookups: Iterable[tuple[str, str, int | None]]) -> str:
+    """Feature, table and number of ids of each lookup, as JSON, for the errors below."""
+    return json.dumps([*lookups])
+
+
 def raise_for_ids(ids: Tensor, lookup: Tensor, wrong: Tensor, ranges: str) -> NoReturn:
     """``IndexError`` naming the first of ``ids`` that is ``wrong``.
 
-    ``lookup``, which broadcasts to the shape of ``ids``, counts in ``ranges``: feature, table and number of ids of each
-    lookup, as JSON.
+    ``lookup``, which broadcasts to the shape of ``ids``, counts in ``ranges``, as that function writes
+    them.
     """
     first = tuple(wrong.nonzero()[0].tolist())
     raise_for_id(int(ids[first]), int(lookup.expand_as(ids)[first]), ranges)

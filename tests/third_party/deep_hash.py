@@ -12,9 +12,10 @@ from torch import Tensor
 
 from embtables.hashing import mix, seed_for, to_range
 from embtables.layout import Entry, Extra, Form, Group, Layout
-from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry
+from embtables.lookup.block import Block, Extras, Part
+from embtables.methods.base import Floor, Initializer, Method, TableEntry
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
+from embtables.store import Store
 
 
 class DeepHash(Method):
@@ -57,7 +58,7 @@ class DeepHashBlock(Block):
     seed: Tensor
 
     def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, num_hashes: int) -> None:
-        super().__init__(entries, store)
+        super().__init__(store, entries[0].table.embedding_dim)
         self.name = group.name
         seeds = [[seed_for(group.hash_seed, e.table.name, "code", j) for j in range(num_hashes)] for e in entries]
         self.constant("seed", seeds)
@@ -71,8 +72,8 @@ class DeepHashBlock(Block):
     def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
         return mix(ids.unsqueeze(-1) ^ self.seed[feature][..., :1])
 
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         hashed = to_range(mix(ids.unsqueeze(-1) ^ self.seed[feature]), self.size)
         code = hashed.to(torch.float32) / 2**23 - 1
-        w1, b1, w2, b2 = (self.store.extra(f"{self.name}/{key}") for key in ("w1", "b1", "w2", "b2"))
+        w1, b1, w2, b2 = (extras(f"{self.name}/{key}") for key in ("w1", "b1", "w2", "b2"))
         return torch.relu(code @ w1 + b1) @ w2 + b2

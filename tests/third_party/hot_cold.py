@@ -11,9 +11,11 @@ from torch import Tensor
 
 from embtables.hashing import hash_ids, mix, seed_for
 from embtables.layout import Code, Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, Method, Stage, TableEntry
+from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.engine import Touched
+from embtables.methods.base import Floor, Initializer, Method, Stage, TableEntry
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Part, Store
+from embtables.store import Store
 
 
 class HotCold(Method):
@@ -53,10 +55,7 @@ class HotCold(Method):
         store.reset(f"{group.name}/rows", torch.arange(self.hot_rows))
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return HotColdBlock(entries, group, store, self, counts=True)
-
-    def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return HotColdBlock(entries, group, store, self, counts=False)
+        return HotColdBlock(entries, group, store, self)
 
     def stage(self, layout: Layout, group: Group, store: Store) -> Stage:
         return Promotion(self, group, store)
@@ -69,11 +68,9 @@ def places(keys: Tensor, size: int, purpose: str, hash_seed: int) -> Tensor:
 class HotColdBlock(Block):
     seed: Tensor
 
-    def __init__(
-        self, entries: Sequence[TableEntry], group: Group, store: Store, method: HotCold, *, counts: bool
-    ) -> None:
-        super().__init__(entries, store)
-        self.method, self.name, self.hash_seed, self.counts = method, group.name, group.hash_seed, counts
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: HotCold) -> None:
+        super().__init__(store, entries[0].table.embedding_dim)
+        self.method, self.name, self.hash_seed = method, group.name, group.hash_seed
         self.start = store.start(f"{group.name}/rows")
         self.cold: int = entries[0].entry.values["cold"]
         self.constant("seed", [seed_for(group.hash_seed, e.table.name, "key") for e in entries])
@@ -81,35 +78,40 @@ class HotColdBlock(Block):
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         keys = mix(ids ^ self.seed[feature])
         slots = places(keys, self.method.hot_rows, "slot", self.hash_seed)
-        if self.counts and self.training and torch.is_grad_enabled():
-            self._count(keys.reshape(-1), slots.reshape(-1))
         hot = self.store.code(f"{self.name}/owners")[slots] == keys
         cold = self.method.hot_rows + places(keys, self.cold, "row", self.hash_seed)
         return [Part(self.embedding_dim, self.start + torch.where(hot, slots, cold))]
 
-    def _count(self, keys: Tensor, slots: Tensor) -> None:
-        sketch = self.store.code(f"{self.name}/sketch")
-        cells = places(keys, len(sketch), "sketch", self.hash_seed)
-        sketch.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
-        often = sketch[cells] >= self.method.threshold
-        self.store.code(f"{self.name}/candidates")[slots[often]] = keys[often]
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         return values[0]
 
 
 class Promotion(Stage):
-    """Gives hot rows to the candidates that the last forward named."""
+    """Counts the ids of each step, and gives hot rows to the candidates that the step before named."""
 
     def __init__(self, method: HotCold, group: Group, store: Store) -> None:
         super().__init__()
         self.method, self.name, self.hash_seed, self._store = method, group.name, group.hash_seed, [store]
+        self.tables = [table.name for table in group.tables]
 
     def state(self) -> dict[str, Tensor]:
         return {}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, touched: Touched) -> None:
+        self._promote()
+        for table in self.tables:
+            self._count(mix(touched.ids(table) ^ seed_for(self.hash_seed, table, "key")))
+
+    def _count(self, keys: Tensor) -> None:
+        sketch, candidates = (self._store[0].code(f"{self.name}/{n}") for n in ("sketch", "candidates"))
+        cells = places(keys, len(sketch), "sketch", self.hash_seed)
+        sketch.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+        often = sketch[cells] >= self.method.threshold
+        slots = places(keys[often], self.method.hot_rows, "slot", self.hash_seed)
+        candidates[slots] = keys[often]
+
+    def _promote(self) -> None:
         store, slab = self._store[0], f"{self.name}/rows"
         owners, sketch, candidates = (store.code(f"{self.name}/{n}") for n in ("owners", "sketch", "candidates"))
         counted = [sketch[places(keys, len(sketch), "sketch", self.hash_seed)] for keys in (owners, candidates)]

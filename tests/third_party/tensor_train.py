@@ -12,8 +12,9 @@ from torch import Tensor
 
 from embtables import TableConfig
 from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
-from embtables.methods.base import Block, Floor, Initializer, Method, TableEntry, full_entry
-from embtables.store import Part, Store
+from embtables.lookup.block import Block, Extras, Part
+from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
+from embtables.store import Store
 
 
 class TensorTrain(Method):
@@ -81,7 +82,7 @@ class TensorTrainBlock(Block):
     radix: Tensor
 
     def __init__(self, entries: Sequence[TableEntry], store: Store) -> None:
-        super().__init__(entries, store)
+        super().__init__(store, entries[0].table.embedding_dim)
         self.rank: int = entries[0].entry.values["rank"]
         self.widths = shape(entries[0].table, self.rank)[1]
         self.factors = factors(self.embedding_dim)
@@ -95,7 +96,7 @@ class TensorTrainBlock(Block):
         digits = [quotient // radix[..., 1], quotient % radix[..., 1], last]
         return [Part(width, base[..., j] + digit) for j, (width, digit) in enumerate(zip(self.widths, digits))]
 
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         lead, r, (a, b, c) = ids.shape, self.rank, self.factors
         left = values[0].reshape(-1, a, r)
         middle = values[1].reshape(-1, r, b * r)

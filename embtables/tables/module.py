@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embtables import ops
 from embtables.config import TableConfig
 from embtables.files import replacing
 from embtables.hashing import seed_for
-from embtables.inputs import CONFIG, PoolingLike, check_input, check_offsets, check_pooling
 from embtables.layout import FULL
-from embtables.lookups import Bags, Lookups, Picked
+from embtables.lookup.engine import Lookup
+from embtables.lookup.features import BlockLookup
+from embtables.lookup.inputs import CONFIG, Input, PoolingLike, check_input, check_pooling
+from embtables.lookup.recipe_block import RecipeBlock
+from embtables.lookup.step import Step, ViewSteps
 from embtables.memory import Memory, storage_bytes
-from embtables.methods.base import Block, FullBlock, Initializer, Stage, TableEntry
-from embtables.plan import GroupPlan, Plan, checked_counts
+from embtables.methods.base import Initializer
+from embtables.plan import Plan, checked_counts
 from embtables.regularization import Regularizer
 from embtables.store import Store
-from embtables.whole import WholeLookup
+from embtables.tables.build import build_blocks, build_stages
 
 _CHUNK = 65536
-T = TypeVar("T")
 
 
 class EmbeddingTables(nn.Module):
@@ -85,62 +85,30 @@ class EmbeddingTables(nn.Module):
         self.feature_names: list[str] = list(dict.fromkeys(features))
         self.output_names = [f"{f}@{t.name}" if features.count(f) > 1 else f for t, f in pairs]
         self.embedding_dims = [table.embedding_dim for table, _ in pairs]
+        self._features = features
         self._own_modes: list[str | None] = [table.pooling for table, _ in pairs]
         self._fits_one_tensor = len(set(self.embedding_dims)) == 1 and len(pairs) == len(self.feature_names)
 
     def _build(self, store: Store) -> None:
-        """The lookups over a store, one for each group, variant and dimension."""
+        """The lookup over a store: a block for each group, variant and dimension."""
         self.store = store
-        lookups: list[Lookups] = []
-        order: list[tuple[str, str]] = []
-        for g in self.plan.groups:
-            by_key: dict[tuple[str, int], list[tuple[TableEntry, str]]] = {}
-            for table in g.group.tables:
-                entry = TableEntry(table, g.layout.entries[table.name])
-                for feature in table.feature_names:
-                    by_key.setdefault((entry.entry.variant, table.embedding_dim), []).append((entry, feature))
-            for members in by_key.values():
-                entries = [entry for entry, _ in members]
-                features = [feature for _, feature in members]
-                block = self._block(g, entries, store)
-                lookups.append(Lookups(block, entries, features, self.feature_names, self.plan.hash_seed))
-                order += [(e.table.name, f) for e, f in members]
-        self.lookups = nn.ModuleList(lookups).to(store.device)
-        self._build_regularizers()
-        self.stages = [] if self.served else [s for s in map(self._stage, self.plan.groups) if s is not None]
-        outputs = [(table.name, feature) for table in self.plan.tables for feature in table.feature_names]
-        # Blocks deliver their outputs one after another; these put vectors and columns in the order promised.
-        vector_order = [order.index(pair) for pair in outputs]
-        starts = [0]
-        for pair in order:
-            starts.append(starts[-1] + self.embedding_dims[outputs.index(pair)])
-        columns = [c for i in vector_order for c in range(starts[i], starts[i + 1])]
-        self._order = vector_order
-        self._whole = None if store.device.type == "meta" else WholeLookup.of(store, lookups, vector_order)
-        self._in_order = columns == list(range(len(columns)))
-        self.register_buffer("_columns", torch.tensor(columns, device=store.device), persistent=False)
-        self.register_buffer("_vectors", torch.tensor(vector_order, device=store.device), persistent=False)
+        blocks, order = build_blocks(self.plan, store, self.feature_names, served=self.served)
+        self.blocks = nn.ModuleList(blocks).to(store.device)
+        self.lookups = Lookup(store, blocks, order).to(store.device)
+        self._views: dict[str, Lookup] = {}
+        self._view_steps = ViewSteps()
+        self._add_regularizers()
+        self.stages = [] if self.served else build_stages(self.plan, store)
 
-    _columns: Tensor
-    _vectors: Tensor
+    def _add_regularizers(self) -> None:
+        for block in self._each_block():
+            block.regularizer = None
+            if self._regularization is not None and not self.served:
+                l2, counts = self._regularization
+                block.regularizer = Regularizer(l2, block.tables, counts).to(self.store.device)
 
-    def _build_regularizers(self) -> None:
-        regularizers = []
-        if self._regularization is not None and not self.served:
-            l2, counts = self._regularization
-            regularizers = [Regularizer(l2, lookups.tables, counts) for lookups in self._each_lookup()]
-        self.regularizers = nn.ModuleList(regularizers).to(self.store.device)
-
-    def _block(self, g: GroupPlan, entries: list[TableEntry], store: Store) -> Block:
-        if entries[0].entry.variant == FULL:
-            return FullBlock(entries, store)
-        return (g.method.served_block if self.served else g.method.block)(entries, g.group, store)
-
-    def _stage(self, g: GroupPlan) -> Stage | None:
-        return g.method.stage(g.layout, g.group, self.store)
-
-    def _each_lookup(self) -> Iterator[Lookups]:
-        return (lookups for lookups in self.lookups if isinstance(lookups, Lookups))
+    def _each_block(self) -> list[BlockLookup]:
+        return self.lookups.blocks
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -229,26 +197,11 @@ class EmbeddingTables(nn.Module):
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         self._check_one_tensor(pooling)
-        trains = self._trains(training)
-        if (whole := self._as_a_whole(ids, offsets, per_sample_weights, trains)) is not None:
-            given = (ids, None if offsets is None else offsets.long(), per_sample_weights)
+        given = Input(ids, offsets, per_sample_weights)
+        with self._step(training) as step:
             if pooling is None:
-                return self._native(whole, lambda: whole.in_input_order(*given, trains), given, trains)
-            return self._native(whole, lambda: whole.side_by_side(*given, self._modes(pooling), trains), given, trains)
-        check_offsets(ids, offsets)
-        found = self._look_up(ids, offsets, per_sample_weights, trains)
-        if pooling is None:
-            weighted = [f.lookups.weighted(f.vectors, f.picked) for f in found]
-            if offsets is None:
-                return self._ordered(weighted).transpose(0, 1)
-            positions = [f.picked.position for f in found if f.picked.position is not None]
-            return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
-        pooled = [f.lookups.pool(f.vectors, f.picked, f.lookups.modes(pooling)) for f in found]
-        if len(set(self.embedding_dims)) == 1:
-            # Whole vectors are put in order, which is many times faster than single columns.
-            return self._ordered(pooled).transpose(0, 1).flatten(1)
-        flat = torch.cat([v.transpose(0, 1).flatten(1) for v in pooled], dim=1)
-        return flat if self._in_order else flat.index_select(1, self._columns)
+                return self.lookups.in_input_order(given, step)
+            return self.lookups.side_by_side(given, self._modes(pooling), step)
 
     def lookup(
         self,
@@ -288,88 +241,36 @@ class EmbeddingTables(nn.Module):
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         check_pooling(pooling, self.feature_names)
-        trains = self._trains(training)
-        if (whole := self._as_a_whole(ids, offsets, per_sample_weights, trains)) is not None:
-            given = (ids, None if offsets is None else offsets.long(), per_sample_weights)
-            each = self._native(whole, lambda: whole.one_by_one(*given, self._modes(pooling), trains), given, trains)
-            return dict(zip(self.output_names, each))
-        check_offsets(ids, offsets)
-        found = self._look_up(ids, offsets, per_sample_weights, trains)
-        bags = None if offsets is None else Bags.of(offsets, len(self.feature_names))
-        outputs = [output for f in found for output in f.lookups.outputs(f.vectors, f.picked, pooling, bags)]
-        return {name: outputs[i] for name, i in zip(self.output_names, self._order)}
+        with self._step(training) as step:
+            given = Input(ids, offsets, per_sample_weights)
+            return dict(zip(self.output_names, self.lookups.one_by_one(given, self._modes(pooling), step)))
 
-    def _trains(self, training: bool | None) -> bool:
-        return (self.training if training is None else training) and torch.is_grad_enabled() and not self.served
+    def _step(self, training: bool | None) -> Step:
+        trains = self.trains(self.training if training is None else training)
+        return Step(self.store, trains=trains, stages=self.stages)
+
+    def trains(self, training: bool) -> bool:
+        """Whether a lookup of a module in training mode trains: not without gradients, nor in the served form."""
+        return training and torch.is_grad_enabled() and not self.served
 
     def _modes(self, pooling: PoolingLike) -> list[str | None]:
-        """The pooling of each output."""
+        """The pooling of each output: as the call says, else its table's own."""
         if pooling == CONFIG:
             return self._own_modes
-        modes = [mode for lookups in self._each_lookup() for mode in lookups.modes(pooling)]
-        return [modes[i] for i in self._order]
+        if isinstance(pooling, Mapping):
+            return [pooling.get(feature, mode) for feature, mode in zip(self._features, self._own_modes)]
+        return [pooling] * len(self._own_modes)
 
-    def _as_a_whole(
-        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool
-    ) -> WholeLookup | None:
-        """The native lookup, if this call can go that way: regularisation works on the vectors of single ids."""
-        whole = self._whole
-        if whole is None or (training and self.regularizers) or not whole.takes(ids, offsets, weights, training):
-            return None
-        return whole
+    def view(self, table: str) -> tuple[Lookup, ViewSteps]:
+        """The lookup of one table, for modules that share these tables, and what makes their lookups one step.
 
-    def _native(
-        self,
-        whole: WholeLookup,
-        look_up: Callable[[], T],
-        given: tuple[Tensor, Tensor | None, Tensor | None],
-        training: bool,
-    ) -> T:
-        """``look_up``, and with it a step; where it refuses its input, the error that PyTorch's way raises."""
-        if training and self.store.optimizer is not None:
-            _refuse_what_fused_updates_cannot_do(self.store.device)
-        try:
-            if training and self.stages:
-                # A stage may change the weights, so that its step has to come first; and only where the ids are good.
-                whole.refuse(*given[:2])
-                for stage in self.stages:
-                    stage.step()
-            found = look_up()
-        except ops.Refused:
-            check_offsets(*given[:2])
-            batch = given[0].shape[0] if given[1] is None else (given[1].numel() - 1) // len(self.feature_names)
-            for lookups in self._each_lookup():
-                lookups.pick(*given, batch)
-            raise
-        if training:
-            self.store.begin_step()
-        return found
-
-    def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, training: bool) -> list[_Found]:
-        """The vector of every id, for each block; one gather in all."""
-        batch = ids.shape[0] if offsets is None else (offsets.numel() - 1) // len(self.feature_names)
-        if offsets is not None:
-            offsets = offsets.to(torch.int64, copy=True)  # backward reads them again: their owner may refill them
-        if weights is not None:
-            weights = weights.clone()
-        each = list(self._each_lookup())
-        picked = [lookups.pick(ids, offsets, weights, batch) for lookups in each]
-        if training:
-            self._begin_step()
-        self.store.training_lookup = training
-        with _without_autocast(self.store.device):
-            parts = [
-                lookups.without_padding(lookups.block.address(p.ids, p.feature), p) for lookups, p in zip(each, picked)
-            ]
-            gathered = iter(self.store.gather([p for ps in parts for p in ps], may_skip=any(lo.pads for lo in each)))
-            vectors = [
-                lookups.mask(lookups.block.combine([next(gathered) for _ in ps], p.ids, p.feature), p)
-                for lookups, p, ps in zip(each, picked, parts)
-            ]
-        self.store.end_step()
-        if training and self.regularizers:
-            vectors = [r(v, p.ids, p.feature) for r, v, p in zip(self.regularizers, vectors, picked)]
-        return [_Found(*found) for found in zip(each, picked, vectors)]
+        Raises:
+            ValueError: for an unknown table.
+        """
+        if table not in self._views:
+            block, number = self._place(table)
+            self._views[table] = Lookup(self.store, [block], [0], only=number).to(self.store.device)
+        return self._views[table], self._view_steps
 
     def _check_one_tensor(self, pooling: PoolingLike) -> None:
         """Raises ``ValueError`` for an unknown pooling, and one whose outputs do not fit into one tensor."""
@@ -385,18 +286,6 @@ class EmbeddingTables(nn.Module):
             raise ValueError(
                 "pooling=None needs tables of one embedding_dim, and no feature in two tables; lookup takes any"
             )
-
-    def _ordered(self, blocks: list[Tensor]) -> Tensor:
-        """The vectors ``[L, B, D]`` of all blocks, in the order of the outputs."""
-        stacked = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return stacked if self._in_order else stacked.index_select(0, self._vectors)
-
-    def _begin_step(self) -> None:
-        if self.store.optimizer is not None:
-            _refuse_what_fused_updates_cannot_do(self.store.device)
-        self.store.begin_step()
-        for stage in self.stages:
-            stage.step()
 
     # ---- regularisation ------------------------------------------------------------------------------------------
 
@@ -441,7 +330,7 @@ class EmbeddingTables(nn.Module):
                 )
         in_float32 = {name: torch.from_numpy(n).to(torch.float32) for name, n in counts.items()}
         self._regularization = (float(l2), in_float32) if l2 else None
-        self._build_regularizers()
+        self._add_regularizers()
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -454,28 +343,41 @@ class EmbeddingTables(nn.Module):
         Raises:
             ValueError: for an unknown table, or one without ``num_embeddings``.
         """
-        lookups, feature, num_rows = self._find(table)
+        block, feature, num_rows = self._find(table)
         ids = torch.arange(num_rows, device=self.store.device)[rows]
-        dense = torch.cat([lookups.block.rows(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)])
-        dense[ids == lookups.padding[feature]] = 0
+        step = Step(self.store)
+
+        def vectors(chunk: Tensor) -> Tensor:
+            number, tables = feature.expand_as(chunk), block.block
+            values = step.gather(tables.address(chunk, number), may_skip=tables.may_skip)
+            return tables.combine(values, chunk, number, step.extra)
+
+        dense = torch.cat([vectors(chunk) for chunk in ids.split(_CHUNK)])
+        dense[ids == block.padding[feature]] = 0
         return dense
 
     @torch.no_grad()
     def collision_share(self, table: str) -> float:
         """Share of a table's ids that have their whole address, and so their vector, in common with another id."""
-        lookups, feature, num_rows = self._find(table)
+        block, feature, num_rows = self._find(table)
         ids = torch.arange(num_rows, device=self.store.device)
-        signatures = [lookups.block.signature(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
+        signatures = [block.block.signature(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
         _, inverse, counts = torch.unique(torch.cat(signatures), dim=0, return_inverse=True, return_counts=True)
         return float((counts[inverse] > 1).double().mean())
 
-    def _find(self, table: str) -> tuple[Lookups, Tensor, int]:
-        for lookups in self._each_lookup():
-            for i, config in enumerate(lookups.tables):
+    def _find(self, table: str) -> tuple[BlockLookup, Tensor, int]:
+        block, number = self._place(table)
+        num_rows = block.tables[number].rows
+        if num_rows is None:
+            raise ValueError(f"table '{table}' has no num_embeddings, so its ids cannot be listed")
+        return block, block.lookup[number], num_rows
+
+    def _place(self, table: str) -> tuple[BlockLookup, int]:
+        """A table's block, and its first number there."""
+        for block in self._each_block():
+            for number, config in enumerate(block.tables):
                 if config.name == table:
-                    if config.rows is None:
-                        raise ValueError(f"table '{table}' has no num_embeddings, so its ids cannot be listed")
-                    return lookups, lookups.lookup[i], config.rows
+                    return block, number
         raise ValueError(f"there is no table '{table}'; the tables: {', '.join(t.name for t in self.plan.tables)}")
 
     def memory(self) -> Memory:
@@ -496,12 +398,12 @@ class EmbeddingTables(nn.Module):
         if self.served:
             training = self.plan.training_bytes
         by_kind |= {"optimizer state": state} if state else {}
-        counts = [r.counts for r in self.regularizers if isinstance(r, Regularizer) and r.counts is not None]
+        regularizers = [block.regularizer for block in self._each_block() if block.regularizer is not None]
+        counts = [regularizer.counts for regularizer in regularizers if regularizer.counts is not None]
         if counts:
             by_kind["frequencies"] = storage_bytes(counts)
             training += by_kind["frequencies"]
-        small = [*self.lookups.buffers(), *self.regularizers.buffers(), self._columns, self._vectors]
-        constants = storage_bytes(small) - storage_bytes(counts)
+        constants = storage_bytes([*self.blocks.buffers(), *self.lookups.buffers()]) - storage_bytes(counts)
         dense = self.plan.optimizer is None and not (self.served or self.store.sparse)
         return Memory(
             inference,
@@ -510,7 +412,7 @@ class EmbeddingTables(nn.Module):
             by_kind,
             constants,
             gradients if dense else 0,
-            "native" if self._whole is not None and self._whole.fits() else "reference",
+            self.lookups.ops,
         )
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
@@ -635,12 +537,13 @@ class EmbeddingTables(nn.Module):
 
         A lookup goes where they say, without looking.
         """
-        for lookups in self._each_lookup():
-            for table, recipe in zip(lookups.tables, lookups.block.recipes() or []):
+        for block in self._each_block():
+            recipes = block.block.recipes if isinstance(block.block, RecipeBlock) else []
+            for table, recipe in zip(block.tables, recipes):
                 if recipe.ranks is None or table.rows is None:
                     continue
                 name, start = recipe.ranks
-                ranks = tensors.get(self.store.code_key(name), torch.empty(0)).reshape(-1)[start : start + table.rows]
+                ranks = tensors.get(self.store.key(name), torch.empty(0)).reshape(-1)[start : start + table.rows]
                 if ranks.numel() and not ranks.is_meta and not 0 <= ranks.min() <= ranks.max() < table.rows:
                     raise ValueError(
                         f"table '{table.name}': '{name}' holds ranks {int(ranks.min())} … {int(ranks.max())}, but its "
@@ -650,30 +553,3 @@ class EmbeddingTables(nn.Module):
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)
         return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
-
-
-class _Found(NamedTuple):
-    """A block's lookups, their ids, and the vector of every id: ``[L, B, D]`` or flat ``[N, D]``."""
-
-    lookups: Lookups
-    picked: Picked
-    vectors: Tensor
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Tables compute in their own precision, float32, whatever the layers around them do."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "a fused optimizer updates the tables of each process by its own gradients, so they would drift apart with "
-            f"{distributed.get_world_size()} processes: plan with optimizer=None and DistributedDataParallel"
-        )
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
-        raise RuntimeError(
-            "a fused optimizer cannot undo the scaling of fp16 gradients: use bfloat16 autocast, "
-            "or plan with optimizer=None"
-        )

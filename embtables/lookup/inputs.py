@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,29 @@ CONFIG = "config"
 
 # ``CONFIG``, one mode for all features, or a mode for some; ``None`` leaves a feature's vectors unpooled.
 PoolingLike: TypeAlias = str | Mapping[str, str | None] | None
+
+
+class Input(NamedTuple):
+    """The ids of a lookup, and their offsets and weights where there are any, as in ``EmbeddingTables.forward``."""
+
+    ids: Tensor
+    offsets: Tensor | None = None
+    weights: Tensor | None = None
+
+    def batch(self, num_features: int) -> int:
+        """The number of examples."""
+        return self.ids.shape[0] if self.offsets is None else (self.offsets.numel() - 1) // num_features
+
+    def bounds(self, num_features: int) -> list[int]:
+        """Where the flat ids of each feature begin, and where the last one's end."""
+        assert self.offsets is not None
+        batch = self.batch(num_features)
+        return self.offsets[::batch].tolist() if batch else [0] * (num_features + 1)
+
+    def copied(self) -> Input:
+        """Offsets, as int64, and weights of its own: a backward reads them again, and their owner may refill them."""
+        offsets = None if self.offsets is None else self.offsets.to(torch.int64, copy=True)
+        return Input(self.ids, offsets, None if self.weights is None else self.weights.clone())
 
 
 def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, feature_names: Sequence[str]) -> None:

@@ -1,0 +1,294 @@
+"""The one lookup: ids in, vectors out, in native code where recipes allow it and in PyTorch for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from embtables import ops
+from embtables.lookup.features import Bags, BlockLookup, FeatureIds
+from embtables.lookup.inputs import Input, check_offsets
+from embtables.lookup.native import NativeLookup
+from embtables.lookup.program import InputSpec, is_native
+from embtables.lookup.recipe_block import RecipeBlock
+from embtables.lookup.step import Step
+from embtables.methods.recipe import Recipe
+from embtables.ops import Refused
+from embtables.ops.program import ProgramTensors
+from embtables.store import Store
+
+T = TypeVar("T")
+
+
+class BlockVectors(NamedTuple):
+    """A block, its ids, the vector of every id (``[L, B, D]`` or flat ``[N, D]``), and the numbers of its outputs."""
+
+    block: BlockLookup
+    ids: FeatureIds
+    vectors: Tensor
+    outputs: list[int]
+
+
+class Touched:
+    """What a training step is about to look up, worked out for who asks.
+
+    Args:
+        blocks: all blocks of the lookup.
+        given: the input.
+        only: as in ``Lookup``.
+    """
+
+    def __init__(self, blocks: Sequence[BlockLookup], given: Input, only: int | None) -> None:
+        self._blocks, self._given, self._only = blocks, given, only
+
+    def ids(self, table: str) -> Tensor:
+        """The ids of a table ``[N]`` in all of its features, as its rows are numbered; an id may occur many times."""
+        found = [torch.empty(0, dtype=torch.int64, device=self._given.ids.device)]
+        for block in self._blocks:
+            if any(config.name == table for config in block.tables):
+                picked = block.pick(self._given, self._only)
+                own = [i for i, config in enumerate(block.tables) if config.name == table]
+                feature = picked.feature.expand_as(picked.ids)
+                found += [picked.ids[feature == i] for i in own]
+        return torch.cat(found)
+
+    def rows(self, slab: str) -> Tensor:
+        """The rows ``[N]`` of a slab that are read, counted from its first one; a row may occur many times."""
+        found = [torch.empty(0, dtype=torch.int64, device=self._given.ids.device)]
+        for block in self._blocks:
+            store = block.block.store
+            if not store.has_slab(slab):
+                continue
+            picked, start = block.pick(self._given, self._only), store.start(slab)
+            for part in block.without_padding(block.block.address(picked.ids, picked.feature), picked):
+                if part.width == store.width(slab):
+                    rows = part.rows.reshape(-1) - start
+                    found.append(rows[(rows >= 0) & (rows < store.rows(slab))])
+        return torch.cat(found)
+
+
+class Arrangement(nn.Module):
+    """Puts the vectors of several parts side by side, in the order of the outputs.
+
+    Args:
+        parts: for each part the numbers of its outputs.
+        dims: the dimension of each output.
+    """
+
+    columns: Tensor
+    vectors: Tensor
+
+    def __init__(self, parts: Sequence[Sequence[int]], dims: Sequence[int]) -> None:
+        super().__init__()
+        order = [output for part in parts for output in part]
+        first, start = {}, 0
+        for output in order:
+            first[output] = start
+            start += dims[output]
+        columns = [c for output in range(len(dims)) for c in range(first[output], first[output] + dims[output])]
+        self.one_dim = len(set(dims)) == 1
+        self.in_order = columns == list(range(len(columns)))
+        vectors = [order.index(output) for output in range(len(dims))]
+        self.register_buffer("vectors", torch.tensor(vectors, dtype=torch.int64), persistent=False)
+        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
+
+    def ordered(self, parts: Sequence[Tensor]) -> Tensor:
+        """The vectors ``[L, B, D]`` of all outputs, from those of each part, all of one D."""
+        stacked = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return stacked if self.in_order else stacked.index_select(0, self.vectors)
+
+    def side_by_side(self, parts: Sequence[Tensor]) -> Tensor:
+        """``[B, ΣD]`` from ``[L, B, D]`` of each part."""
+        if self.one_dim:
+            # Whole vectors are put in order, which is many times faster than single columns.
+            return self.ordered(parts).transpose(0, 1).flatten(1)
+        return self.flat([part.transpose(0, 1).flatten(1) for part in parts])
+
+    def flat(self, parts: Sequence[Tensor]) -> Tensor:
+        """``[B, ΣD]`` from that of each part."""
+        joined = torch.cat(list(parts), dim=1)
+        return joined if self.in_order else joined.index_select(1, self.columns)
+
+
+class Lookup(nn.Module):
+    """Looks up the features of a module, or the one feature of a view.
+
+    Args:
+        store: where the values lie.
+        blocks: the module's blocks, or the view's one.
+        order: for each output its place among the lookups of the blocks, one block after another.
+        only: for a view the number of its lookup in its block; the whole input belongs to that lookup.
+    """
+
+    def __init__(
+        self, store: Store, blocks: Sequence[BlockLookup], order: Sequence[int], only: int | None = None
+    ) -> None:
+        super().__init__()
+        self._held = store, list(blocks)  # a tuple, so that they are not registered as parts of this one
+        self.only = only
+        number = {place: output for output, place in enumerate(order)}
+        self._outputs: list[list[int]] = []  # the numbers of each block's outputs
+        for block in blocks:
+            count = len(block.tables) if only is None else 1
+            place = sum(map(len, self._outputs))
+            self._outputs.append([number[place + i] for i in range(count)])
+        dims = {o: block.block.embedding_dim for block, each in zip(blocks, self._outputs) for o in each}
+        self.dims = [dims[output] for output in range(len(dims))]
+        self.native = self._compile()
+        natives = self._natives if self.native is not None else []
+        self._in_pytorch = [i for i in range(len(blocks)) if i not in natives]
+        self._native_outputs = sorted(o for i in natives for o in self._outputs[i])
+        self.all_in_pytorch = Arrangement(self._outputs, self.dims)
+        both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
+        self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
+
+    @property
+    def store(self) -> Store:
+        """Where the values lie."""
+        return self._held[0]
+
+    @property
+    def blocks(self) -> list[BlockLookup]:
+        """The blocks, in the order in which PyTorch looks them up."""
+        return self._held[1]
+
+    @property
+    def _natives(self) -> list[int]:
+        """The blocks that native code can look up."""
+        if ops.instructions() is None or self.store.device.type != "cpu":
+            return []
+        return [i for i, block in enumerate(self.blocks) if block.may_be_native and _is_native(block, self.store)]
+
+    def _compile(self) -> NativeLookup | None:
+        pairs: dict[int, tuple[InputSpec, Recipe]] = {}
+        for i in self._natives:
+            block = self.blocks[i]
+            assert isinstance(block.block, RecipeBlock)
+            lookups = list(zip(block.specs(), block.block.recipes))
+            if self.only is not None:
+                spec, recipe = lookups[self.only]
+                lookups = [(spec._replace(column=0), recipe)]
+            pairs |= dict(zip(self._outputs[i], lookups))
+        if not any(recipe.addresses for _, recipe in pairs.values()):
+            return None  # all tables are dropped, so that there is nothing to look up
+        num_features = 1 if self.only is not None else self.blocks[0].num_features
+        return NativeLookup(self.store, [pairs[output] for output in sorted(pairs)], num_features)
+
+    @property
+    def ops(self) -> str:
+        """What ids go through now: ``"native"`` code, the ``"reference"`` in PyTorch, or ``"mixed"``: some each."""
+        if self.native is None or ops.backend() != "native" or self.native.tensors() is None:
+            return "reference"
+        return "mixed" if self._in_pytorch else "native"
+
+    # ---- three forms of outputs ------------------------------------------------------------------------------------
+
+    def side_by_side(self, given: Input, modes: Sequence[str | None], step: Step) -> Tensor:
+        """Pooled vectors ``[B, ΣD]``; ``modes`` is the pooling of each output."""
+        own = [modes[output] for output in self._native_outputs]
+        native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step))
+        if native is not None and not found:
+            return native
+        pooled = [f.block.pool(f.vectors, f.ids, [modes[o] for o in f.outputs]) for f in found]
+        if native is None:
+            return self.all_in_pytorch.side_by_side(pooled)
+        assert self.in_both is not None
+        return self.in_both.flat([native, *(vectors.transpose(0, 1).flatten(1) for vectors in pooled)])
+
+    def one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
+        """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where its mode is ``None`` and it has bags."""
+        own = [modes[output] for output in self._native_outputs]
+        native, found = self._look_up(given, step, lambda n, tensors: n.one_by_one(tensors, given, own, step))
+        if native is not None and not found:
+            return native
+        outputs = dict(zip(self._native_outputs, native or []))
+        bags = None if given.offsets is None else Bags.of(given.offsets, self.blocks[0].num_features)
+        for f in found:
+            each = f.block.outputs(f.vectors, f.ids, [modes[o] for o in f.outputs], bags)
+            outputs |= dict(zip(f.outputs, each))
+        return [outputs[output] for output in sorted(outputs)]
+
+    def in_input_order(self, given: Input, step: Step) -> Tensor:
+        """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
+        if self.in_both is not None:
+            # Without features in two tables, outputs stand in the order of the input's columns.
+            each = self.one_by_one(given, [None] * len(self.dims), step)
+            return torch.stack(each, dim=1) if given.offsets is None else torch.cat(each)
+        native, found = self._look_up(given, step, lambda n, tensors: n.in_input_order(tensors, given, step))
+        if native is not None:
+            return native
+        weighted = [f.block.weighted(f.vectors, f.ids) for f in found]
+        if given.offsets is None:
+            return self.all_in_pytorch.ordered(weighted).transpose(0, 1)
+        positions = [f.ids.position for f in found if f.ids.position is not None]
+        return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
+
+    # ---- the way there ---------------------------------------------------------------------------------------------
+
+    def _look_up(
+        self, given: Input, step: Step, natively: Callable[[NativeLookup, ProgramTensors], T]
+    ) -> tuple[T | None, list[BlockVectors]]:
+        """What native code gives for its blocks, ``None`` where it takes none, and the vectors of all others.
+
+        This is the one place that chooses between native code and PyTorch. Nothing is read or changed before all ids
+        are known to be good.
+        """
+        native = self.native
+        regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
+        # Regularization works on the vectors of single ids, which native code does not show.
+        tensors = None if native is None or regularizes else native.takes(given, step)
+        rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
+        result = None
+        try:
+            if rest:
+                check_offsets(given.ids, given.offsets)
+                given = given.copied()
+            ids = [self.blocks[i].pick(given, self.only) for i in rest]
+            if native is not None and tensors is not None and (rest or step.stages):
+                native.check(tensors, given)
+            step.begin(Touched(self.blocks, given, self.only))
+            if native is not None and tensors is not None:
+                result = natively(native, tensors)
+        except Refused as refused:
+            self._explain(refused, given)
+        return result, self._in_plain_pytorch(rest, ids, step) if rest else []
+
+    def _explain(self, refused: Refused, given: Input) -> NoReturn:
+        """Raises the error of a refusal, from what native code knows of it."""
+        assert self.native is not None
+        if refused.lookup is not None and refused.id is not None:
+            ops.raise_for_id(refused.id, refused.lookup, self.native.ranges)
+        check_offsets(given.ids, given.offsets)
+        raise AssertionError("native code refused offsets that are good") from refused
+
+    def _in_plain_pytorch(self, which: Sequence[int], ids: Sequence[FeatureIds], step: Step) -> list[BlockVectors]:
+        """The vector of every id, for each of these blocks; one gather in all."""
+        blocks = [self.blocks[i] for i in which]
+        with _without_autocast(self.store.device):
+            parts = [
+                block.without_padding(block.block.address(found.ids, found.feature), found)
+                for block, found in zip(blocks, ids)
+            ]
+            may_skip = any(block.pads or block.block.may_skip for block in blocks)
+            gathered = iter(step.gather([part for each in parts for part in each], may_skip=may_skip))
+            vectors = []
+            for block, found, each in zip(blocks, ids, parts):
+                values = [next(gathered) for _ in each]
+                vectors.append(block.mask(block.block.combine(values, found.ids, found.feature, step.extra), found))
+        if step.trains:
+            vectors = [block.regularized(v, found) for block, v, found in zip(blocks, vectors, ids)]
+        outputs = [self._outputs[i] for i in which]
+        return [BlockVectors(*each) for each in zip(blocks, ids, vectors, outputs)]
+
+
+def _is_native(block: BlockLookup, store: Store) -> bool:
+    return isinstance(block.block, RecipeBlock) and all(is_native(recipe, store) for recipe in block.block.recipes)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Tables compute in their own precision, whatever the layers around them do."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -1,0 +1,186 @@
+"""Lookups in one native pass: from the arguments of a call to native code, and from its values to outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from embtables import ops
+from embtables.lookup.inputs import Input
+from embtables.lookup.program import InputSpec, compile_program
+from embtables.lookup.step import Step
+from embtables.methods.recipe import Recipe
+from embtables.ops.native import LookupArgs
+from embtables.ops.program import POOLING, ProgramTensors
+from embtables.store import Store
+
+
+class NativeLookup:
+    """Lookups that native code does as one program.
+
+    Args:
+        store: what they read.
+        lookups: the input and the recipe of each, in the order of the outputs.
+        num_features: columns of the input.
+    """
+
+    def __init__(self, store: Store, lookups: Sequence[tuple[InputSpec, Recipe]], num_features: int) -> None:
+        self.store, self.num_features = store, num_features
+        self.columns = [spec.column for spec, _ in lookups]
+        self.dims = [spec.embedding_dim for spec, _ in lookups]
+        self.width = sum(self.dims)
+        self._starts = [0, *accumulate(self.dims)][:-1]
+        self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
+        recipes = [recipe for _, recipe in lookups]
+        # A product's gradient depends on its factors, that of a sum with signs on the ids.
+        products = any(recipe.combine == "product" for recipe in recipes)
+        self.reads_weights = products or any(recipe.projections() for recipe in recipes)
+        signs = (getattr(address, "sign_seed", None) for recipe in recipes for address in recipe.addresses)
+        self.reads_ids = any(seed is not None for seed in signs)
+        self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
+        self.program = compile_program(lookups, num_features, store)
+        rows, shapes = store.weight_rows(), store.extra_shapes()
+        self._weight_shapes: list[tuple[int, ...]] = [(rows[width], width) for width in self.program.widths]
+        self._weight_shapes += [shapes[name] for name in self.program.projections]
+        self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
+
+    def tensors(self) -> ProgramTensors | None:
+        """What the program reads and writes as it is now; ``None`` where native code does not take it."""
+        tensors = self._tensors()
+        weights = [*tensors.weights, *tensors.projections]
+        states = [state for state in (*tensors.states, *tensors.projection_states) if state.numel()]
+        fit = (
+            ops.fits(weights)
+            and ops.fits(states)
+            and (not states or states[0].dtype in (torch.float32, weights[0].dtype))
+            and [weight.shape for weight in weights] == self._weight_shapes
+            and all(type(code) is Tensor and code.is_contiguous() for code in tensors.codes)
+            and [(code.dtype, code.shape) for code in tensors.codes] == self._code_forms
+        )
+        return tensors if fit else None
+
+    def _tensors(self) -> ProgramTensors:
+        store, program, fused = self.store, self.program, self.store.optimizer
+        return ProgramTensors(
+            program.words,
+            [store.weight(width) for width in program.widths],
+            [store.extra(name) for name in program.projections],
+            [store.code(name) for name in program.codes],
+            [state for width in program.widths for state in self._two_states(f"weight_{width}")],
+            [state for name in program.projections for state in self._two_states(store.key(name))],
+            store.hyper,
+            "sgd" if fused is None else fused.kind,
+        )
+
+    def _two_states(self, weight: str) -> list[Tensor]:
+        """Two tensors of optimizer state, empty where the rule has none."""
+        return [*self.store.state_of(weight), _NOTHING, _NOTHING][:2]
+
+    def takes(self, given: Input, step: Step) -> ProgramTensors | None:
+        """The program's tensors, if native code may look at them and at these very arguments.
+
+        Exported graphs hold PyTorch's own operators, so that they run where this package is not; so do compiled ones
+        where the weights are parameters.
+        """
+        if ops.backend() != "native" or (given.weights is not None and given.weights.requires_grad):
+            return None
+        if torch.compiler.is_compiling():
+            # A graph may put other updates before the backward of a lookup, which must not read their results.
+            suits = not self.reads_weights if step.updates else not self.store.gives_gradients()
+            return self.tensors() if suits and not torch.compiler.is_exporting() else None
+        suits = (
+            all(t is None or (type(t) is Tensor and t.is_cpu) for t in given)
+            and not torch.jit.is_tracing()
+            and not torch._C._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0
+        )
+        return self.tensors() if suits else None
+
+    def check(self, tensors: ProgramTensors, given: Input) -> None:
+        """Raises ``Refused`` for what the lookups would refuse, and does nothing else."""
+        outputs = self._outputs(self._starts, self.dims, [None] * len(self.dims))
+        ops.check(tensors, self._args(given, outputs, 0, keeps=False))
+
+    # ---- looking up ------------------------------------------------------------------------------------------------
+
+    def side_by_side(self, tensors: ProgramTensors, given: Input, modes: Sequence[str | None], step: Step) -> Tensor:
+        """Pooled vectors ``[B, ΣD]``."""
+        batch = given.batch(self.num_features)
+        key = tuple(modes)
+        if key not in self._side_by_side:
+            self._side_by_side[key] = self._outputs(self._starts, [self.width] * len(self.dims), modes)
+        values = self._values(tensors, given, self._side_by_side[key], batch * self.width, step)
+        return values.view(batch, self.width)
+
+    def one_by_one(
+        self, tensors: ProgramTensors, given: Input, modes: Sequence[str | None], step: Step
+    ) -> list[Tensor]:
+        """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where bags are not pooled."""
+        batch = given.batch(self.num_features)
+        rows = [batch] * len(self.dims)
+        if given.offsets is not None:
+            bounds = given.bounds(self.num_features)
+            for i, (mode, column) in enumerate(zip(modes, self.columns)):
+                rows[i] = batch if mode is not None else bounds[column + 1] - bounds[column]
+        sizes = [n * dim for n, dim in zip(rows, self.dims)]
+        outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
+        values = self._values(tensors, given, outputs, sum(sizes), step)
+        return [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
+
+    def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step) -> Tensor:
+        """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
+        dim, modes = self.dims[0], [None] * len(self.dims)
+        ids, offsets, _ = given
+        if offsets is None:
+            return self.side_by_side(tensors, given, modes, step).view(ids.shape[0], self.num_features, dim)
+        bounds = given.bounds(self.num_features)
+        outputs = self._outputs([bounds[column] * dim for column in self.columns], self.dims, modes)
+        return self._values(tensors, given, outputs, ids.numel() * dim, step).view(-1, dim)
+
+    @staticmethod
+    def _outputs(starts: Sequence[int], strides: Sequence[int], modes: Sequence[str | None]) -> Tensor:
+        return torch.tensor([*zip(starts, strides, [POOLING[mode] for mode in modes])], dtype=torch.int64)
+
+    def _args(self, given: Input, outputs: Tensor, num_values: int, *, keeps: bool) -> LookupArgs:
+        """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
+
+        def taken(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+            return tensor.to(dtype, copy=copy).contiguous()
+
+        program, (ids, offsets, weights) = self.program, given
+        num_rows = ids.shape[0] * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
+        return LookupArgs(
+            taken(ids, ids.dtype, keeps and self.reads_ids),
+            None if offsets is None else taken(offsets, torch.int64, keeps),
+            None if weights is None else taken(weights, torch.float32, keeps),
+            outputs,
+            given.batch(self.num_features),
+            num_values,
+            num_rows,
+        )
+
+    def _values(self, tensors: ProgramTensors, given: Input, outputs: Tensor, num_values: int, step: Step) -> Tensor:
+        store = self.store
+        differentiates = store.optimizer is None and store.gives_gradients()
+        compiles = torch.compiler.is_compiling()
+        # In a graph the operator itself makes the copies.
+        args = self._args(given, outputs, num_values, keeps=(step.updates or differentiates) and not compiles)
+        if compiles:
+            return ops.look_up_in_graph(
+                tensors, args, store.step_number(), self.ranges, store.hook if step.updates else None
+            )
+        if step.updates:
+            number = int(store.step_number())
+            return ops.update_in_backward(self.tensors, tensors, args, self.reads_weights, store.hook, number)
+        if differentiates:
+            weights = tensors.weights if step.aliases is None else [step.aliases.of(w) for w in tensors.weights]
+            parameters = [*weights, *tensors.projections]
+            sparse = store.sparse or step.aliases is not None
+            return ops.differentiate(tensors, args, self.reads_weights, parameters, sparse)
+        return ops.look_up_values(tensors, args)
+
+
+_NOTHING = torch.empty(0)

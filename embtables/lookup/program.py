@@ -1,0 +1,260 @@
+"""Recipes as native code takes them: checked, resolved to rows of weights, and written as one int64 tensor.
+
+The words of the tensor are described in ``ops/csrc/program.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from embtables.methods.recipe import (
+    Address,
+    Capped,
+    CircularBlock,
+    Coded,
+    Digit,
+    Hashed,
+    Listed,
+    Range,
+    Recipe,
+    Row,
+)
+from embtables.ops.program import POLICIES, UNBOUNDED
+from embtables.store import Store
+
+_Refuse: TypeAlias = Callable[[str], NoReturn]
+_COMBINATIONS = {"concat": 0, "sum": 1, "mean": 2, "product": 3, "alternatives": 4}
+_ADDRESSES: dict[type, int] = {Row: 0, Range: 0, Hashed: 1, Digit: 2, Capped: 3, CircularBlock: 4}
+
+
+class InputSpec(NamedTuple):
+    """How ids come to a lookup: the input's column, and what the table does with ids out of range and with padding."""
+
+    feature: str
+    table: str
+    column: int
+    embedding_dim: int
+    num_embeddings: int | None
+    on_out_of_range: str
+    seed: int
+    padding_idx: int | None
+
+    @property
+    def num_ids(self) -> int | None:
+        """Ids are 0 … num_ids − 1, the one for all that are out of range among them; ``None``: any 64-bit integer."""
+        return None if self.num_embeddings is None else self.num_embeddings + (self.on_out_of_range == "oov")
+
+
+class Program(NamedTuple):
+    """The lookups of a module for native code.
+
+    ``words``: int64, what ``csrc/program.h`` describes; ``widths``, ``projections`` and ``codes``: which weights,
+    dense parameters and codes it numbers, in order; ``rows_per_example``: addresses of an example with one id per
+    feature; ``rows_per_id``: the most that one id of a feature has.
+    """
+
+    words: Tensor
+    widths: tuple[int, ...]
+    projections: tuple[str, ...]
+    codes: tuple[str, ...]
+    rows_per_example: int
+    rows_per_id: int
+
+
+def is_native(recipe: Recipe, store: Store) -> bool:
+    """Whether native code has what a recipe needs; PyTorch looks up the others."""
+    if any(isinstance(address, (Coded, Listed)) for address in recipe.addresses):
+        return False
+    if recipe.ranks is not None and store.code(recipe.ranks.code).dtype != torch.int32:
+        return False
+    # A projection of one row is an alternative that all ids have.
+    return recipe.projection is None or (len(recipe.addresses) == 1 and isinstance(recipe.addresses[0], Row))
+
+
+def compile_program(lookups: Sequence[tuple[InputSpec, Recipe]], num_features: int, store: Store) -> Program:
+    """Writes the program of native recipes that ``check_recipe`` has passed, in the order of the outputs."""
+    recipes = [recipe for _, recipe in lookups]
+    slabs = [address.slab for recipe in recipes for address in recipe.addresses]
+    # What the recipes read, and no more: other weights take no part in a step.
+    widths = [width for width in store.widths if width in {store.width(slab) for slab in slabs}]
+    projections = [n for n in store.extra_shapes() if any(n in recipe.projections() for recipe in recipes)]
+    codes = [n for n in store.code_names() if any(n in recipe.codes() for recipe in recipes)]
+    lookup_words: list[int] = []
+    piece_words: list[int] = []
+    num_pieces = 0
+    rows_of_feature = [0] * num_features
+    for spec, recipe in lookups:
+        alternatives = recipe.combine == "alternatives" or recipe.projection is not None
+        num_rows = 1 if alternatives else len(recipe.addresses)
+        rows_of_feature[spec.column] += num_rows
+        size, ranks = spec.num_embeddings, recipe.ranks
+        lookup_words += [
+            spec.column,
+            UNBOUNDED if size is None else size,
+            -1 if size is None else POLICIES[spec.on_out_of_range],
+            spec.seed,
+            -1 if spec.padding_idx is None else spec.padding_idx,
+            int(spec.padding_idx is not None),
+            spec.embedding_dim,
+            _COMBINATIONS["alternatives" if alternatives else recipe.combine],
+            num_pieces,
+            len(recipe.addresses),
+            num_rows,
+            -1 if ranks is None else codes.index(ranks.code),
+            0 if ranks is None else ranks.first,
+        ]
+        num_pieces += len(recipe.addresses)
+        column, before = 0, 0
+        for address in recipe.addresses:
+            width, rows, start = store.width(address.slab), store.rows(address.slab), store.start(address.slab)
+            scalars = address.scalars if isinstance(address, CircularBlock) else width
+            a, b = 0, 0
+            if isinstance(address, Row):
+                start, a = start + address.first, UNBOUNDED
+            elif isinstance(address, Range):
+                start, before = start - before, before + rows
+                a = before
+            elif isinstance(address, (Hashed, CircularBlock)):
+                a, b = address.seed, rows
+            elif isinstance(address, Digit):
+                a, b = address.divisor, rows
+            elif isinstance(address, Capped):
+                a = rows - 1
+            sign_seed = getattr(address, "sign_seed", None)
+            projection = address.projection if isinstance(address, Range) else recipe.projection
+            piece_words += [
+                _ADDRESSES[type(address)],
+                widths.index(width),
+                start,
+                a,
+                b,
+                scalars,
+                column,
+                int(sign_seed is not None),
+                sign_seed or 0,
+                -1 if projection is None else projections.index(projection),
+            ]
+            column += scalars if recipe.combine == "concat" else 0
+    weight_words: list[int] = []
+    start = 0
+    for width in widths:
+        weight_words += [width, start]
+        start += store.weight_rows()[width]
+    weight_words += [0, start]
+    projection_words = [n for name in projections for n in store.extra_shapes()[name]]
+    counts = [num_features, len(lookups), num_pieces, len(widths), len(projections), len(codes)]
+    words = torch.tensor([*counts, *lookup_words, *piece_words, *weight_words, *projection_words], dtype=torch.int64)
+    most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
+    return Program(words, tuple(widths), tuple(projections), tuple(codes), total, most)
+
+
+# ---- what lookups take for granted ---------------------------------------------------------------------------------
+
+
+def check_recipe(spec: InputSpec, recipe: Recipe, store: Store) -> None:
+    """Raises ``ValueError`` where a lookup would read what is not its own, or mean something else than it says."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise ValueError(f"table '{spec.table}': its recipe {reason}; fix what recipe() of its method returns")
+
+    combine, addresses, num_ids, extras = recipe.combine, recipe.addresses, spec.num_ids, store.extra_shapes()
+    if combine not in _COMBINATIONS:
+        refuse(f"has the combination {combine!r}, which is not one of {', '.join(_COMBINATIONS)}")
+    least = {"sum": 0, "product": 2}.get(combine, 1)
+    if len(addresses) < least:
+        refuse(f"({combine}) has {len(addresses)} addresses, and needs at least {least}")
+    for address in addresses:
+        if not isinstance(address, Address):
+            refuse(f"has {address!r} among its addresses, which is not an address")
+        if not store.has_slab(address.slab):
+            refuse(f"reads the slab '{address.slab}', which its layout does not have")
+    _check_codes(recipe, num_ids, store, refuse)
+    for name in recipe.projections():
+        if name not in extras or len(extras[name]) != 2:
+            refuse(f"takes the projection '{name}', which is not a dense parameter [width, D] of its layout")
+    for address in addresses:
+        _check_address(address, recipe, num_ids, store, refuse)
+    _check_widths(spec, recipe, store, refuse)
+
+
+def _check_codes(recipe: Recipe, num_ids: int | None, store: Store, refuse: _Refuse) -> None:
+    for name in recipe.codes():
+        if name not in store.code_names():
+            refuse(f"reads the code '{name}', which its layout does not have")
+        if store.code(name).is_floating_point():
+            refuse(f"reads the code '{name}', which is not a buffer of integers")
+    needed: list[tuple[str, int, int]] = []  # name, first element, how many more than one per id
+    if recipe.ranks is not None:
+        needed.append((recipe.ranks.code, recipe.ranks.first, 0))
+    for address in recipe.addresses:
+        if isinstance(address, Coded):
+            needed.append((address.code, address.first, 0))
+            columns = prod(store.code(address.code).shape[1:])
+            if not 0 <= address.column < columns:
+                refuse(f"reads column {address.column} of the code '{address.code}', which has {columns}")
+        elif isinstance(address, Listed):
+            needed.append((address.offsets, address.first, 1))
+    for name, first, more in needed:
+        length = store.code(name).shape[0]
+        if num_ids is None or first < 0 or first + num_ids + more > length:
+            refuse(f"reads the code '{name}' from {first} on for {num_ids} ids, but it has {length} entries")
+
+
+def _check_address(address: Address, recipe: Recipe, num_ids: int | None, store: Store, refuse: _Refuse) -> None:
+    combine, kind = recipe.combine, type(address).__name__
+    place = f"has the address {kind} of slab '{address.slab}'"
+    rows, width = store.rows(address.slab), store.width(address.slab)
+    if isinstance(address, Range) != (combine == "alternatives"):
+        refuse(f'{place} in the combination "{combine}": Range and "alternatives" belong together')
+    if rows < 1:
+        refuse(f"{place}, which has no rows")
+    if num_ids is None and not isinstance(address, (Hashed, Digit, CircularBlock)):
+        refuse(f"{place}, but the table has no num_embeddings")
+    if isinstance(address, Row) and num_ids is not None and not 0 <= address.first <= rows - num_ids:
+        refuse(f"{place} from row {address.first} on for {num_ids} ids, but the slab has {rows} rows")
+    if isinstance(address, Digit) and address.divisor < 1:
+        refuse(f"{place} with the divisor {address.divisor}, which is below 1")
+    if isinstance(address, CircularBlock):
+        if combine != "concat" or width != 1 or not 1 <= address.scalars <= rows:
+            refuse(
+                f"{place} of {address.scalars} scalars: blocks are joined, of a slab of width 1, and at most all of it"
+            )
+    if isinstance(address, Listed) and (combine not in ("sum", "mean") or len(recipe.addresses) > 1):
+        refuse(f"{place}: a list stands alone in its recipe, which sums or averages it")
+    if isinstance(address, Listed) and address.longest < 1:
+        refuse(f"{place} of at most {address.longest} rows")
+    signed = getattr(address, "sign_seed", None) is not None
+    if signed and combine not in ("sum", "mean") and not isinstance(address, CircularBlock):
+        refuse(f"{place} with a sign, which only sums, means and blocks have")
+
+
+def _check_widths(spec: InputSpec, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
+    dim, extras = spec.embedding_dim, store.extra_shapes()
+    widths = [a.scalars if isinstance(a, CircularBlock) else store.width(a.slab) for a in recipe.addresses]
+    if recipe.combine == "alternatives":
+        held = sum(store.rows(a.slab) for a in recipe.addresses)
+        if spec.num_ids is None or held < spec.num_ids:
+            refuse(f"has alternatives for the ids below {held} only, but the table has {spec.num_ids}")
+        of_width: dict[int, str | None] = {}
+        for address, width in zip(recipe.addresses, widths):
+            assert isinstance(address, Range)
+            if of_width.setdefault(width, address.projection) != address.projection:
+                refuse(f"has two alternatives of width {width} with different projections")
+            if width != dim if address.projection is None else extras[address.projection] != (width, dim):
+                shape = "" if address.projection is None else f" and a projection {list(extras[address.projection])}"
+                refuse(f"has an alternative of width {width}{shape}, but its vectors have {dim} dimensions")
+        if recipe.projection is not None:
+            refuse("has a projection beside those of its alternatives")
+        return
+    if recipe.combine != "concat" and len(set(widths)) > 1:
+        refuse(f"({recipe.combine}) has values of different widths: {', '.join(map(str, widths))}")
+    inner = sum(widths) if recipe.combine == "concat" else widths[0] if widths else dim
+    if recipe.projection is None and inner != dim:
+        refuse(f"has {inner} scalars in all, but its vectors have {dim} dimensions")
+    if recipe.projection is not None and extras[recipe.projection] != (inner, dim):
+        refuse(f"has {inner} scalars and a projection {list(extras[recipe.projection])}, but its vectors have {dim}")

@@ -1,0 +1,295 @@
+"""Recipes in PyTorch: the addresses and the combination of all tables of a block at once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from functools import reduce
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embtables.hashing import hash_ids, hash_signs
+from embtables.lookup.block import Block, Extras, Part
+from embtables.methods.recipe import (
+    Address,
+    Capped,
+    CircularBlock,
+    Coded,
+    Digit,
+    Hashed,
+    Listed,
+    Range,
+    Recipe,
+    Row,
+)
+from embtables.store import Store
+
+_NO_END = 2**62
+
+
+def shape_of(recipe: Recipe, store: Store) -> Hashable:
+    """What recipes must have in common to be looked up together: everything but rows, seeds and where things begin."""
+    ranks = None if recipe.ranks is None else recipe.ranks.code
+    if recipe.combine == "alternatives":
+        return recipe.combine, ranks, recipe.projection
+    scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, CircularBlock))
+    return recipe.combine, ranks, recipe.projection, tuple(_kind(a, store) for a in recipe.addresses), scalars
+
+
+def _kind(address: Address, store: Store) -> Hashable:
+    """What neighboring addresses must have in common to be found together."""
+    own: tuple[Any, ...] = ()
+    if isinstance(address, (Hashed, CircularBlock)):
+        own = (address.sign_seed is not None,)
+    if isinstance(address, Coded):
+        own = (address.code,)
+    if isinstance(address, Listed):
+        own = (address.offsets, address.values, address.longest)
+    return type(address), store.width(address.slab), *own
+
+
+class RecipeBlock(Block):
+    """The lookup of tables whose recipes have one shape.
+
+    Args:
+        recipes: the recipe of each of the block's lookups.
+        store: where the values lie.
+        embedding_dim: D.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe], store: Store, embedding_dim: int) -> None:
+        super().__init__(store, embedding_dim)
+        self.recipes = list(recipes)
+        first = recipes[0]
+        self.combination, self.projection = first.combine, first.projection
+        self.rank_code = None if first.ranks is None else first.ranks.code
+        self.constant("ranks_from", [0 if r.ranks is None else r.ranks.first for r in recipes])
+        self.runs: list[_Run] = []
+        self.alternatives = _Alternatives(self) if self.combination == "alternatives" else None
+        if self.alternatives is None:
+            kinds = [_kind(address, store) for address in first.addresses]
+            start = 0
+            for _, members in groupby(kinds):
+                end = start + len(list(members))
+                addresses = [r.addresses[start:end] for r in recipes]
+                self.runs.append(_Run(self, f"run{len(self.runs)}", addresses))
+                start = end
+        self.may_skip = any(run.kind is Listed for run in self.runs)
+
+    ranks_from: Tensor
+
+    def _ranks(self, ids: Tensor, feature: Tensor) -> Tensor:
+        return ids if self.rank_code is None else self.code(self.rank_code, self.ranks_from[feature] + ids)
+
+    def code(self, name: str, index: Tensor) -> Tensor:
+        """The elements of a code buffer, as int64."""
+        return self.store.code(name)[index].long()
+
+    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
+        ranks = self._ranks(ids, feature)
+        if self.alternatives is not None:
+            return self.alternatives.address(ranks, feature)
+        return [Part(run.width, run.rows(ranks, feature)) for run in self.runs]
+
+    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
+        if self.alternatives is not None:
+            vectors = self.alternatives.combine(values, self._ranks(ids, feature), feature, extras)
+        else:
+            vectors = self._combined([run.signed(v, ids, feature) for run, v in zip(self.runs, values)], ids, feature)
+        return vectors if self.projection is None else vectors @ extras(self.projection)
+
+    def _combined(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+        """One vector from values ``[..., P, width]`` of each run."""
+        if not values:
+            return torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
+        if self.combination == "concat":
+            joined = [v.flatten(-2) for v in values]
+            return joined[0] if len(joined) == 1 else torch.cat(joined, dim=-1)
+        together = values[0] if len(values) == 1 else torch.cat(values, dim=-2)
+        if self.combination == "product":
+            return reduce(torch.mul, together.unbind(-2))
+        if self.combination == "sum":
+            return together.sum(-2)
+        if not self.may_skip:
+            return together.mean(-2)
+        lengths = self.runs[0].lengths(self._ranks(ids, feature), feature)
+        return together.sum(-2) / lengths.clamp(min=1).unsqueeze(-1)
+
+    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
+        ranks = self._ranks(ids, feature)
+        if self.alternatives is not None:
+            return torch.stack(self.alternatives.places(ranks, feature), dim=-1)
+        found = [run.signature(ranks, ids, feature) for run in self.runs]
+        if not found:
+            return torch.zeros_like(ids).unsqueeze(-1)
+        rows = torch.cat(found, dim=-1)
+        # The order of its terms does not matter to a sum or product.
+        return rows if self.combination == "concat" else rows.sort(-1).values
+
+
+class _Run:
+    """Neighboring addresses of one kind and width: P of them, for each of the block's L lookups.
+
+    Their constants are ``[L, P]`` buffers of the block, so that they move with it.
+    """
+
+    def __init__(self, block: RecipeBlock, name: str, addresses: Sequence[Sequence[Address]]) -> None:
+        self._block, self._name = [block], name
+        sample = addresses[0][0]
+        self.sample, self.kind, self.width = sample, type(sample), block.store.width(sample.slab)
+        starts, rows = block.store.start, block.store.rows
+        self._keep("base", [[starts(a.slab) + getattr(a, "first", 0) for a in each] for each in addresses], Row)
+        self._keep("base", [[starts(a.slab) for a in each] for each in addresses], Hashed, Digit, Capped)
+        self._keep("base", [[starts(a.slab) for a in each] for each in addresses], CircularBlock, Coded, Listed)
+        self._keep("size", [[rows(a.slab) for a in each] for each in addresses], Hashed, Digit, CircularBlock)
+        self._keep("last", [[rows(a.slab) - 1 for a in each] for each in addresses], Capped)
+        for field, kinds in (
+            ("seed", (Hashed, CircularBlock)),
+            ("divisor", (Digit,)),
+            ("first", (Coded, Listed)),
+            ("column", (Coded,)),
+        ):
+            self._keep(field, [[getattr(a, field, 0) for a in each] for each in addresses], *kinds)
+        self.has_signs = getattr(sample, "sign_seed", None) is not None
+        if self.has_signs:
+            self._keep("sign_seed", [[getattr(a, "sign_seed", 0) for a in each] for each in addresses], self.kind)
+        if isinstance(sample, CircularBlock):
+            scalars = [a.scalars for a in addresses[0] if isinstance(a, CircularBlock)]
+            self.longest, self.taken = max(scalars), _taken(scalars)
+            block.constant(f"{name}_offset", list(range(self.longest)))
+        if isinstance(sample, Listed):
+            block.constant(f"{name}_number", list(range(sample.longest)))
+
+    def _keep(self, field: str, values: list[list[int]], *kinds: type) -> None:
+        if self.kind in kinds:
+            self._block[0].constant(f"{self._name}_{field}", values)
+
+    def _constant(self, field: str) -> Tensor:
+        constant: Tensor = getattr(self._block[0], f"{self._name}_{field}")
+        return constant
+
+    def rows(self, ids: Tensor, feature: Tensor) -> Tensor:
+        """Rows ``[..., P]``, and of blocks and lists the scalars or rows of each, one after another."""
+        if self.kind is Listed:
+            return self._listed(ids, feature)
+        if self.kind is CircularBlock:
+            scalars = self._hashed(ids, feature).unsqueeze(-1) + self._constant("offset")
+            within = scalars % self._constant("size")[feature].unsqueeze(-1)
+            return (self._constant("base")[feature].unsqueeze(-1) + within).flatten(-2)[..., self.taken]
+        return self._constant("base")[feature] + self._in_slab(ids, feature)
+
+    def _in_slab(self, ids: Tensor, feature: Tensor) -> Tensor:
+        """Rows ``[..., P]`` counted within the slab."""
+        each = ids.unsqueeze(-1)
+        if self.kind in (Hashed, CircularBlock):
+            return self._hashed(ids, feature)
+        if self.kind is Digit:
+            # Integers only: a quotient by way of floating point is wrong beyond 2**24 (float32) or 2**53.
+            quotient = torch.div(each, self._constant("divisor")[feature], rounding_mode="floor")
+            return quotient % self._constant("size")[feature]
+        if self.kind is Capped:
+            return torch.minimum(each, self._constant("last")[feature])
+        if isinstance(self.sample, Coded):
+            codes = self._block[0].store.code(self.sample.code)
+            place = self._constant("first")[feature] + each, self._constant("column")[feature]
+            return codes.view(codes.shape[0], -1)[place].long()
+        return each
+
+    def _hashed(self, ids: Tensor, feature: Tensor) -> Tensor:
+        return hash_ids(ids.unsqueeze(-1), self._constant("seed")[feature], self._constant("size")[feature])
+
+    def _bounds(self, ids: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the lists ``[..., P]`` begin and how long they are."""
+        assert isinstance(self.sample, Listed)
+        place = self._constant("first")[feature] + ids.unsqueeze(-1)
+        begin = self._block[0].code(self.sample.offsets, place)
+        length = self._block[0].code(self.sample.offsets, place + 1) - begin
+        return begin, length.clamp(0, self.sample.longest)
+
+    def _listed(self, ids: Tensor, feature: Tensor) -> Tensor:
+        assert isinstance(self.sample, Listed)
+        begin, length = self._bounds(ids, feature)
+        number = self._constant("number")
+        there = number < length.unsqueeze(-1)
+        values = self._block[0].code(self.sample.values, torch.where(there, begin.unsqueeze(-1) + number, 0))
+        return torch.where(there, self._constant("base")[feature].unsqueeze(-1) + values, -1).flatten(-2)
+
+    def lengths(self, ids: Tensor, feature: Tensor) -> Tensor:
+        """How many rows the list of each id has."""
+        return self._bounds(ids, feature)[1].sum(-1)
+
+    def signed(self, values: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
+        """The values, each times its random sign where there are signs."""
+        return values * self._signs(ids, feature).unsqueeze(-1) if self.has_signs else values
+
+    def _signs(self, ids: Tensor, feature: Tensor) -> Tensor:
+        signs = hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature])
+        return signs if self.kind is Hashed else signs.repeat_interleave(self.longest, dim=-1)[..., self.taken]
+
+    def signature(self, ranks: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
+        if self.kind is Listed:
+            return self.rows(ranks, feature)
+        rows = self._constant("base")[feature] + self._in_slab(ranks, feature)
+        if not self.has_signs:
+            return rows
+        return rows * 2 + (hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature]) > 0)
+
+
+def _taken(scalars: Sequence[int]) -> slice | list[int]:
+    """Of blocks as long as the longest, one after another, the places that are taken: no ends of short blocks."""
+    longest = max(scalars)
+    places = [p * longest + o for p, n in enumerate(scalars) for o in range(n)]
+    return slice(len(places)) if places == list(range(len(places))) else places
+
+
+class _Alternatives:
+    """Looks up each width by itself: the positions of that width, one gather, one product of matrices."""
+
+    def __init__(self, block: RecipeBlock) -> None:
+        self._block = [block]
+        store = block.store
+        each = [[a for a in recipe.addresses if isinstance(a, Range)] for recipe in block.recipes]
+        widths = {store.width(a.slab): a.projection for ranges in each for a in ranges}
+        self.widths, self.projections = sorted(widths), widths
+        most = max(map(len, each))
+        ends, base, width = [], [], []
+        for ranges in each:
+            rows = [store.rows(a.slab) for a in ranges]
+            *stops, _ = accumulate(rows)
+            padding = [0] * (most - len(ranges))
+            # The last alternative has no end, and what fills up the list is never reached.
+            ends.append([*stops, *[_NO_END] * (most - len(stops))])
+            # A row is its slab's first row plus the rank, less the ranks before the slab's.
+            base.append([store.start(a.slab) - before for a, before in zip(ranges, [0, *stops])] + padding)
+            width.append([store.width(a.slab) for a in ranges] + padding)
+        block.constant("ends", ends)
+        block.constant("base", base)
+        block.constant("width", width)
+
+    def _constant(self, name: str) -> Any:
+        return getattr(self._block[0], name)
+
+    def places(self, ranks: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and width of each id, in the shape of the ids."""
+        feature = feature.expand_as(ranks)
+        number = (ranks.unsqueeze(-1) >= self._constant("ends")[feature]).sum(-1)
+        return self._constant("base")[feature, number] + ranks, self._constant("width")[feature, number]
+
+    def _subsets(self, width: Tensor) -> Iterator[Tensor]:
+        return ((width == w).nonzero().squeeze(1) for w in self.widths)
+
+    def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
+        rows, width = (place.reshape(-1) for place in self.places(ranks, feature))
+        return [Part(w, rows[subset], subset) for w, subset in zip(self.widths, self._subsets(width))]
+
+    def combine(self, values: list[Tensor], ranks: Tensor, feature: Tensor, extras: Extras) -> Tensor:
+        _, width = self.places(ranks, feature)
+        wide = []
+        for w, rows in zip(self.widths, values):
+            projection = self.projections[w]
+            wide.append(rows if projection is None else rows @ extras(projection))
+        order = torch.cat(list(self._subsets(width.reshape(-1))))
+        vectors = torch.cat(wide).index_select(0, order.argsort())
+        return vectors.view(*ranks.shape, vectors.shape[-1])

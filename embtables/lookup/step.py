@@ -1,0 +1,190 @@
+"""What lasts one lookup: whether it trains, the rows and parameters in use, and the number of its step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embtables import ops
+from embtables.lookup.block import Part
+from embtables.store import Store
+
+if TYPE_CHECKING:
+    from embtables.lookup.engine import Touched
+    from embtables.methods.base import Stage
+
+
+class Step:
+    """One lookup of a store, as a context manager: a training step is counted, and taken back where the lookup fails.
+
+    Args:
+        store: where the values lie.
+        trains: whether the lookup trains: a fused optimizer then updates in its backward.
+        counts: whether a step begins here; the later ones of several lookups in one step say ``False``.
+        stages: what is told of a training step, once for each that is counted.
+        aliases: where a step has several lookups with dense gradients, what adds them up as one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        trains: bool = False,
+        counts: bool = True,
+        stages: Sequence[Stage] = (),
+        aliases: Aliases | None = None,
+    ) -> None:
+        self.store, self.trains, self.counts = store, trains, trains and counts
+        self.stages = list(stages) if self.counts else []
+        self.updates = trains and store.optimizer is not None
+        self.aliases = None if store.sparse or store.optimizer is not None else aliases
+        # Two blocks that use one dense parameter update it once, by the sum of their gradients.
+        self._extras: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Step:
+        if self.updates:
+            _refuse_what_fused_updates_cannot_do(self.store.device)
+        if self.counts:
+            self.store.count_step()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and self.counts:
+            self.store.count_step(-1)
+
+    def begin(self, touched: Touched) -> None:
+        """Called once the ids are known to be good, before anything is read: a stage may change the weights."""
+        for stage in self.stages:
+            stage.step(touched)
+
+    def gather(self, parts: Sequence[Part], *, may_skip: bool = False) -> list[Tensor]:
+        """The values of each part, ``[*rows.shape, width]``, by one gather for each width.
+
+        ``may_skip`` says that an index may be −1, which yields zeros and takes no gradient.
+        """
+        values: list[Tensor | None] = [None] * len(parts)
+        for width in dict.fromkeys(part.width for part in parts):
+            which = [i for i, part in enumerate(parts) if part.width == width]
+            flat = torch.cat([parts[i].rows.reshape(-1) for i in which])
+            if may_skip:
+                found = (flat >= 0).nonzero().squeeze(1)
+                rows = self._rows(width, flat[found])
+                rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
+            else:
+                rows = self._rows(width, flat)
+            for i, chunk in zip(which, rows.split([parts[i].rows.numel() for i in which])):
+                values[i] = chunk.view(*parts[i].rows.shape, width)
+        return [value for value in values if value is not None]
+
+    def _rows(self, width: int, index: Tensor) -> Tensor:
+        store, weight = self.store, self.store.weight(width)
+        if self.updates:
+            state = self._state(f"weight_{width}")
+            rows: Tensor = ops.fused_lookup(weight, state, index, store.hook, store.hyper, self._rule)
+            return rows
+        if store.sparse:
+            return F.embedding(index, weight, sparse=True)
+        if self.aliases is not None and weight.requires_grad and torch.is_grad_enabled():
+            return F.embedding(index, self.aliases.of(weight), sparse=True)
+        return weight.index_select(0, index)
+
+    def extra(self, name: str) -> Tensor:
+        """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""
+        weight = self.store.extra(name)
+        if not self.updates:
+            return weight
+        if name not in self._extras:
+            state = self._state(self.store.key(name))
+            self._extras[name] = ops.fused_dense(weight, state, self.store.hook, self.store.hyper, self._rule)
+        return self._extras[name]
+
+    def _state(self, weight: str) -> list[Tensor]:
+        """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
+        state, optimizer = self.store.state_of(weight), self.store.optimizer
+        return [*state, self.store.step_number()] if optimizer is not None and optimizer.counts_steps else state
+
+    @property
+    def _rule(self) -> str:
+        assert self.store.optimizer is not None
+        return self.store.optimizer.kind
+
+
+class ViewSteps:
+    """The steps of views that share tables: a step lasts from its first lookup to the next backward.
+
+    Each view looks up by itself, and the lookups before one backward belong to one step.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.aliases = Aliases()
+
+    def step(self, store: Store, trains: bool, stages: Sequence[Stage], *, shared: bool) -> Step:
+        """A lookup of a view; ``shared`` says that the storage may hold tables of other views."""
+        aliases = self.aliases if shared and not torch.compiler.is_compiling() else None
+        return Step(store, trains=trains, counts=not self.begun, stages=stages, aliases=aliases)
+
+    def await_backward(self, output: Tensor) -> None:
+        """Called after a training lookup: its step ends with the backward of its output."""
+        self.begun = True
+        if output.requires_grad:
+            output.register_hook(self._end)
+
+    def _end(self, gradient: Tensor) -> None:
+        self.begun = False
+
+
+class _DenseOnce(torch.autograd.Function):
+    """A weight under another name, to which lookups give sparse gradients: they add up as such, and become dense once.
+
+    Otherwise each of a step's lookups would fill and add a tensor of the size of the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, aliases: Aliases) -> Tensor:
+        ctx.aliases = aliases
+        return weight.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.aliases.clear()
+        return grad.to_dense() if grad.is_sparse else grad, None
+
+
+class Aliases(dict[tuple[int, int], Tensor]):
+    """The weights' other names, by object and address, from the first lookup after a backward pass to the next one.
+
+    On the meta device all addresses are 0.
+    """
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The weight under its other name."""
+        key = id(weight), weight.data_ptr()
+        if key not in self:
+            self[key] = _DenseOnce.apply(weight, self)
+        return self[key]
+
+    def __reduce__(self) -> tuple[type[Aliases], tuple[()]]:
+        """Copies and files begin without."""
+        return Aliases, ()
+
+
+def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "a fused optimizer updates the tables of each process by its own gradients, so they would drift apart with "
+            f"{distributed.get_world_size()} processes: plan with optimizer=None and DistributedDataParallel"
+        )
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
+        raise RuntimeError(
+            "a fused optimizer cannot undo the scaling of fp16 gradients: use bfloat16 autocast, "
+            "or plan with optimizer=None"
+        )

@@ -1,0 +1,149 @@
+"""What a lookup is, said once and as data: where the values of an id lie, and how they become its vector.
+
+A method gives one ``Recipe`` for each of its tables. The lookup in PyTorch, the native program and the collisions of
+ids all follow from it, so that none of them can contradict another. A recipe names slabs, codes and dense parameters;
+it holds no tensors and knows nothing of features or batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+Combination = Literal["concat", "sum", "mean", "product", "alternatives"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Id x has row ``first + x`` of the slab."""
+
+    slab: str
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """Id x has row h(x) of the slab, with h a seeded hash to all of its rows (``embtables.hashing.hash_ids``).
+
+    ``sign_seed``: seed of a random sign that the row is multiplied with; ``None``: no sign.
+    """
+
+    slab: str
+    seed: int
+    sign_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Digit:
+    """Id x has row ⌊x/divisor⌋ mod m of the slab, which has m rows: one digit of x in a mixed radix."""
+
+    slab: str
+    divisor: int = 1
+
+
+@dataclass(frozen=True)
+class Capped:
+    """Id x has row min(x, m − 1) of the slab, which has m rows: the last row is shared by all ids from m − 1 on."""
+
+    slab: str
+
+
+@dataclass(frozen=True)
+class CircularBlock:
+    """Id x has ``scalars`` consecutive rows of a slab of width 1, from row h(x) on; the slab begins again at its end.
+
+    ``seed`` and ``sign_seed``: as in ``Hashed``.
+    """
+
+    slab: str
+    seed: int
+    scalars: int
+    sign_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Id x has the row of the slab that a code buffer names: ``code[first + x, column]``.
+
+    The buffer is ``[ids, k]``, or ``[ids]`` for k = 1, of any integer type.
+    """
+
+    slab: str
+    code: str
+    column: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Id x has a list of rows of the slab: ``values[offsets[first + x] : offsets[first + x + 1]]``.
+
+    ``offsets`` ``[ids + 1]`` and ``values`` are code buffers of any integer type. ``longest``: the most rows that any
+    id has; further ones would not be read. A list stands alone in its recipe, which sums or averages it.
+    """
+
+    slab: str
+    offsets: str
+    values: str
+    longest: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Range:
+    """One of several alternatives: the slab's rows belong to the ids that follow those of the alternatives before.
+
+    The first alternative has the ids from 0 on, and each as many as its slab has rows. ``projection``: a dense
+    parameter ``[width, D]`` that the row is multiplied with; ``None`` where the width is D.
+    """
+
+    slab: str
+    projection: str | None = None
+
+
+Address: TypeAlias = Row | Hashed | Digit | Capped | CircularBlock | Coded | Listed | Range
+
+
+class Ranks(NamedTuple):
+    """A code buffer that maps ids to ranks, and the place in it where those of a table begin."""
+
+    code: str
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The vector of an id: the values at its ``addresses``, combined.
+
+    Args:
+        combine: ``"concat"`` joins the values in order; ``"sum"``, ``"mean"`` and ``"product"`` take values of one
+            width; ``"alternatives"`` takes the one value whose ``Range`` holds the id. A sum of nothing is zero.
+        addresses: where the values lie.
+        ranks: a remap from id to rank; the addresses are then those of the rank. Signs stay those of the id.
+        projection: a dense parameter ``[width, D]`` that the combined vector is multiplied with.
+    """
+
+    combine: Combination
+    addresses: tuple[Address, ...]
+    ranks: Ranks | None = None
+    projection: str | None = None
+
+    def codes(self) -> tuple[str, ...]:
+        """The code buffers that it reads."""
+        named = [self.ranks.code] if self.ranks is not None else []
+        for address in self.addresses:
+            if isinstance(address, Coded):
+                named.append(address.code)
+            elif isinstance(address, Listed):
+                named += [address.offsets, address.values]
+        return tuple(dict.fromkeys(named))
+
+    def projections(self) -> tuple[str, ...]:
+        """The dense parameters that it reads."""
+        named = [a.projection for a in self.addresses if isinstance(a, Range)]
+        return tuple(dict.fromkeys(name for name in (*named, self.projection) if name is not None))
+
+
+def concat(*addresses: Address, ranks: Ranks | None = None, projection: str | None = None) -> Recipe:
+    """The recipe that joins the values at these addresses; of one address it is that value."""
+    return Recipe("concat", addresses, ranks, projection)
