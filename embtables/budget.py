@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -96,7 +96,7 @@ def parse_budget(budget: Budget, full_bytes: int | None) -> int:
     return num_bytes
 
 
-def allocate(weights: Floats, lower: Ints, upper: Ints, unit_bytes: Ints, limit: int) -> Ints:
+def allocate(weights: Floats, lower: Ints, upper: Ints, bytes_of: Callable[[Ints], Ints], limit: int) -> Ints:
     """Rows of each table: ``clip(floor(λ·weights), lower, upper)`` for the largest λ whose bytes fit in ``limit``.
 
     The row that no longer fits everywhere goes to the first tables it does fit. So what is left over is less than one
@@ -106,7 +106,7 @@ def allocate(weights: Floats, lower: Ints, upper: Ints, unit_bytes: Ints, limit:
         weights: a positive number a table, in whose proportion they grow.
         lower: rows that every table has in any case; they must fit.
         upper: rows beyond which a table has no use for more.
-        unit_bytes: bytes of a row.
+        bytes_of: bytes of each table, given the rows of each; they do not fall where a table's rows grow.
         limit: bytes for all.
     """
 
@@ -114,7 +114,7 @@ def allocate(weights: Floats, lower: Ints, upper: Ints, unit_bytes: Ints, limit:
         return np.clip(np.floor(np.minimum(scale * weights, upper)).astype(np.int64), lower, upper)
 
     def cost(rows: Ints) -> int:
-        return int((rows * unit_bytes).sum())
+        return int(bytes_of(rows).sum())
 
     low, high = 0.0, float((upper / weights).max()) + 1.0
     if cost(rows_at(high)) <= limit:
@@ -126,8 +126,9 @@ def allocate(weights: Floats, lower: Ints, upper: Ints, unit_bytes: Ints, limit:
             high = middle
     rows, more = rows_at(low), rows_at(high)
     spare = limit - cost(rows)
+    extra = bytes_of(more) - bytes_of(rows)
     for i in np.flatnonzero(more > rows):
-        spare -= int((more[i] - rows[i]) * unit_bytes[i])
+        spare -= int(extra[i])
         if spare < 0:
             break
         rows[i] = more[i]
@@ -165,15 +166,15 @@ def keep_apart(group: Group, limit: int, reserve: int) -> tuple[list[TableConfig
     if not any(t.rows is None for t in group.tables) and limit >= group.full_bytes:
         return list(group.tables), 0
     lower = np.zeros(len(group.tables), dtype=np.int64)
-    rows = allocate(collision_weights(group), lower, group.num_rows, 4 * group.dims, limit - reserve)
+    rows = allocate(collision_weights(group), lower, group.num_rows, group.rows_bytes, limit - reserve)
     apart = [table for table, m in zip(group.tables, rows) if table.rows is not None and m >= table.rows]
-    left = limit - sum(table.full_bytes or 0 for table in apart)
+    left = limit - sum(group.table_bytes(table) or 0 for table in apart)
     return apart, left
 
 
 def split(limit: int, floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
     """Splits bytes between groups in proportion to ``ceilings``, each between its floor and its ceiling."""
-    ones = np.ones(len(floors), dtype=np.int64)
     lower = np.array(floors, dtype=np.int64)
     upper = np.maximum(np.array(ceilings, dtype=np.int64), lower)
-    return [int(n) for n in allocate(np.maximum(upper, 1).astype(np.float64), lower, upper, ones, limit)]
+    weights = np.maximum(upper, 1).astype(np.float64)
+    return [int(n) for n in allocate(weights, lower, upper, lambda shares: shares, limit)]

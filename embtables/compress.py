@@ -374,7 +374,7 @@ def _tables(units: Sequence[Unit], solved: Plan, built: _Built) -> list[SwappedT
                     weight.shape[1],
                     line["method"],
                     line["stored_as"],
-                    4 * weight.numel(),
+                    weight.numel() * weight.element_size(),
                     line["inference_bytes"],
                     config.name in built.kept,
                 )

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from embtables.formats import FP32
+
 Pooling = Literal["sum", "mean"]
 OutOfRange = Literal["error", "hash", "oov"]
 
@@ -92,7 +94,7 @@ class TableConfig:
     @property
     def full_bytes(self) -> int | None:
         """Bytes of the equivalent full fp32 table; ``None`` where the number of ids is unknown."""
-        return None if self.rows is None else 4 * self.rows * self.embedding_dim
+        return None if self.rows is None else FP32.slab_bytes(self.rows, self.embedding_dim)
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON. ``init_fn`` is code, and is left out."""

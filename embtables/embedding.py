@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from embtables.budget import Budget
 from embtables.config import OutOfRange, Pooling, TableConfig
+from embtables.formats import FP32, weight_name
 from embtables.layout import FULL
 from embtables.lookup.inputs import Input
 from embtables.optimizers import FusedOptimizer
@@ -95,7 +96,7 @@ class _OneTable(nn.Module):
         if slab is None:
             raise AttributeError(f"table '{self.name}' is not stored in full, so it has no weight; {instead}")
         start, rows = store.start(slab), store.slab(slab).shape[0]
-        weight: Tensor = getattr(store, f"weight_{self.embedding_dim}")
+        weight: Tensor = getattr(store, weight_name(FP32.name, self.embedding_dim))
         if not isinstance(weight, nn.Parameter):
             why = "its fused optimizer updates it inside backward" if store.optimizer else "it is served, not trained"
             raise AttributeError(f"table '{self.name}' has no weight to train, since {why}; {instead}")

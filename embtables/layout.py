@@ -9,32 +9,29 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from embtables.config import TableConfig
+from embtables.formats import DTYPES, FP32, RowFormat, row_format
 
 Kind = Literal["weights", "codes", "index", "scales", "padding"]
 Counts = npt.NDArray[np.int64]
-DTYPES = {
-    "float32": torch.float32,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "uint8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Rows of fp32 parameters that are gathered by index: ``[rows, width]``."""
+    """Rows of parameters that are gathered by index: ``[rows, width]``.
+
+    ``format`` names the row format (``embtables.formats``) that they are stored in.
+    """
 
     name: str
     rows: int
     width: int
+    format: str = FP32.name
 
     @property
     def num_bytes(self) -> int:
-        return 4 * self.rows * self.width
+        return row_format(self.format).slab_bytes(self.rows, self.width)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Extra:
 
     @property
     def num_bytes(self) -> int:
-        return 4 * prod(self.shape)
+        return FP32.row_bytes(prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,14 @@ class Form:
         yield from (("weights", extra.num_bytes) for extra in self.extras)
         yield from ((code.kind, code.num_bytes) for code in self.codes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data. The format of fp32 slabs is left out, as in plans that are older than the others."""
+        data = asdict(self)
+        for slab in data["slabs"]:
+            if slab["format"] == FP32.name:
+                del slab["format"]
+        return data
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Form:
         return Form(
@@ -130,9 +135,9 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {
             "entries": {name: asdict(entry) for name, entry in self.entries.items()},
-            "training": asdict(self.training),
+            "training": self.training.to_dict(),
         }
-        return data if self.serving == self.training else data | {"serving": asdict(self.serving)}
+        return data if self.serving == self.training else data | {"serving": self.serving.to_dict()}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Layout:
@@ -143,17 +148,34 @@ class Layout:
 
 @dataclass(frozen=True)
 class Group:
-    """The tables that one entry of ``method`` covers, with the counts of their ids where they are known."""
+    """The tables that one entry of ``method`` covers, with the counts of their ids where they are known.
+
+    ``format`` is what the rows of their slabs look like: a method takes its slabs from ``slab``, and computes its sizes
+    with ``format.slab_bytes``.
+    """
 
     name: str
     tables: tuple[TableConfig, ...]
     counts: tuple[Counts | None, ...] = field(compare=False)
     hash_seed: int
+    format: RowFormat = FP32
+
+    def slab(self, name: str, rows: int, width: int) -> Slab:
+        """A slab in the group's format."""
+        return Slab(name, rows, width, self.format.name)
+
+    def rows_bytes(self, rows: Counts | int) -> Counts:
+        """Bytes of so many rows of ``embedding_dim`` scalars, for each table."""
+        return self.format.slab_bytes(rows * np.ones_like(self.dims), self.dims)
+
+    def table_bytes(self, table: TableConfig) -> int | None:
+        """Bytes of a table kept in full, in the group's format; ``None`` where the number of ids is unknown."""
+        return None if table.rows is None else self.format.slab_bytes(table.rows, table.embedding_dim)
 
     @property
     def full_bytes(self) -> int:
-        """Bytes of the full tables, those of unknown size left out."""
-        return sum(t.full_bytes or 0 for t in self.tables)
+        """Bytes of the full tables in the group's format, those of unknown size left out."""
+        return sum(self.table_bytes(t) or 0 for t in self.tables)
 
     @property
     def num_rows(self) -> Counts:

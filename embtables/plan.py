@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from embtables.budget import Budget, infeasible, parse_budget, split
 from embtables.config import TableConfig
+from embtables.formats import FP32, row_format
 from embtables.layout import FULL, Counts, Form, Group, Layout
 from embtables.memory import format_bytes
 from embtables.methods import Method, from_config
@@ -83,6 +85,7 @@ class Plan:
             "groups": [
                 {
                     "name": g.group.name,
+                    **({} if g.group.format == FP32 else {"format": g.group.format.name}),
                     "method": g.method.to_dict(),
                     "tables": [table.name for table in g.group.tables],
                     "layout": g.layout.to_dict(),
@@ -110,7 +113,8 @@ class Plan:
             groups = []
             for g in data["groups"]:
                 members = tuple(by_name[name] for name in g["tables"])
-                group = Group(g["name"], members, (None,) * len(members), data["hash_seed"])
+                rows_in = row_format(g.get("format", FP32.name))
+                group = Group(g["name"], members, (None,) * len(members), data["hash_seed"], rows_in)
                 groups.append(GroupPlan(group, from_config(g["method"]), Layout.from_dict(g["layout"])))
             optimizer = optimizer_from_config(data["optimizer"])
             return Plan(tables, tuple(groups), data["budget_bytes"], optimizer, data["hash_seed"])
@@ -218,13 +222,15 @@ def _short(value: Any) -> str:
 
 def training_bytes(form: Form, optimizer: FusedOptimizer | None) -> int:
     """Bytes of a trained form: weights, codes and optimiser state, or gradient where no optimiser is fused."""
-    parameters = [(s.rows, s.width) for s in form.slabs]
-    parameters += [
-        (e.shape[0], e.num_bytes // 4 // e.shape[0]) if len(e.shape) > 1 else (1, e.num_bytes // 4) for e in form.extras
-    ]
     if optimizer is None:
-        return form.num_bytes + sum(4 * rows * width for rows, width in parameters)
-    return form.num_bytes + sum(4 * rows * sum(optimizer.state_widths(width)) for rows, width in parameters)
+        # A gradient is as large as what it is the gradient of.
+        return form.num_bytes + sum(s.num_bytes for s in form.slabs) + sum(e.num_bytes for e in form.extras)
+    parameters = [(s.rows, s.width) for s in form.slabs]
+    for extra in form.extras:
+        rows = extra.shape[0] if len(extra.shape) > 1 else 1
+        parameters.append((rows, prod(extra.shape) // rows))
+    state = sum(FP32.slab_bytes(rows, sum(optimizer.state_widths(width))) for rows, width in parameters)
+    return form.num_bytes + state
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""Where the parameters live: one 2-D tensor per width, with slabs side by side in it.
+"""Where the parameters live: one 2-D tensor per row format and width, with slabs side by side in it.
 
 A lookup of all tables is one gather per width, however many tables there are. Slabs, extras and codes keep stable
 names, for checkpoints and for sharding.
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from embtables import ops
-from embtables.layout import DTYPES, Form, Slab
+from embtables.formats import DTYPES, FP32, row_format, weight_name
+from embtables.layout import Form, Slab
 from embtables.optimizers import FusedOptimizer
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
 _NOTHING = torch.empty(0)
+_DENSE = DTYPES[FP32.dtype]  # of extras and of optimiser state
 
 
 class Store(nn.Module):
@@ -53,19 +55,22 @@ class Store(nn.Module):
         # Moves along with the module, where there may be no other tensor (every table dropped).
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         self._slabs: dict[str, tuple[int, Slab]] = {}
-        rows: dict[int, int] = {}
+        rows: dict[tuple[str, int], int] = {}
         for slab in (s for form in forms for s in form.slabs):
             if slab.name in self._slabs:
                 raise ValueError(f"two slabs are named '{slab.name}'")
-            start = rows.setdefault(slab.width, 0)
+            start = rows.setdefault((slab.format, slab.width), 0)
             self._slabs[slab.name] = (start, slab)
-            rows[slab.width] = start + slab.rows
-        self.widths = tuple(rows)
-        for width in self.widths:
-            self._add_weight(f"weight_{width}", ops.huge_pages(torch.empty(rows[width], width, device=device)))
+            rows[slab.format, slab.width] = start + slab.rows
+        self.widths = tuple(width for name, width in rows if name == FP32.name)
+        self.weight_names = tuple(weight_name(*key) for key in rows)
+        for (name, width), num_rows in rows.items():
+            rows_in = row_format(name)
+            empty = torch.empty(num_rows, rows_in.columns(width), dtype=DTYPES[rows_in.dtype], device=device)
+            self._add_weight(weight_name(name, width), ops.huge_pages(empty))
         self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
         for extra in (e for form in forms for e in form.extras):
-            self._add_weight(self._extras[extra.name], torch.empty(extra.shape, device=device))
+            self._add_weight(self._extras[extra.name], torch.empty(extra.shape, dtype=_DENSE, device=device))
         self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
         for code in (c for form in forms for c in form.codes):
             empty = torch.empty(code.shape, dtype=DTYPES[code.dtype], device=device)
@@ -110,7 +115,7 @@ class Store(nn.Module):
         if self.optimizer is not None:
             rows, width = (weight.shape[0], weight[0].numel()) if weight.ndim > 1 else (1, weight.numel())
             for i, state_width in enumerate(self.optimizer.state_widths(width)):
-                state = ops.huge_pages(torch.empty(rows, state_width, device=weight.device))
+                state = ops.huge_pages(torch.empty(rows, state_width, dtype=_DENSE, device=weight.device))
                 self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
 
     # ---- weights, extras, codes and their state -------------------------------------------------------------------
@@ -123,8 +128,8 @@ class Store(nn.Module):
         return found if found is not None else getattr(self, name)
 
     def weight(self, width: int) -> Tensor:
-        """The rows of all slabs of a width, ``[rows, width]``."""
-        return self.tensor(f"weight_{width}")
+        """The rows of all slabs of a width in the fp32 format, ``[rows, width]``."""
+        return self.tensor(weight_name(FP32.name, width))
 
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole. A block takes those of its step instead, whose backward updates them."""
@@ -203,7 +208,7 @@ class Store(nn.Module):
     def slab(self, name: str) -> Tensor:
         """A view ``[rows, width]`` of a slab's weights."""
         start, slab = self._slabs[name]
-        return self.weight(slab.width).detach()[start : start + slab.rows]
+        return self.tensor(weight_name(slab.format, slab.width)).detach()[start : start + slab.rows]
 
     def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, view)`` of every slab."""
@@ -211,8 +216,8 @@ class Store(nn.Module):
 
     def tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
         """``(name, tensor, is a code)`` of everything that is allocated, optimiser state aside."""
-        for width in self.widths:
-            yield f"weight_{width}", self.weight(width), False
+        for name in self.weight_names:
+            yield name, self.tensor(name), False
         for name in self._extras:
             yield name, self.extra(name), False
         for name in self._codes:
@@ -231,7 +236,7 @@ class Store(nn.Module):
     def slab_state(self, name: str) -> list[Tensor]:
         """Views ``[rows, *]`` of a slab's optimiser state."""
         start, slab = self._slabs[name]
-        return [state[start : start + slab.rows] for state in self.state_of(f"weight_{slab.width}")]
+        return [state[start : start + slab.rows] for state in self.state_of(weight_name(slab.format, slab.width))]
 
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:

@@ -105,13 +105,13 @@ def test_allocation_fits_wastes_less_than_a_row_and_grows_with_the_limit(
     upper = lower + np.array([extra for _, _, extra, _ in tables])
     unit = np.array([u for *_, u in tables])
     least = int((lower * unit).sum())
-    rows = allocate(weights, lower, upper, unit, least + spare)
+    rows = allocate(weights, lower, upper, lambda rows: rows * unit, least + spare)
     used = int((rows * unit).sum())
     assert ((lower <= rows) & (rows <= upper)).all() and used <= least + spare
     growing = rows < upper
     if growing.any():
         assert least + spare - used < unit[growing].max()
-    assert (allocate(weights, lower, upper, unit, least + spare + more) >= rows).all()
+    assert (allocate(weights, lower, upper, lambda rows: rows * unit, least + spare + more) >= rows).all()
     # Tables between their bounds are in proportion to their weights: one λ, up to a row of rounding, serves them all.
     free = growing & (rows > lower)
     if free.any():

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
+from embtables.formats import RowFormat
 from embtables.methods import compositional
-from embtables.methods.compositional import Compositional, fewest_collisions, least_size
+from embtables.methods.compositional import Compositional, fewest_collisions, least_bytes
 
 RADICES = ("quotient_remainder", "chinese_remainder")
 OPERATIONS = ("mult", "add", "concat")
+BYTES = RowFormat("bytes", "uint8")  # sizes in scalars are sizes in bytes
 
 
 def small_radices(c: int, count: int, radices: str) -> list[int]:
@@ -42,9 +44,9 @@ def least_cost(n: int, c: int, widths: tuple[int, ...], radices: str) -> int:
 def test_sizes_are_the_first_that_fit_by_brute_force(radices: str, widths: tuple[int, ...]) -> None:
     for n in (2, 3, 7, 10, 37, 64, 100, 211, 1000):
         costs = {c: least_cost(n, c, widths, radices) for c in range(2, n + 2)}
-        assert least_size(n, widths, radices) == min(costs.values())  # type: ignore[arg-type]
+        assert least_bytes(n, widths, radices, BYTES) == min(costs.values())  # type: ignore[arg-type]
         for limit in range(1, n * sum(widths), 1 + n // 40):
-            rows = fewest_collisions(n, widths, radices, limit)  # type: ignore[arg-type]
+            rows = fewest_collisions(n, widths, radices, limit, BYTES)  # type: ignore[arg-type]
             fitting = [c for c, cost in costs.items() if cost <= limit]
             if not fitting:
                 assert rows is None
@@ -62,8 +64,8 @@ def test_sizes_are_the_first_that_fit_by_brute_force(radices: str, widths: tuple
 def test_the_square_root_is_the_least_for_two_partitions() -> None:
     for n in (10**6, 2**24 + 1, 2**31, 10**10 + 7, 2**40, 2**40 + 1):
         around = range(max(2, int(sqrt(n)) - 3000), int(sqrt(n)) + 3000)
-        assert least_size(n, (1, 1), "quotient_remainder") == min(c + -(-n // c) for c in around)
-        assert least_size(n, (1, 1), "chinese_remainder") == min(
+        assert least_bytes(n, (1, 1), "quotient_remainder", BYTES) == min(c + -(-n // c) for c in around)
+        assert least_bytes(n, (1, 1), "chinese_remainder", BYTES) == min(
             least_cost(n, c, (1, 1), "chinese_remainder") for c in around
         )
 

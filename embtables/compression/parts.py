@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from embtables.layout import Form, Group, Layout
+from embtables.layout import Form, Layout
 from embtables.plan import GroupPlan, Plan, owner_of
 
 
@@ -51,7 +51,8 @@ def part(plan: Plan, names: Sequence[str], *, prefix: str = "", hash_seed: int |
             _part_of_form(g.layout.serving, g, names, renamed),
         )
         tables = tuple(replace(g.group.tables[i], name=renamed(g.group.tables[i].name)) for i in chosen)
-        group = Group(g.group.name, tables, tuple(g.group.counts[i] for i in chosen), seed)
+        counts = tuple(g.group.counts[i] for i in chosen)
+        group = replace(g.group, tables=tables, counts=counts, hash_seed=seed)
         groups.append(GroupPlan(group, g.method, layout))
     tables = tuple(replace(table, name=renamed(table.name)) for table in plan.tables if table.name in names)
     held = {item.name for g in groups for item in g.layout.training.items()}

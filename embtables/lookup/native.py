@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
+from embtables.formats import FP32, weight_name
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.step import Step
@@ -69,7 +70,7 @@ class NativeLookup:
             [store.weight(width) for width in program.widths],
             [store.extra(name) for name in program.projections],
             [store.code(name) for name in program.codes],
-            [state for width in program.widths for state in self._two_states(f"weight_{width}")],
+            [state for width in program.widths for state in self._two_states(weight_name(FP32.name, width))],
             [state for name in program.projections for state in self._two_states(store.key(name))],
             store.hyper,
             "sgd" if fused is None else fused.kind,

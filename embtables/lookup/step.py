@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embtables import ops
+from embtables.formats import FP32, weight_name
 from embtables.lookup.block import Part
 from embtables.store import Store
 
@@ -86,7 +87,7 @@ class Step:
     def _rows(self, width: int, index: Tensor) -> Tensor:
         store, weight = self.store, self.store.weight(width)
         if self.updates:
-            state = self._state(f"weight_{width}")
+            state = self._state(weight_name(FP32.name, width))
             rows: Tensor = ops.fused_lookup(weight, state, index, store.hook, store.hyper, self._rule)
             return rows
         if store.sparse:

@@ -197,7 +197,7 @@ def chunk_widths(embedding_dim: int, chunks: int) -> list[int]:
 
 def full_layout(group: Group) -> Layout:
     """All tables of a group kept whole."""
-    pairs = {table.name: full_entry(table) for table in group.tables}
+    pairs = {table.name: full_entry(group, table) for table in group.tables}
     form = Form(slabs=tuple(slab for _, slab in pairs.values()))
     return Layout.of({name: entry for name, (entry, _) in pairs.items()}, form)
 
@@ -212,16 +212,16 @@ def shared_layout(
         least_rows: rows that it has in any case.
         entry: what is noted of a table that shares it.
     """
-    apart, left = keep_apart(group, limit, reserve=4 * width * least_rows)
-    pairs = {table.name: full_entry(table) for table in apart}
+    apart, left = keep_apart(group, limit, reserve=group.format.slab_bytes(least_rows, width))
+    pairs = {table.name: full_entry(group, table) for table in apart}
     slabs = [slab for _, slab in pairs.values()]
     if len(apart) < len(group.tables):
-        slabs.append(Slab(group.name, left // (4 * width), width))
+        slabs.append(group.slab(group.name, group.format.rows_within(left, width), width))
     entries = {t.name: pairs[t.name][0] if t.name in pairs else entry(t) for t in group.tables}
     return Layout.of(entries, Form(slabs=tuple(slabs)))
 
 
-def full_entry(table: TableConfig) -> tuple[Entry, Slab]:
+def full_entry(group: Group, table: TableConfig) -> tuple[Entry, Slab]:
     """A table kept whole: the entry and the slab under the table's own name."""
     assert table.rows is not None
-    return Entry(FULL, {"rows": table.rows}), Slab(table.name, table.rows, table.embedding_dim)
+    return Entry(FULL, {"rows": table.rows}), group.slab(table.name, table.rows, table.embedding_dim)

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
-from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.formats import RowFormat
+from embtables.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
 from embtables.methods.recipe import Combination, Digit, Recipe
 from embtables.store import Store
@@ -51,59 +52,61 @@ class Compositional(Method):
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
     def floor(self, group: Group) -> Floor:
-        num_bytes = sum(4 * self._unit(t) * self._least(t) for t in group.tables)
+        num_bytes = sum(self._least_bytes(group, t) for t in group.tables)
         most = self.num_partitions or MAX_PARTITIONS
         partitions = f"{most} partitions" if self.num_partitions else f"at most {most} partitions"
         return Floor(num_bytes, f"the smallest tables whose combinations number every id, with {partitions}")
 
     def fit(self, group: Group, limit: int) -> Layout:
-        units = np.array([self._unit(t) for t in group.tables], dtype=np.int64)
-        in_row = group.dims // units
-        lower = np.array([self._least(t) for t in group.tables], dtype=np.int64)
-        sizes = allocate(collision_weights(group) * in_row, lower, group.num_rows * in_row, 4 * units, limit)
+        # Sizes are counted in rows; in scalars for "concat", whose partitions differ in width.
+        scalars = np.ones_like(group.dims) if self.operation == "concat" else group.dims
+        unit, in_row = group.format.row_bytes(scalars), group.dims // scalars
+        least = np.array([self._least_bytes(group, t) for t in group.tables], dtype=np.int64)
+        full = group.rows_bytes(group.num_rows)
+
+        def bytes_of(sizes: Counts) -> Counts:
+            return np.clip(sizes * unit, least, full)
+
+        sizes = allocate(collision_weights(group) * in_row, least // unit, -(-full // unit), bytes_of, limit)
         entries: dict[str, Entry] = {}
         slabs: list[Slab] = []
-        for table, size in zip(group.tables, sizes):
-            radices = self._solve(table, int(size))
+        for table, num_bytes in zip(group.tables, bytes_of(sizes)):
+            radices = self._solve(group, table, int(num_bytes))
             if radices is None:
-                entries[table.name], slab = full_entry(table)
+                entries[table.name], slab = full_entry(group, table)
                 slabs.append(slab)
                 continue
             entries[table.name] = Entry(f"{self.operation} of {len(radices)}", {"rows": list(radices)})
             widths = self.widths(table.embedding_dim, len(radices))
-            slabs += [Slab(f"{table.name}/{j}", m, width) for j, (m, width) in enumerate(zip(radices, widths))]
+            slabs += [group.slab(f"{table.name}/{j}", m, width) for j, (m, width) in enumerate(zip(radices, widths))]
         return Layout.of(entries, Form(slabs=tuple(slabs)))
-
-    def _unit(self, table: TableConfig) -> int:
-        """Scalars in the unit that sizes are counted in: a row; 1 for ``concat``, whose partitions differ in width."""
-        return 1 if self.operation == "concat" else table.embedding_dim
 
     def widths(self, dim: int, k: int) -> tuple[int, ...]:
         """Scalars a row of each partition."""
         return tuple(chunk_widths(dim, k)) if self.operation == "concat" else (dim,) * k
 
     def _choices(self, table: TableConfig) -> list[tuple[int, ...]]:
-        """The width of every partition, in units, for each number of partitions that may be tried, the fewest first."""
+        """The width of every partition, for each number of partitions that may be tried, the fewest first."""
         ks = [self.num_partitions] if self.num_partitions else range(2, MAX_PARTITIONS + 1)
-        unit = self._unit(table)
         choices = (self.widths(table.embedding_dim, k) for k in ks)
-        return [tuple(w // unit for w in widths) for widths in choices if min(widths) > 0]
+        return [widths for widths in choices if min(widths) > 0]
 
-    def _full(self, table: TableConfig) -> int:
-        assert table.rows is not None
-        return table.rows * table.embedding_dim // self._unit(table)
+    def _least_bytes(self, group: Group, table: TableConfig) -> int:
+        full = group.table_bytes(table)
+        assert table.rows is not None and full is not None
+        sizes = [least_bytes(table.rows, widths, self.radices, group.format) for widths in self._choices(table)]
+        return min([full, *sizes])
 
-    def _least(self, table: TableConfig) -> int:
-        assert table.rows is not None
-        sizes = [least_size(table.rows, widths, self.radices) for widths in self._choices(table)]
-        return min([self._full(table), *sizes])
-
-    def _solve(self, table: TableConfig, size: int) -> tuple[int, ...] | None:
-        """Rows of each partition within ``size`` units; ``None``: keep the table whole."""
-        assert table.rows is not None
-        if size >= self._full(table):
+    def _solve(self, group: Group, table: TableConfig, num_bytes: int) -> tuple[int, ...] | None:
+        """Rows of each partition within ``num_bytes``; ``None``: keep the table whole."""
+        full = group.table_bytes(table)
+        assert table.rows is not None and full is not None
+        if num_bytes >= full:
             return None
-        found = (fewest_collisions(table.rows, widths, self.radices, size) for widths in self._choices(table))
+        found = (
+            fewest_collisions(table.rows, widths, self.radices, num_bytes, group.format)
+            for widths in self._choices(table)
+        )
         return next(radices for radices in found if radices is not None)
 
     # ---- the module ----------------------------------------------------------------------------------------------
@@ -141,12 +144,15 @@ class Compositional(Method):
 # ---- the arithmetic of sizes, in integers throughout -----------------------------------------------------------------
 
 
-def fewest_collisions(n: int, widths: Sequence[int], radices: Radices, limit: int) -> tuple[int, ...] | None:
-    """Rows of each partition for n ids within ``limit`` = Σ rows·widths, the largest first; ``None`` if none fits.
+def fewest_collisions(
+    n: int, widths: Sequence[int], radices: Radices, limit: int, rows_in: RowFormat
+) -> tuple[int, ...] | None:
+    """Rows of each partition for n ids within ``limit`` bytes, the largest first; ``None`` if none fits.
 
     c is the smallest for which they fit; then the largest partition grows into what is left.
     """
-    k, first, others = len(widths), widths[0], sum(widths[1:])
+    k, first, *rest = len(widths), *(rows_in.row_bytes(width) for width in widths)
+    others = sum(rest)
     spread = 0 if radices == "quotient_remainder" else _COPRIME_SPREAD.get(k - 1, _MOST_COPRIME_SPREAD)
 
     def possible(c: int) -> bool:
@@ -158,7 +164,7 @@ def fewest_collisions(n: int, widths: Sequence[int], radices: Radices, limit: in
     c = 2 + bisect_left(range(2, peak + 1), True, key=possible)
     while possible(c):
         small = _small_radices(c, k - 1, radices)
-        largest = (limit - sum(map(mul, small, widths[1:]))) // first
+        largest = rows_in.rows_within(limit - sum(map(rows_in.slab_bytes, small, widths[1:])), widths[0])
         if largest >= _least_radix(n, small, radices):
             largest = min(largest, n)
             while radices == "chinese_remainder" and gcd(largest, prod(small)) > 1:
@@ -169,16 +175,16 @@ def fewest_collisions(n: int, widths: Sequence[int], radices: Radices, limit: in
 
 
 @lru_cache(maxsize=4096)
-def least_size(n: int, widths: tuple[int, ...], radices: Radices) -> int:
-    """The least Σ rows·widths of any partitions for n ids, exactly."""
+def least_bytes(n: int, widths: tuple[int, ...], radices: Radices, rows_in: RowFormat) -> int:
+    """The least bytes of any partitions for n ids, exactly."""
     # Any start will do; this one is next to the minimum of the real function.
     k = len(widths)
     start = max(2, round(((k - 1) * widths[0] * n / sum(widths[1:])) ** (1 / k)))
     small = _small_radices(start, k - 1, radices)
     rows: tuple[int, ...] | None = (_least_radix(n, small, radices), *small)
     while rows is not None:
-        size = sum(map(mul, rows, widths))
-        rows = fewest_collisions(n, widths, radices, size - 1)
+        size = sum(map(rows_in.slab_bytes, rows, widths))
+        rows = fewest_collisions(n, widths, radices, size - 1, rows_in)
     return size
 
 

@@ -29,11 +29,12 @@ class DropFeature(Method):
     def fit(self, group: Group, limit: int) -> Layout:
         entries = {table.name: Entry("dropped") for table in group.tables}
         slabs, left = [], limit
-        for table in sorted(group.tables, key=lambda t: t.full_bytes or 2**62):
-            if table.full_bytes is None or table.full_bytes > left:
+        for table in sorted(group.tables, key=lambda t: group.table_bytes(t) or 2**62):
+            num_bytes = group.table_bytes(table)
+            if num_bytes is None or num_bytes > left:
                 break
-            left -= table.full_bytes
-            entries[table.name], slab = full_entry(table)
+            left -= num_bytes
+            entries[table.name], slab = full_entry(group, table)
             slabs.append(slab)
         return Layout.of(entries, Form(slabs=tuple(slabs)))
 

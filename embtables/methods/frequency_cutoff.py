@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from embtables.layout import Entry, Form, Group, Layout, Slab
+from embtables.layout import Entry, Form, Group, Layout
 from embtables.methods.base import Floor, TableEntry, full_layout
 from embtables.methods.recipe import Capped, Recipe, concat
 from embtables.optimizers import FusedOptimizer
@@ -33,7 +33,7 @@ class FrequencyCutoff(RankedMethod):
 
     def floor(self, group: Group) -> Floor:
         remap = sum(code.num_bytes for code in rank_code(group))
-        least = int(4 * group.dims.sum()) + remap
+        least = int(group.rows_bytes(1).sum()) + remap
         why = "one shared row a table" + (" and the ranks of ids that are not numbered by frequency" if remap else "")
         return Floor(min(least, group.full_bytes), why)
 
@@ -41,11 +41,11 @@ class FrequencyCutoff(RankedMethod):
         if limit >= group.full_bytes:
             return full_layout(group)
         code = rank_code(group)
-        own = self._own_rows(group, limit - int(4 * group.dims.sum()) - sum(c.num_bytes for c in code))
+        own = self._own_rows(group, limit - int(group.rows_bytes(1).sum()) - sum(c.num_bytes for c in code))
         starts = remapped(group)
         entries, slabs = {}, []
         for table, rows in zip(group.tables, own):
-            slabs.append(Slab(table.name, int(rows) + 1, table.embedding_dim))
+            slabs.append(group.slab(table.name, int(rows) + 1, table.embedding_dim))
             values = {"own_rows": int(rows)}
             if table.name in starts:
                 entries[table.name] = Entry("cut_off_by_rank", values | {"ranks_from": starts[table.name]})
@@ -59,9 +59,12 @@ class FrequencyCutoff(RankedMethod):
         # The last id of each table would be alone in the shared row, so it never needs one of its own.
         counts = [counts_by_rank(c)[:-1] for c in group.counts if c is not None]
         table = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
-        row_bytes = 4 * group.dims[table]
+        row_bytes = group.format.row_bytes(group.dims)[table]
         order = np.argsort(-(np.concatenate(counts) / row_bytes), kind="stable")
-        fitting = int(np.searchsorted(np.cumsum(row_bytes[order]), limit, side="right"))
+        # What a row adds to its table, whose rows stay in their order.
+        lengths = [np.arange(1, len(c) + 2) for c in counts]
+        more = np.concatenate([np.diff(group.format.slab_bytes(n, d)) for n, d in zip(lengths, group.dims)])
+        fitting = int(np.searchsorted(np.cumsum(more[order]), limit, side="right"))
         return np.bincount(table[order[:fitting]], minlength=len(counts))
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:

@@ -28,12 +28,12 @@ class Hash(Method):
         pass
 
     def floor(self, group: Group) -> Floor:
-        return Floor(int(4 * group.dims.sum()), "one row a table")
+        return Floor(int(group.rows_bytes(1).sum()), "one row a table")
 
     def fit(self, group: Group, limit: int) -> Layout:
         lower = np.ones(len(group.tables), dtype=np.int64)
-        rows = allocate(collision_weights(group), lower, group.num_rows, 4 * group.dims, limit)
-        pairs = [_entry(table, int(m)) for table, m in zip(group.tables, rows)]
+        rows = allocate(collision_weights(group), lower, group.num_rows, group.rows_bytes, limit)
+        pairs = [_entry(group, table, int(m)) for table, m in zip(group.tables, rows)]
         entries = {table.name: entry for table, (entry, _) in zip(group.tables, pairs)}
         return Layout.of(entries, Form(slabs=tuple(slab for _, slab in pairs)))
 
@@ -42,7 +42,7 @@ class Hash(Method):
         return concat(Hashed(name, seed_for(group.hash_seed, name, "row", 0)))
 
 
-def _entry(table: TableConfig, rows: int) -> tuple[Entry, Slab]:
+def _entry(group: Group, table: TableConfig, rows: int) -> tuple[Entry, Slab]:
     if table.rows is not None and rows >= table.rows:
-        return full_entry(table)
-    return Entry("hashed", {"rows": rows}), Slab(table.name, rows, table.embedding_dim)
+        return full_entry(group, table)
+    return Entry("hashed", {"rows": rows}), group.slab(table.name, rows, table.embedding_dim)

@@ -52,17 +52,17 @@ class MixedDimension(RankedMethod):
         for i, table in enumerate(group.tables):
             own = [(b, w) for b, w in zip(chosen.blocks, chosen.widths) if b.table == i]
             if table.name not in starts and all(w == table.embedding_dim for _, w in own):
-                entries[table.name], slab = full_entry(table)
+                entries[table.name], slab = full_entry(group, table)
                 slabs.append(slab)
                 continue
-            slabs += [Slab(f"{table.name}/{j}", b.rows, w) for j, (b, w) in enumerate(own)]
+            slabs += [group.slab(f"{table.name}/{j}", b.rows, w) for j, (b, w) in enumerate(own)]
             values = {"rows": [b.rows for b, _ in own], "widths": [w for _, w in own]}
             if table.name in starts:
                 entries[table.name] = Entry("mixed_by_rank", values | {"ranks_from": starts[table.name]})
             else:
                 entries[table.name] = Entry("mixed", values)
         narrow = sorted({(b.widest, w) for b, w in zip(chosen.blocks, chosen.widths) if w < b.widest})
-        extras = tuple(Extra(_projection(group, widest, w), (w, widest)) for widest, w in narrow)
+        extras = tuple(_extra(group, widest, w) for widest, w in narrow)
         return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
 
     # ---- the power law -------------------------------------------------------------------------------------------
@@ -99,19 +99,30 @@ class MixedDimension(RankedMethod):
             for wide, narrow in zip(_widths(b.widest), _widths(b.widest)[1:])
         )
         widths = [b.widest for b in blocks]
-        weights = sum(4 * b.rows * b.widest for b in blocks)
+        tables = range(len(group.tables))
+        blocks_of = [[i for i, b in enumerate(blocks) if b.table == t] for t in tables]
+        starts = remapped(group)
+
+        def own_bytes(t: int) -> int:
+            table = group.tables[t]
+            if table.name not in starts and all(widths[i] == table.embedding_dim for i in blocks_of[t]):
+                return group.table_bytes(table) or 0
+            return sum(group.format.slab_bytes(blocks[i].rows, widths[i]) for i in blocks_of[t])
+
+        weights = sum(own_bytes(t) for t in tables)
         remap = sum(code.num_bytes for code in rank_code(group))
         used: dict[tuple[int, int], int] = {}
-        steps = [_Step(blocks, tuple(widths), weights)]
+        steps = [_Step(blocks, tuple(widths), group.full_bytes)]
         for _, i in events:
             widest, old = blocks[i].widest, widths[i]
             new = _widths(widest)[_widths(widest).index(old) + 1]
-            weights -= 4 * blocks[i].rows * (old - new)
+            weights -= own_bytes(blocks[i].table)
             widths[i] = new
+            weights += own_bytes(blocks[i].table)
             used[widest, new] = used.get((widest, new), 0) + 1
             if old < widest:
                 used[widest, old] -= 1
-            projections = sum(4 * d * w for (d, w), blocks_of in used.items() if blocks_of)
+            projections = sum(_extra(group, d, w).num_bytes for (d, w), times in used.items() if times)
             steps.append(_Step(blocks, tuple(widths), weights + projections + remap))
         return steps
 
@@ -163,6 +174,10 @@ def _time(block: _Block, wide: int, narrow: int, top: float) -> float:
     fall = log(block.widest / sqrt(wide * narrow))
     rarity = log(top / block.popularity)
     return fall / rarity if rarity >= fall else 1 + fall - rarity
+
+
+def _extra(group: Group, widest: int, width: int) -> Extra:
+    return Extra(_projection(group, widest, width), (width, widest))
 
 
 def _projection(group: Group, widest: int, width: int) -> str:

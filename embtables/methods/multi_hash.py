@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import sqrt
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
-from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
 from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
@@ -49,23 +50,33 @@ class MultiHash(Method):
                 )
 
     def floor(self, group: Group) -> Floor:
-        return Floor(int(4 * group.dims.sum()), "one row a table")
+        return Floor(int(self._bytes(group, np.ones_like(group.dims)).sum()), "one row a table")
 
     def fit(self, group: Group, limit: int) -> Layout:
         lower = np.ones(len(group.tables), dtype=np.int64)
-        rows = allocate(collision_weights(group), lower, group.num_rows, 4 * group.dims, limit)
-        pairs = [self._entry(table, int(m)) for table, m in zip(group.tables, rows)]
+        rows = allocate(collision_weights(group), lower, group.num_rows, partial(self._bytes, group), limit)
+        pairs = [self._entry(group, table, int(m)) for table, m in zip(group.tables, rows)]
         entries = {table.name: entry for table, (entry, _) in zip(group.tables, pairs)}
         return Layout.of(entries, Form(slabs=tuple(slab for _, slabs in pairs for slab in slabs)))
 
-    def _entry(self, table: TableConfig, rows: int) -> tuple[Entry, list[Slab]]:
-        if table.rows is not None and rows >= table.rows:
-            entry, slab = full_entry(table)
+    def _entry(self, group: Group, table: TableConfig, rows: int) -> tuple[Entry, list[Slab]]:
+        slabs = [group.slab(table.name, rows, table.embedding_dim)]
+        if self.operation == "concat":
+            widths = chunk_widths(table.embedding_dim, self.num_hashes)
+            slabs = [group.slab(f"{table.name}/{j}", rows, w) for j, w in enumerate(widths)]
+        full_bytes = group.table_bytes(table)
+        if full_bytes is not None and sum(slab.num_bytes for slab in slabs) >= full_bytes:
+            entry, slab = full_entry(group, table)
             return entry, [slab]
+        return Entry("hashed", {"rows": rows}), slabs
+
+    def _bytes(self, group: Group, rows: Counts) -> Counts:
+        """Bytes of each table with so many hashed rows, which is kept in full where that costs no more."""
         if self.operation != "concat":
-            return Entry("hashed", {"rows": rows}), [Slab(table.name, rows, table.embedding_dim)]
-        widths = chunk_widths(table.embedding_dim, self.num_hashes)
-        return Entry("hashed", {"rows": rows}), [Slab(f"{table.name}/{j}", rows, w) for j, w in enumerate(widths)]
+            return group.rows_bytes(rows)
+        widths = np.array([chunk_widths(t.embedding_dim, self.num_hashes) for t in group.tables], dtype=np.int64)
+        chunks: Counts = group.format.slab_bytes(rows[:, np.newaxis], widths).sum(axis=1)
+        return np.minimum(chunks, group.rows_bytes(group.num_rows))
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         name, numbers = entry.table.name, range(self.num_hashes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from embtables.budget import split
 from embtables.config import TableConfig
+from embtables.formats import RowFormat
 from embtables.layout import FULL, Code, Entry, Form, Group, Layout, Slab
 from embtables.lookup.block import Block, Extras, Part
 from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
@@ -75,7 +76,7 @@ class Pruned(Method):
         codes: list[Code] = []
         for tables, share in zip(parts, shares):
             if share >= tables.full_bytes:
-                pairs = [full_entry(table) for table in tables.tables]
+                pairs = [full_entry(group, table) for table in tables.tables]
                 entries |= {table.name: entry for table, (entry, _) in zip(tables.tables, pairs)}
                 whole += [slab for _, slab in pairs]
                 continue
@@ -141,7 +142,9 @@ def _name(group: Group, dim: int) -> str:
 def by_dim(group: Group) -> list[Tables]:
     """The tables of a group, those of one dimension together."""
     dims = dict.fromkeys(table.embedding_dim for table in group.tables)
-    return [Tables(_name(group, d), d, tuple(t for t in group.tables if t.embedding_dim == d)) for d in dims]
+    return [
+        Tables(_name(group, d), d, tuple(t for t in group.tables if t.embedding_dim == d), group.format) for d in dims
+    ]
 
 
 class Tables(NamedTuple):
@@ -150,6 +153,7 @@ class Tables(NamedTuple):
     name: str
     dim: int
     tables: tuple[TableConfig, ...]
+    format: RowFormat
 
     @property
     def first_rows(self) -> list[int]:
@@ -161,7 +165,7 @@ class Tables(NamedTuple):
 
     @property
     def full_bytes(self) -> int:
-        return 4 * self.rows * self.dim
+        return sum(self.format.slab_bytes(t.rows or 0, self.dim) for t in self.tables)
 
     @property
     def least_bytes(self) -> int:
@@ -184,21 +188,21 @@ class Tables(NamedTuple):
     def _bitmap(self, kept: int, most: int) -> tuple[Code, ...]:
         blocks = -(-self.rows * self.dim // (64 * _WORDS))
         return (
-            Code(f"{self.name}/values", (kept,), "float32", "weights"),
+            Code(f"{self.name}/values", (kept,), self.format.dtype, "weights"),
             Code(f"{self.name}/bitmap", (blocks * _WORDS,), "int64", "index"),
             Code(f"{self.name}/directory", (blocks,), _integer(most), "index"),
         )
 
     def _rows(self, kept: int, most: int) -> tuple[Code, ...]:
         return (
-            Code(f"{self.name}/values", (kept,), "float32", "weights"),
+            Code(f"{self.name}/values", (kept,), self.format.dtype, "weights"),
             Code(f"{self.name}/columns", (kept,), self._column, "index"),
             Code(f"{self.name}/pointers", (self.rows + 1,), _integer(most), "index"),
         )
 
     def _entries(self, kept: int, most: int) -> tuple[Code, ...]:
         return (
-            Code(f"{self.name}/values", (kept,), "float32", "weights"),
+            Code(f"{self.name}/values", (kept,), self.format.dtype, "weights"),
             Code(f"{self.name}/columns", (kept,), self._column, "index"),
             Code(f"{self.name}/ids", (kept,), _integer(self.rows), "index"),
         )

@@ -39,7 +39,7 @@ class Robe(Method):
             )
 
     def floor(self, group: Group) -> Floor:
-        return Floor(4 * self.block_size, "one block of the array")
+        return Floor(group.format.slab_bytes(self.block_size, 1), "one block of the array")
 
     def fit(self, group: Group, limit: int) -> Layout:
         size = self.block_size

@@ -47,7 +47,7 @@ class Unified(Method):
         return common // 2 if common % 2 == 0 else common
 
     def floor(self, group: Group) -> Floor:
-        return Floor(4 * self._width(group), "one row of the shared storage")
+        return Floor(group.format.slab_bytes(1, self._width(group)), "one row of the shared storage")
 
     def fit(self, group: Group, limit: int) -> Layout:
         width = self._width(group)

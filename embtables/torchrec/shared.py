@@ -11,6 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtables.config import Pooling, TableConfig
+from embtables.formats import FP32, weight_name
 from embtables.layout import FULL
 from embtables.tables import EmbeddingTables
 
@@ -132,7 +133,7 @@ def _stored_weights(tables: EmbeddingTables) -> dict[str, list[str]]:
     """The tables whose rows make up each of the store's weights, in their order."""
     by_weight: dict[str, list[str]] = {}
     for name, slab in tables.store.named_slabs():
-        by_weight.setdefault(f"tables.store.weight_{slab.shape[1]}", []).append(name)
+        by_weight.setdefault(f"tables.store.{weight_name(FP32.name, slab.shape[1])}", []).append(name)
     return by_weight
 
 

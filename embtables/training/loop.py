@@ -246,8 +246,8 @@ class Run:
         store = self.tables.store
         slabs = dict(store.named_slabs())
         # The store lists its slabs by width, many tables in one tensor; here every table is of interest.
-        widths = {f"weight_{width}" for width in store.widths}
-        extras = {name: tensor for name, tensor, is_code in store.tensors() if not is_code and name not in widths}
+        weights = set(store.weight_names)
+        extras = {name: tensor for name, tensor, is_code in store.tensors() if not is_code and name not in weights}
         return {
             f"rms/{name}": float(tensor.detach().float().square().mean().sqrt())
             for name, tensor in (slabs | extras).items()

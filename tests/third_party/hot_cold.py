@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.hashing import hash_ids, mix, seed_for
-from embtables.layout import Code, Entry, Form, Group, Layout, Slab
+from embtables.layout import Code, Entry, Form, Group, Layout
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.engine import Touched
 from embtables.methods.base import Floor, Initializer, Method, Stage, TableEntry
@@ -34,21 +34,19 @@ class HotCold(Method):
             raise ValueError("method hot_cold needs tables of one embedding_dim; give others a pattern of their own")
 
     def floor(self, group: Group) -> Floor:
-        return Floor((8 + self._row(group)) * self.hot_rows + self._row(group), "the hot rows and one shared row")
+        rows = group.format.slab_bytes(self.hot_rows + 1, group.tables[0].embedding_dim)
+        return Floor(8 * self.hot_rows + rows, "the hot rows and one shared row")
 
     def fit(self, group: Group, limit: int) -> Layout:
-        cold = (limit - 8 * self.hot_rows) // self._row(group) - self.hot_rows
-        slabs = (Slab(f"{group.name}/rows", self.hot_rows + cold, group.tables[0].embedding_dim),)
+        dim = group.tables[0].embedding_dim
+        rows = group.format.rows_within(limit - 8 * self.hot_rows, dim)
+        slabs = (group.slab(f"{group.name}/rows", rows, dim),)
         owners = Code(f"{group.name}/owners", (self.hot_rows,), "int64", "index")
         # What only training needs is not served.
         sketch = Code(f"{group.name}/sketch", (16 * self.hot_rows,), "int32", "index")
         candidates = Code(f"{group.name}/candidates", (self.hot_rows,), "int64", "index")
-        entries = {table.name: Entry("hot and cold", {"cold": cold}) for table in group.tables}
+        entries = {table.name: Entry("hot and cold", {"cold": rows - self.hot_rows}) for table in group.tables}
         return Layout(entries, Form(slabs, codes=(owners, sketch, candidates)), Form(slabs, codes=(owners,)))
-
-    @staticmethod
-    def _row(group: Group) -> int:
-        return 4 * group.tables[0].embedding_dim
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         super().initialize(layout, group, store, init)

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables import TableConfig
-from embtables.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.layout import FULL, Entry, Form, Group, Layout
 from embtables.lookup.block import Block, Extras, Part
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
 from embtables.store import Store
@@ -33,20 +33,21 @@ class TensorTrain(Method):
         entries, slabs = {}, []
         for table in group.tables:
             rows, widths = shape(table, rank)
-            if 4 * sum(n * w for n, w in zip(rows, widths)) >= (table.full_bytes or 0):
-                entries[table.name], slab = full_entry(table)
-                slabs.append(slab)
+            cores = [group.slab(f"{table.name}/core{j}", n, w) for j, (n, w) in enumerate(zip(rows, widths))]
+            entries[table.name], full = full_entry(group, table)
+            if sum(core.num_bytes for core in cores) >= full.num_bytes:
+                slabs.append(full)
                 continue
             # Tables of one rank are looked up together.
             entries[table.name] = Entry(f"rank {rank}", {"rows": rows, "rank": rank})
-            slabs += [Slab(f"{table.name}/core{j}", n, w) for j, (n, w) in enumerate(zip(rows, widths))]
+            slabs += cores
         return Layout.of(entries, Form(slabs=tuple(slabs)))
 
     @staticmethod
     def _bytes(group: Group, rank: int) -> int:
         shapes = [shape(table, rank) for table in group.tables]
-        sizes = [4 * sum(n * w for n, w in zip(*s)) for s in shapes]
-        return sum(min(size, t.full_bytes or 0) for size, t in zip(sizes, group.tables))
+        sizes = [sum(map(group.format.slab_bytes, rows, widths)) for rows, widths in shapes]
+        return sum(min(size, group.table_bytes(t) or 0) for size, t in zip(sizes, group.tables))
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
         return TensorTrainBlock(entries, store)

@@ -1,0 +1,140 @@
+"""Sizes follow from the row format alone: the methods are fitted to formats that they have never heard of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from core_cases import all_methods, counted_bytes, falling_counts, method_id, shuffled_counts
+
+from embtables import Plan, TableConfig, plan
+from embtables.formats import FORMATS, FP32, RowFormat, Size
+from embtables.layout import Form, Group, Layout, Slab
+from embtables.methods import Method, from_config
+from embtables.plan import GroupPlan
+from embtables.store import Store
+
+
+class ScaleForEachRow(RowFormat):
+    def columns(self, width: Size) -> Size:
+        return width + 1
+
+
+class ScaleForEightRows(RowFormat):
+    def slab_bytes(self, rows: Size, width: Size) -> Size:
+        return rows * self.row_bytes(width) + 2 * -(-rows // 8)
+
+
+class ScaleForTheSlab(RowFormat):
+    def slab_bytes(self, rows: Size, width: Size) -> Size:
+        return rows * self.row_bytes(width) + 2
+
+
+class FourBits(RowFormat):
+    def columns(self, width: Size) -> Size:
+        return -(-width // 2)
+
+
+# Each with its bytes, written out once more.
+FAKES: list[tuple[RowFormat, Callable[[int, int], int]]] = [
+    (ScaleForEachRow("row", "int16"), lambda rows, width: rows * (2 * width + 2)),
+    (ScaleForEightRows("block", "int16"), lambda rows, width: 2 * rows * width + 2 * ((rows + 7) // 8)),
+    (ScaleForTheSlab("slab", "int16"), lambda rows, width: 2 * rows * width + 2),
+    (FourBits("bits", "uint8"), lambda rows, width: rows * ((width + 1) // 2)),
+    (FP32, lambda rows, width: 4 * rows * width),
+]
+EVERY_FAKE = pytest.mark.parametrize(("fake", "expected"), FAKES, ids=[fake.name for fake, _ in FAKES])
+TABLES = (TableConfig("a", 9000, 16), TableConfig("b", 4000, 10), TableConfig("c", 12, 4), TableConfig("d", 700, 16))
+# Ids in the order of their frequency, and some that need a remap.
+COUNTS = (falling_counts(9000), shuffled_counts(4000), falling_counts(12), falling_counts(700))
+# Those whose sizes change by a row, an entry or less at a time.
+FINE = ("hash", "multi_hash", "unified", "robe", "frequency_cutoff", "pruned")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fake, _ in FAKES:
+        monkeypatch.setitem(FORMATS, fake.name, fake)
+
+
+def full_bytes(expected: Callable[[int, int], int]) -> int:
+    return sum(expected(t.rows or 0, t.embedding_dim) for t in TABLES)
+
+
+@EVERY_FAKE
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_every_method_fits_every_format(method: Method, fake: RowFormat, expected: Callable[[int, int], int]) -> None:
+    group = Group("g", TABLES, COUNTS, 0, fake)
+    floor, full = method.floor(group).num_bytes, full_bytes(expected)
+    assert group.full_bytes == full
+
+    def fitted(limit: int) -> Layout:
+        layout = method.fit(group, limit)
+        form = layout.serving
+        others = sum(item.num_bytes for item in (*form.extras, *form.codes))
+        assert all(slab.format == fake.name for slab in form.slabs)
+        assert form.num_bytes == sum(expected(s.rows, s.width) for s in form.slabs) + others <= limit
+        return layout
+
+    # The floor is what the least layout takes, and nobody could do with less.
+    assert fitted(floor).serving.num_bytes == floor <= full
+    if method.kind == "full":
+        return
+    near = [int(n) for n in np.geomspace(max(1, floor), full, 12)]
+    layouts = {limit: fitted(limit) for limit in sorted({max(n + more, floor) for n in near for more in (0, 1, 40)})}
+    for less, more in pairwise(layouts.values()):
+        assert less.serving.num_bytes <= more.serving.num_bytes
+    for limit, layout in layouts.items():
+        if method.kind in FINE and floor + 1000 < limit < full:
+            assert layout.serving.num_bytes >= 0.95 * limit, limit
+        if limit >= full:
+            assert {entry.variant for entry in layout.entries.values()} == {"full"}
+            assert layout.serving.num_bytes == full
+
+
+@pytest.mark.parametrize("name", ["row", "bits", "fp32"])
+def test_what_is_stored_takes_the_bytes_that_are_planned(name: str) -> None:
+    group = Group("g", TABLES, COUNTS, 0, FORMATS[name])
+    form = from_config("compositional").fit(group, group.full_bytes // 3).serving
+    store = Store([form, Form((Slab("other", 30, 16), Slab("and_another", 7, 4)))], None, trainable=False)
+    assert counted_bytes(store) == form.num_bytes + 4 * (30 * 16 + 7 * 4)
+    assert all(len(store.slab(slab.name)) == slab.rows for slab in form.slabs)
+    names = {"weight_16", "weight_4"} | {
+        f"weight_{s.width}" if name == "fp32" else f"weight_{name}_{s.width}" for s in form.slabs
+    }
+    assert set(store.weight_names) == set(store.state_dict()) == names
+    assert store.slab("other").dtype == torch.float32
+
+
+def test_fp32_is_not_written_out_and_other_formats_are_read_back() -> None:
+    solved = plan(TABLES, "hash", "20%")
+    assert "format" not in solved.to_dict()["groups"][0]
+    assert all(set(slab) == {"name", "rows", "width"} for slab in solved.groups[0].layout.training.to_dict()["slabs"])
+    group = Group("g", TABLES, (None,) * 4, 0, FORMATS["block"])
+    method = from_config("pruned")
+    packed = Plan(TABLES, (GroupPlan(group, method, method.fit(group, 50_000)),), 50_000, None, 0)
+    data = json.loads(json.dumps(packed.to_dict()))
+    again = Plan.from_dict(data)
+    assert again == packed and again.groups[0].group.format is FORMATS["block"]
+    assert again.fingerprint == packed.fingerprint and again.inference_bytes == packed.inference_bytes
+
+
+@pytest.mark.parametrize("where", ["group", "slab"])
+def test_an_unknown_format_is_named(where: str) -> None:
+    data = json.loads(json.dumps(plan(TABLES, "hash", "20%").to_dict()))
+    (data["groups"][0] if where == "group" else data["groups"][0]["layout"]["training"]["slabs"][0])["format"] = "fp7"
+    with pytest.raises(ValueError, match="unknown row format 'fp7'; there are: fp32"):
+        Plan.from_dict(data).inference_bytes  # noqa: B018
+
+
+@EVERY_FAKE
+def test_the_most_rows_within_a_limit(fake: RowFormat, expected: Callable[[int, int], int]) -> None:
+    for width in (1, 2, 5, 16):
+        for limit in range(expected(0, width), 500):
+            rows = fake.rows_within(limit, width)
+            assert expected(rows, width) <= limit < expected(rows + 1, width)
+        assert fake.rows_within(expected(0, width) - 1, width) < 0
