@@ -13,7 +13,11 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 
 # More arguments for pip. A host without a GPU saves gigabytes with an index of CPU-only builds of torch.
 PIP_FLAGS ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PIP_FLAGS) -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) -c constraints.txt
+
+# $(call quietly,COMMAND): what the command prints is shown where it fails, every word of it, and nowhere else.
+LOG := $(VENV)/install.log
+quietly = $(1) >$(LOG) 2>&1 || { cat $(LOG) >&2; false; }
 
 # Processes of tests and demo, and arguments for pytest: make test PYTEST_FLAGS="-k plan"
 JOBS ?= 2
@@ -34,9 +38,9 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables
 		{ echo "embtables needs Python 3.10, 3.11 or 3.12 with venv and pip; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) ($$($(BIN)/python --version)); the first time this downloads torch and takes minutes."
-	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps torchrec fbgemm-gpu-cpu
-	@$(PIP) --no-deps --no-compile $(FRAMEWORKS) 2>/dev/null || \
+	@$(call quietly,$(PIP) --editable '.[dev]')
+	@$(call quietly,$(PIP) --no-deps torchrec fbgemm-gpu-cpu)
+	@$(call quietly,$(PIP) --no-deps --no-compile $(FRAMEWORKS)) || \
 		echo "FuxiCTR and DeepCTR-Torch cannot be installed for this Python; the tests that need them are skipped."
 	@touch $@
 

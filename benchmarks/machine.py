@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.timing import Call
 
-PACKAGES = ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "fuxictr", "deepctr-torch", "numpy")
+PACKAGES = ("fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "fuxictr", "deepctr-torch", "numpy")
 TABLE_BYTES = 2**31  # far beyond what a core's caches hold
 COPY_BYTES = 2**29
 
@@ -32,6 +32,7 @@ def describe() -> dict[str, Any]:
         "huge_pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "torch": str(torch.__version__),
     }
     for package in PACKAGES:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import json
 import os
 import re
 import shutil
@@ -12,6 +14,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import wheels
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.tags import compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("torchrec", "fbgemm_gpu", "pandas", "polars", "pyarrow", "tensorboard", "matplotlib", "typer", "rich")
@@ -97,6 +104,92 @@ def test_constraints_pin_the_matching_set() -> None:
     assert {"torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "torchrec==1.8.0"} <= set(lines)
     unpinned = [line for line in lines if line and not line.startswith("#") and "==" not in line]
     assert unpinned == []
+
+
+def required(requirements: list[str], python: str, extra: str = "") -> list[Requirement]:
+    """Those of the requirements that hold on ``python``, each without its marker."""
+    parsed = map(Requirement, requirements)
+    asked = wheels.markers(python) | {"extra": extra}
+    return [item for item in parsed if item.marker is None or item.marker.evaluate(asked)]
+
+
+def own_requirements(python: str) -> list[Requirement]:
+    """What ``embtables[dev]`` requires by setup.cfg, with the extras that it asks of itself."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    found, asked = required(setup["options"]["install_requires"].split("\n")[1:], python), ["dev"]
+    for extra in asked:
+        lines = [line for line in setup["options.extras_require"][extra].split("\n") if line]
+        for item in required(lines, python):
+            if item.name == "embtables":
+                asked.extend(item.extras)
+            else:
+                found.append(item)
+    return found
+
+
+@pytest.mark.parametrize("python", wheels.PYTHONS)
+def test_the_pinned_set_is_what_the_public_wheels_require(python: str) -> None:
+    """On Linux, x86_64, whatever Python runs the test. torch's CUDA libraries alone are left to torch's own pins."""
+    pins, released = wheels.pins(python), json.loads(wheels.FILE.read_text(encoding="utf-8"))
+    waiting, seen, unpinned = [("embtables", item) for item in own_requirements(python)], set(), set()
+    while waiting:
+        asker, item = waiting.pop()
+        name = canonicalize_name(item.name)
+        if name not in pins:
+            unpinned.add((asker, re.split("[-_]", name)[0]))
+            continue
+        assert item.specifier.contains(pins[name]), f"{asker} requires {item}; constraints.txt pins {pins[name]}"
+        release = f"{name}=={pins[name]}"
+        assert release in released, f"wheels.json lacks {release}: python tests/wheels.py"
+        if release not in seen:
+            seen.add(release)
+            waiting += [(release, inner) for inner in required(released[release]["requires"], python)]
+    assert {name for name, _ in unpinned} == {f"torch=={pins['torch']}"}
+    assert {family for _, family in unpinned} == {"cuda", "nvidia"}
+
+
+@pytest.mark.parametrize("python", wheels.PYTHONS)
+def test_every_pinned_release_has_a_public_wheel(python: str) -> None:
+    released = json.loads(wheels.FILE.read_text(encoding="utf-8"))
+    version = tuple(map(int, python.split(".")))
+    interpreter = f"cp{python.replace('.', '')}"
+    fitting = {
+        *cpython_tags(version, abis=[interpreter], platforms=wheels.PLATFORMS),
+        *compatible_tags(version, interpreter, wheels.PLATFORMS),
+    }
+    for name, pin in wheels.pins(python).items():
+        assert f"{name}=={pin}" in released, f"wheels.json lacks {name}=={pin}: python tests/wheels.py"
+        release = released[f"{name}=={pin}"]
+        wanted = release["requires_python"]
+        assert SpecifierSet(wanted).contains(f"{python}.0"), f"{name}=={pin} is for Python {wanted}, not {python}"
+        parsed = [parse_wheel_filename(wheel) for wheel in release["wheels"]]
+        assert {(wheel[0], str(wheel[1])) for wheel in parsed} == {(name, pin)}
+        assert any(fitting & wheel[3] for wheel in parsed), f"{name}=={pin} has no wheel for Python {python}"
+
+
+@pytest.mark.parametrize("step", ["--editable", "torchrec", "fuxictr"])
+def test_make_shows_what_pip_says_when_it_fails(tmp_path: Path, step: str) -> None:
+    """A pip that explains itself at length on one of the three installations; the frameworks' is not the last word."""
+    for name in ("Makefile", "setup.cfg", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    interpreter = tmp_path / ".venv" / "bin" / "python"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*--quiet* | *" -q "*) exit 1 ;;
+*" install "*"{step}"*) echo "torch depends on triton==1"; echo "ERROR: ResolutionImpossible" >&2; exit 1 ;;
+*) echo "a line of pip's" ;;
+esac
+"""
+    )
+    interpreter.chmod(0o755)
+    result = subprocess.run(["make", "venv"], cwd=tmp_path, capture_output=True, text=True)
+    assert "torch depends on triton==1\nERROR: ResolutionImpossible\n" in result.stderr
+    skipped = "FuxiCTR and DeepCTR-Torch cannot be installed for this Python" in result.stdout
+    assert (result.returncode == 0) == skipped == (step == "fuxictr")
+    assert (tmp_path / ".venv" / ".installed").exists() == skipped
 
 
 def test_readme_opens_with_the_two_commands() -> None:

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import machine
 from embtables import EmbeddingTables
 from embtables.cli import run as main
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.methods import kinds
 from embtables.training import Trainer, load_config, load_served, metrics
+from embtables.training.environment import environment
 from embtables.training.finite import NonFiniteError
 from embtables.training.planning import plan_tables
 
@@ -57,9 +59,16 @@ def test_the_files_of_a_run(run):
         assert (out / name).is_file()
     assert json.loads((out / "metrics.json").read_text()) == result
     assert list((out / "tensorboard").glob("events.*"))
-    environment = json.loads((out / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__ and environment["threads"] >= 1
+    noted = json.loads((out / "environment.json").read_text())
+    assert noted["torch"] == torch.__version__ and noted["threads"] >= 1
     assert str(out) not in (out / "environment.json").read_text()
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.13.0+cpu", "2.13.0+cu130"])
+def test_torch_is_noted_as_the_module_calls_itself(monkeypatch, version):
+    """The public wheel is 2.13.0 by its metadata and 2.13.0+cu130 by the module; CPU-only builds say +cpu in both."""
+    monkeypatch.setattr(torch, "__version__", version)
+    assert environment(torch.device("cpu"), 1)["torch"] == machine.describe()["torch"] == version
 
 
 def test_metrics_are_those_of_the_served_files(run, data):

@@ -17,7 +17,6 @@ __all__ = ["environment", "peak_rss_bytes"]
 
 _PACKAGES = (
     "embtables",
-    "torch",
     "numpy",
     "safetensors",
     "pyarrow",
@@ -32,6 +31,8 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Versions of what takes part in the numbers (``None``: not installed), processor, memory, threads, device."""
     return {
         "python": platform.python_version(),
+        # The module's own word: the metadata of the public wheels do not tell which CUDA they were built for.
+        "torch": str(torch.__version__),
         **{name: _version(name) for name in _PACKAGES},
         "system": platform.system(),
         "machine": platform.machine(),
