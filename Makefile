@@ -1,4 +1,4 @@
-# `make help` lists the targets. Any Python 3.10–3.12 with venv will do; PYTHON=… names one.
+# `make help` lists the targets. Any Python 3.10–3.14 with venv will do; PYTHON=… names one.
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test sanitize bench lint format clean distclean
 
@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # The first interpreter of a supported version that can make an environment.
-SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 # More arguments for pip. A host without a GPU saves gigabytes with an index of CPU-only builds of torch.
@@ -35,7 +35,7 @@ venv: $(STAMP) ## make .venv and install everything into it
 # fbgemm-gpu-cpu and cannot be imported without a GPU driver. Its other requirements are in the extra `torchrec`.
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables/ops/csrc/*)
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
-		{ echo "embtables needs Python 3.10, 3.11 or 3.12 with venv and pip; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
+		{ echo "embtables needs Python 3.10 to 3.14 with venv and pip; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) ($$($(BIN)/python --version)); the first time this downloads torch and takes minutes."
 	@$(call quietly,$(PIP) --editable '.[dev]')

@@ -192,6 +192,46 @@ esac
     assert (tmp_path / ".venv" / ".installed").exists() == skipped
 
 
+def test_every_page_names_the_same_pythons() -> None:
+    """From the oldest that setup.cfg allows to the newest whose wheels are known, without a gap."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    classified = re.findall(r"^Programming Language :: Python :: (3\.\d+)$", setup["metadata"]["classifiers"], re.M)
+    assert tuple(classified) == wheels.PYTHONS
+    oldest, newest = wheels.PYTHONS[0], wheels.PYTHONS[-1]
+    assert setup["options"]["python_requires"] == f">={oldest}"
+    assert f"\nPython {oldest}–{newest}. " in (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"Any Python {oldest}–{newest} with" in makefile
+    assert f"embtables needs Python {oldest} to {newest} with" in makefile
+    with (ROOT / "pyproject.toml").open(encoding="utf-8") as file:
+        assert re.findall(r"python_version = \"(.*)\"|target-version = \"py3(.*)\"", file.read()) == [
+            ("", oldest[2:]),
+            (oldest, ""),
+        ]
+
+
+@pytest.mark.parametrize("version", ["3.9", *wheels.PYTHONS, "3.15"])
+def test_make_takes_each_supported_python(tmp_path: Path, version: str) -> None:
+    """By its own name; another is refused even as ``python3``. No other interpreter is on the path."""
+    name = f"python{version}" if version in wheels.PYTHONS else "python3"
+    fake = tmp_path / name
+    shown = re.sub(r"\D", ", ", version)
+    # Runs what make asks of it, as the interpreter of another version would.
+    fake.write_text(
+        f"""#!/bin/sh
+test "$1" = -c || exit 0
+exec {sys.executable} -c "import sys; sys.version_info = ({shown}, 0); exec(sys.argv[1])" "$2"
+"""
+    )
+    fake.chmod(0o755)
+    command = [shutil.which("make"), "--dry-run", "venv", "VENV=missing"]
+    result = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    chosen = re.search(r"(\S*) -m venv missing", result.stdout)
+    assert chosen is not None, result.stderr
+    assert chosen[1] == (name if version in wheels.PYTHONS else "")
+
+
 def test_readme_opens_with_the_two_commands() -> None:
     blocks = re.findall(
         r"```(?:sh|bash|console)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
