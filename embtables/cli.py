@@ -16,6 +16,8 @@ from typing import NoReturn
 
 import typer
 
+from embtables import __version__
+
 
 @dataclass(frozen=True)
 class Command:
@@ -61,19 +63,8 @@ EMBTABLES_TRACEBACK=1 shows where an error was raised."""
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"embtables {version()}")
+        typer.echo(f"embtables {__version__}")
         raise typer.Exit()
-
-
-def version() -> str:
-    """The installed version, or the one in the source tree when the package is not installed."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("embtables")
-    except PackageNotFoundError:
-        return "0 (not installed)"
 
 
 def _root(

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from test_benchmark_sweep import data  # noqa: F401 (fixture)
 
+import embtables
 from embtables import cli
 from embtables.cli import COMMANDS, Command, run, sentence
 from embtables.datasets import PreparedDataset
@@ -54,7 +55,7 @@ def test_every_command_has_help_with_an_example(command: str, capfd: pytest.Capt
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
-    assert capfd.readouterr().out.split()[0] == "embtables"
+    assert capfd.readouterr().out == f"embtables {embtables.__version__}\n"
 
 
 def test_usage_errors(capfd: pytest.CaptureFixture[str]) -> None:

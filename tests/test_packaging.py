@@ -99,6 +99,21 @@ def test_wheel_and_source_archive_hold_every_file(tmp_path: Path) -> None:
     assert {name: size for name, size in members.items() if name.startswith("embtables/")} == expected
 
 
+def test_the_version_stands_in_one_place(tmp_path: Path) -> None:
+    """Another version in the package is the one of the distribution, whose setup reads it without importing torch."""
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = (ROOT / "embtables" / "__init__.py").read_text(encoding="utf-8")
+    changed, count = re.subn(r'^__version__ = ".*"$', '__version__ = "9.8.7"', code, flags=re.MULTILINE)
+    assert count == 1
+    (tmp_path / "embtables").mkdir()
+    (tmp_path / "embtables" / "__init__.py").write_text(changed, encoding="utf-8")
+    (tmp_path / "torch.py").write_text("raise ImportError('torch takes seconds')\n")
+    command = [sys.executable, "setup.py", "--version"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.split()[-1:] == ["9.8.7"], result.stderr
+
+
 def test_constraints_pin_the_matching_set() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert {"torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "torchrec==1.8.0"} <= set(lines)

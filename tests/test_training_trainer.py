@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import embtables
 from benchmarks import machine
 from embtables import EmbeddingTables
 from embtables.cli import run as main
@@ -60,7 +61,8 @@ def test_the_files_of_a_run(run):
     assert json.loads((out / "metrics.json").read_text()) == result
     assert list((out / "tensorboard").glob("events.*"))
     noted = json.loads((out / "environment.json").read_text())
-    assert noted["torch"] == torch.__version__ and noted["threads"] >= 1
+    assert noted["embtables"] == embtables.__version__ and noted["torch"] == torch.__version__
+    assert noted["threads"] >= 1
     assert str(out) not in (out / "environment.json").read_text()
 
 

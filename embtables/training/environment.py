@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from embtables import ops
+from embtables import __version__, ops
 
 __all__ = ["environment", "peak_rss_bytes"]
 
 _PACKAGES = (
-    "embtables",
     "numpy",
     "safetensors",
     "pyarrow",
@@ -31,6 +30,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Versions of what takes part in the numbers (``None``: not installed), processor, memory, threads, device."""
     return {
         "python": platform.python_version(),
+        "embtables": __version__,
         # The module's own word: the metadata of the public wheels do not tell which CUDA they were built for.
         "torch": str(torch.__version__),
         **{name: _version(name) for name in _PACKAGES},
