@@ -88,7 +88,7 @@ def gathers(width: int, count: int, table_bytes: int = TABLE_BYTES) -> dict[str,
     if backend() == "native":
         from embtables.ops import fused_lookup
 
-        hook, hyper = torch.zeros(()), torch.zeros(5, dtype=torch.float64)
+        hook, hyper = torch.zeros(()), torch.zeros(2, dtype=torch.float64)
         ways["random rows, embtables"] = lambda batch: _drop(
             fused_lookup(table, [], rows[batch % 16], hook, hyper, "sgd")
         )

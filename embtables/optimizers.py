@@ -1,27 +1,60 @@
-"""The optimisers that can be fused into the tables' backward pass: small frozen configs.
+"""The optimizers that can be fused into the tables' backward pass: a frozen dataclass says all of an update rule.
 
-Each names an update rule of ``embtables.ops`` and says what state a row of ``width`` weights needs.
+Its fields are the hyper-parameters, ``state_widths`` and ``counts_steps`` say what it keeps, and ``update`` is its form
+in PyTorch. ``embtables.ops`` has native forms of some rules and takes ``update`` for all others. Other packages bring
+theirs under the entry point ``embtables.optimizers``.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
+
+from torch import Tensor
+
+from embtables.plugins import load
+
+GROUP = "embtables.optimizers"
+_CLIP = "clip_row_norm"
+
+# All rules by their kind, from the definition of their class on, so that operators know a rule by that word alone.
+_rules: dict[str, type[FusedOptimizer]] = {}
 
 
 @dataclass(frozen=True)
 class FusedOptimizer:
-    """Common fields.
+    """What all rules have in common; a subclass is a rule of its own, with a ``kind`` of its own.
 
     ``lr``: the learning rate. ``l2``: weight decay, added to the gradient of touched rows. ``clip_row_norm``: the
     largest norm of a row's gradient, summed over the batch; a longer one is shortened to it, before ``l2`` is added. 0
     for none. A norm over all tables could only be known after all rows, when the first ones are updated already.
+
+    Fields are non-negative numbers, unless a subclass checks its own in ``__post_init__``. Operators take them as one
+    tensor (``hyper_values``), so that a new learning rate compiles nothing.
     """
 
     kind: ClassVar[str]
+    # Whether ``update`` needs the number of the present step, one int64 for all tables.
+    counts_steps: ClassVar[bool] = False
+
     lr: float = 0.01
     l2: float = 0.0
     clip_row_norm: float = 0.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "kind"):
+            return
+        known = _rules.get(cls.kind, cls)
+        # A cell of a notebook that runs again, and dataclass(slots=True), define their class anew.
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"the optimizer {cls.__module__}.{cls.__qualname__} has the kind '{cls.kind}', "
+                f"which is that of {known.__module__}.{known.__qualname__}: give it another one"
+            )
+        _rules[cls.kind] = cls
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -29,16 +62,70 @@ class FusedOptimizer:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"{type(self).__name__}.{field.name} must be a non-negative number, not {value!r}")
 
-    def state_widths(self, width: int) -> tuple[int, ...]:
-        """Width of each fp32 state tensor that goes with a slab of ``width`` columns."""
+    # ---- the rule --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def state_widths(cls, width: int) -> tuple[int, ...]:
+        """Columns of each state tensor that goes with a weight of ``width`` columns; by default there is none.
+
+        State is fp32 and begins with zeros.
+        """
+        return ()
+
+    @staticmethod
+    def update(
+        grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """One step on U distinct rows: what is subtracted from them ``[U, width]``, and their new state.
+
+        A pure function, whose rows do not depend on one another.
+
+        Args:
+            grad: ``[U, width]``, summed over the batch, clipped, and with ``l2`` added.
+            weight: the rows themselves, ``[U, width]``.
+            state: their state, ``[U, columns]`` each.
+            hyper: the fields by name, float64 scalars.
+            step: the number of the present step from 1 on, an int64 scalar; 0 unless ``counts_steps``.
+        """
         raise NotImplementedError
 
-    @property
-    def counts_steps(self) -> bool:
-        """Whether the rule needs the number of steps, one int64 for all tables."""
-        return False
+    # ---- hyper-parameters as a tensor ------------------------------------------------------------------------------
+
+    def hyper_values(self) -> list[float]:
+        """``lr``, ``l2``, the rule's own fields as defined and, only where rows are clipped, ``clip_row_norm``.
+
+        So the length says whether rows are clipped, which graphs and kernels must know beforehand.
+        """
+        names = self._hyper_names()
+        return [float(getattr(self, name)) for name in (names if self.clip_row_norm else names[:-1])]
+
+    @classmethod
+    def hyper_by_name(cls, hyper: Tensor) -> dict[str, Tensor]:
+        """The values of ``hyper_values`` as scalars; ``clip_row_norm`` is absent where rows are not clipped."""
+        cls.clips_rows(hyper)
+        return dict(zip(cls._hyper_names(), hyper.unbind()))
+
+    @classmethod
+    def clips_rows(cls, hyper: Tensor) -> bool:
+        """Whether rows are clipped with these hyper-parameters.
+
+        Raises:
+            ValueError: for a tensor of another length than the rule's.
+        """
+        names, count = cls._hyper_names(), hyper.numel()
+        if hyper.ndim != 1 or count not in (len(names) - 1, len(names)):
+            raise ValueError(
+                f"hyper holds {count} numbers, but those of {cls.kind} are {', '.join(names[:-1])} "
+                f"and, where rows are clipped, {_CLIP}"
+            )
+        return count == len(names)
+
+    @classmethod
+    def _hyper_names(cls) -> tuple[str, ...]:
+        return (*(field.name for field in fields(cls) if field.name != _CLIP), _CLIP)
 
     def to_dict(self) -> dict[str, Any]:
+        """The kind and the fields, as ``optimizer_from_config`` takes them."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -48,19 +135,30 @@ class SGD(FusedOptimizer):
 
     kind: ClassVar[str] = "sgd"
 
-    def state_widths(self, width: int) -> tuple[int, ...]:
-        return ()
+    @staticmethod
+    def update(
+        grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        return hyper["lr"] * grad, ()
 
 
 @dataclass(frozen=True)
 class RowWiseAdagrad(FusedOptimizer):
-    """s ← s + mean(g²) over the row; w ← w − lr·g / (√s + eps). One state scalar a row, as FBGEMM's."""
+    """s ← s + mean(g²) over the row; w ← w − lr·g / (√s + eps). One state scalar per row, as FBGEMM's."""
 
     kind: ClassVar[str] = "rowwise_adagrad"
     eps: float = 1e-8
 
-    def state_widths(self, width: int) -> tuple[int, ...]:
+    @classmethod
+    def state_widths(cls, width: int) -> tuple[int, ...]:
         return (1,)
+
+    @staticmethod
+    def update(
+        grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        total = state[0] + grad.square().mean(1, keepdim=True)
+        return hyper["lr"] * grad / (total.sqrt() + hyper["eps"]), (total,)
 
 
 @dataclass(frozen=True)
@@ -70,8 +168,16 @@ class Adagrad(FusedOptimizer):
     kind: ClassVar[str] = "adagrad"
     eps: float = 1e-8
 
-    def state_widths(self, width: int) -> tuple[int, ...]:
+    @classmethod
+    def state_widths(cls, width: int) -> tuple[int, ...]:
         return (width,)
+
+    @staticmethod
+    def update(
+        grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        total = state[0] + grad.square()
+        return hyper["lr"] * grad / (total.sqrt() + hyper["eps"]), (total,)
 
 
 @dataclass(frozen=True)
@@ -82,10 +188,13 @@ class Adam(FusedOptimizer):
     """
 
     kind: ClassVar[str] = "adam"
+    counts_steps: ClassVar[bool] = True
     lr: float = 0.001
+    # By name only: optimizer states that were saved hold the numbers in this order.
+    _: KW_ONLY
+    eps: float = 1e-8
     beta1: float = 0.9
     beta2: float = 0.999
-    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,31 +202,63 @@ class Adam(FusedOptimizer):
             if not getattr(self, name) < 1:
                 raise ValueError(f"Adam.{name} must be below 1, not {getattr(self, name)!r}")
 
-    def state_widths(self, width: int) -> tuple[int, ...]:
+    @classmethod
+    def state_widths(cls, width: int) -> tuple[int, ...]:
         return (width, width)
 
-    @property
-    def counts_steps(self) -> bool:
-        return True
+    @staticmethod
+    def update(
+        grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        # 1 − β is taken in float64: in float32 1 − 0.999 is off by 1e-5.
+        m = hyper["beta1"] * state[0] + (1 - hyper["beta1"]) * grad
+        v = hyper["beta2"] * state[1] + (1 - hyper["beta2"]) * grad.square()
+        m_hat = m / (1 - hyper["beta1"] ** step)
+        v_hat = v / (1 - hyper["beta2"] ** step)
+        return hyper["lr"] * m_hat / (v_hat.sqrt() + hyper["eps"]), (m, v)
 
 
-_KINDS: dict[str, type[FusedOptimizer]] = {c.kind: c for c in (SGD, RowWiseAdagrad, Adagrad, Adam)}
+_BUILT_IN: dict[str, type[FusedOptimizer]] = {c.kind: c for c in (SGD, RowWiseAdagrad, Adagrad, Adam)}
+
+
+@cache
+def _third_party() -> dict[str, type[FusedOptimizer]]:
+    return load(GROUP, FusedOptimizer, _BUILT_IN)
+
+
+def kinds() -> list[str]:
+    """The names of all optimizers, those of other packages last."""
+    return [*_BUILT_IN, *sorted(_third_party())]
+
+
+def rule_of(kind: str) -> type[FusedOptimizer]:
+    """The rule of this kind among all that are defined or registered.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if kind not in _rules:
+        _third_party()
+    if kind not in _rules:
+        raise ValueError(f"unknown optimizer {kind!r}: those that are known are {', '.join(_rules)}")
+    return _rules[kind]
 
 
 def optimizer_from_config(config: str | dict[str, Any] | FusedOptimizer | None) -> FusedOptimizer | None:
     """``"adam"``, ``{"kind": "adam", "lr": 0.01}``, a config, or ``None`` (ordinary parameters).
 
     Raises:
-        ValueError: naming the unknown optimiser or field, with those that exist.
+        ValueError: naming the unknown optimizer or field, with those that exist.
     """
     if config is None or isinstance(config, FusedOptimizer):
         return config
     values = {"kind": config} if isinstance(config, str) else dict(config) if isinstance(config, dict) else {}
     kind = values.pop("kind", config)
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"unknown optimizer {kind!r}: choose one of {', '.join(_KINDS)}, or None for torch.optim")
-    known = {field.name for field in fields(_KINDS[kind])}
+    cls = _BUILT_IN.get(kind) or _third_party().get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ValueError(f"unknown optimizer {kind!r}: choose one of {', '.join(kinds())}, or None for torch.optim")
+    known = {field.name for field in fields(cls)}
     for name in values:
         if name not in known:
             raise ValueError(f"optimizer {kind} has no field '{name}'; it has {', '.join(sorted(known))}")
-    return replace(_KINDS[kind](), **values)
+    return cls(**values)

@@ -254,8 +254,9 @@ def plan(
         frequencies: ``{table name: counts}``, one count an id. They steer the split of the budget towards the tables
             where it avoids most collisions, if all tables of a method have them, and are what frequency-based methods
             rank ids by.
-        optimizer: the fused optimiser: ``"sgd"``, ``"rowwise_adagrad"``, ``"adagrad"``, ``"adam"`` or a config of
-            ``embtables``; ``None`` for ordinary parameters under any ``torch.optim`` optimiser.
+        optimizer: the fused optimizer: ``"sgd"``, ``"rowwise_adagrad"``, ``"adagrad"``, ``"adam"``, one of another
+            package, ``{"kind": "adam", "lr": 0.01}``, or a config of ``embtables.optimizers``; ``None`` for ordinary
+            parameters under any ``torch.optim`` optimizer.
         training_budget: a bound on the training bytes as well.
         hash_seed: seed of all hashes.
 

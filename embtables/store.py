@@ -76,9 +76,8 @@ class Store(nn.Module):
             empty = torch.empty(code.shape, dtype=DTYPES[code.dtype], device=device)
             self.register_buffer(self._codes[code.name], empty)
         if self.optimizer is not None:
-            self.register_buffer(
-                "_hyper", torch.empty(len(self._hyper_values()), dtype=torch.float64, device=device), persistent=False
-            )
+            hyper = torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64, device=device)
+            self.register_buffer("_hyper", hyper, persistent=False)
             if self.optimizer.counts_steps:
                 self.register_buffer("_step", torch.empty((), dtype=torch.int64, device=device), persistent=False)
         self.reset_state()
@@ -91,13 +90,7 @@ class Store(nn.Module):
         if self.optimizer is not None:
             for tensor in self.optimizer_state().values():
                 tensor.zero_()
-            self._hyper.copy_(torch.tensor(self._hyper_values(), dtype=torch.float64))
-
-    def _hyper_values(self) -> list[float]:
-        """What ``embtables.ops`` takes as ``hyper``, which ends in the norm to clip at only where there is one."""
-        fields = self.optimizer.to_dict() if self.optimizer is not None else {}
-        values = [float(fields.get(name, 0.0)) for name in ("lr", "l2", "eps", "beta1", "beta2", "clip_row_norm")]
-        return values if values[-1] else values[:-1]
+            self._hyper.copy_(torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Store:
         """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""

@@ -39,8 +39,9 @@ def on(device: str, tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone().to(device) for tensor in tensors]
 
 
-def hyper(l2: float = 0.0, clip: float = 0.0, lr: float = LR) -> Tensor:
-    return torch.tensor([lr, l2, EPS, BETA1, BETA2] + ([clip] if clip else []), dtype=torch.float64)
+def hyper(rule: str, l2: float = 0.0, clip: float = 0.0, lr: float = LR) -> Tensor:
+    own = {"sgd": [], "adam": [EPS, BETA1, BETA2]}.get(rule, [EPS])
+    return torch.tensor([lr, l2, *own] + ([clip] if clip else []), dtype=torch.float64)
 
 
 def state_of(rule: str, rows: int, width: int, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
@@ -88,7 +89,8 @@ def assert_step(kernels: object, rule: str, weight: Tensor, index: Tensor, l2: f
     state = state_of(rule, rows, width, torch.float32 if weight.dtype == torch.float32 else weight.dtype)
     grad = torch.randn(index.numel(), width, generator=torch.Generator().manual_seed(2)).to(weight.dtype)
     want_weight, want_state = expected_step(weight, state, index, grad, l2, clip, rule)
-    got_weight, given, at, g, h = *on(DEVICE, [weight]), on(DEVICE, state), *on(DEVICE, [index, grad, hyper(l2, clip)])
+    got_weight, given, h = *on(DEVICE, [weight]), on(DEVICE, state), hyper(rule, l2, clip)
+    at, g, h = on(DEVICE, [index, grad, h])
     kernels.update_(got_weight, given, at, g, h, rule)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[weight.dtype]
     for got, want in zip([got_weight, *given], [want_weight, *want_state]):
@@ -97,7 +99,7 @@ def assert_step(kernels: object, rule: str, weight: Tensor, index: Tensor, l2: f
     assert torch.equal(got_weight.cpu()[untouched], weight[untouched])
     if weight.dtype == torch.float32:
         other, others = weight.clone(), [s.clone() for s in state]
-        reference.update(other, others, index, grad, hyper(l2, clip), rule)
+        reference.update(other, others, index, grad, hyper(rule, l2, clip), rule)
         for got, want in zip([got_weight, *given], [other, *others]):
             torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
 
@@ -174,7 +176,7 @@ def test_gradients_are_added_in_the_order_of_the_input(kernels: object) -> None:
     backwards = grad[index == 1].flip(0).cumsum(0)[-1]
     assert not torch.equal(backwards, running[1])
     (got,) = on(DEVICE, [weight])
-    kernels.update_(got, [], *on(DEVICE, [index, grad, hyper(lr=1.0)]), "sgd")
+    kernels.update_(got, [], *on(DEVICE, [index, grad, hyper("sgd", lr=1.0)]), "sgd")
     assert torch.equal(got.cpu(), -torch.stack(running))
 
 
@@ -186,7 +188,7 @@ def test_the_same_input_gives_the_same_bits(kernels: object, rule: str) -> None:
     results = []
     for _ in range(2):
         got, state = on(DEVICE, [weight])[0], on(DEVICE, state_of(rule, 20, 16, torch.float32))
-        kernels.update_(got, state, *on(DEVICE, [index, grad, hyper(0.1, 0.5)]), rule)
+        kernels.update_(got, state, *on(DEVICE, [index, grad, hyper(rule, 0.1, 0.5)]), rule)
         results.append([got, *state])
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -198,8 +200,8 @@ def test_what_is_not_finite_stays_in_its_row(kernels: object) -> None:
     weight, index, grad = torch.randn(40, 3), index_of(68, 40, 1), torch.randn(70, 3)
     grad[5, 1], grad[9, 2] = float("nan"), float("inf")
     (got,), want = on(DEVICE, [weight]), weight.clone()
-    kernels.update_(got, [], *on(DEVICE, [index, grad, hyper(0.1, 0.5)]), "sgd")
-    reference.update(want, [], index, grad, hyper(0.1, 0.5), "sgd")
+    kernels.update_(got, [], *on(DEVICE, [index, grad, hyper("sgd", 0.1, 0.5)]), "sgd")
+    reference.update(want, [], index, grad, hyper("sgd", 0.1, 0.5), "sgd")
     assert want.isnan().any(1).sum() == 2
     torch.testing.assert_close(got.cpu(), want, equal_nan=True)
 
@@ -212,7 +214,7 @@ def test_an_empty_batch_changes_nothing(kernels: object, rule: str) -> None:
         weight, state = torch.randn(rows, 3), state_of(rule, rows, 3, torch.float32)
         got, given = on(DEVICE, [weight])[0], on(DEVICE, state)
         index = torch.zeros(0, dtype=torch.int64)
-        kernels.update_(got, given, *on(DEVICE, [index, torch.zeros(0, 3), hyper(0.1, 0.5)]), rule)
+        kernels.update_(got, given, *on(DEVICE, [index, torch.zeros(0, 3), hyper(rule, 0.1, 0.5)]), rule)
         assert all(torch.equal(a.cpu(), b) for a, b in zip([got, *given], [weight, *state]))
 
 
@@ -220,7 +222,7 @@ def test_an_empty_batch_changes_nothing(kernels: object, rule: str) -> None:
 @needs_triton
 def test_nothing_waits_for_the_gpu(kernels: object) -> None:
     weight, index, grad, h = on(
-        DEVICE, [torch.randn(9, 4), index_of(58, 9, 1, hot=40), torch.randn(100, 4), hyper(0.1)]
+        DEVICE, [torch.randn(9, 4), index_of(58, 9, 1, hot=40), torch.randn(100, 4), hyper("adam", 0.1)]
     )
     state = on(DEVICE, state_of("adam", 9, 4, torch.float32))
     kernels.lookup(weight, index)
@@ -244,7 +246,9 @@ def test_offsets_beyond_31_bits(kernels: object) -> None:
         pytest.skip(f"no memory for {rows} rows: {error}")
     index = torch.tensor([rows - 1, 5, rows - 1, 2**31 + 1], device=DEVICE)
     weight[index] = 1.0
-    kernels.update_(weight, [], index, torch.ones(4, 1, dtype=torch.float16, device=DEVICE), hyper().to(DEVICE), "sgd")
+    kernels.update_(
+        weight, [], index, torch.ones(4, 1, dtype=torch.float16, device=DEVICE), hyper("sgd").to(DEVICE), "sgd"
+    )
     expected = torch.tensor([0.8, 0.9, 0.8, 0.9], dtype=torch.float16)
     assert torch.equal(kernels.lookup(weight, index).cpu().flatten(), expected)
 
@@ -252,7 +256,7 @@ def test_offsets_beyond_31_bits(kernels: object) -> None:
 @on_device
 @needs_triton
 def test_what_is_refused(kernels: object) -> None:
-    weight, index, grad, h = on(DEVICE, [torch.randn(6, 4), torch.tensor([1, 2]), torch.randn(2, 4), hyper()])
+    weight, index, grad, h = on(DEVICE, [torch.randn(6, 4), torch.tensor([1, 2]), torch.randn(2, 4), hyper("sgd")])
     with pytest.raises(ValueError, match="must be contiguous"):
         kernels.update_(weight.t()[:, :4].t()[:4].t(), [], index, grad, h, "sgd")
     with pytest.raises(ValueError, match="unknown rule 'lion': sgd, rowwise_adagrad, adagrad, adam"):
@@ -358,10 +362,11 @@ from embtables.ops import gpu_kernels
 
 for architecture, dtype, width in (80, torch.float32, 16), (90, torch.bfloat16, 64), (90, torch.float64, 33):
     driver.set_active(Driver())
-    weight, index, hyper = torch.zeros(40, width, dtype=dtype), torch.arange(40), torch.ones(6, dtype=torch.float64)
+    weight, index = torch.zeros(40, width, dtype=dtype), torch.arange(40)
     gpu_kernels.lookup(weight, index)
     for rule, columns in ("sgd", []), ("rowwise_adagrad", [1]), ("adagrad", [width]), ("adam", [width, width]):
         state = [torch.zeros(40, n) for n in columns] + [torch.tensor(1)] * (rule == "adam")
+        hyper = torch.ones({"sgd": 3, "adam": 6}.get(rule, 4), dtype=torch.float64)  # rows are clipped
         gpu_kernels.update_(weight, state, index, weight, hyper, rule)
 """
 

@@ -24,8 +24,8 @@ def plan(
     optimizer: Annotated[
         str | None,
         typer.Option(
-            help="For the training bytes: sgd, rowwise_adagrad, adagrad, adam, or none for any of torch.optim; "
-            "without it what `embtables train` takes."
+            help="For the training bytes: sgd, rowwise_adagrad, adagrad, adam, one of another package, or none for any "
+            "of torch.optim; without it what `embtables train` takes."
         ),
     ] = None,
     leave_out: Annotated[
@@ -53,7 +53,11 @@ def plan(
             parse_value(training_budget, "training budget") if training_budget is not None else None
         ),
         "data.leave_out": names_of(leave_out),
-        **({"tables.fused": False} if optimizer == "none" else {"tables.optimizer": optimizer}),
+        **(
+            {"tables.fused": False}
+            if optimizer == "none"
+            else {"tables.optimizer": None if optimizer is None else parse_value(optimizer, "optimizer")}
+        ),
     }
     config = load_config(flags=flags)
     solved = plan_tables(config, selected(config, PreparedDataset(data)))

@@ -80,6 +80,18 @@ class NativeLookup:
         """Two tensors of optimizer state, empty where the rule has none."""
         return [*self.store.state_of(weight), _NOTHING, _NOTHING][:2]
 
+    def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
+        """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
+        store, program, number = self.store, self.program, torch.tensor(step)
+        assert store.optimizer is not None
+        names = [weight_name(FP32.name, width) for width in program.widths]
+        for name, gradient in zip([*names, *map(store.key, program.projections)], gradients):
+            rows = gradient._indices()[0] if gradient.is_sparse else torch.arange(gradient.shape[0])
+            values = gradient._values() if gradient.is_sparse else gradient
+            ops.update_rows(
+                store.tensor(name), store.state_of(name), rows, values, store.hyper, store.optimizer.kind, number
+            )
+
     def takes(self, given: Input, step: Step) -> ProgramTensors | None:
         """The program's tensors, if native code may look at them and at these very arguments.
 
@@ -90,7 +102,7 @@ class NativeLookup:
             return None
         if torch.compiler.is_compiling():
             # A graph may put other updates before the backward of a lookup, which must not read their results.
-            suits = not self.reads_weights if step.updates else not self.store.gives_gradients()
+            suits = self._updates_in_graphs() if step.updates else not self.store.gives_gradients()
             return self.tensors() if suits and not torch.compiler.is_exporting() else None
         suits = (
             all(t is None or (type(t) is Tensor and t.is_cpu) for t in given)
@@ -99,6 +111,13 @@ class NativeLookup:
             and torch.autograd.forward_ad._current_level < 0
         )
         return self.tensors() if suits else None
+
+    def _updates_in_graphs(self) -> bool:
+        return (
+            not self.reads_weights
+            and self.store.optimizer is not None
+            and ops.has_native_form(self.store.optimizer.kind)
+        )
 
     def check(self, tensors: ProgramTensors, given: Input) -> None:
         """Raises ``Refused`` for what the lookups would refuse, and does nothing else."""
@@ -175,12 +194,12 @@ class NativeLookup:
             )
         if step.updates:
             number = int(store.step_number())
-            return ops.update_in_backward(self.tensors, tensors, args, self.reads_weights, store.hook, number)
+            return ops.update_in_backward(self, tensors, args, store.hook, number)
         if differentiates:
             weights = tensors.weights if step.aliases is None else [step.aliases.of(w) for w in tensors.weights]
             parameters = [*weights, *tensors.projections]
             sparse = store.sparse or step.aliases is not None
-            return ops.differentiate(tensors, args, self.reads_weights, parameters, sparse)
+            return ops.differentiate(self, tensors, args, parameters, sparse)
         return ops.look_up_values(tensors, args)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from embtables.methods.base import Method
+from embtables.plugins import load
 
 GROUP = "embtables.methods"
 
@@ -33,17 +33,7 @@ def _built_in() -> dict[str, type[Method]]:
 
 @cache
 def _third_party() -> dict[str, type[Method]]:
-    found: dict[str, type[Method]] = {}
-    for point in entry_points(group=GROUP):
-        cls = point.load()
-        if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise ValueError(f"entry point '{point.name}' of {GROUP} is {point.value}, which is not a Method class")
-        if cls.kind in _built_in() or found.get(cls.kind, cls) is not cls:
-            raise ValueError(
-                f"entry point '{point.name}' of {GROUP} names its method '{cls.kind}', which exists already"
-            )
-        found[cls.kind] = cls
-    return found
+    return load(GROUP, Method, _built_in())
 
 
 def kinds() -> list[str]:

@@ -31,8 +31,8 @@ from embtables.ops.fused import (
     update_in_backward,
 )
 from embtables.ops.ids import raise_for_id, raise_for_ids, ranges, refuse_ids
-from embtables.ops.native import Refused, fits
-from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update
+from embtables.ops.native import Refused, fits, has_native_form
+from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update, update_rows
 
 __all__ = [
     "Refused",
@@ -43,6 +43,7 @@ __all__ = [
     "fits",
     "fused_dense",
     "fused_lookup",
+    "has_native_form",
     "huge_pages",
     "instructions",
     "look_up",
@@ -54,6 +55,7 @@ __all__ = [
     "refuse_ids",
     "update",
     "update_in_backward",
+    "update_rows",
     "using",
 ]
 

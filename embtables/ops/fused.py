@@ -7,14 +7,14 @@ lookup of a small batch; in compiled graphs it is ``embtables::look_up`` with ``
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from embtables.ops.ids import raise_for_id
-from embtables.ops.native import Library, LookupArgs, Refused
+from embtables.ops.native import Library, LookupArgs, Refused, has_native_form
 from embtables.ops.program import ProgramTensors
 
 _library: list[Library] = []
@@ -39,6 +39,21 @@ def check(tensors: ProgramTensors, args: LookupArgs) -> None:
     _library[0].check(tensors, args)
 
 
+class Source(Protocol):
+    """A program whose tensors may change from call to call.
+
+    ``reads_weights``: whether gradients depend on weights, as those of products do.
+    """
+
+    reads_weights: bool
+
+    def tensors(self) -> ProgramTensors | None:
+        """What it reads and writes now; ``None`` where native code does not take it."""
+
+    def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
+        """A step of the optimizer, given the gradients of weights (sparse, of distinct rows) and projections."""
+
+
 class SavedLookup:
     """A lookup that was done, for its backward: its arguments and the addresses that it found.
 
@@ -46,23 +61,20 @@ class SavedLookup:
     arguments that it reads again have to be copies, since their owner may have refilled them by then.
 
     Args:
-        find: the tensors of the program as they are at the time of the call, ``None`` where native code cannot take
-            them.
+        program: what was looked up.
         tensors: what the lookup read.
-        reads_weights: whether the gradient depends on weights, as that of products does.
     """
 
     def __init__(
         self,
-        find: Callable[[], ProgramTensors | None],
+        program: Source,
         tensors: ProgramTensors,
         args: LookupArgs,
         rows: Tensor,
-        reads_weights: bool,
     ) -> None:
-        self.find, self.args, self.rows, self.reads_weights = find, args, rows, reads_weights
+        self.program, self.args, self.rows, self.reads_weights = program, args, rows, program.reads_weights
         self.forms = tensors.forms()
-        self.versions = self._versions(tensors) if reads_weights else []
+        self.versions = self._versions(tensors) if self.reads_weights else []
         # The rows that were read and the projections, noted where somebody else is about to change them.
         self.as_read: tuple[Tensor, list[Tensor]] | None = None
 
@@ -95,7 +107,7 @@ class SavedLookup:
         Raises:
             RuntimeError: where the gradient depends on weights that have been changed since, other than by updates.
         """
-        tensors = self.check(self.find())
+        tensors = self.check(self.program.tensors())
         _waiting.discard(self)
         weights = [*tensors.weights, *tensors.projections]
         settle(weights)
@@ -104,7 +116,12 @@ class SavedLookup:
                 "the tables were changed between a lookup and its backward, and the gradient of this method depends on "
                 "what they were; of a graph that is kept, backward can be called once: add up the losses instead"
             )
-        _library[0].update_rows(tensors, self.args, self.rows, grad.contiguous(), step, self.as_read)
+        arguments = tensors, self.args, self.rows, grad.contiguous()
+        if has_native_form(tensors.rule):
+            _library[0].update_rows(*arguments, step, self.as_read)
+        else:
+            gradients = _library[0].gradients(*arguments, sparse=True, as_read=self.as_read)
+            self.program.update_in_pytorch(gradients, step)
         return weights
 
 
@@ -117,7 +134,7 @@ def settle(changing: Sequence[Tensor]) -> None:
     if _waiting:
         places = {tensor.data_ptr() for tensor in changing}
         for saved in list(_waiting):
-            tensors = saved.find()
+            tensors = saved.program.tensors()
             if tensors is None or tensors.forms() != saved.forms:
                 continue  # its own backward will say so
             if not places.isdisjoint(t.data_ptr() for t in (*tensors.weights, *tensors.projections)):
@@ -132,22 +149,21 @@ class _Updated(torch.autograd.Function):
     def forward(
         ctx: Any,
         hook: Tensor,
-        find: Callable[[], ProgramTensors | None],
+        program: Source,
         tensors: ProgramTensors,
         args: LookupArgs,
-        reads_weights: bool,
         step: int,
     ) -> Tensor:
         values, rows = _library[0].forward(tensors, args)
-        ctx.saved, ctx.step = SavedLookup(find, tensors, args, rows, reads_weights), step
-        if reads_weights:
+        ctx.saved, ctx.step = SavedLookup(program, tensors, args, rows), step
+        if program.reads_weights:
             _waiting.add(ctx.saved)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
-        return (None,) * 6
+        return (None,) * 5
 
 
 class _Differentiated(torch.autograd.Function):
@@ -155,17 +171,12 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        tensors: ProgramTensors,
-        args: LookupArgs,
-        reads_weights: bool,
-        sparse: bool,
-        *parameters: Tensor,
+        ctx: Any, program: Source, tensors: ProgramTensors, args: LookupArgs, sparse: bool, *parameters: Tensor
     ) -> Tensor:
         values, rows = _library[0].forward(tensors, args)
-        ctx.saved = SavedLookup(lambda: tensors, tensors, args, rows, reads_weights)
+        ctx.saved = SavedLookup(program, tensors, args, rows)
         ctx.tensors, ctx.sparse = tensors, sparse
-        if reads_weights:
+        if program.reads_weights:
             ctx.save_for_backward(*parameters)  # has autograd notice where they are changed before backward
         return values
 
@@ -179,35 +190,24 @@ class _Differentiated(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def update_in_backward(
-    find: Callable[[], ProgramTensors | None],
-    tensors: ProgramTensors,
-    args: LookupArgs,
-    reads_weights: bool,
-    hook: Tensor,
-    step: int,
-) -> Tensor:
+def update_in_backward(program: Source, tensors: ProgramTensors, args: LookupArgs, hook: Tensor, step: int) -> Tensor:
     """The values, flat; backward updates the rows in place. ``hook``: any tensor that requires a gradient.
 
     Raises:
         Refused: see ``Library.forward``.
     """
-    return _Updated.apply(hook, find, tensors, args, reads_weights, step)
+    return _Updated.apply(hook, program, tensors, args, step)
 
 
 def differentiate(
-    tensors: ProgramTensors,
-    args: LookupArgs,
-    reads_weights: bool,
-    parameters: Sequence[Tensor],
-    sparse: bool,
+    program: Source, tensors: ProgramTensors, args: LookupArgs, parameters: Sequence[Tensor], sparse: bool
 ) -> Tensor:
     """The values, flat; backward gives the weights (sparse or dense) and projections gradients.
 
     Raises:
         Refused: see ``Library.forward``.
     """
-    return _Differentiated.apply(tensors, args, reads_weights, sparse, *parameters)
+    return _Differentiated.apply(program, tensors, args, sparse, *parameters)
 
 
 # ---- in compiled graphs ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embtables.ops.reference import fused_lookup, update
 
+_plain_update = update._init_fn
 # The types of devices that these kernels work on.
 registered: set[str] = set()
 
@@ -48,4 +49,5 @@ def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hy
 def _update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
     from embtables.ops import gpu_kernels
 
-    gpu_kernels.update_(weight, state, index, grad, hyper, rule)
+    step = gpu_kernels.update_ if rule in gpu_kernels.RULES else _plain_update
+    step(weight, state, index, grad, hyper, rule)

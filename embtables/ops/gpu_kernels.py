@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from embtables.ops.reference import CLIP
+from embtables.optimizers import rule_of
 
-_RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+# The rules of ``embtables.optimizers`` that ``_step`` has a form of.
+RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
 
 # Elements that a program holds at once, and the most positions of a window.
 _TILE = 2048
@@ -50,12 +51,12 @@ def lookup(weight: Tensor, index: Tensor) -> Tensor:
 
 def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
     """One step of ``rule`` on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W]."""
-    if rule not in _RULES:
-        raise ValueError(f"unknown rule {rule!r}: {', '.join(_RULES)}")
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}: {', '.join(RULES)}")
     count, width = index.numel(), weight.shape[1]
     if not count or not width:
         return
-    clips = hyper.numel() > CLIP
+    clips = rule_of(rule).clips_rows(hyper)
     moments = state[:2] if rule == "adam" else state
     _check_contiguous(weight, *moments)
     # Half the passes of a radix sort, where the numbers of the rows leave room.
@@ -173,12 +174,14 @@ def _step(
     g += tl.where(led_last[:, None], rest[None, :], 0)
 
     if CLIPS:
-        most = tl.load(hyper + 5).to(wide)
+        # Behind lr, l2 and the rule's own: eps; eps, beta1 and beta2.
+        most = tl.load(hyper + (2 if RULE == "sgd" else 5 if RULE == "adam" else 3)).to(wide)
         norm = _sqrt(tl.sum(g * g, axis=1))
         g *= (most / tl.maximum(norm, most, propagate_nan=tl.PropagateNan.ALL))[:, None]
     g += tl.load(hyper + 1).to(wide) * old
     change = tl.load(hyper).to(wide) * g
-    eps = tl.load(hyper + 2).to(wide)
+    if RULE != "sgd":
+        eps = tl.load(hyper + 2).to(wide)
     if RULE == "rowwise_adagrad":
         s += tl.sum(g * g, axis=1) / W
         tl.store(first + row, s.to(first.dtype.element_ty), mask=leads)

@@ -18,16 +18,14 @@ from torch import Tensor
 
 from embtables.allocator import keep_freed_memory
 from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
+from embtables.ops.reference import split_step
+from embtables.optimizers import rule_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3, "dense": 4, "sparse": 5}
-# Columns of the state that a rule keeps for rows of W columns.
-_STATE: dict[str, Callable[[int], list[int]]] = {
-    "sgd": lambda width: [],
-    "rowwise_adagrad": lambda width: [1],
-    "adagrad": lambda width: [width],
-    "adam": lambda width: [width, width],
-}
+# ``RuleKind`` of ``csrc/program.h``: rules of ``embtables.optimizers`` that have a native form, and what backward does
+# without a rule.
+RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3}
+_GRADIENTS = {"dense": 4, "sparse": 5}
 # Below this many rows a second thread costs more than it saves.
 _ROWS_A_THREAD = 4096
 # Tables from this size on ask for huge pages, outputs from this size on for memory that stays mapped.
@@ -103,10 +101,15 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 2
+    version = 3
     for size in (*map(ctypes.sizeof, (_Call, _Gather, _RowUpdate)), 8 * LOOKUP_WORDS, 8 * PIECE_WORDS):
         version = version * 1000 + size
     return version
+
+
+def has_native_form(kind: str) -> bool:
+    """Whether native code makes the updates of this optimizer; PyTorch makes those of others."""
+    return kind in RULES
 
 
 class Refused(Exception):
@@ -245,20 +248,20 @@ class Library:
 
         Raises:
             IndexError: for a row that the weight does not have; nothing has been changed then.
-            ValueError: for shapes that do not fit.
+            ValueError: for shapes that do not fit, and hyper-parameters of another rule.
         """
         (num_rows, width), num_ids = weight.shape, index.numel()
         if index.shape != (num_ids,) or grad.shape != (num_ids, width):
             raise ValueError(
                 f"index {list(index.shape)} and grad {list(grad.shape)} must be [N] and [N, {width}], as the weight"
             )
-        expected = [(num_rows, columns) for columns in _STATE[rule](width)]
+        described = rule_of(rule)
+        expected = [(num_rows, columns) for columns in described.state_widths(width)]
         if [tuple(state.shape) for state in rows] != expected:
             found = ", ".join(str(list(state.shape)) for state in rows) or "nothing"
             needs = ", ".join(str(list(shape)) for shape in expected) or "nothing"
             raise ValueError(f"the state of {rule} for a weight of {list(weight.shape)} is {needs}, not {found}")
-        if hyper.numel() not in (5, 6):
-            raise ValueError(f"hyper holds {hyper.numel()} numbers, not lr, l2, eps, beta1, beta2 and where to clip")
+        described.clips_rows(hyper)
         index, grad = index.long().contiguous(), grad.to(weight.dtype).contiguous()
         hyper = hyper.to("cpu", torch.float64).contiguous()
         call = _RowUpdate(
@@ -334,22 +337,27 @@ class Library:
             step: the number of the step.
             as_read: the rows that the lookup read, from ``keep_rows``, and its projections, where they have changed.
         """
-        call = target = self._call(tensors, args, rows, grad)
-        call.step = step
-        if as_read is not None:
-            saved, projections = as_read
-            call = self._call(tensors._replace(projections=projections), args, rows, grad)
-            call.saved, call.step = saved.data_ptr(), step
+        call, target = self._call_as_read(tensors, args, rows, grad, as_read), self._call(tensors, args, rows, grad)
+        call.step = target.step = step
         self.run("backward", call, target)
 
     def gradients(
-        self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, grad: Tensor, sparse: bool
+        self,
+        tensors: ProgramTensors,
+        args: LookupArgs,
+        rows: Tensor,
+        grad: Tensor,
+        sparse: bool,
+        as_read: tuple[Tensor, list[Tensor]] | None = None,
     ) -> list[Tensor]:
-        """The gradients of the weights, dense or sparse with distinct rows, and of the projections (dense)."""
+        """The gradients of the weights, dense or sparse with distinct rows, and of the projections (dense).
+
+        ``as_read``: as in ``update_rows``.
+        """
         shapes = [weight.shape for weight in tensors.weights]
         dtype = tensors.weights[0].dtype
-        call = self._call(tensors, args, rows, grad)
-        call.rule = RULES["sparse" if sparse else "dense"]
+        call = self._call_as_read(tensors, args, rows, grad, as_read)
+        call.rule = _GRADIENTS["sparse" if sparse else "dense"]
         into_projections = [torch.zeros_like(projection) for projection in tensors.projections]
         if sparse:
             # No weight has more distinct rows than there are addresses, which stand for blocks where the width is 1.
@@ -372,6 +380,22 @@ class Library:
                 for shape, i, v, n in zip(shapes, index, into, counts.tolist())
             ]
         return [*into, *into_projections]
+
+    def _call_as_read(
+        self,
+        tensors: ProgramTensors,
+        args: LookupArgs,
+        rows: Tensor,
+        grad: Tensor,
+        as_read: tuple[Tensor, list[Tensor]] | None,
+    ) -> Any:
+        """The call of a backward, with what the lookup read where that has changed since."""
+        if as_read is None:
+            return self._call(tensors, args, rows, grad)
+        saved, projections = as_read
+        call = self._call(tensors._replace(projections=projections), args, rows, grad)
+        call.saved = saved.data_ptr()
+        return call
 
     def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> Any:
         """The arguments of a native function, which holds the lists of addresses but not the tensors themselves."""
@@ -397,7 +421,8 @@ class Library:
             dtype=DTYPES[tensors.weights[0].dtype],
             state_dtype=0 if state is None else DTYPES[state.dtype],
             num_threads=threads(args.num_rows),
-            rule=RULES[tensors.rule],
+            # Only an update asks for it, and one without a native form is made in PyTorch.
+            rule=RULES.get(tensors.rule, _GRADIENTS["sparse"]),
             hyper=tensors.hyper.data_ptr(),
             num_hyper=tensors.hyper.numel(),
             states=states,
@@ -446,7 +471,8 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
 
     @update.register_kernel("cpu")
     def _(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
-        *rows, step = state if rule == "adam" and state else [*state, torch.zeros(())]
-        if in_use() and fits([weight]) and fits(rows) and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
+        rows, step = split_step(state, rule)
+        native = in_use() and rule in RULES and fits([weight]) and fits(rows)
+        if native and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
             return library.update(weight, rows, index, grad, hyper, rule, int(step))
         return plain_update(weight, state, index, grad, hyper, rule)

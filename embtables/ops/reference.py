@@ -1,8 +1,7 @@
-"""Reference operators: gather with the optimiser fused into backward, in plain PyTorch.
+"""Reference operators: gather with the optimizer fused into backward, in plain PyTorch.
 
 Shapes: R rows, W width, N looked-up rows (duplicates included). Cost and memory depend on N alone, never on R.
-``hyper`` is a float64 vector ``[lr, l2, eps, beta1, beta2]``, with the norm to clip rows at as a sixth where they are
-clipped: a tensor, so that a new learning rate compiles nothing.
+``rule`` is the kind of a rule of ``embtables.optimizers``, and ``hyper`` the float64 vector of its ``hyper_values``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LR, L2, EPS, BETA1, BETA2, CLIP = range(6)
+from embtables.optimizers import rule_of
+
+_NO_STEP = torch.zeros((), dtype=torch.int64)
+
+
+def split_step(state: Sequence[Tensor], kind: str) -> tuple[list[Tensor], Tensor]:
+    """The state of a rule as the operators take it, told apart into tensors of rows and the step, 0 if not counted."""
+    *rows, step = state if rule_of(kind).counts_steps and state else (*state, _NO_STEP)
+    return rows, step
 
 
 def coalesce(index: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,51 +31,45 @@ def coalesce(index: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return rows, F.embedding_bag(order, grad, counts.cumsum(0) - counts, mode="sum")
 
 
-def _sgd(weight: Tensor, rows: Tensor, grad: Tensor, state: list[Tensor], hyper: Tensor) -> Tensor:
-    return hyper[LR] * grad
+def update_rows(
+    weight: Tensor, state: Sequence[Tensor], rows: Tensor, grad: Tensor, hyper: Tensor, kind: str, step: Tensor
+) -> None:
+    """One step of the optimizer on the distinct rows ``rows`` [U] of ``weight`` [R, W], given their gradients [U, W].
 
+    ``state``: [R, columns] each, as the rule's ``state_widths`` has it; ``step``: the number of the present step, 0
+    where the rule does not count them.
 
-def _rowwise_adagrad(weight: Tensor, rows: Tensor, grad: Tensor, state: list[Tensor], hyper: Tensor) -> Tensor:
-    total = state[0][rows] + grad.square().mean(1, keepdim=True)
-    state[0][rows] = total
-    return hyper[LR] * grad / (total.sqrt() + hyper[EPS])
-
-
-def _adagrad(weight: Tensor, rows: Tensor, grad: Tensor, state: list[Tensor], hyper: Tensor) -> Tensor:
-    total = state[0][rows] + grad.square()
-    state[0][rows] = total
-    return hyper[LR] * grad / (total.sqrt() + hyper[EPS])
-
-
-def _adam(weight: Tensor, rows: Tensor, grad: Tensor, state: list[Tensor], hyper: Tensor) -> Tensor:
-    first, second, step = state
-    # 1 − β is taken in float64: in float32 1 − 0.999 is off by 1e-5.
-    m = hyper[BETA1] * first[rows] + (1 - hyper[BETA1]) * grad
-    v = hyper[BETA2] * second[rows] + (1 - hyper[BETA2]) * grad.square()
-    first[rows], second[rows] = m, v
-    m_hat = m / (1 - hyper[BETA1] ** step)
-    v_hat = v / (1 - hyper[BETA2] ** step)
-    return hyper[LR] * m_hat / (v_hat.sqrt() + hyper[EPS])
-
-
-_RULES = {"sgd": _sgd, "rowwise_adagrad": _rowwise_adagrad, "adagrad": _adagrad, "adam": _adam}
+    Raises:
+        ValueError: for an unknown rule, hyper-parameters of another one, or an ``update`` that returns other shapes.
+    """
+    rule = rule_of(kind)
+    named = rule.hyper_by_name(hyper)
+    old, before = weight[rows], [tensor[rows] for tensor in state]
+    if (most := named.get("clip_row_norm")) is not None:
+        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+        grad = grad * (most / norm.clamp(min=most)).to(grad.dtype)
+    grad = grad + named["l2"] * old
+    change, after = rule.update(grad, old, before, named, step)
+    expected, found = ([list(t.shape) for t in tensors] for tensors in ((old, *before), (change, *after)))
+    if found != expected:
+        raise ValueError(f"the update of the optimizer {kind} gives tensors of shapes {found}, not {expected}")
+    for tensor, values in zip(state, after):
+        tensor[rows] = values
+    weight.index_add_(0, rows, change.to(weight.dtype), alpha=-1)
 
 
 @torch.library.custom_op("embtables::update_", mutates_args=("weight", "state"))
 def update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
-    """One optimiser step on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W].
+    """One optimizer step on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W].
 
-    Gradients of the same row are summed first, in input order, and clipped as one. ``state`` is what the rule keeps:
-    nothing, sums of squares, or Adam's two moments and the number of the present step.
+    Gradients of the same row are summed first, in input order, and clipped as one. ``state`` is what the rule keeps,
+    with the number of the present step last where it counts steps.
     """
     if not index.numel():
         return
     rows, summed = coalesce(index, grad)
-    if hyper.numel() > CLIP:
-        norm = torch.linalg.vector_norm(summed, dim=1, keepdim=True)
-        summed = summed * (hyper[CLIP] / norm.clamp(min=hyper[CLIP])).to(summed.dtype)
-    summed = summed + hyper[L2] * weight[rows]
-    weight.index_add_(0, rows, _RULES[rule](weight, rows, summed, state, hyper).to(weight.dtype), alpha=-1)
+    kept, step = split_step(state, rule)
+    update_rows(weight, kept, rows, summed, hyper, rule, step)
 
 
 @torch.library.custom_op("embtables::lookup", mutates_args=())

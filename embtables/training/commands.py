@@ -37,7 +37,13 @@ def train(
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864.")] = None,
     embedding_dim: Annotated[int | None, typer.Option(help="Length of every vector.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Of the tables: sgd, rowwise_adagrad, adagrad, adam.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the tables: sgd, rowwise_adagrad, adagrad, adam, one of another package, or with fields "
+            "'{kind: adam, beta2: 0.99}'."
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tables.")] = None,
     dense_optimizer: Annotated[str | None, typer.Option(help="Of everything else: adam, adagrad, sgd.")] = None,
     dense_learning_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
@@ -87,7 +93,7 @@ def train(
         "tables.method": method if method is None else parse_value(method, "tables.method"),
         "tables.budget": budget if budget is None else parse_value(budget, "tables.budget"),
         "tables.embedding_dim": embedding_dim,
-        "tables.optimizer": optimizer,
+        "tables.optimizer": optimizer if optimizer is None else parse_value(optimizer, "tables.optimizer"),
         "tables.learning_rate": learning_rate,
         "dense.optimizer": dense_optimizer,
         "dense.learning_rate": dense_learning_rate,

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from embtables.optimizers import kinds, optimizer_from_config
 from embtables.training.presets import preset_named
 
 __all__ = [
@@ -37,7 +38,10 @@ __all__ = [
 Bytes = StrictInt | StrictFloat | StrictStr
 
 DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.01}
-"""What ``tables.learning_rate: null`` means, by optimizer."""
+"""What ``tables.learning_rate: null`` means, by optimizer; of others the default of their ``lr``."""
+
+TORCH_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+"""The optimizers of ordinary parameters."""
 
 
 class _Section(BaseModel):
@@ -69,7 +73,9 @@ class TablesConfig(_Section):
     budget: Bytes | None = Field(default=None, description='inference bytes: 67108864, "64MB", 0.1, "10%"')
     training_budget: Bytes | None = Field(default=None, description="bound on the training bytes as well")
     embedding_dim: int = Field(default=16, ge=1)
-    optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "adam"
+    optimizer: StrictStr | dict[str, Any] = Field(
+        default="adam", description="a kind, or with fields of its own {kind: adam, beta2: 0.99}"
+    )
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: by optimizer")
     l2: float = Field(
         default=0.0,
@@ -90,14 +96,38 @@ class TablesConfig(_Section):
     init_std: float | None = Field(default=None, gt=0, le=1e6, description="null: the tables' own default")
     hash_seed: int | None = Field(default=None, description="null: the seed of the run")
 
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, optimizer: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(optimizer, str):
+            if optimizer not in kinds():
+                raise ValueError(f"choose one of {', '.join(kinds())}")
+            return optimizer
+        for name, field in (("lr", "learning_rate"), ("l2", "l2")):
+            if name in optimizer:
+                raise ValueError(f"set {name} as tables.{field}")
+        optimizer_from_config(optimizer)
+        return optimizer
+
+    @property
+    def optimizer_kind(self) -> str:
+        return self.optimizer if isinstance(self.optimizer, str) else str(self.optimizer["kind"])
+
     @model_validator(mode="after")
     def _resolve(self) -> TablesConfig:
-        if not self.fused and self.optimizer == "rowwise_adagrad":
-            raise ValueError("rowwise_adagrad exists fused only: choose another tables.optimizer or tables.fused=true")
+        kind = self.optimizer_kind
+        if not self.fused and kind not in TORCH_OPTIMIZERS:
+            raise ValueError(f"{kind} exists fused only: choose another tables.optimizer or tables.fused=true")
+        if not self.fused and isinstance(self.optimizer, dict):
+            raise ValueError(
+                "an optimizer with fields of its own needs tables.fused=true; without, give its kind alone"
+            )
         if self.fused and self.sparse_gradients:
             raise ValueError("sparse_gradients needs tables.fused=false: a fused optimizer makes no gradient at all")
         if self.learning_rate is None:
-            self.learning_rate = DEFAULT_LEARNING_RATE[self.optimizer]
+            rule = optimizer_from_config(self.optimizer)
+            assert rule is not None  # as the field was checked
+            self.learning_rate = DEFAULT_LEARNING_RATE.get(kind, rule.lr)
         return self
 
 
@@ -183,7 +213,7 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def flat(self) -> dict[str, Any]:
-        """``{"training.batch_size": 2048, …}``; ``method`` and ``hyperparameters`` stay whole."""
+        """``{"training.batch_size": 2048, …}``; ``method``, ``optimizer`` and ``hyperparameters`` stay whole."""
         return {
             f"{s}.{name}": value for s, fields in self.model_dump(mode="json").items() for name, value in fields.items()
         }
@@ -310,6 +340,7 @@ def _sentence(error: ValidationError) -> str:
             "tables.budget": 'must be bytes such as 67108864 or "64MB", or a share such as 0.1 or "10%"',
             "tables.training_budget": 'must be bytes such as 67108864 or "64MB", or a share such as 0.1 or "10%"',
             "tables.method": "must be a method's kind, {kind: …, options}, or {table-name pattern: either of these}",
+            "tables.optimizer": "must be an optimizer's kind, or {kind: …, fields}",
         }.get(name, message)
     got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", not {problem['input']!r}"
     return f"{name}: {message}{got}"

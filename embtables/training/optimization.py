@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from embtables.tables import EmbeddingTables
-from embtables.training.config import RunConfig
+from embtables.training.config import TORCH_OPTIMIZERS, RunConfig
 
 __all__ = ["Optimization", "clip_gradients"]
-
-_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 
 
 class Optimization:
@@ -42,13 +40,13 @@ class Optimization:
         """For tables that are ordinary parameters."""
         tables = self.config.tables
         assert tables.learning_rate is not None  # resolved by the configuration
-        if tables.optimizer == "adam" and tables.sparse_gradients:
+        if tables.optimizer_kind == "adam" and tables.sparse_gradients:
             if tables.l2:
                 raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
             return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
         if tables.sparse_gradients:
-            return _OPTIMIZERS[tables.optimizer](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
-        return _optimizer(tables.optimizer, parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+            return TORCH_OPTIMIZERS[tables.optimizer_kind](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+        return _optimizer(tables.optimizer_kind, parameters, lr=tables.learning_rate, weight_decay=tables.l2)
 
     def _each(self) -> list[torch.optim.Optimizer]:
         return [optimizer for optimizer in (self.dense, self.tables) if optimizer is not None]
@@ -107,7 +105,7 @@ def _optimizer(name: str, parameters: list[nn.Parameter], **options: float) -> t
     devices = {"cpu"} if name == "adagrad" else {"cpu", "cuda"}
     fused = all(p.is_floating_point() and p.device.type in devices for p in parameters)
     # ``None`` is torch's own choice among the others.
-    return _OPTIMIZERS[name](parameters, fused=fused or None, **options)
+    return TORCH_OPTIMIZERS[name](parameters, fused=fused or None, **options)
 
 
 @torch.no_grad()

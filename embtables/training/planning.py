@@ -42,7 +42,8 @@ def fused_optimizer(tables: TablesConfig) -> FusedOptimizer | None:
     """The fused optimizer of the tables; ``None`` where they are ordinary parameters."""
     if not tables.fused:
         return None
-    return optimizer_from_config({"kind": tables.optimizer, "lr": tables.learning_rate, "l2": tables.l2})
+    fields = {"kind": tables.optimizer} if isinstance(tables.optimizer, str) else tables.optimizer
+    return optimizer_from_config({**fields, "lr": tables.learning_rate, "l2": tables.l2})
 
 
 def method_for(config: RunConfig, num_steps: int) -> Any:

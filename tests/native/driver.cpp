@@ -487,7 +487,9 @@ void Case::make_values(int64_t last_rule) {
     do rule = random.between(SGD, last_rule);
     while (rule == ROWWISE_ADAGRAD && has_blocks);
     if (rule == SGD || rule >= DENSE_GRADIENT) state_dtype = FLOAT32;
-    hyper = {0.1, random.chance(2) ? 0.05 : 0.0, 1e-3, 0.9, 0.99};
+    hyper = {0.1, random.chance(2) ? 0.05 : 0.0};
+    if (rule != SGD) hyper.push_back(1e-3);
+    if (rule == ADAM) hyper.insert(hyper.end(), {0.9, 0.99});
     if (random.chance(2)) hyper.push_back(random.one_of<double>({0.0, 0.3, 3.0}));
     step = random.between(1, 4);
     gradient = scalars(num_values, dtype, -1, 1);
@@ -671,8 +673,9 @@ void Reference::bag(int64_t l, int64_t first, int64_t last, int64_t stride, int6
 }
 
 void Reference::update(std::vector<double>& w, std::vector<double>* s, const std::vector<double>& gradient, int64_t row, int64_t width) const {
-    const double lr = c_.hyper[0], l2 = c_.hyper[1], eps = c_.hyper[2], beta1 = c_.hyper[3], beta2 = c_.hyper[4];
-    const double clip = c_.hyper.size() > 5 ? c_.hyper[5] : 0;
+    const auto number = [&](size_t i) { return i < c_.hyper.size() ? c_.hyper[i] : 0; };
+    const double lr = number(0), l2 = number(1), eps = number(2), beta1 = number(3), beta2 = number(4);
+    const double clip = number(c_.rule == SGD ? 2 : c_.rule == ADAM ? 5 : 3);
     std::vector<double> g(gradient.begin() + row * width, gradient.begin() + (row + 1) * width);
     double squares = 0;
     for (double x : g) squares += x * x;

@@ -618,19 +618,20 @@ Outcome forward(const Call& call) {
 
 struct Rule {
     int64_t kind;
-    float clip;
-    float lr, l2, eps, beta1, beta2, rest1, rest2, correction1, correction2;
+    float clip = 0, lr = 0, l2 = 0, eps = 0, beta1 = 0, beta2 = 0, rest1 = 0, rest2 = 0, correction1 = 0, correction2 = 0;
 
-    explicit Rule(const Call& call) : kind(call.rule), clip(0) {
+    explicit Rule(const Call& call) : kind(call.rule) {
         if (kind >= DENSE_GRADIENT) return;
-        const double* h = call.hyper;
-        lr = static_cast<float>(h[0]), l2 = static_cast<float>(h[1]), eps = static_cast<float>(h[2]);
-        beta1 = static_cast<float>(h[3]), beta2 = static_cast<float>(h[4]);
+        const double *h = call.hyper, *own = h + 2, *most = own + OWN_HYPER[kind];
+        lr = static_cast<float>(h[0]), l2 = static_cast<float>(h[1]);
+        if (most < h + call.num_hyper) clip = static_cast<float>(*most);
+        if (kind != SGD) eps = static_cast<float>(own[0]);
+        if (kind != ADAM) return;
+        beta1 = static_cast<float>(own[1]), beta2 = static_cast<float>(own[2]);
         // 1 − β is taken in double precision: in single precision 1 − 0.999 is off by 1e-5.
-        rest1 = static_cast<float>(1 - h[3]), rest2 = static_cast<float>(1 - h[4]);
-        correction1 = static_cast<float>(1 - std::pow(h[3], static_cast<double>(call.step)));
-        correction2 = static_cast<float>(1 - std::pow(h[4], static_cast<double>(call.step)));
-        clip = call.num_hyper > 5 ? static_cast<float>(h[5]) : 0.0f;
+        rest1 = static_cast<float>(1 - own[1]), rest2 = static_cast<float>(1 - own[2]);
+        correction1 = static_cast<float>(1 - std::pow(own[1], static_cast<double>(call.step)));
+        correction2 = static_cast<float>(1 - std::pow(own[2], static_cast<double>(call.step)));
     }
 };
 

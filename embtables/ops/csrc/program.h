@@ -9,6 +9,8 @@ enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4 };
 enum Policy : int64_t { ANY = -1, REFUSE = 0, FOLD = 1, OOV = 2 };
 enum Pooling : int64_t { NONE = 0, POOL_SUM = 1, POOL_MEAN = 2 };
 enum RuleKind : int64_t { SGD = 0, ROWWISE_ADAGRAD = 1, ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
+// How many hyper-parameters of its own each rule has: eps; eps, beta1, beta2.
+constexpr int64_t OWN_HYPER[] = {0, 1, 1, 3};
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // A (table, feature) pair: an output. All fields of all structs are int64, so that they are rows of the tensor.
@@ -104,7 +106,7 @@ struct Call {
     int64_t num_threads;
     // backward only
     int64_t rule;
-    const double* hyper;         // lr, l2, eps, beta1, beta2 and, where there are six, the norm to clip at
+    const double* hyper;         // lr, l2, the rule's own and, where there is one more, the norm to clip at
     int64_t num_hyper;
     int64_t step;
     void* const* states;              // two a weight, null where the rule has none
