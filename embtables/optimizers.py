@@ -49,10 +49,10 @@ class FusedOptimizer:
             return
         known = _rules.get(cls.kind, cls)
         # A cell of a notebook that runs again, and dataclass(slots=True), define their class anew.
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        if (known.__module__, known.__name__) != (cls.__module__, cls.__name__):
             raise ValueError(
-                f"the optimizer {cls.__module__}.{cls.__qualname__} has the kind '{cls.kind}', "
-                f"which is that of {known.__module__}.{known.__qualname__}: give it another one"
+                f"the optimizer {cls.__module__}.{cls.__name__} has the kind '{cls.kind}', "
+                f"which is that of {known.__module__}.{known.__name__}: give it another one"
             )
         _rules[cls.kind] = cls
 

@@ -7,13 +7,13 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
 
-class Kinded(Protocol):
-    """What has a word that names it in configurations."""
+class Named(Protocol):
+    """Has a ``kind``, the word that configurations call it by."""
 
     kind: ClassVar[str]
 
 
-T = TypeVar("T", bound=Kinded)
+T = TypeVar("T", bound=Named)
 
 
 def load(group: str, base: type[T], built_in: Mapping[str, Any]) -> dict[str, type[T]]:

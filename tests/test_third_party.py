@@ -24,13 +24,13 @@ TABLES = [
 ]
 
 
-def install(site: Path, name: str, points: dict[str, str]) -> None:
+def install(site: Path, name: str, points: dict[str, str], group: str = methods.GROUP) -> None:
     """What pip leaves in site-packages of a package with entry points."""
     info = site / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     lines = [f"{key} = {value}" for key, value in points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[embtables.methods]", *lines]) + "\n")
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
 
 
 @pytest.fixture(autouse=True)

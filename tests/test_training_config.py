@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from embtables import SGD, Adam
 from embtables.training import load_config
 from embtables.training.config import RunConfig
+from embtables.training.planning import fused_optimizer
 
 
 def test_order_of_sources(tmp_path):
@@ -54,7 +56,19 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
         ("training.batchsize=10", r"^training\.batchsize is not a field .*did you mean training\.batch_size\?$"),
         ("training.colour=red", r"^training\.colour is not a field of the configuration: training has batch_size, "),
         ("batch_size=10", r"^batch_size is not a section .*did you mean training\.batch_size\?$"),
-        ("tables.optimizer=lamb", r"^tables\.optimizer: .*'sgd', 'rowwise_adagrad', 'adagrad' or 'adam', not 'lamb'$"),
+        (
+            "tables.optimizer=lamb",
+            r"^tables\.optimizer: choose one of sgd, rowwise_adagrad, adagrad, adam, not 'lamb'$",
+        ),
+        (
+            "tables.optimizer={kind: adam, beta3: 1}",
+            r"^tables\.optimizer: optimizer adam has no field 'beta3'; it has ",
+        ),
+        ("tables.optimizer={kind: adam, beta2: 1}", r"^tables\.optimizer: adam\.beta2 must be below 1, not 1$"),
+        ("tables.optimizer={beta2: 0.9}", r"^tables\.optimizer: unknown optimizer .*: choose one of sgd, "),
+        ("tables.optimizer={kind: sgd, lr: 1}", r"^tables\.optimizer: set lr as tables\.learning_rate$"),
+        ("tables.optimizer={kind: sgd, l2: 1}", r"^tables\.optimizer: set l2 as tables\.l2$"),
+        ("tables.optimizer=3", r"^tables\.optimizer: must be an optimizer's kind, or {kind: .*, not 3$"),
         ("tables.learning_rate=-1", r"^tables\.learning_rate: .*greater than 0, not -1$"),
         ("tables.learning_rate=.inf", r"^tables\.learning_rate: .*finite number"),
         ("tables.budget=true", r"^tables\.budget: must be bytes .* or a share .*, not True$"),
@@ -81,6 +95,14 @@ def test_errors_name_the_field(override, message):
 def test_rowwise_adagrad_is_fused_only():
     with pytest.raises(ValueError, match="rowwise_adagrad exists fused only"):
         load_config(overrides=["tables.fused=false", "tables.optimizer=rowwise_adagrad"])
+
+
+def test_fields_of_the_optimizer_reach_it() -> None:
+    config = load_config(overrides=["tables.optimizer={kind: adam, beta2: 0.9, clip_row_norm: 2}", "tables.l2=0.1"])
+    assert fused_optimizer(config.tables) == Adam(lr=0.01, l2=0.1, beta2=0.9, clip_row_norm=2)
+    assert fused_optimizer(load_config(overrides=["tables.optimizer=sgd"]).tables) == SGD(lr=1.0)
+    with pytest.raises(ValueError, match=r"^tables: an optimizer with fields of its own needs tables\.fused=true"):
+        load_config(overrides=["tables.fused=false", "tables.optimizer={kind: adam, beta2: 0.9}"])
 
 
 def test_a_value_where_a_field_is_meant(tmp_path):
