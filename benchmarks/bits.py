@@ -42,7 +42,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -567,9 +567,8 @@ def reload(case: Case, tables: EmbeddingTables, batch: Batch, results: Results) 
 # ---- further cases ---------------------------------------------------------------------------------------------------
 
 
-def names(method: str, optimizer: str) -> Results:
+def names(method: str, optimizer: str, results: Results) -> None:
     """The names in state dicts, as text."""
-    results: Results = {}
     for tables in ("one dim", "shared features"):
         case = Case(
             method, optimizer, "float32", "config", "", "forward", tables, "", False, "none", "no", "unranked", None
@@ -579,7 +578,6 @@ def names(method: str, optimizer: str) -> Results:
         results[f"optimizer state of {tables}"] = " ".join(sorted(built.optimizer_state_dict()))
         results[f"parameters of {tables}"] = " ".join(name for name, _ in built.named_parameters())
         results[f"served state of {tables}"] = " ".join(built.serve().state_dict())
-    return results
 
 
 def constructed(method: Any, optimizer: str, dims: tuple[int, ...], results: Results) -> None:
@@ -720,7 +718,8 @@ def refused(method: str, optimizer: str, call: str, wrong: str, results: Results
         ops.backend(), lambda inner: inner.update(vectors=digest(look_up(Batch(ids, offsets, weights))))
     )
     results |= {f"refused: {name}": value for name, value in attempted.items()}
-    train(tables, look_up, [good], 1, after := {})
+    after: Results = {}
+    train(tables, look_up, [good], 1, after)
     results |= {f"after: {name}": value for name, value in after.items()}
 
 
@@ -733,42 +732,37 @@ def cases(full: bool = False) -> Iterator[tuple[str, Callable[[], Results]]]:
     available = [name for name in BACKENDS if name == "reference" or ops.instructions() is not None]
     for case in grid(full):
         if case.backend in available and not (case.call == "collection" and TORCHREC):
-            yield case.key, lambda case=case: attempt(case.backend, lambda results: run(case, results))
+            yield case.key, partial(attempt, case.backend, partial(run, case))
     for (label, method), optimizer in product(methods().items(), OPTIMIZERS):
         key = f"{label} | {optimizer}"
         turn = crc32(key.encode())
         if optimizer in ("dense", "rowwise_adagrad", "adam"):
-            yield f"names of {key}", lambda a=(label, optimizer): attempt("reference", lambda r: r.update(names(*a)))
+            yield f"names of {key}", partial(attempt, "reference", partial(names, label, optimizer))
         for backend in available:
-            for what, function, arguments in _others(label, method, optimizer, backend, turn):
-
-                def run_other(backend: str = backend, function: Any = function, arguments: Any = arguments) -> Results:
-                    return attempt(backend, lambda results: function(*arguments, results))
-
-                yield f"{what} | {key} | {backend}", run_other
+            for what, case_of in _others(label, method, optimizer, backend, turn):
+                yield f"{what} | {key} | {backend}", partial(attempt, backend, case_of)
 
 
 def _others(
     label: str, method: Any, optimizer: str, backend: str, turn: int
-) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
-    """What is done, the function that does it, and its arguments but the results."""
+) -> Iterator[tuple[str, Callable[[Results], None]]]:
     if label not in MIXTURES:
         dims = ((6,), (4, 2, 3), (0,))[turn % 3]
-        yield f"Embedding {dims}", constructed, (method, optimizer, dims)
+        yield f"Embedding {dims}", partial(constructed, method, optimizer, dims)
         if optimizer in ("dense", "sparse", "adagrad"):
-            yield "compress_", compressed, (method, optimizer)
+            yield "compress_", partial(compressed, method, optimizer)
         if optimizer in ("dense", "adam") and not TORCHREC:
-            yield "EmbeddingBagCollection", collected, (method, optimizer, True)
-            yield "EmbeddingCollection", collected, (method, optimizer, False)
+            yield "EmbeddingBagCollection", partial(collected, method, optimizer, True)
+            yield "EmbeddingCollection", partial(collected, method, optimizer, False)
     call, how = ("forward", "lookup", "views")[turn % 3], SURROUNDINGS[turn // 3 % 3]
     case = Case(
         *(label, optimizer, "float32", "config", backend, call, "shared features", "int64 bags", False),
         *("none", "no", "unranked", budgets(label, "shared features")[0]),
     )
-    yield f"{how} by {call}", surrounded, (case, how)
+    yield f"{how} by {call}", partial(surrounded, case, how)
     if optimizer in ("dense", "adam"):
         wrong = WRONG[turn // 9 % len(WRONG)]
-        yield f"{wrong} by {call}", refused, (label, optimizer, call, wrong)
+        yield f"{wrong} by {call}", partial(refused, label, optimizer, call, wrong)
 
 
 def missing() -> list[str]:

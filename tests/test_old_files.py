@@ -20,7 +20,7 @@ FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.safetensor
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(DATA).with_suffix(""))
+    return path.relative_to(DATA).as_posix().removesuffix(".safetensors")
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -45,6 +45,14 @@ def test_there_are_files() -> None:
     assert DATA / "files-0.1.0" in FOLDERS
     for folder in FOLDERS:
         assert set(expected(folder)) == {path.stem for path in FILES if path.parent == folder} | {"training"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_every_form_is_among_them(folder: Path) -> None:
+    """Pruned tables in each of the sparse forms, ids by rank, and tables kept in full."""
+    plans = [str(EmbeddingTables.load(path).plan) for path in FILES if path.parent == folder]
+    forms = ("bitmap:", "compressed rows:", "entries:", "cut_off_by_rank:", "mixed_by_rank:", "dropped", "full")
+    assert [form for form in forms if not any(f"  {form}" in text for text in plans)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
