@@ -96,7 +96,7 @@ def run(settings: Settings, progress: Callable[[float], None] = lambda share: No
 def contestants(source: Path, out: Path, batch: int) -> dict[str, Callable[[], int]]:
     """In the order in which they must be called; each returns the number of rows that it read."""
     from embtables.datasets import PreparedDataset
-    from embtables.datasets.criteo import prepare_criteo
+    from embtables.datasets.readers.criteo import prepare_criteo
 
     def by_polars() -> int:
         schema = dict.fromkeys(COLUMNS, pl.String)
@@ -147,7 +147,7 @@ def table(found: list[dict[str, Any]]) -> Table:
 def measure(source: Path, out: Path) -> dict[str, float]:
     """Prepares in this process and measures it: meant for a process that does nothing else."""
     start = time.perf_counter()
-    from embtables.datasets.criteo import prepare_criteo
+    from embtables.datasets.readers.criteo import prepare_criteo
 
     data = prepare_criteo(source, out)
     wall = time.perf_counter() - start

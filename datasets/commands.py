@@ -1,14 +1,14 @@
-"""`embtables prepare KIND INPUT OUT`: every module of this folder that has a command brings it along."""
+"""`embtables prepare KIND INPUT OUT`: every module in the folder `readers` brings its own command."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
 
-from .options import app
+from embtables.datasets import readers
+from embtables.datasets.options import app
 
 __all__ = ["app"]
 
-for _module in sorted(pkgutil.iter_modules([str(Path(__file__).parent)]), key=lambda module: module.name):
-    importlib.import_module(f"embtables.datasets.{_module.name}")
+for _module in sorted(pkgutil.iter_modules(readers.__path__), key=lambda module: module.name):
+    importlib.import_module(f"{readers.__name__}.{_module.name}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+SPAN_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,3 +43,16 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{option} {text!r}: numbers separated by commas are needed")
     return values
+
+
+def parse_duration(text: str) -> int | None:
+    """ "90s", "30m", "1h", "2d" in milliseconds; "all" is None."""
+    if text == "all":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise ValueError(f"duration {text!r}: e.g. 90s, 30m, 1h, 2d or all is needed")
+    milliseconds = round(float(match[1]) * SPAN_MS[match[2]])
+    if milliseconds >= 2**62:
+        raise ValueError(f"duration {text!r}: it is beyond any time; write all")
+    return milliseconds

@@ -19,9 +19,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import track
 
-from .ahead import read_ahead
-from .rows import Batch, Lists, Rows
-from .splits import SPLITS
+from embtables.datasets.batch import Batch, Lists, Rows
+from embtables.datasets.prefetch import read_ahead
+from embtables.datasets.splits import SPLITS
 
 if TYPE_CHECKING:
     from embtables import TableConfig

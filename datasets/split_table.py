@@ -10,37 +10,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from .avazu import hour_of_day, weekday, weekend
-from .histories import ranges
-from .prepared import GROUP, LABEL, MOST_ENTRIES
-from .rejections import DEFAULT_LIMIT, Rejections
-from .splits import row_uniforms
-from .tabular import Table
-from .text_keys import TextKeys
-from .vocabulary import FIRST_ID, MISSING_ID, UNSEEN_ID, KeyCounter, Vocabulary
-from .writing import Contents, Writer
-
-
-def country(isrc: pl.Expr) -> pl.Expr:
-    """The first two letters of an ISRC."""
-    return isrc.str.slice(0, 2)
-
-
-def age_group(age: pl.Expr) -> pl.Expr:
-    """1 … 7 for ages from 1 up to 10, 20, … 60, 95; null for others."""
-    years = age.cast(pl.Float64, strict=False)
-    return pl.when(years.is_between(1, 95)).then((years / 10).ceil().clip(1, 7).cast(pl.Int64))
-
-
-def squared_log(number: pl.Expr) -> pl.Expr:
-    """⌊(ln x)²⌋ above 2, else the integer; 0 counts as missing."""
-    x = number.cast(pl.Float64, strict=False)
-    bucket = pl.when(x > 2).then((x.log() ** 2).floor()).otherwise(x).cast(pl.Int64)
-    return pl.when(bucket != 0).then(bucket)
-
-
-DERIVED = {of.__name__: of for of in (hour_of_day, weekday, weekend, country, age_group, squared_log)}
-"""Functions of a column as text, by name."""
+from embtables.datasets.derived import DERIVED
+from embtables.datasets.histories import ranges
+from embtables.datasets.prepared import GROUP, LABEL, MOST_ENTRIES
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import row_uniforms
+from embtables.datasets.string_keys import StringKeys
+from embtables.datasets.tabular import Table
+from embtables.datasets.vocabulary import FIRST_ID, MISSING_ID, UNSEEN_ID, KeyCounter, Vocabulary
+from embtables.datasets.writing import Contents, Writer
 
 
 @dataclass(frozen=True)
@@ -126,8 +104,8 @@ class Reader:
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
-        self.keys = {name: TextKeys() for name in (*columns.categorical, *columns.lists)}
-        self._of_group = TextKeys()
+        self.keys = {name: StringKeys() for name in (*columns.categorical, *columns.lists)}
+        self._of_group = StringKeys()
 
     def parts(self, table: Table, rejections: Rejections, writer: Writer, title: str) -> Iterator[Part]:
         columns = self.columns

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .prepared import LABEL
-from .rejections import Rejections
-from .splits import SPLITS
-from .text import Block
-from .vocabulary import MISSING, KeyCounter
-from .writing import Contents, Writer
+from embtables.datasets.prepared import LABEL
+from embtables.datasets.rejections import Rejections
+from embtables.datasets.splits import SPLITS
+from embtables.datasets.text import Block
+from embtables.datasets.vocabulary import MISSING, KeyCounter
+from embtables.datasets.writing import Contents, Writer
 
 LINE = "_line"
 THREADS = min(4, os.cpu_count() or 1)  # each at work on a feature of its own

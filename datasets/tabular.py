@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from .rejections import Rejections
-from .text import Format, read_header, read_text
+from embtables.datasets.rejections import Rejections
+from embtables.datasets.text import Format, read_header, read_text
 
 RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # RecBole's headers: name:type
 

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import numpy as np
 import polars as pl
 
-from .ahead import read_ahead
-from .rejections import Rejections
+from embtables.datasets.prefetch import read_ahead
+from embtables.datasets.rejections import Rejections
 
 BLOCK_BYTES = 2**24
 

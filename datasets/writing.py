@@ -19,11 +19,19 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from embtables.datasets.prepared import (
+    FORMAT,
+    FREQUENCIES,
+    GROUP,
+    LABEL,
+    MANIFEST,
+    VERSION,
+    PreparedDataset,
+    read_manifest,
+)
+from embtables.datasets.splits import SPLITS
+from embtables.datasets.vocabulary import Vocabulary
 from embtables.files import sha256
-
-from .prepared import FORMAT, FREQUENCIES, GROUP, LABEL, MANIFEST, VERSION, PreparedDataset, read_manifest
-from .splits import SPLITS
-from .vocabulary import Vocabulary
 
 ROWS_PER_SHARD = 2**18
 SHARDS_AT_ONCE = 2

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from embtables import Adagrad, EmbeddingTables, plan
 from embtables.datasets import PreparedDataset
-from embtables.datasets.synthetic import Synthetic, prepare_synthetic
+from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
 from embtables.methods import from_config
 from embtables.training.metrics import auc
 

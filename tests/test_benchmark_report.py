@@ -24,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     monkeypatch = pytest.MonkeyPatch()
     (folder / "fake").mkdir()
     monkeypatch.setenv("FAKE", str(folder / "fake"))
-    from embtables.datasets.synthetic import Synthetic, prepare_synthetic
+    from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
 
     prepare_synthetic(folder / "data", Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
     run(config_of(folder / "data", seeds=2), folder / "out", jobs=2)

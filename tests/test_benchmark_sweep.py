@@ -23,7 +23,7 @@ from embtables.benchmark.summary import summarize
 from embtables.benchmark.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
 from embtables.cli import run as main
 from embtables.datasets import PreparedDataset
-from embtables.datasets.synthetic import Synthetic, prepare_synthetic
+from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
 from embtables.training.config import load_config
 
 CELL = Path(__file__).with_name("benchmark_cell.py")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from decoded import all_decoded, decoded, train_din, vocabulary
 
-from embtables.datasets.alimama import AD_IDS, DAY, FIRST, PROFILE, Alimama, prepare_alimama
 from embtables.datasets.histories import LatestEvents
+from embtables.datasets.readers.alimama import AD_IDS, DAY, FIRST, PROFILE, Alimama, prepare_alimama
 
 HOUR = 3600
 

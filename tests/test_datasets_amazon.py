@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from decoded import all_decoded, decoded, train_din, vocabulary
 
-from embtables.datasets.amazon import Amazon, prepare_amazon
-from embtables.datasets.log import LogOptions
+from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.negatives import Negatives
+from embtables.datasets.readers.amazon import Amazon, prepare_amazon
 
 DAY = 86_400
 PATHS = {

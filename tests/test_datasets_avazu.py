@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
-from embtables.datasets.avazu import FEATURES, Avazu, prepare_avazu
 from embtables.datasets.commands import app
+from embtables.datasets.readers.avazu import FEATURES, Avazu, prepare_avazu
 
 HEADER = (
     "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain,app_category,device_id,device_ip,"

@@ -18,7 +18,7 @@ import pytest
 
 from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
-from embtables.datasets.criteo import CATEGORIES, DENSE, Criteo, prepare_criteo
+from embtables.datasets.readers.criteo import CATEGORIES, DENSE, Criteo, prepare_criteo
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 
 from embtables.datasets import PreparedDataset
-from embtables.datasets.interactions import Interactions, parse_duration, prepare_interactions
-from embtables.datasets.log import LogOptions
+from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.negatives import Negatives, draw_negatives
+from embtables.datasets.options import parse_duration
+from embtables.datasets.readers.interactions import Interactions, prepare_interactions
 
 HOUR = 3_600_000
 START = 1_506_826_800_000

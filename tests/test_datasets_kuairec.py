@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from decoded import all_decoded, decoded, train_din
 
-from embtables.datasets.kuairec import KuaiRec, prepare_kuairec
-from embtables.datasets.log import LogOptions
+from embtables.datasets.interaction_log import LogOptions
+from embtables.datasets.readers.kuairec import KuaiRec, prepare_kuairec
 
 HEADER = "user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio"
 START = 1_593_878_903.438

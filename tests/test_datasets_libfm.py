@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
 from embtables.datasets.commands import app
-from embtables.datasets.libfm import LibFM, prepare_libfm
+from embtables.datasets.readers.libfm import LibFM, prepare_libfm
 
 FRAPPE = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
 SIZES = [957, 4082, 7, 7, 2, 3, 2, 9, 80, 233]  # as the set's README says; an index counts on over the fields

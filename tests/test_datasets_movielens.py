@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from decoded import all_decoded, decoded, train_din
 
-from embtables.datasets.log import LogOptions
-from embtables.datasets.movielens import FLAGS_100K, MovieLens, find_release, prepare_movielens
+from embtables.datasets.interaction_log import LogOptions
+from embtables.datasets.readers.movielens import FLAGS_100K, MovieLens, find_release, prepare_movielens
 
 USERS = {1: ("F", "24", "writer", "85711"), 2: ("M", "53", "other", "94043"), 3: ("M", "23", "artist", "T8H1N")}
 FILMS = {

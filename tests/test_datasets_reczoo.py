@@ -17,12 +17,13 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from embtables.datasets import PreparedDataset, reczoo
+from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
 from embtables.datasets.commands import app
-from embtables.datasets.reczoo import PUBLISHED, Reczoo, prepare_reczoo
+from embtables.datasets.readers import reczoo
+from embtables.datasets.readers.reczoo import PUBLISHED, Reczoo, prepare_reczoo
 from embtables.datasets.split_table import Columns
-from embtables.datasets.text_keys import TextKeys
+from embtables.datasets.string_keys import StringKeys
 from embtables.training.config import load_config
 from embtables.training.trainer import Trainer
 
@@ -475,7 +476,7 @@ def test_din_trains_on_amazon(tmp_path: Path) -> None:
 def test_text_keys_are_one_to_one() -> None:
     texts = ["5", "-5", "05", "+5", "0", "-0", "00000005", "0000000a", "0000000A", "deadbeef", "12345678", "é", "a^b"]
     texts += [str(2**40), str(2**40 - 1), str(1 - 2**40), str(2**63), "1e5", " 5", "5.0", "ffffffff", "-1234567"]
-    keys = TextKeys()
+    keys = StringKeys()
     first = keys.keys_of(pl.Series(["x", *texts[:4], None], dtype=pl.String))
     found = keys.keys_of(pl.Series(texts))
     assert len(set(found.tolist())) == len(texts) and found[:4].tolist() == first[1:5].tolist()

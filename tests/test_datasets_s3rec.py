@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 
 from embtables.datasets import PreparedDataset
-from embtables.datasets.columns import KeyColumn
-from embtables.datasets.log import ItemFeatures, Log, LogOptions, write_log
+from embtables.datasets.interaction_log import ItemFeatures, Log, LogOptions, write_log
+from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.s3rec import S3Rec, prepare_s3rec
+from embtables.datasets.readers.s3rec import S3Rec, prepare_s3rec
 from embtables.datasets.vocabulary import MISSING
 from embtables.datasets.writing import prepare
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
-from embtables.datasets.synthetic import Truth, expected_auc, expected_logloss
+from embtables.datasets.readers.synthetic import Truth, expected_auc, expected_logloss
 
 
 @given(st.lists(st.sampled_from([0.01, 0.2, 0.2, 0.5, 0.9]), min_size=2, max_size=12))

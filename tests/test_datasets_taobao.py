@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from decoded import all_decoded, decoded, train_din
 
-from embtables.datasets.log import LogOptions
+from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.taobao import FIRST, PAST, Taobao, prepare_taobao
+from embtables.datasets.readers.taobao import FIRST, PAST, Taobao, prepare_taobao
 
 Row = tuple[int, int, int, str, int]
 UNIFORM = Negatives(2, "uniform", None)

@@ -13,7 +13,7 @@ import torch
 
 from embtables import EmbeddingTables
 from embtables.datasets import PreparedDataset
-from embtables.datasets.synthetic import PROBABILITY, Synthetic, Truth, expected_auc, prepare_synthetic
+from embtables.datasets.readers.synthetic import PROBABILITY, Synthetic, Truth, expected_auc, prepare_synthetic
 from embtables.training import Trainer, load_config
 from embtables.training.planning import plan_tables
 

@@ -19,9 +19,9 @@ from torch import nn
 from embtables import EmbeddingTables
 from embtables.cli import run as main
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
-from embtables.datasets.interactions import Interactions, prepare_interactions
-from embtables.datasets.log import LogOptions
+from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.negatives import Negatives
+from embtables.datasets.readers.interactions import Interactions, prepare_interactions
 from embtables.models import MLP, build_model
 from embtables.models.blocks import bags
 from embtables.training import Trainer, load_config, load_served, loop, metrics

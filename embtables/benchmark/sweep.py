@@ -41,7 +41,7 @@ from embtables.benchmark.runner import Ended, Job, run_jobs, threads_per_job
 from embtables.datasets import PreparedDataset
 from embtables.files import sha256, write_bytes, write_text
 from embtables.lock import locked
-from embtables.models.lookup import check_hyperparameters
+from embtables.models.registry import check_hyperparameters
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 from embtables.training.validation import value_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embtables.models import find_model
-from embtables.models.lookup import hyperparameters_of
+from embtables.models.registry import hyperparameters_of
 
 __all__ = ["PRESETS", "Preset", "preset_named"]
 

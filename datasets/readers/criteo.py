@@ -15,14 +15,14 @@ import numpy as np
 import polars as pl
 import typer
 
-from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
-from .prepared import LABEL, PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .splits import DEFAULT_SHARES, check_shares, random_split
-from .streaming import write_streaming
-from .text import Block, Format, read_text
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from embtables.datasets.prepared import LABEL, PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
+from embtables.datasets.streaming import write_streaming
+from embtables.datasets.text import Block, Format, read_text
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 DENSE = [f"I{number}" for number in range(1, 14)]
 CATEGORIES = [f"C{number}" for number in range(1, 27)]

@@ -28,15 +28,15 @@ import numpy as np
 import polars as pl
 import typer
 
-from .columns import KeyColumn
-from .log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
-from .negatives import Negatives
-from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .text import read_lines
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
+from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.negatives import Negatives
+from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.text import read_lines
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 CATEGORY = "category"
 REVIEW_FIELDS = (("reviewerID", "asin", "unixReviewTime", 1000), ("user_id", "parent_asin", "timestamp", 1))

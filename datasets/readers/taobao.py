@@ -17,17 +17,27 @@ from typing import Annotated, Literal
 import polars as pl
 import typer
 
-from .interactions import parse_duration
-from .log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
-from .negatives import Negatives
-from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .side import integers
-from .splits import row_uniforms
-from .text import Format, read_text
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
+from embtables.datasets.negatives import Negatives
+from embtables.datasets.options import (
+    History,
+    MaxRejected,
+    MinCount,
+    Out,
+    Seed,
+    Shares,
+    Split,
+    app,
+    numbers,
+    parse_duration,
+)
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.side_tables import integers
+from embtables.datasets.splits import row_uniforms
+from embtables.datasets.text import Format, read_text
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 CATEGORY, BEHAVIOR, TIME = "category_id", "behavior", "timestamp"
 COLUMNS = (USER, ITEM, CATEGORY, BEHAVIOR, TIME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,15 +11,27 @@ import numpy as np
 import polars as pl
 import typer
 
-from .columns import KeyColumn
-from .log import ITEM, USER, Log, LogOptions, write_log
-from .negatives import Negatives
-from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .tabular import open_table
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
+from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.negatives import Negatives
+from embtables.datasets.options import (
+    SPAN_MS,
+    History,
+    MaxRejected,
+    MinCount,
+    Out,
+    Seed,
+    Shares,
+    Split,
+    app,
+    numbers,
+    parse_duration,
+)
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.tabular import open_table
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 ROLES = {
     "user": ("user_id", "userid", "user", "uid", "visitorid", "visitor_id", "customer_id", "reviewerid"),
@@ -34,7 +45,6 @@ ROLES = {
     ),
 }
 UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
-SPAN_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 @dataclass(frozen=True)
@@ -178,19 +188,6 @@ def _span(config: Interactions, clock: Clock, times: np.ndarray) -> tuple[int, i
     if config.days is not None:
         past = first + round(config.days * SPAN_MS["d"])
     return first, past
-
-
-def parse_duration(text: str) -> int | None:
-    """ "90s", "30m", "1h", "2d" in milliseconds; "all" is None."""
-    if text == "all":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if match is None:
-        raise ValueError(f"duration {text!r}: e.g. 90s, 30m, 1h, 2d or all is needed")
-    milliseconds = round(float(match[1]) * SPAN_MS[match[2]])
-    if milliseconds >= 2**62:
-        raise ValueError(f"duration {text!r}: it is beyond any time; write all")
-    return milliseconds
 
 
 def _read(

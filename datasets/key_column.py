@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from .vocabulary import MISSING
+from embtables.datasets.vocabulary import MISSING
 
 
 class KeyColumn:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .columns import KeyColumn
-from .log import ItemFeatures
-from .rejections import Rejections
-from .text import Format, read_text
-from .writing import Writer
+from embtables.datasets.interaction_log import ItemFeatures
+from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.rejections import Rejections
+from embtables.datasets.text import Format, read_text
+from embtables.datasets.writing import Writer
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ import numpy as np
 import polars as pl
 import typer
 
-from .columns import KeyColumn
-from .histories import Events, LatestEvents
-from .log import ITEM, USER, Log, LogOptions, write_log
-from .options import History, MaxRejected, MinCount, Out, Seed, app
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .side import Side, integers, read_side
-from .splits import row_uniforms
-from .text import Format, read_columns, read_text
-from .vocabulary import MISSING
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.histories import Events, LatestEvents
+from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
+from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, app
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.side_tables import Side, integers, read_side
+from embtables.datasets.splits import row_uniforms
+from embtables.datasets.text import Format, read_columns, read_text
+from embtables.datasets.vocabulary import MISSING
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 CATEGORY, BRAND, PRICE, POSITION, TIME = "cate_id", "brand", "price", "pid", "time_stamp"
 AD_IDS = (CATEGORY, "campaign_id", "customer", BRAND)

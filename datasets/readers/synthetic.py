@@ -12,12 +12,12 @@ import numpy as np
 import polars as pl
 import typer
 
-from .options import Out, Seed, Shares, app, numbers
-from .prepared import LABEL, PreparedDataset
-from .splits import SPLITS, check_shares, random_split
-from .vocabulary import Vocabulary
-from .writing import Contents, Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.options import Out, Seed, Shares, app, numbers
+from embtables.datasets.prepared import LABEL, PreparedDataset
+from embtables.datasets.splits import SPLITS, check_shares, random_split
+from embtables.datasets.vocabulary import Vocabulary
+from embtables.datasets.writing import Contents, Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 CHUNK = 2**18
 MOST_IDS = 10**8  # effects and probabilities of all ids lie in memory, 8 bytes each

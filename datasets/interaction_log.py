@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from .columns import KeyColumn
-from .histories import EventHistories, Events, Histories, ranges
-from .negatives import ABSENT, Negatives, draw_negatives
-from .prepared import GROUP, LABEL, MOST_ENTRIES
-from .splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
-from .vocabulary import MISSING, Vocabulary
-from .writing import Contents, Writer
+from embtables.datasets.histories import EventHistories, Events, Histories, ranges
+from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.negatives import ABSENT, Negatives, draw_negatives
+from embtables.datasets.prepared import GROUP, LABEL, MOST_ENTRIES
+from embtables.datasets.splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
+from embtables.datasets.vocabulary import MISSING, Vocabulary
+from embtables.datasets.writing import Contents, Writer
 
 USER, ITEM, HISTORY = "user_id", "item_id", "history"
 CLICKS_AT_ONCE = 2**17

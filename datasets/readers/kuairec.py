@@ -20,14 +20,14 @@ import numpy as np
 import polars as pl
 import typer
 
-from .log import ITEM, USER, Log, LogOptions, write_log
-from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .side import Side, integers, read_side
-from .text import Format, read_columns, read_text
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
+from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.side_tables import Side, integers, read_side
+from embtables.datasets.text import Format, read_columns, read_text
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 VIDEO, RATIO, TIME, CATEGORIES = "video_id", "watch_ratio", "timestamp", "categories"
 COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")  # their ranges are features

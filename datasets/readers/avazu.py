@@ -16,14 +16,15 @@ import numpy as np
 import polars as pl
 import typer
 
-from .options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
-from .prepared import LABEL, PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .splits import DEFAULT_SHARES, check_shares, random_split
-from .streaming import write_streaming
-from .text import Block, Format, read_header, read_text
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.derived import day, hour_of_day, weekday, weekend
+from embtables.datasets.options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from embtables.datasets.prepared import LABEL, PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
+from embtables.datasets.streaming import write_streaming
+from embtables.datasets.text import Block, Format, read_header, read_text
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 HEX = [
     *("site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"),
@@ -32,28 +33,6 @@ HEX = [
 CATEGORIES = ["C1", "banner_pos", *HEX, "device_type", "device_conn_type", *(f"C{number}" for number in range(14, 22))]
 COLUMNS = ("id", "click", "hour", *CATEGORIES)
 DAY = "_day"
-
-
-def hour_of_day(hour: pl.Expr) -> pl.Expr:
-    """0 … 23 of YYMMDDHH as text."""
-    return hour.str.slice(6).cast(pl.Int64, strict=False)
-
-
-def day(hour: pl.Expr) -> pl.Expr:
-    """The date of YYMMDDHH as text; null where there is none."""
-    return hour.str.slice(0, 6).str.to_date("%y%m%d", strict=False)
-
-
-def weekday(hour: pl.Expr) -> pl.Expr:
-    """0 (Sunday) … 6 of YYMMDDHH as text."""
-    return day(hour).dt.weekday().cast(pl.Int64) % 7
-
-
-def weekend(hour: pl.Expr) -> pl.Expr:
-    """1 on Saturday and Sunday, else 0."""
-    return (day(hour).dt.weekday() >= 6).cast(pl.Int64)
-
-
 TIMES = {"hour": hour_of_day, "weekday": weekday, "weekend": weekend}
 FEATURES = ["hour", *CATEGORIES, "weekday", "weekend"]
 

@@ -16,14 +16,14 @@ from typing import Annotated
 import polars as pl
 import typer
 
-from .options import MaxRejected, MinCount, Out, app
-from .prepared import GROUP, LABEL, PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .splits import SPLITS
-from .text import Block, Format, read_header, read_text
-from .vocabulary import KeyCounter
-from .writing import Contents, Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.options import MaxRejected, MinCount, Out, app
+from embtables.datasets.prepared import GROUP, LABEL, PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import SPLITS
+from embtables.datasets.text import Block, Format, read_header, read_text
+from embtables.datasets.vocabulary import KeyCounter
+from embtables.datasets.writing import Contents, Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 ENDINGS = {"train": ("train",), "valid": ("validation", "valid"), "test": ("test",)}
 KNOWN_FIELDS = {

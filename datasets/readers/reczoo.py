@@ -20,16 +20,16 @@ from typing import Annotated
 import typer
 import yaml
 
-from .options import MaxRejected, Out, Seed, app
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT
-from .split_table import Columns, write_splits
-from .splits import SPLITS
-from .tabular import open_table
-from .text import read_unpacked
-from .vocabulary import Vocabulary
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.options import MaxRejected, Out, Seed, app
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT
+from embtables.datasets.split_table import Columns, write_splits
+from embtables.datasets.splits import SPLITS
+from embtables.datasets.tabular import open_table
+from embtables.datasets.text import read_unpacked
+from embtables.datasets.vocabulary import Vocabulary
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 ENDINGS = (".csv", ".csv.gz", ".parquet")
 

@@ -16,15 +16,15 @@ import numpy as np
 import polars as pl
 import typer
 
-from .columns import KeyColumn
-from .log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
-from .options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .side import Side, read_side
-from .text import Format, read_header, read_text
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
+from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.side_tables import Side, read_side
+from embtables.datasets.text import Format, read_header, read_text
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 RATING, TIME, GENRES, YEAR = "rating", "timestamp", "genres", "release_year"
 USER_FEATURES = ("gender", "age", "occupation", "zip_code")

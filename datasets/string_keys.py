@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from .vocabulary import MISSING
+from embtables.datasets.vocabulary import MISSING
 
 DECIMAL = 2**40  # integers of smaller size, written without sign or zeros in front, are their own keys
 HEX = DECIMAL  # 8 hex digits: HEX + the number that they write, below HEX + 2**32
 OTHER = 2**61  # any other text: OTHER + its number in the order of appearance
 
 
-class TextKeys:
+class StringKeys:
     """One feature's keys: equal text, equal key. Memory grows with the distinct texts that are no numbers only."""
 
     def __init__(self) -> None:

@@ -22,8 +22,8 @@ import torch
 
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.datasets import prepared as prepared_module
-from embtables.datasets.ahead import read_ahead
-from embtables.datasets.rows import Rows
+from embtables.datasets.batch import Rows
+from embtables.datasets.prefetch import read_ahead
 from embtables.datasets.writing import Writer
 
 

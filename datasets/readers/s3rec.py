@@ -15,14 +15,14 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 
-from .log import ItemFeatures, Log, LogOptions, write_log
-from .negatives import Negatives
-from .options import History, MaxRejected, MinCount, Out, Seed, Shares, app, numbers
-from .prepared import PreparedDataset
-from .rejections import DEFAULT_LIMIT, Rejections
-from .text import read_lines
-from .writing import Writer
-from .writing import prepare as prepare_folder
+from embtables.datasets.interaction_log import ItemFeatures, Log, LogOptions, write_log
+from embtables.datasets.negatives import Negatives
+from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.text import read_lines
+from embtables.datasets.writing import Writer
+from embtables.datasets.writing import prepare as prepare_folder
 
 ATTRIBUTES = "attributes"
 

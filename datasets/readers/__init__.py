@@ -1,0 +1,1 @@
+"""The readers of public data sets and common formats, one file each."""
