@@ -1,14 +1,23 @@
-"""`embtables prepare KIND INPUT OUT`: every module in the folder `readers` brings its own command."""
+"""``embtables prepare KIND INPUT OUT``: one command per reader."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import typer
 
-from embtables.datasets import readers
-from embtables.datasets.options import app
+from embtables.datasets.reader import command
+from embtables.datasets.readers import all_readers
 
-__all__ = ["app"]
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Turn raw files into prepared data: Parquet shards and a manifest. A second run reuses what is there.",
+)
 
-for _module in sorted(pkgutil.iter_modules(readers.__path__), key=lambda module: module.name):
-    importlib.import_module(f"{readers.__name__}.{_module.name}")
+
+@app.callback()
+def kinds() -> None:
+    """Keeps ``prepare KIND`` a group, whatever the number of kinds."""
+
+
+for _kind, _reader in all_readers().items():
+    app.command(_kind, epilog=_reader.example or None)(command(_reader))

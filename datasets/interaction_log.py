@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from embtables.datasets.histories import EventHistories, Events, Histories, ranges
 from embtables.datasets.key_column import KeyColumn
@@ -17,7 +16,7 @@ from embtables.datasets.negatives import ABSENT, Negatives, draw_negatives
 from embtables.datasets.prepared import GROUP, LABEL, MOST_ENTRIES
 from embtables.datasets.splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
 from embtables.datasets.vocabulary import MISSING, Vocabulary
-from embtables.datasets.writing import Contents, Writer
+from embtables.datasets.writing import Contents, Writer, list_column
 
 USER, ITEM, HISTORY = "user_id", "item_id", "history"
 CLICKS_AT_ONCE = 2**17
@@ -212,7 +211,7 @@ def write_log(
         if of_history:
             earlier, offsets = histories.of(source)
             ids_of, earlier = (of_item, items[earlier]) if log.events is None else (events_ids, earlier)
-            frame |= {name: _series(ids_of[feature][earlier], offsets) for name, feature in of_history.items()}
+            frame |= {name: list_column(ids_of[feature][earlier], offsets) for name, feature in of_history.items()}
         rows = pl.DataFrame(frame)
         for code, name in enumerate(SPLITS):
             writer.write(name, rows.filter(pl.Series(split[source] == code)))
@@ -257,11 +256,7 @@ class _Known:
 
 def _lists(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> pl.Series:
     chosen, offsets = ranges(begin, end)
-    return _series(values[chosen], offsets)
-
-
-def _series(values: np.ndarray, offsets: np.ndarray) -> pl.Series:
-    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
+    return list_column(values[chosen], offsets)
 
 
 def _history_name(feature: str) -> str:

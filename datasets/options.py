@@ -11,12 +11,6 @@ import typer
 
 SPAN_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Turn raw files into prepared data: Parquet shards and a manifest. A second run reuses what is there.",
-)
-
 Out = Annotated[
     Path, typer.Argument(metavar="OUT", help="Folder to write; must not hold anything else.", show_default=False)
 ]
@@ -26,12 +20,7 @@ Split = Annotated[LogSplit, typer.Option(help="How rows are split; leave-last-ou
 History = Annotated[int, typer.Option(help="Most items kept of a user's history, in its own column; 0: none.")]
 MinCount = Annotated[int, typer.Option(help="Values rarer than this in training share id 1 with the unseen.")]
 MaxRejected = Annotated[float, typer.Option(help="Share of malformed rows above which reading stops.")]
-Shares = Annotated[str, typer.Option(help="Shares of train, valid and test.")]
-
-
-@app.callback()
-def kinds() -> None:
-    """Keeps `prepare KIND` a group, whatever the number of kinds."""
+Shares = Annotated[tuple[float, ...], typer.Option(help="Shares of train, valid and test.")]
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:

@@ -15,19 +15,19 @@ import polars as pl
 import typer
 
 from embtables.datasets.options import LogSplit, MaxRejected, MinCount, Out, Seed, Shares, Split, numbers
-from embtables.datasets.prepared import GROUP, LABEL, PreparedDataset
+from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.row_keys import RowKeys, Schema
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, leave_last_out, random_split, time_split
 from embtables.datasets.streaming import write_streaming
 from embtables.datasets.text import Block
-from embtables.datasets.vocabulary import MISSING
-from embtables.datasets.writing import Writer, list_column
+from embtables.datasets.writing import Writer
 from embtables.datasets.writing import prepare as prepare_folder
 
 _ROW = "_row"
 
 
+@dataclass(frozen=True)
 class Reader(ABC):
     """Turns the raw files of one kind into prepared data.
 
@@ -52,7 +52,7 @@ class Reader(ABC):
 
     def settings(self, source: Path) -> dict[str, Any]:
         """The options as the manifest holds them. An existing folder is reused only if they are equal."""
-        return asdict(self)  # type: ignore[call-overload]  # a reader is a dataclass
+        return asdict(self)
 
     @abstractmethod
     def write(self, source: Path, writer: Writer) -> None:
@@ -93,23 +93,24 @@ def command(reader: type[Reader]) -> Callable[..., None]:
     """
     make = reader.constructor()
     hints = get_type_hints(make, include_extras=True)
-    source_type = Annotated[str, typer.Argument(metavar="INPUT", help=reader.input_help, show_default=False)]
+    source_type = Annotated[Path, typer.Argument(metavar="INPUT", help=reader.input_help, show_default=False)]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("source", kind, annotation=source_type)]
     parameters.append(inspect.Parameter("out", kind, annotation=Out))
     elements: dict[str, type] = {}  # of the options that are written with commas
     for name, parameter in inspect.signature(make).parameters.items():
         annotation, default = hints[name], parameter.default
-        if default is inspect.Parameter.empty or isinstance(default, type(_NO_DEFAULT)):
+        if default is inspect.Parameter.empty:
             raise ValueError(f"reader '{reader.kind}': its option '{name}' needs a default")
         bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
         if get_origin(bare) is tuple:
             elements[name] = get_args(bare)[0]
-            annotation = Annotated[(str, *getattr(annotation, "__metadata__", ()))]  # type: ignore[index]
+            described = getattr(annotation, "__metadata__", ())
+            annotation = Annotated[str, described[0]] if described else str
             default = ",".join(value if isinstance(value, str) else f"{value:g}" for value in default)
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
 
-    def run(source: str, out: Path, **options: Any) -> None:
+    def run(source: Path, out: Path, **options: Any) -> None:
         for name, element in elements.items():
             options[name] = _split_by_commas(name, options[name], element)
         make(**options).prepare(source, out, progress=True)
@@ -118,3 +119,152 @@ def command(reader: type[Reader]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads the options from here
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _split_by_commas(name: str, text: str, element: type) -> tuple[Any, ...]:
+    if element is str:
+        return tuple(part for part in text.split(",") if part)
+    return tuple(map(element, numbers(f"--{name.replace('_', '-')}", text)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader(Reader):
+    """A reader that yields rows, and leaves everything else to the library.
+
+    The library checks the columns, counts malformed rows, splits, builds vocabularies from the training rows, and
+    writes. Memory grows with the vocabularies, and by 25 bytes per row where the split goes by time.
+
+    A subclass defines ``kind``, ``schema`` and ``blocks``. The fields below are options that each such reader has.
+    """
+
+    schema: ClassVar[Schema]
+    """What the columns of the blocks are."""
+    time: ClassVar[str | None] = None
+    """The column of times, numbers or dates, that ``split`` needs for "time" and "leave-last-out"."""
+
+    split: Split = "random"
+    shares: Shares = DEFAULT_SHARES
+    min_count: MinCount = 1
+    seed: Seed = 0
+    max_rejected: MaxRejected = DEFAULT_LIMIT
+
+    def __post_init__(self) -> None:
+        check_shares(self.shares)
+        if self.split not in get_args(LogSplit):
+            raise ValueError(f"split '{self.split}': one of {', '.join(get_args(LogSplit))} is needed")
+        if self.split != "random" and self.time is None:
+            raise ValueError(f"split '{self.split}': '{self.kind}' has no column of times, so 'random' is needed")
+        if self.split == "leave-last-out" and self.schema.group is None:
+            raise ValueError(f"split '{self.split}': '{self.kind}' has no column of users, so 'random' is needed")
+        if self.min_count < 1:
+            raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: it cannot be negative")
+
+    @abstractmethod
+    def blocks(self, source: Path, rejections: Rejections, advance: Callable[[int], None]) -> Iterator[Block]:
+        """The rows of the source, some thousands at a time.
+
+        The frame of a block has the columns of ``schema``, and ``time``; further columns are ignored. Labels are 0
+        and 1, dense features are numbers (where one is missing it becomes 0), other values are text or integers, where
+        null and empty text are missing values. ``lines`` numbers the rows; the random split depends on these numbers.
+
+        Args:
+            source: the INPUT of the command.
+            rejections: takes the malformed rows. The library rejects rows whose label, time or number is none.
+            advance: moves the progress bar on by a number of bytes of the source.
+        """
+
+    def write(self, source: Path, writer: Writer) -> None:
+        rejections = Rejections(self.max_rejected)
+        keys = RowKeys(self.schema)
+        rows = _SplitRows(self, keys)
+        write_streaming(
+            writer,
+            rejections,
+            rows.keyed(
+                self._checked_blocks(source, rejections, writer.meter(*self.inputs(source))), source, rejections
+            ),
+            rows.split,
+            self.schema,
+            min_count=self.min_count,
+            texts=keys.of_column,
+        )
+
+    def _checked_blocks(self, source: Path, rejections: Rejections, advance: Callable[[int], None]) -> Iterator[Block]:
+        """The blocks. Errors of the author's code in the shape of a block become one sentence."""
+        try:
+            for block in self.blocks(source, rejections, advance):
+                if not isinstance(block, Block) or not isinstance(block.frame, pl.DataFrame):
+                    raise ValueError(f"reader '{self.kind}': blocks() yields {type(block).__name__}, not a Block")
+                if len(block.lines) != len(block.frame):
+                    raise ValueError(
+                        f"reader '{self.kind}': 'lines' of a block has {len(block.lines)} numbers for "
+                        f"{len(block.frame)} rows"
+                    )
+                yield block
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(f"reader '{self.kind}': {error}") from error
+
+
+class _SplitRows:
+    """Turns the blocks of a reader into keys, and remembers of all rows what their split depends on."""
+
+    def __init__(self, reader: RowReader, keys: RowKeys) -> None:
+        self.reader = reader
+        self.keys = keys
+        self.num_rows = 0
+        self._times: list[np.ndarray] = []
+        self._users: list[np.ndarray] = []
+        self._codes: np.ndarray | None = None
+
+    def keyed(self, blocks: Iterator[Block], source: Path, rejections: Rejections) -> Iterator[Block]:
+        reader, by_time = self.reader, self.reader.split != "random"
+        for block in blocks:
+            where = f"reader '{reader.kind}'"
+            faults: dict[str, pl.Series] = {}
+            times = None
+            if by_time:
+                assert reader.time is not None
+                times = _times(block.frame, reader.time, where)
+                faults[f"no valid time in '{reader.time}'"] = times.is_null()
+            good, rows = self.keys.of(
+                block.frame, block.lines, rejections, lambda line: f"{source}:{line}", where, faults
+            )
+            if times is not None:
+                self._times.append(times.filter(pl.Series(good)).to_numpy())
+            if reader.split == "leave-last-out":
+                assert rows.groups is not None
+                self._users.append(rows.groups)
+            frame = rows.as_frame().with_columns(pl.Series(_ROW, self.num_rows + np.arange(len(rows.frame))))
+            self.num_rows += len(frame)
+            rejections.rows_read = max(rejections.rows_read, self.num_rows + rejections.total)
+            yield Block(frame, rows.numbers)
+
+    def split(self, block: Block) -> np.ndarray:
+        """The split code of each row of a block; all blocks have been read when it is called."""
+        reader = self.reader
+        if reader.split == "random":
+            return random_split(block.lines, reader.seed, reader.shares)
+        if self._codes is None:
+            times = np.concatenate(self._times)
+            if reader.split == "time":
+                self._codes = time_split(times, reader.shares)
+            else:
+                self._codes = leave_last_out(np.concatenate(self._users), times)
+            self._times, self._users = [], []
+        return self._codes[block.frame[_ROW].to_numpy()]
+
+
+def _times(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
+    """Numbers in the order of time, null where there is no time."""
+    if name not in frame.columns:
+        raise ValueError(f"{where}: no column '{name}'; there are {', '.join(frame.columns)[:200]}")
+    values = frame[name]
+    if values.dtype == pl.Date or isinstance(values.dtype, pl.Datetime):
+        return values.cast(pl.Datetime("us")).cast(pl.Int64)
+    if values.dtype == pl.String:
+        values = values.cast(pl.Float64, strict=False)
+    if not values.dtype.is_numeric():
+        raise ValueError(f"{where}: column '{name}' is of type {values.dtype}, where numbers or dates are needed")
+    return values if values.dtype.is_integer() else values.fill_nan(None)

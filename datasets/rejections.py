@@ -29,6 +29,12 @@ class Rejections:
             self.counts[reason] = self.counts.get(reason, 0) + len(rows)
             self.first.setdefault(reason, place(int(rows[0])))
 
+    def reject(self, reason: str, place: str) -> None:
+        """Counts one malformed row; ``place`` says where it stands, e.g. "train.txt:17"."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, place)
+        self.check()
+
     def passing(self, faults: Mapping[str, pl.Series], rows: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
         """Which of the rows have none of the faults (bool); a row counts once, under its first fault."""
         good = np.ones(len(rows), bool)

@@ -101,8 +101,10 @@ def read_columns(path: Path, needed: Sequence[str], separator: str = ",") -> tup
     return names
 
 
-def read_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their 1-based numbers.
+def read_lines(
+    path: Path, rejections: Rejections, advance: Callable[[int], None] = lambda size: None
+) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their 1-based numbers. `rejections` counts them as rows read.
 
     Raises ValueError naming file and line where the file is binary, damaged or not UTF-8 text.
     """
@@ -111,6 +113,7 @@ def read_lines(path: Path, advance: Callable[[int], None] = lambda size: None) -
         text = _as_utf8(content, path, number, "utf-8").decode()
         for line in text.split("\n")[:-1]:
             if line.strip():
+                rejections.rows_read += 1
                 yield number, line
             number += 1
 

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +31,7 @@ from embtables.datasets.prepared import (
     PreparedDataset,
     read_manifest,
 )
+from embtables.datasets.rejections import Rejections
 from embtables.datasets.splits import SPLITS
 from embtables.datasets.vocabulary import Vocabulary
 from embtables.files import sha256
@@ -113,6 +116,21 @@ class Writer:
             "counts": [pl.Series(vocabulary.counts) for vocabulary in vocabularies.values()],
         }
         _write_parquet(pl.DataFrame(frequencies), self.folder / FREQUENCIES)
+
+    def meter(self, *paths: Path, title: str = "Reading") -> Callable[[int], None]:
+        """A progress bar over the bytes of files; the function that it returns moves it on by a number of bytes."""
+        task = self.progress.add_task(title, total=sum(path.stat().st_size for path in paths))
+        return partial(self.progress.advance, task)
+
+    def record(self, rejections: Rejections) -> None:
+        """Puts the numbers of rows read and rejected into the manifest, and reports them.
+
+        Raises:
+            ValueError: more than the allowed share of the rows is malformed.
+        """
+        rejections.check(final=True)
+        self.rows_read, self.rows_rejected = rejections.rows_read, rejections.counts
+        self.report(rejections.lines())
 
     def report(self, lines: Sequence[str]) -> None:
         """Shown to whoever watches, above the progress bars."""
@@ -312,6 +330,11 @@ def _unchanged(path: Path, known: dict[str, Any]) -> bool:
     if (path.name, stat.st_size) != (known.get("file"), known.get("bytes")):
         return False
     return stat.st_mtime_ns == known.get("modified_ns") or sha256(path) == known.get("sha256")
+
+
+def list_column(values: np.ndarray, offsets: np.ndarray) -> pl.Series:
+    """A column of lists: list ``i`` is ``values[offsets[i] : offsets[i + 1]]``."""
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
 
 
 def _write_parquet(rows: pl.DataFrame, path: Path) -> None:

@@ -12,9 +12,9 @@ seven days and mostly have no validation of their own: BARS's TaobaoAd_x1 stops 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -23,15 +23,15 @@ import typer
 from embtables.datasets.histories import Events, LatestEvents
 from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
-from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, app
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.side_tables import Side, integers, read_side
 from embtables.datasets.splits import row_uniforms
 from embtables.datasets.text import Format, read_columns, read_text
 from embtables.datasets.vocabulary import MISSING
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 CATEGORY, BRAND, PRICE, POSITION, TIME = "cate_id", "brand", "price", "pid", "time_stamp"
 AD_IDS = (CATEGORY, "campaign_id", "customer", BRAND)
@@ -44,19 +44,29 @@ FIRST, DAY, DAYS = 1_494_000_000, 86_400, 8  # seconds: 2017-05-06, 0:00 in Beij
 
 
 @dataclass(frozen=True)
-class Alimama:
-    """What histories hold: the ads that the user clicked, or the categories and brands in the log of behaviours.
+class Alimama(Reader):
+    """Ali's display ads with clicks; of the eight days the last tests, the one before validates.
+
+    What histories hold: the ads that the user clicked, or the categories and brands in the log of behaviours.
 
     `users` is a share of them, chosen by a hash of their id and the seed.
     """
 
-    history_of: Literal["clicks", "views"] = "clicks"
-    behaviors: tuple[str, ...] = ("pv",)
-    users: float = 1.0
-    history: int = 50
-    min_count: int = 1
-    seed: int = 0
-    max_rejected: float = DEFAULT_LIMIT
+    kind: ClassVar[str] = "alimama"
+    input_help: ClassVar[str] = "Folder of raw_sample.csv and the others."
+    example: ClassVar[str] = "Example: embtables prepare alimama taobao_ads data/ads --history-of views --users 0.1"
+
+    history_of: Annotated[
+        Literal["clicks", "views"], typer.Option(help="Clicked ads, or categories and brands of behavior_log.csv.")
+    ] = "clicks"
+    behaviors: Annotated[tuple[str, ...], typer.Option(help="What counts as a view: some of pv,cart,fav,buy.")] = (
+        "pv",
+    )
+    users: Annotated[float, typer.Option(help="Share of the users, chosen by a hash of their id.")] = 1.0
+    history: History = 50
+    min_count: MinCount = 1
+    seed: Seed = 0
+    max_rejected: MaxRejected = DEFAULT_LIMIT
 
     def __post_init__(self) -> None:
         if self.history_of not in ("clicks", "views"):
@@ -71,6 +81,13 @@ class Alimama:
 
     def log_options(self) -> LogOptions:
         return LogOptions("time", history=self.history, min_count=self.min_count, seed=self.seed)
+
+    def inputs(self, source: Path) -> list[Path]:
+        names = ["raw_sample", "ad_feature", "user_profile", *(["behavior_log"] if self.history_of == "views" else [])]
+        return [_find(source, name) for name in names]
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, self.inputs(source), self)
 
 
 def prepare_alimama(
@@ -90,12 +107,7 @@ def prepare_alimama(
 
         data = prepare_alimama("taobao_ads", "data/ads", Alimama(history_of="views", users=0.1))
     """
-    folder = Path(source)
-    names = ["raw_sample", "ad_feature", "user_profile", *(["behavior_log"] if config.history_of == "views" else [])]
-    inputs = [_find(folder, name) for name in names]
-    return prepare_folder(
-        out, "alimama", asdict(config), inputs, lambda writer: _fill(writer, inputs, config), progress=progress
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -120,9 +132,9 @@ def _fill(writer: Writer, inputs: Sequence[Path], config: Alimama) -> None:
 def _read_sample(writer: Writer, path: Path, config: Alimama) -> tuple[Log, dict[str, KeyColumn]]:
     layout = Format(",", read_columns(path, ("user", TIME, "adgroup_id", POSITION, "nonclk", "clk")), header_lines=1)
     rejections = Rejections(config.max_rejected)
-    task = writer.progress.add_task("Reading impressions", total=path.stat().st_size)
+    advance = writer.meter(path, title="Reading impressions")
     position, parts = KeyColumn(), []
-    for block in read_text(path, layout, rejections, lambda size: writer.progress.advance(task, size)):
+    for block in read_text(path, layout, rejections, advance):
         numbers = {USER: "user", ITEM: "adgroup_id", TIME: TIME, "clk": "clk", "nonclk": "nonclk"}
         frame = block.frame.select(
             *(integers(column).alias(name) for name, column in numbers.items()),
@@ -142,9 +154,7 @@ def _read_sample(writer: Writer, path: Path, config: Alimama) -> tuple[Log, dict
         frame = frame.filter(pl.Series(good))
         position.add(frame[POSITION])
         parts.append(frame.select(USER, ITEM, TIME, "row", pl.col("clk").cast(pl.Int8)))
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
+    writer.record(rejections)
     rows = pl.concat(parts)
     if len(rows) == 0:
         raise ValueError(f"{path}: no impression of the chosen users")
@@ -196,9 +206,9 @@ def _unparsed(column: str, parsed: pl.Expr) -> pl.Expr:
 def _read_views(writer: Writer, path: Path, log: Log, config: Alimama) -> Events:
     layout = Format(",", read_columns(path, ("user", TIME, "btag", "cate", BRAND)), header_lines=1)
     rejections = Rejections(config.max_rejected)
-    task = writer.progress.add_task("Reading behaviours", total=path.stat().st_size)
+    advance = writer.meter(path, title="Reading behaviours")
     latest = LatestEvents(log.users, log.times, config.history)
-    for block in read_text(path, layout, rejections, lambda size: writer.progress.advance(task, size)):
+    for block in read_text(path, layout, rejections, advance):
         frame = block.frame.select(*(integers(name) for name in ("user", TIME, "cate", BRAND)), "btag")
         faults = {
             "no integer user": frame["user"].is_null(),
@@ -220,24 +230,3 @@ def _read_views(writer: Writer, path: Path, log: Log, config: Alimama) -> Events
         "rows_kept": len(events.users),
     }
     return events
-
-
-@app.command(epilog="Example: embtables prepare alimama taobao_ads data/ads --history-of views --users 0.1")
-def alimama(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Folder of raw_sample.csv and the others.", show_default=False)
-    ],
-    out: Out,
-    history_of: Annotated[
-        Literal["clicks", "views"], typer.Option(help="Clicked ads, or categories and brands of behavior_log.csv.")
-    ] = "clicks",
-    behaviors: Annotated[str, typer.Option(help="What counts as a view: some of pv,cart,fav,buy.")] = "pv",
-    users: Annotated[float, typer.Option(help="Share of the users, chosen by a hash of their id.")] = 1.0,
-    history: History = 50,
-    min_count: MinCount = 1,
-    seed: Seed = 0,
-    max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Ali's display ads with clicks; of the eight days the last tests, the one before validates."""
-    config = Alimama(history_of, tuple(behaviors.split(",")), users, history, min_count, seed, max_rejected)
-    prepare_alimama(source, out, config, progress=True)

@@ -19,10 +19,10 @@ import ast
 import json
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -31,12 +31,13 @@ import typer
 from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import read_lines
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 CATEGORY = "category"
 REVIEW_FIELDS = (("reviewerID", "asin", "unixReviewTime", 1000), ("user_id", "parent_asin", "timestamp", 1))
@@ -44,12 +45,36 @@ PRODUCT_FIELDS = ("parent_asin", "asin")  # of 2023, and before
 
 
 @dataclass(frozen=True)
-class Amazon:
-    """How reviews become examples; the defaults are DIN's protocol, with histories of up to 100 products."""
+class Amazon(Reader):
+    """Amazon's reviews and products, of any release, by DIN's protocol.
+
+    How reviews become examples; the defaults are DIN's protocol, with histories of up to 100 products.
+    """
+
+    kind: ClassVar[str] = "amazon"
+    input_help: ClassVar[str] = "Reviews, a JSON object a line."
+    example: ClassVar[str] = (
+        "Example: embtables prepare amazon reviews_Electronics_5.json.gz data/electronics "
+        "--metadata meta_Electronics.json.gz"
+    )
 
     max_rejected: float = DEFAULT_LIMIT
     negatives: Negatives = field(default_factory=lambda: Negatives(1, "uniform", None))
     log: LogOptions = field(default_factory=lambda: LogOptions(split="leave-last-out", history=100, min_history=1))
+    metadata: Path | None = None
+
+    def inputs(self, source: Path) -> list[Path]:
+        return [source, *([self.metadata] if self.metadata is not None else [])]
+
+    def settings(self, source: Path) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "metadata"}  # it is among the inputs
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, self.inputs(source), self)
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
 
 
 def prepare_amazon(
@@ -68,10 +93,9 @@ def prepare_amazon(
 
         data = prepare_amazon("reviews_Electronics_5.json.gz", "data/electronics", "meta_Electronics.json.gz")
     """
-    inputs = [Path(reviews), *([Path(metadata)] if metadata is not None else [])]
-    return prepare_folder(
-        out, "amazon", asdict(config), inputs, lambda writer: _fill(writer, inputs, config), progress=progress
-    )
+    if metadata is not None:
+        config = replace(config, metadata=Path(metadata))
+    return config.prepare(reviews, out, progress=progress)
 
 
 def _fill(writer: Writer, inputs: list[Path], config: Amazon) -> None:
@@ -83,9 +107,7 @@ def _fill(writer: Writer, inputs: list[Path], config: Amazon) -> None:
     for number, review in _objects(inputs[0], rejections, writer, "Reading reviews"):
         found = _review(review)
         if found is None:
-            reason = "no user, product and time"
-            rejections.add(reason, np.array([number]), lambda line: f"{inputs[0]}:{line}")
-            rejections.check()
+            rejections.reject("no user, product and time", f"{inputs[0]}:{number}")
         else:
             users.append(sys.intern(found[0]))  # each distinct text lies in memory once
             items.append(sys.intern(found[1]))
@@ -148,8 +170,7 @@ def _categories(path: Path, items: pl.Series, config: Amazon, writer: Writer) ->
     for number, product in _objects(path, rejections, writer, "Reading metadata"):
         item = next((product[name] for name in PRODUCT_FIELDS if name in product), None)
         if not isinstance(item, str):
-            rejections.add("no product", np.array([number]), lambda line: f"{path}:{line}")
-            rejections.check()
+            rejections.reject("no product", f"{path}:{number}")
         elif item in wanted:
             known.setdefault(item, _category(product))
     rejections.check(final=True)
@@ -175,15 +196,13 @@ def _category(product: dict[str, Any]) -> str | None:
 
 def _objects(path: Path, rejections: Rejections, writer: Writer, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines' objects, in JSON or as Python literals, with their numbers."""
-    task = writer.progress.add_task(what, total=path.stat().st_size)
-    for number, line in read_lines(path, lambda size: writer.progress.advance(task, size)):
-        rejections.rows_read += 1
+    advance = writer.meter(path, title=what)
+    for number, line in read_lines(path, rejections, advance):
         value = _parsed(line)
         if isinstance(value, dict):
             yield number, value
         else:
-            rejections.add("no JSON object", np.array([number]), lambda line: f"{path}:{line}")
-            rejections.check()
+            rejections.reject("no JSON object", f"{path}:{number}")
 
 
 def _parsed(line: str) -> object:
@@ -199,26 +218,18 @@ def _parsed(line: str) -> object:
         return None
 
 
-@app.command(
-    epilog="Example: embtables prepare amazon reviews_Electronics_5.json.gz data/electronics "
-    "--metadata meta_Electronics.json.gz"
-)
-def amazon(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Reviews, a JSON object a line.", show_default=False)],
-    out: Out,
+def _from_options(
     metadata: Annotated[
         Path | None, typer.Option(help="The products' metadata; without it there are no categories.")
     ] = None,
     split: Split = "leave-last-out",
-    shares: Shares = "0.8,0.1,0.1",
+    shares: Shares = DEFAULT_SHARES,
     negatives: Annotated[int, typer.Option(help="Negatives a review, drawn among all products alike.")] = 1,
     history: History = 100,
     min_history: Annotated[int, typer.Option(help="Reviews with fewer before them give no example.")] = 1,
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Amazon's reviews and products, of any release, by DIN's protocol."""
-    options = LogOptions(split, numbers("--shares", shares), history, min_count, seed, min_history)
-    config = Amazon(max_rejected, Negatives(negatives, "uniform", None), options)
-    prepare_amazon(source, out, metadata, config, progress=True)
+) -> Amazon:
+    options = LogOptions(split, shares, history, min_count, seed, min_history)
+    return Amazon(max_rejected, Negatives(negatives, "uniform", None), options, metadata)

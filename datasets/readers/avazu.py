@@ -8,23 +8,24 @@ A row is a unique number `id`, `click` (0 or 1), `hour` (YYMMDDHH) and 21 catego
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 import typer
 
 from embtables.datasets.derived import day, hour_of_day, weekday, weekend
-from embtables.datasets.options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from embtables.datasets.options import MaxRejected, MinCount, Seed, Shares
 from embtables.datasets.prepared import LABEL, PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.row_keys import Schema
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
 from embtables.datasets.streaming import write_streaming
 from embtables.datasets.text import Block, Format, read_header, read_text
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 HEX = [
     *("site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"),
@@ -38,14 +39,24 @@ FEATURES = ["hour", *CATEGORIES, "weekday", "weekend"]
 
 
 @dataclass(frozen=True)
-class Avazu:
-    """`time`: by day; the last one tests, the one before validates, all earlier ones train. `random`: by `shares`."""
+class Avazu(Reader):
+    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without `id`.
 
-    split: Literal["time", "random"] = "time"
-    shares: tuple[float, ...] = DEFAULT_SHARES
-    min_count: int = 1
-    seed: int = 0
-    max_rejected: float = DEFAULT_LIMIT
+    `time`: by day; the last one tests, the one before validates, all earlier ones train. `random`: by `shares`.
+    """
+
+    kind: ClassVar[str] = "avazu"
+    input_help: ClassVar[str] = "train or train.gz as published."
+    example: ClassVar[str] = "Example: embtables prepare avazu train.gz data/avazu --min-count 2"
+
+    split: Annotated[
+        Literal["time", "random"],
+        typer.Option(help="time: the last day tests, the one before validates."),
+    ] = "time"
+    shares: Shares = DEFAULT_SHARES
+    min_count: MinCount = 1
+    seed: Seed = 0
+    max_rejected: MaxRejected = DEFAULT_LIMIT
 
     def __post_init__(self) -> None:
         if self.split not in ("time", "random"):
@@ -55,6 +66,20 @@ class Avazu:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed}: it cannot be negative")
+
+    def write(self, source: Path, writer: Writer) -> None:
+        header = tuple(read_header(source).split(","))
+        if header != COLUMNS:
+            raise ValueError(f"{source}:1: the header is not Avazu's, {','.join(COLUMNS)}; fetch the published file")
+        rejections, days = Rejections(self.max_rejected), set[int]()
+        write_streaming(
+            writer,
+            rejections,
+            _rows(writer, source, rejections, days),
+            lambda block: _split(block, days, self, source),
+            Schema(LABEL, (), FEATURES),
+            min_count=self.min_count,
+        )
 
 
 def prepare_avazu(
@@ -66,25 +91,7 @@ def prepare_avazu(
 
         data = prepare_avazu("avazu/train.gz", "runs/avazu", Avazu(min_count=2))
     """
-    path = Path(source)
-    return prepare_folder(
-        out, "avazu", asdict(config), [path], lambda writer: _fill(writer, path, config), progress=progress
-    )
-
-
-def _fill(writer: Writer, path: Path, config: Avazu) -> None:
-    header = tuple(read_header(path).split(","))
-    if header != COLUMNS:
-        raise ValueError(f"{path}:1: the header is not Avazu's, {','.join(COLUMNS)}; fetch the published file")
-    rejections, days = Rejections(config.max_rejected), set[int]()
-    write_streaming(
-        writer,
-        rejections,
-        _rows(writer, path, rejections, days),
-        lambda block: _split(block, days, config, path),
-        FEATURES,
-        min_count=config.min_count,
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _split(block: Block, days: set[int], config: Avazu, path: Path) -> np.ndarray:
@@ -102,10 +109,10 @@ def _rows(writer: Writer, path: Path, rejections: Rejections, days: set[int]) ->
 
     `days` receives all days of the log.
     """
-    task = writer.progress.add_task("Reading", total=path.stat().st_size)
+    advance = writer.meter(path)
     layout = Format(",", COLUMNS, header_lines=1)
     hour = pl.col("hour")
-    for block in read_text(path, layout, rejections, lambda amount: writer.progress.advance(task, amount)):
+    for block in read_text(path, layout, rejections, advance):
         raw = block.frame
         parsed = raw.select(
             pl.col("click").cast(pl.Int8, strict=False).alias(LABEL),
@@ -133,22 +140,3 @@ def _rows(writer: Writer, path: Path, rejections: Rejections, days: set[int]) ->
             parsed = parsed.filter(pl.Series(good))
         days.update(parsed[DAY].unique())
         yield Block(parsed, block.lines[good])
-
-
-@app.command(epilog="Example: embtables prepare avazu train.gz data/avazu --min-count 2")
-def avazu(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="train or train.gz as published.", show_default=False)
-    ],
-    out: Out,
-    split: Annotated[
-        Literal["time", "random"], typer.Option(help="time: the last day tests, the one before validates.")
-    ] = "time",
-    shares: Shares = "0.8,0.1,0.1",
-    min_count: MinCount = 1,
-    seed: Seed = 0,
-    max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without `id`."""
-    config = Avazu(split, numbers("--shares", shares), min_count, seed, max_rejected)
-    prepare_avazu(source, out, config, progress=True)

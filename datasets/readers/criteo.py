@@ -7,39 +7,52 @@ features are ln(1 + max(x, 0)), and 0 where x is empty. A category's raw value i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 import typer
 
-from embtables.datasets.options import MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from embtables.datasets.options import MaxRejected, MinCount, Seed, Shares
 from embtables.datasets.prepared import LABEL, PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.row_keys import Schema
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
 from embtables.datasets.streaming import write_streaming
 from embtables.datasets.text import Block, Format, read_text
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 DENSE = [f"I{number}" for number in range(1, 14)]
 CATEGORIES = [f"C{number}" for number in range(1, 27)]
+SCHEMA = Schema(LABEL, DENSE, CATEGORIES)
 LAYOUT = Format("\t", (LABEL, *DENSE, *CATEGORIES))
 
 
 @dataclass(frozen=True)
-class Criteo:
-    """`order`: by place in the file, which is in the order of time: the first six sevenths train; of the last
+class Criteo(Reader):
+    """Criteo's display ads (Kaggle): 13 integers as ln(1 + max(x, 0)), 26 categories.
+
+    `order`: by place in the file, which is in the order of time: the first six sevenths train; of the last
     seventh, a day, the first half tests and the second validates. `random`: by `shares`.
     """
 
-    split: Literal["order", "random"] = "order"
-    shares: tuple[float, ...] = DEFAULT_SHARES
-    min_count: int = 1
-    seed: int = 0
-    max_rejected: float = DEFAULT_LIMIT
+    kind: ClassVar[str] = "criteo"
+    input_help: ClassVar[str] = "train.txt as published."
+    example: ClassVar[str] = (
+        "Example: embtables prepare criteo train.txt data/criteo --min-count 10   (train.txt may be gzipped)"
+    )
+
+    split: Annotated[
+        Literal["order", "random"],
+        typer.Option(help="order: first 6/7 train, next 1/14 tests, last 1/14 validates."),
+    ] = "order"
+    shares: Shares = DEFAULT_SHARES
+    min_count: MinCount = 1
+    seed: Seed = 0
+    max_rejected: MaxRejected = DEFAULT_LIMIT
 
     def __post_init__(self) -> None:
         if self.split not in ("order", "random"):
@@ -49,6 +62,17 @@ class Criteo:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed}: it cannot be negative")
+
+    def write(self, source: Path, writer: Writer) -> None:
+        rejections = Rejections(self.max_rejected)
+        write_streaming(
+            writer,
+            rejections,
+            _rows(writer, source, rejections),
+            lambda block: _split(block.lines, rejections.lines_read, self),
+            SCHEMA,
+            min_count=self.min_count,
+        )
 
 
 def prepare_criteo(
@@ -60,23 +84,7 @@ def prepare_criteo(
 
         data = prepare_criteo("criteo/train.txt", "runs/criteo", Criteo(min_count=10))
     """
-    path = Path(source)
-    return prepare_folder(
-        out, "criteo", asdict(config), [path], lambda writer: _fill(writer, path, config), progress=progress
-    )
-
-
-def _fill(writer: Writer, path: Path, config: Criteo) -> None:
-    rejections = Rejections(config.max_rejected)
-    write_streaming(
-        writer,
-        rejections,
-        _rows(writer, path, rejections),
-        lambda block: _split(block.lines, rejections.lines_read, config),
-        CATEGORIES,
-        DENSE,
-        min_count=config.min_count,
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _split(lines: np.ndarray, num_lines: int, config: Criteo) -> np.ndarray:
@@ -90,8 +98,8 @@ def _split(lines: np.ndarray, num_lines: int, config: Criteo) -> np.ndarray:
 
 def _rows(writer: Writer, path: Path, rejections: Rejections) -> Iterator[Block]:
     """Well-formed rows: float32 label and dense features, 32-bit keys of the categories."""
-    task = writer.progress.add_task("Reading", total=path.stat().st_size)
-    for block in read_text(path, LAYOUT, rejections, lambda amount: writer.progress.advance(task, amount)):
+    advance = writer.meter(path)
+    for block in read_text(path, LAYOUT, rejections, advance):
         parsed = block.frame.select(
             pl.col(LABEL).cast(pl.Int8, strict=False),
             pl.col(DENSE).cast(pl.Int64, strict=False),
@@ -119,22 +127,3 @@ def _not_hex(name: str, parsed: pl.DataFrame) -> pl.Expr:
     raw = pl.col(name)
     signed = raw.str.starts_with("+")  # the parser takes it for a digit
     return _unparsed(name, parsed) | signed | (raw.str.len_bytes() != 8)
-
-
-@app.command(
-    epilog="Example: embtables prepare criteo train.txt data/criteo --min-count 10   (train.txt may be gzipped)"
-)
-def criteo(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="train.txt as published.", show_default=False)],
-    out: Out,
-    split: Annotated[
-        Literal["order", "random"], typer.Option(help="order: first 6/7 train, next 1/14 tests, last 1/14 validates.")
-    ] = "order",
-    shares: Shares = "0.8,0.1,0.1",
-    min_count: MinCount = 1,
-    seed: Seed = 0,
-    max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Criteo's display ads (Kaggle): 13 integers as ln(1 + max(x, 0)), 26 categories."""
-    config = Criteo(split, numbers("--shares", shares), min_count, seed, max_rejected)
-    prepare_criteo(source, out, config, progress=True)

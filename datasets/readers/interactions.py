@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -19,19 +20,17 @@ from embtables.datasets.options import (
     History,
     MaxRejected,
     MinCount,
-    Out,
     Seed,
     Shares,
     Split,
-    app,
-    numbers,
     parse_duration,
 )
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.tabular import open_table
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 ROLES = {
     "user": ("user_id", "userid", "user", "uid", "visitorid", "visitor_id", "customer_id", "reviewerid"),
@@ -48,13 +47,23 @@ UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 
 
 @dataclass(frozen=True)
-class Interactions:
-    """What the columns mean and which rows count. A column that is None is recognised by its name.
+class Interactions(Reader):
+    """Any log of users, items and times. A negative is an item that the user never clicked, at the click's context.
+
+    What the columns mean and which rows count. A column that is None is recognised by its name.
 
     Without `label` every row is a click. With it, labels are 0 and 1, or, with `positive_from`, numbers of which those
     from there on are positive. `start` and `end` (excluded) are ISO dates (UTC) or numbers in the log's own unit;
     `days` counts from `start`, or from the first row.
     """
+
+    kind: ClassVar[str] = "interactions"
+    input_help: ClassVar[str] = "CSV with a header (may be gzipped) or Parquet."
+    example: ClassVar[str] = (
+        "Examples:\n\n"
+        "embtables prepare interactions clicks.parquet data/clicks --context device,country --days 3\n\n"
+        "embtables prepare interactions log.csv.gz data/log --user uid --item sku --time ts --label bought --split time"
+    )
 
     user: str | None = None
     item: str | None = None
@@ -86,6 +95,13 @@ class Interactions:
         if repeated:
             raise ValueError(f"context column '{repeated[0]}' is given twice")
 
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, source, self)
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
+
 
 def prepare_interactions(
     source: str | Path, out: str | Path, config: Interactions = Interactions(), *, progress: bool = False
@@ -98,10 +114,7 @@ def prepare_interactions(
 
         data = prepare_interactions("clicks.parquet", "runs/clicks", Interactions(context=("device",), days=3))
     """
-    path = Path(source)
-    return prepare_folder(
-        out, "interactions", asdict(config), [path], lambda writer: _fill(writer, path, config), progress=progress
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _fill(writer: Writer, path: Path, config: Interactions) -> None:
@@ -265,22 +278,15 @@ def _column(path: Path, role: str, given: str | None, names: list[str]) -> str:
     raise ValueError(f"{path}: which column is the {role}? Give --{role}, one of {', '.join(names)}")
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "embtables prepare interactions clicks.parquet data/clicks --context device,country --days 3\n\n"
-    "embtables prepare interactions log.csv.gz data/log --user uid --item sku --time ts --label bought --split time"
-)
-def interactions(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="CSV with a header (may be gzipped) or Parquet.", show_default=False)
-    ],
-    out: Out,
+def _from_options(
     user: Annotated[str | None, typer.Option(help="Column of the user; by default recognised by name.")] = None,
     item: Annotated[str | None, typer.Option(help="Column of the item; by default recognised by name.")] = None,
     time: Annotated[str | None, typer.Option(help="Column of the time; by default recognised by name.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label; without it every row is a click.")] = None,
     positive_from: Annotated[float | None, typer.Option(help="Labels from here on are positive.")] = None,
-    context: Annotated[str, typer.Option(help="Further columns to use as features, separated by commas.")] = "",
+    context: Annotated[
+        tuple[str, ...], typer.Option(help="Further columns to use as features, separated by commas.")
+    ] = (),
     separator: Annotated[str | None, typer.Option(help="Of the CSV's fields; by default recognised.")] = None,
     time_unit: Annotated[
         Literal["auto", "s", "ms", "us", "ns"], typer.Option(help="Of times that are numbers; auto: by their size.")
@@ -295,19 +301,18 @@ def interactions(
     negative_window: Annotated[str, typer.Option(help="Preceding clicks to draw from: 30m, 1h, 2d, all.")] = "1h",
     history: History = 50,
     split: Split = "random",
-    shares: Shares = "0.8,0.1,0.1",
+    shares: Shares = DEFAULT_SHARES,
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Any log of users, items and times. A negative is an item that the user never clicked, at the click's context."""
-    config = Interactions(
+) -> Interactions:
+    return Interactions(
         user=user,
         item=item,
         time=time,
         label=label,
         positive_from=positive_from,
-        context=tuple(name for name in context.split(",") if name),
+        context=context,
         separator=separator.replace("\\t", "\t") if separator else None,
         time_unit=time_unit,
         start=start,
@@ -315,6 +320,5 @@ def interactions(
         days=days,
         max_rejected=max_rejected,
         negatives=Negatives(negatives, negative_sampling, parse_duration(negative_window)),
-        log=LogOptions(split, numbers("--shares", shares), history, min_count, seed),
+        log=LogOptions(split, shares, history, min_count, seed),
     )
-    prepare_interactions(source, out, config, progress=True)

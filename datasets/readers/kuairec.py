@@ -11,35 +11,42 @@ Label 1: a watch_ratio (time watched by length of the video) of 2 and more; the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 import typer
 
 from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
-from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.side_tables import Side, integers, read_side
+from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import Format, read_columns, read_text
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 VIDEO, RATIO, TIME, CATEGORIES = "video_id", "watch_ratio", "timestamp", "categories"
 COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")  # their ranges are features
 
 
 @dataclass(frozen=True)
-class KuaiRec:
-    """Ratios from `positive_from` on are label 1.
+class KuaiRec(Reader):
+    """KuaiRec's matrices of watched videos, with categories of videos and groupings of users.
+
+    Ratios from `positive_from` on are label 1.
 
     `test_on` small: the big matrix trains and, its latest part, validates, the small one tests; histories hold videos
     of the big one only. Both are of the same two months, so this asks about other videos, not about later ones.
     """
+
+    kind: ClassVar[str] = "kuairec"
+    input_help: ClassVar[str] = "Folder of big_matrix.csv and the others."
+    example: ClassVar[str] = 'Example: embtables prepare kuairec "KuaiRec 2.0/data" data/kuairec --test-on small'
 
     positive_from: float = 2.0
     test_on: Literal["big", "small"] = "big"
@@ -51,6 +58,17 @@ class KuaiRec:
             raise ValueError(f"positive_from {self.positive_from}: a number is needed")
         if self.test_on not in ("big", "small"):
             raise ValueError(f"test_on '{self.test_on}': 'big' or 'small' is needed")
+
+    def inputs(self, source: Path) -> list[Path]:
+        names = ["big_matrix.csv", *(["small_matrix.csv"] if self.test_on == "small" else [])]
+        return [_find(source, name) for name in (*names, "item_categories.csv", "user_features.csv")]
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, self.inputs(source), self)
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
 
 
 def prepare_kuairec(
@@ -66,11 +84,7 @@ def prepare_kuairec(
 
         data = prepare_kuairec("KuaiRec 2.0/data", "data/kuairec", KuaiRec(test_on="small"))
     """
-    names = ["big_matrix.csv", *(["small_matrix.csv"] if config.test_on == "small" else [])]
-    inputs = [_find(Path(source), name) for name in (*names, "item_categories.csv", "user_features.csv")]
-    return prepare_folder(
-        out, "kuairec", asdict(config), inputs, lambda writer: _fill(writer, inputs, config), progress=progress
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -83,9 +97,7 @@ def _find(folder: Path, name: str) -> Path:
 def _fill(writer: Writer, inputs: Sequence[Path], config: KuaiRec) -> None:
     rejections = Rejections(config.max_rejected)
     matrices = [_read(writer, path, rejections) for path in inputs[:-2]]
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
+    writer.record(rejections)
     rows = pl.concat(matrices)
     log = Log(
         rows[USER].to_numpy(),
@@ -110,9 +122,9 @@ def _fill(writer: Writer, inputs: Sequence[Path], config: KuaiRec) -> None:
 def _read(writer: Writer, path: Path, rejections: Rejections) -> pl.DataFrame:
     """The rows with a time, in ms."""
     layout = Format(",", read_columns(path, (USER, VIDEO, TIME, RATIO)), header_lines=1)
-    task = writer.progress.add_task(f"Reading {path.name}", total=path.stat().st_size)
+    advance = writer.meter(path, title=f"Reading {path.name}")
     without_time, parts = 0, []
-    for block in read_text(path, layout, rejections, lambda size: writer.progress.advance(task, size)):
+    for block in read_text(path, layout, rejections, advance):
         frame = block.frame.select(
             integers(USER),
             integers(VIDEO).alias(ITEM),
@@ -151,23 +163,17 @@ def _users(path: Path) -> Side:
     return Side(path, Format(",", columns, header_lines=1, quoted=True), integers(USER), groupings)
 
 
-@app.command(epilog='Example: embtables prepare kuairec "KuaiRec 2.0/data" data/kuairec --test-on small')
-def kuairec(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Folder of big_matrix.csv and the others.", show_default=False)
-    ],
-    out: Out,
+def _from_options(
     positive_from: Annotated[float, typer.Option(help="Watch ratios from here on are label 1.")] = 2.0,
     test_on: Annotated[
         Literal["big", "small"], typer.Option(help="The big matrix by --split, or the whole small matrix.")
     ] = "big",
     split: Split = "time",
-    shares: Shares = "0.8,0.1,0.1",
+    shares: Shares = DEFAULT_SHARES,
     history: History = 50,
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """KuaiRec's matrices of watched videos, with categories of videos and groupings of users."""
-    options = LogOptions(split, numbers("--shares", shares), history, min_count, seed)
-    prepare_kuairec(source, out, KuaiRec(positive_from, test_on, max_rejected, options), progress=True)
+) -> KuaiRec:
+    options = LogOptions(split, shares, history, min_count, seed)
+    return KuaiRec(positive_from, test_on, max_rejected, options)

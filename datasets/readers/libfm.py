@@ -9,21 +9,21 @@ Adaptive Factorization Networks. Both publish the same rows of Frappe, which are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import polars as pl
 import typer
 
-from embtables.datasets.options import MaxRejected, MinCount, Out, app
+from embtables.datasets.options import MaxRejected, MinCount
 from embtables.datasets.prepared import GROUP, LABEL, PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.splits import SPLITS
 from embtables.datasets.text import Block, Format, read_header, read_text
 from embtables.datasets.vocabulary import KeyCounter
 from embtables.datasets.writing import Contents, Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 ENDINGS = {"train": ("train",), "valid": ("validation", "valid"), "test": ("test",)}
 KNOWN_FIELDS = {
@@ -33,16 +33,37 @@ KNOWN_FIELDS = {
 
 
 @dataclass(frozen=True)
-class LibFM:
-    """`fields`: their names, in order; by default those of Frappe (10 fields) or MovieLens-tag (3)."""
+class LibFM(Reader):
+    """Frappe, MovieLens-tag and others in libFM's format, in their published split.
 
-    fields: tuple[str, ...] = ()
-    min_count: int = 1
-    max_rejected: float = DEFAULT_LIMIT
+    `fields`: their names, in order; by default those of Frappe (10 fields) or MovieLens-tag (3).
+    """
+
+    kind: ClassVar[str] = "libfm"
+    input_help: ClassVar[str] = "Folder of the three files."
+    example: ClassVar[str] = (
+        "Examples:\n\n"
+        "embtables prepare libfm frappe data/frappe   "
+        "(frappe.train.libfm, frappe.validation.libfm, frappe.test.libfm)\n\n"
+        "embtables prepare libfm ml-tag data/ml-tag --fields user,movie,tag"
+    )
+
+    fields: Annotated[
+        tuple[str, ...],
+        typer.Option(help="Names of the fields, in order; by default those of Frappe (10) or MovieLens-tag (3)."),
+    ] = ()
+    min_count: MinCount = 1
+    max_rejected: MaxRejected = DEFAULT_LIMIT
 
     def __post_init__(self) -> None:
         if self.min_count < 1:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
+
+    def inputs(self, source: Path) -> list[Path]:
+        return list(_files(source).values())
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, _files(source), self)
 
 
 def prepare_libfm(
@@ -54,15 +75,7 @@ def prepare_libfm(
 
         data = prepare_libfm("data/frappe", "runs/frappe")
     """
-    paths = _files(Path(source))
-    return prepare_folder(
-        out,
-        "libfm",
-        asdict(config),
-        list(paths.values()),
-        lambda writer: _fill(writer, paths, config),
-        progress=progress,
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -106,9 +119,7 @@ def _fill(writer: Writer, paths: dict[str, Path], config: LibFM) -> None:
             ids = [pl.Series(name, of.ids(block.frame[name].to_numpy())) for name, of in vocabularies.items()]
             groups = [] if group is None else [pl.col(group).alias(GROUP)]
             writer.write(split, block.frame.select(LABEL, *groups).with_columns(ids))
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
+    writer.record(rejections)
 
 
 def _fields(path: Path, config: LibFM) -> tuple[str, ...]:
@@ -126,9 +137,9 @@ def _fields(path: Path, config: LibFM) -> tuple[str, ...]:
 
 def _rows(writer: Writer, title: str, path: Path, fields: tuple[str, ...], rejections: Rejections) -> Iterator[Block]:
     """Well-formed rows: float32 label and the fields' indices as int64."""
-    task = writer.progress.add_task(title, total=path.stat().st_size)
+    advance = writer.meter(path, title=title)
     layout = Format(" ", (LABEL, *fields))
-    for block in read_text(path, layout, rejections, lambda amount: writer.progress.advance(task, amount)):
+    for block in read_text(path, layout, rejections, advance):
         parsed = block.frame.select(
             pl.col(LABEL).str.extract(r"^\+?(-?1|0)(?:\.0*)?$").cast(pl.Int8),
             pl.col(fields).str.extract(r"^(\d{1,18}):1(?:\.0*)?$").cast(pl.Int64),
@@ -138,22 +149,3 @@ def _rows(writer: Writer, title: str, path: Path, fields: tuple[str, ...], rejec
         good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.with_columns((pl.col(LABEL) > 0).cast(pl.Float32))
         yield Block(parsed.filter(pl.Series(good)), block.lines[good])
-
-
-@app.command(
-    epilog="Examples:\n\n"
-    "embtables prepare libfm frappe data/frappe   (frappe.train.libfm, frappe.validation.libfm, frappe.test.libfm)\n\n"
-    "embtables prepare libfm ml-tag data/ml-tag --fields user,movie,tag"
-)
-def libfm(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of the three files.", show_default=False)],
-    out: Out,
-    fields: Annotated[
-        str, typer.Option(help="Names of the fields, in order; by default those of Frappe (10) or MovieLens-tag (3).")
-    ] = "",
-    min_count: MinCount = 1,
-    max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Frappe, MovieLens-tag and others in libFM's format, in their published split."""
-    config = LibFM(tuple(name for name in fields.split(",") if name), min_count, max_rejected)
-    prepare_libfm(source, out, config, progress=True)

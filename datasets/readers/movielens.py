@@ -8,9 +8,10 @@ genres is one categorical value, its genres in alphabetical order joined by "|".
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -18,13 +19,14 @@ import typer
 
 from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
-from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, Split, app, numbers
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.side_tables import Side, read_side
+from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import Format, read_header, read_text
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 RATING, TIME, GENRES, YEAR = "rating", "timestamp", "genres", "release_year"
 USER_FEATURES = ("gender", "age", "occupation", "zip_code")
@@ -36,8 +38,15 @@ FLAGS_100K = (
 
 
 @dataclass(frozen=True)
-class MovieLens:
-    """Ratings from `positive_from` on are label 1. `genres`: a list of them, or their set as one value."""
+class MovieLens(Reader):
+    """MovieLens ratings with what is known of users and films.
+
+    Ratings from `positive_from` on are label 1. `genres`: a list of them, or their set as one value.
+    """
+
+    kind: ClassVar[str] = "movielens"
+    input_help: ClassVar[str] = "Folder: 100K, 1M, latest …, or RecBole's files."
+    example: ClassVar[str] = "Example: embtables prepare movielens ml-1m data/ml-1m --split leave-last-out"
 
     positive_from: float = 4.0
     genres: Literal["list", "set"] = "list"
@@ -49,6 +58,17 @@ class MovieLens:
             raise ValueError(f"positive_from {self.positive_from}: a number is needed")
         if self.genres not in ("list", "set"):
             raise ValueError(f"genres '{self.genres}': 'list' or 'set' is needed")
+
+    def inputs(self, source: Path) -> list[Path]:
+        release = find_release(source)
+        return [release.ratings, *(side.path for side in (release.users, release.items) if side is not None)]
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, find_release(source), self)
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
 
 
 @dataclass(frozen=True)
@@ -72,12 +92,7 @@ def prepare_movielens(
 
         data = prepare_movielens("ml-1m", "runs/ml-1m", MovieLens(log=LogOptions(split="leave-last-out")))
     """
-    release = find_release(Path(source))
-    sides = [side for side in (release.users, release.items) if side is not None]
-    inputs = [release.ratings, *(side.path for side in sides)]
-    return prepare_folder(
-        out, "movielens", asdict(config), inputs, lambda writer: _fill(writer, release, config), progress=progress
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def find_release(folder: Path) -> Release:
@@ -180,12 +195,10 @@ def _with_sets(side: Side) -> Side:
 
 def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
     rejections = Rejections(config.max_rejected)
-    task = writer.progress.add_task("Reading ratings", total=release.ratings.stat().st_size)
+    advance = writer.meter(release.ratings, title="Reading ratings")
     users, items = KeyColumn(), KeyColumn()
     ratings, times, lines = [], [], []
-    for block in read_text(
-        release.ratings, release.layout, rejections, lambda amount: writer.progress.advance(task, amount)
-    ):
+    for block in read_text(release.ratings, release.layout, rejections, advance):
         parsed = block.frame.select(
             pl.col(USER, ITEM),
             pl.col(RATING).cast(pl.Float64, strict=False),
@@ -204,9 +217,7 @@ def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
         ratings.append(kept[RATING].to_numpy())
         times.append(kept[TIME].to_numpy())
         lines.append(block.lines[good])
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
+    writer.record(rejections)
 
     labels = (np.concatenate(ratings) >= config.positive_from).astype(np.int8)
     log = Log(users.take_keys(), items.take_keys(), np.concatenate(times), np.concatenate(lines), labels)
@@ -228,15 +239,9 @@ def _look_up(
     return read_side(side, values, np.arange(len(values)), config.max_rejected, writer)
 
 
-@app.command(epilog="Example: embtables prepare movielens ml-1m data/ml-1m --split leave-last-out")
-def movielens(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="INPUT", help="Folder: 100K, 1M, latest …, or RecBole's files.", show_default=False),
-    ],
-    out: Out,
+def _from_options(
     split: Split = "random",
-    shares: Shares = "0.8,0.1,0.1",
+    shares: Shares = DEFAULT_SHARES,
     positive_from: Annotated[float, typer.Option(help="Ratings from here on are label 1.")] = 4.0,
     genres: Annotated[
         Literal["list", "set"], typer.Option(help="Multi-valued, or a film's set of genres as one value.")
@@ -245,7 +250,6 @@ def movielens(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """MovieLens ratings with what is known of users and films."""
-    options = LogOptions(split, numbers("--shares", shares), history, min_count, seed)
-    prepare_movielens(source, out, MovieLens(positive_from, genres, max_rejected, options), progress=True)
+) -> MovieLens:
+    options = LogOptions(split, shares, history, min_count, seed)
+    return MovieLens(positive_from, genres, max_rejected, options)

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
 import yaml
 
-from embtables.datasets.options import MaxRejected, Out, Seed, app
+from embtables.datasets.options import MaxRejected, Seed
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT
 from embtables.datasets.split_table import Columns, write_splits
 from embtables.datasets.splits import SPLITS
@@ -29,7 +30,6 @@ from embtables.datasets.tabular import open_table
 from embtables.datasets.text import read_unpacked
 from embtables.datasets.vocabulary import Vocabulary
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 ENDINGS = (".csv", ".csv.gz", ".parquet")
 
@@ -55,12 +55,24 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Reczoo:
-    """`columns`: those of a set that is not in PUBLISHED; `name`: one that is, by default that of the folder.
+class Reczoo(Reader):
+    """BARS' preprocessed sets (Criteo_x1, Avazu_x4, AmazonElectronics_x1, …), or any table that is split already.
+
+    `columns`: those of a set that is not in PUBLISHED; `name`: one that is, by default that of the folder.
 
     `min_count` and `max_history` are the set's own by default. Without a file for valid, the share `valid_share` of
     train validates; 0: the rows of test do, as published for some sets: what is selected on them knows the test.
     """
+
+    kind: ClassVar[str] = "reczoo"
+    input_help: ClassVar[str] = "Folder with train, valid and test as .csv, .csv.gz or .parquet."
+    example: ClassVar[str] = (
+        "Examples:\n\n"
+        "embtables prepare reczoo Criteo_x1 data/criteo_x1\n\n"
+        "embtables prepare reczoo downloads/Avazu_x4 data/avazu_x4 --name Avazu_x4_001\n\n"
+        "embtables prepare reczoo AmazonElectronics_x1 data/amazon --valid-share 0.1\n\n"
+        "embtables prepare reczoo mine data/mine --label clicked --categorical user,item,brand --sequence seen:item"
+    )
 
     name: str | None = None
     columns: Columns | None = None
@@ -81,6 +93,69 @@ class Reczoo:
         if self.seed < 0:
             raise ValueError(f"seed {self.seed}: it cannot be negative")
 
+    def inputs(self, source: Path) -> list[Path]:
+        return list(_files(source).values())
+
+    def settings(self, source: Path) -> dict[str, Any]:
+        name, columns = self._of_folder(source)
+        return {
+            "name": name,
+            **asdict(columns),
+            "valid_share": self._valid_share(source),
+            "check_md5": self.check_md5,
+            "seed": self.seed,
+            "max_rejected": self.max_rejected,
+        }
+
+    def write(self, source: Path, writer: Writer) -> None:
+        paths, (name, columns), valid_share = _files(source), self._of_folder(source), self._valid_share(source)
+        published = None if name is None else PUBLISHED[name]
+        if published is not None and self.check_md5:
+            for split, path in paths.items():
+                _check_md5(writer, path, published.md5.get(split))
+        if "valid" not in paths and not valid_share:
+            writer.extra["valid_is_test"] = True
+            writer.report(
+                ["No file for valid: the rows of test validate, so that what is selected on them knows the test"]
+            )
+        tables = {split: open_table(path, ",") for split, path in paths.items()}
+        vocabularies, num_rows = write_splits(
+            writer, tables, columns, valid_share=valid_share, seed=self.seed, max_rejected=self.max_rejected
+        )
+        if published is not None and columns.min_count == published.min_count and not valid_share:
+            writer.report(_compared(published, vocabularies, num_rows))
+
+    def _of_folder(self, folder: Path) -> tuple[str | None, Columns]:
+        """The name of the published set in the folder, None for any other, and its columns."""
+        if self.columns is not None:
+            name, columns = None, self.columns
+        else:
+            name = self.name or _name(folder)
+            columns = PUBLISHED[name].columns()
+        if self.min_count is not None:
+            columns = replace(columns, min_count=self.min_count)
+        if self.max_history is not None:
+            columns = replace(columns, max_history=self.max_history)
+        return name, columns
+
+    def _valid_share(self, folder: Path) -> float:
+        """The share of train that validates; 0 where a file validates, or the rows of test."""
+        paths, (name, _) = _files(folder), self._of_folder(folder)
+        if "valid" in paths:
+            if self.valid_share is not None:
+                raise ValueError(f"{paths['valid']} validates: --valid-share is for folders without such a file")
+            return 0.0
+        if self.valid_share is None and not (name is not None and PUBLISHED[name].valid_is_test):
+            raise ValueError(
+                f"{folder}: no valid.csv (or .csv.gz, .parquet); --valid-share 0.1 splits it off train, "
+                "with --valid-share 0 the rows of test validate"
+            )
+        return self.valid_share or 0.0
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
+
 
 def prepare_reczoo(
     source: str | Path, out: str | Path, config: Reczoo = Reczoo(), *, progress: bool = False
@@ -94,43 +169,7 @@ def prepare_reczoo(
 
     Raises ValueError, naming file, found and expected md5, where a file is not the published one.
     """
-    folder = Path(source)
-    paths = _files(folder)
-    if config.columns is not None:
-        name, published, columns = None, None, config.columns
-    else:
-        name = config.name or _name(folder)
-        published = PUBLISHED[name]
-        columns = published.columns()
-    own = {option: getattr(config, option) for option in ("min_count", "max_history")}
-    columns = replace(columns, **{option: value for option, value in own.items() if value is not None})
-    valid_share = _valid_share(folder, paths, published, config.valid_share)
-
-    def fill(writer: Writer) -> None:
-        if published is not None and config.check_md5:
-            for split, path in paths.items():
-                _check_md5(writer, path, published.md5.get(split))
-        if "valid" not in paths and not valid_share:
-            writer.extra["valid_is_test"] = True
-            writer.report(
-                ["No file for valid: the rows of test validate, so that what is selected on them knows the test"]
-            )
-        tables = {split: open_table(path, ",") for split, path in paths.items()}
-        vocabularies, num_rows = write_splits(
-            writer, tables, columns, valid_share=valid_share, seed=config.seed, max_rejected=config.max_rejected
-        )
-        if published is not None and columns.min_count == published.min_count and not valid_share:
-            writer.report(_compared(published, vocabularies, num_rows))
-
-    described = {
-        "name": name,
-        **asdict(columns),
-        "valid_share": valid_share,
-        "check_md5": config.check_md5,
-        "seed": config.seed,
-        "max_rejected": config.max_rejected,
-    }
-    return prepare_folder(out, "reczoo", described, list(paths.values()), fill, progress=progress)
+    return config.prepare(source, out, progress=progress)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -165,26 +204,13 @@ def _name(folder: Path) -> str:
     return fitting[0]
 
 
-def _valid_share(folder: Path, paths: Mapping[str, Path], published: Published | None, share: float | None) -> float:
-    if "valid" in paths:
-        if share is not None:
-            raise ValueError(f"{paths['valid']} validates: --valid-share is for folders without such a file")
-        return 0.0
-    if share is None and not (published is not None and published.valid_is_test):
-        raise ValueError(
-            f"{folder}: no valid.csv (or .csv.gz, .parquet); --valid-share 0.1 splits it off train, "
-            "with --valid-share 0 the rows of test validate"
-        )
-    return share or 0.0
-
-
 def _check_md5(writer: Writer, path: Path, expected: str | None) -> None:
     if expected is None or path.suffix == ".parquet":
         writer.report([f"{path}: not checked, as no md5 is published of it"])
         return
     digest = hashlib.md5(usedforsecurity=False)
-    task = writer.progress.add_task(f"Checking {path.name}", total=path.stat().st_size)
-    for content in read_unpacked(path, lambda amount: writer.progress.advance(task, amount)):
+    advance = writer.meter(path, title=f"Checking {path.name}")
+    for content in read_unpacked(path, advance):
         digest.update(content)
     if digest.hexdigest() != expected:
         raise ValueError(
@@ -209,29 +235,18 @@ def _compared(published: Published, vocabularies: Mapping[str, Vocabulary], num_
     return lines or ["Rows and ids are as many as published"]
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "embtables prepare reczoo Criteo_x1 data/criteo_x1\n\n"
-    "embtables prepare reczoo downloads/Avazu_x4 data/avazu_x4 --name Avazu_x4_001\n\n"
-    "embtables prepare reczoo AmazonElectronics_x1 data/amazon --valid-share 0.1\n\n"
-    "embtables prepare reczoo mine data/mine --label clicked --categorical user,item,brand --sequence seen:item"
-)
-def reczoo(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT", help="Folder with train, valid and test as .csv, .csv.gz or .parquet.", show_default=False
-        ),
-    ],
-    out: Out,
+def _from_options(
     name: Annotated[str | None, typer.Option(help="Set of BARS; by default the folder's name.")] = None,
     label: Annotated[str | None, typer.Option(help="Of any other set: the column of 0 and 1.")] = None,
-    categorical: Annotated[str, typer.Option(help="Of any other set: the categorical columns.")] = "",
-    dense: Annotated[str, typer.Option(help="Of any other set: the numerical columns.")] = "",
-    lists: Annotated[str, typer.Option(help="Of any other set: columns of lists of values of their own.")] = "",
+    categorical: Annotated[tuple[str, ...], typer.Option(help="Of any other set: the categorical columns.")] = (),
+    dense: Annotated[tuple[str, ...], typer.Option(help="Of any other set: the numerical columns.")] = (),
+    lists: Annotated[
+        tuple[str, ...], typer.Option(help="Of any other set: columns of lists of values of their own.")
+    ] = (),
     sequence: Annotated[
-        str, typer.Option(help="Of any other set: columns of lists of another column's values, e.g. seen:item.")
-    ] = "",
+        tuple[str, ...],
+        typer.Option(help="Of any other set: columns of lists of another column's values, e.g. seen:item."),
+    ] = (),
     group: Annotated[str | None, typer.Option(help="Of any other set: the column that grouped AUC is over.")] = None,
     item: Annotated[str | None, typer.Option(help="Of any other set: the column by which metrics are sliced.")] = None,
     separator: Annotated[
@@ -249,15 +264,14 @@ def reczoo(
     md5: Annotated[bool, typer.Option("--md5/--no-md5", help="Compare the files with the published ones.")] = True,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """BARS' preprocessed sets (Criteo_x1, Avazu_x4, AmazonElectronics_x1, …), or any table that is split already."""
+) -> Reczoo:
     columns = None
     if label is not None:
         columns = Columns(
             label,
-            _names(dense),
-            _names(categorical),
-            _names(lists),
+            dense,
+            categorical,
+            lists,
             histories=_pairs(sequence),
             group=group,
             item=item,
@@ -265,16 +279,13 @@ def reczoo(
         )
     elif any((categorical, dense, lists, sequence, group, item)):
         raise ValueError("columns of a set that is not BARS': its --label is needed as well")
-    config = Reczoo(name, columns, min_count, max_history, valid_share, md5, seed, max_rejected)
-    prepare_reczoo(source, out, config, progress=True)
+    return Reczoo(name, columns, min_count, max_history, valid_share, md5, seed, max_rejected)
 
 
-def _names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.split(":") for part in _names(text)]
+def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+    pairs = [text.split(":") for text in texts]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ValueError(f"--sequence {text!r}: pairs COLUMN:OF separated by commas are needed, e.g. seen:item")
+        raise ValueError(
+            f"--sequence {','.join(texts)!r}: pairs COLUMN:OF separated by commas are needed, e.g. seen:item"
+        )
     return {column: of for column, of in pairs}

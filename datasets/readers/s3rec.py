@@ -8,32 +8,53 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import typer
 
 from embtables.datasets.interaction_log import ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import History, MaxRejected, MinCount, Out, Seed, Shares, app, numbers
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import read_lines
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 ATTRIBUTES = "attributes"
 
 
 @dataclass(frozen=True)
-class S3Rec:
-    """Every place of a sequence is a click, with negatives that the user has nowhere; its number is its time."""
+class S3Rec(Reader):
+    """Sequences of items, a line a user, with the items' attributes (S3-Rec's Yelp, Sports, Beauty, Toys).
+
+    Every place of a sequence is a click, with negatives that the user has nowhere; its number is its time.
+    """
+
+    kind: ClassVar[str] = "s3rec"
+    input_help: ClassVar[str] = "A line a user: user item item …"
+    example: ClassVar[str] = (
+        "Example: embtables prepare s3rec Yelp.txt data/yelp   (reads Yelp_item2attributes.json beside it)"
+    )
 
     max_rejected: float = DEFAULT_LIMIT
     negatives: Negatives = field(default_factory=lambda: Negatives(1, "uniform", None))
     log: LogOptions = field(default_factory=lambda: LogOptions(split="leave-last-out", min_history=1))
+
+    def inputs(self, source: Path) -> list[Path]:
+        attributes = source.with_name(f"{source.stem}_item2attributes.json")
+        return [source, *([attributes] if attributes.is_file() else [])]
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, self.inputs(source), self)
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
 
 
 def prepare_s3rec(
@@ -47,18 +68,13 @@ def prepare_s3rec(
 
         data = prepare_s3rec("Yelp.txt", "data/yelp")
     """
-    path = Path(source)
-    attributes = path.with_name(f"{path.stem}_item2attributes.json")
-    inputs = [path, *([attributes] if attributes.is_file() else [])]
-    return prepare_folder(
-        out, "s3rec", asdict(config), inputs, lambda writer: _fill(writer, inputs, config), progress=progress
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _fill(writer: Writer, inputs: list[Path], config: S3Rec) -> None:
     rejections = Rejections(config.max_rejected)
-    task = writer.progress.add_task("Reading sequences", total=inputs[0].stat().st_size)
-    lines = list(_sequences(inputs[0], rejections, lambda size: writer.progress.advance(task, size)))
+    advance = writer.meter(inputs[0], title="Reading sequences")
+    lines = list(_sequences(inputs[0], rejections, advance))
     rejections.check(final=True)
     if not lines:
         raise ValueError(f"{inputs[0]}: the file holds no sequences")
@@ -80,15 +96,13 @@ def _fill(writer: Writer, inputs: list[Path], config: S3Rec) -> None:
 
 
 def _sequences(path: Path, rejections: Rejections, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
-    for number, line in read_lines(path, advance):
-        rejections.rows_read += 1
+    for number, line in read_lines(path, rejections, advance):
         try:
             sequence = np.array(line.split(), dtype=np.int64)
         except (ValueError, OverflowError):
             sequence = np.zeros(0, np.int64)
         if len(sequence) < 2 or sequence.min() < 0:
-            rejections.add("no line of a user and items, all integers", np.array([number]), lambda n: f"{path}:{n}")
-            rejections.check()
+            rejections.reject("no line of a user and items, all integers", f"{path}:{number}")
         else:
             yield sequence
 
@@ -126,24 +140,17 @@ def read_attributes(path: Path) -> ItemFeatures:
     return ItemFeatures(items, lists={ATTRIBUTES: (keys, np.r_[0, np.cumsum(lengths)])})
 
 
-@app.command(epilog="Example: embtables prepare s3rec Yelp.txt data/yelp   (reads Yelp_item2attributes.json beside it)")
-def s3rec(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A line a user: user item item …", show_default=False)
-    ],
-    out: Out,
+def _from_options(
     split: Annotated[
         Literal["random", "leave-last-out"], typer.Option(help="leave-last-out: each user's last item tests.")
     ] = "leave-last-out",
-    shares: Shares = "0.8,0.1,0.1",
+    shares: Shares = DEFAULT_SHARES,
     negatives: Annotated[int, typer.Option(help="Negatives a place, drawn among all items alike.")] = 1,
     history: History = 50,
     min_history: Annotated[int, typer.Option(help="Places with fewer items before them give no example.")] = 1,
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Sequences of items, a line a user, with the items' attributes (S3-Rec's Yelp, Sports, Beauty, Toys)."""
-    options = LogOptions(split, numbers("--shares", shares), history, min_count, seed, min_history)
-    config = S3Rec(max_rejected, Negatives(negatives, "uniform", None), options)
-    prepare_s3rec(source, out, config, progress=True)
+) -> S3Rec:
+    options = LogOptions(split, shares, history, min_count, seed, min_history)
+    return S3Rec(max_rejected, Negatives(negatives, "uniform", None), options)

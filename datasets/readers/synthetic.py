@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import polars as pl
 import typer
 
-from embtables.datasets.options import Out, Seed, Shares, app, numbers
+from embtables.datasets.options import Seed, Shares
 from embtables.datasets.prepared import LABEL, PreparedDataset
-from embtables.datasets.splits import SPLITS, check_shares, random_split
+from embtables.datasets.reader import Reader
+from embtables.datasets.splits import DEFAULT_SHARES, SPLITS, check_shares, random_split
 from embtables.datasets.vocabulary import Vocabulary
 from embtables.datasets.writing import Contents, Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 CHUNK = 2**18
 MOST_IDS = 10**8  # effects and probabilities of all ids lie in memory, 8 bytes each
@@ -25,8 +25,10 @@ PROBABILITY = "_probability"
 
 
 @dataclass(frozen=True)
-class Synthetic:
-    """The truth that is planted.
+class Synthetic(Reader):
+    """Zipf ids with planted effects, whose best possible AUC is known (`bayes_auc` in the manifest).
+
+    The truth that is planted.
 
     Feature f takes id r = 0 … cardinality − 1 with probability ∝ 1/(r + 1)^zipf. Labels are Bernoulli with
 
@@ -39,18 +41,30 @@ class Synthetic:
     Bayes-optimal prediction stays what a model of the training data could reach.
     """
 
-    rows: int = 1_000_000
-    cardinalities: tuple[int, ...] = (100_000, 10_000, 1_000)
-    zipf: float = 1.05
-    bias: float = -1.0
-    effect_std: tuple[float, ...] = (1.0,)
-    interaction_std: float = 0.0
-    interaction_rank: int = 4
-    num_dense: int = 0
-    dense_std: float = 0.5
-    unseen: float = 0.0
-    shares: tuple[float, ...] = (0.8, 0.1, 0.1)
-    seed: int = 0
+    kind: ClassVar[str] = "synthetic"
+    input_help: ClassVar[str] = "- : the data is generated."
+    example: ClassVar[str] = (
+        "Example: embtables prepare synthetic - data/toy --rows 500000 --cardinalities 50000,5000,500 --unseen 0.02"
+    )
+
+    rows: Annotated[int, typer.Option(help="Number of rows.")] = 1_000_000
+    cardinalities: Annotated[tuple[int, ...], typer.Option(help="Number of ids of each feature.")] = (
+        100_000,
+        10_000,
+        1_000,
+    )
+    zipf: Annotated[float, typer.Option(help="An id of rank r is drawn with probability ∝ 1/r^ZIPF.")] = 1.05
+    bias: Annotated[float, typer.Option(help="Constant part of the logit.")] = -1.0
+    effect_std: Annotated[
+        tuple[float, ...], typer.Option(help="Standard deviation of the ids' effects: one, or one a feature.")
+    ] = (1.0,)
+    interaction_std: Annotated[float, typer.Option(help="Standard deviation of the pairwise part of the logit.")] = 0.0
+    interaction_rank: Annotated[int, typer.Option(help="Length of the ids' vectors in the pairwise part.")] = 4
+    num_dense: Annotated[int, typer.Option(help="Number of dense features.")] = 0
+    dense_std: Annotated[float, typer.Option(help="Standard deviation of the dense part of the logit.")] = 0.5
+    unseen: Annotated[float, typer.Option(help="Share of ids in valid and test that training never sees.")] = 0.0
+    shares: Shares = DEFAULT_SHARES
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_shares(self.shares)
@@ -78,6 +92,14 @@ class Synthetic:
     @property
     def feature_names(self) -> list[str]:
         return [f"feature_{number}" for number in range(len(self.cardinalities))]
+
+    def inputs(self, source: Path) -> list[Path]:
+        if str(source) != "-":
+            raise ValueError(f"INPUT {str(source)!r}: synthetic data has no input, write - in its place")
+        return []
+
+    def write(self, source: Path, writer: Writer) -> None:
+        _fill(writer, self)
 
 
 class Truth:
@@ -134,7 +156,7 @@ def prepare_synthetic(out: str | Path, config: Synthetic = Synthetic(), *, progr
 
         data = prepare_synthetic("runs/toy", Synthetic(rows=100_000, cardinalities=(1000, 100), seed=1))
     """
-    return prepare_folder(out, "synthetic", asdict(config), [], lambda writer: _fill(writer, config), progress=progress)
+    return config.prepare("-", out, progress=progress)
 
 
 def _fill(writer: Writer, config: Synthetic) -> None:
@@ -194,44 +216,3 @@ def _zipf_cumulative(cardinality: int, exponent: float) -> np.ndarray:
     cumulative = np.cumsum(weights)
     cumulative /= cumulative[-1]
     return cumulative
-
-
-@app.command(
-    epilog="Example: embtables prepare synthetic - data/toy --rows 500000 --cardinalities 50000,5000,500 --unseen 0.02"
-)
-def synthetic(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="- : the data is generated.", show_default=False)],
-    out: Out,
-    rows: Annotated[int, typer.Option(help="Number of rows.")] = 1_000_000,
-    cardinalities: Annotated[str, typer.Option(help="Number of ids of each feature.")] = "100000,10000,1000",
-    zipf: Annotated[float, typer.Option(help="An id of rank r is drawn with probability ∝ 1/r^ZIPF.")] = 1.05,
-    bias: Annotated[float, typer.Option(help="Constant part of the logit.")] = -1.0,
-    effect_std: Annotated[
-        str, typer.Option(help="Standard deviation of the ids' effects: one, or one a feature.")
-    ] = "1",
-    interaction_std: Annotated[float, typer.Option(help="Standard deviation of the pairwise part of the logit.")] = 0.0,
-    interaction_rank: Annotated[int, typer.Option(help="Length of the ids' vectors in the pairwise part.")] = 4,
-    num_dense: Annotated[int, typer.Option(help="Number of dense features.")] = 0,
-    dense_std: Annotated[float, typer.Option(help="Standard deviation of the dense part of the logit.")] = 0.5,
-    unseen: Annotated[float, typer.Option(help="Share of ids in valid and test that training never sees.")] = 0.0,
-    shares: Shares = "0.8,0.1,0.1",
-    seed: Seed = 0,
-) -> None:
-    """Zipf ids with planted effects, whose best possible AUC is known (`bayes_auc` in the manifest)."""
-    if source != "-":
-        raise ValueError(f"INPUT {source!r}: synthetic data has no input, write - in its place")
-    config = Synthetic(
-        rows=rows,
-        cardinalities=tuple(int(number) for number in numbers("--cardinalities", cardinalities)),
-        zipf=zipf,
-        bias=bias,
-        effect_std=numbers("--effect-std", effect_std),
-        interaction_std=interaction_std,
-        interaction_rank=interaction_rank,
-        num_dense=num_dense,
-        dense_std=dense_std,
-        unseen=unseen,
-        shares=numbers("--shares", shares),
-        seed=seed,
-    )
-    prepare_synthetic(out, config, progress=True)

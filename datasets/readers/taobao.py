@@ -10,34 +10,24 @@ category is a feature, with its history; where a file gives an item several cate
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import polars as pl
 import typer
 
 from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import (
-    History,
-    MaxRejected,
-    MinCount,
-    Out,
-    Seed,
-    Shares,
-    Split,
-    app,
-    numbers,
-    parse_duration,
-)
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, parse_duration
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.side_tables import integers
-from embtables.datasets.splits import row_uniforms
+from embtables.datasets.splits import DEFAULT_SHARES, row_uniforms
 from embtables.datasets.text import Format, read_text
 from embtables.datasets.writing import Writer
-from embtables.datasets.writing import prepare as prepare_folder
 
 CATEGORY, BEHAVIOR, TIME = "category_id", "behavior", "timestamp"
 COLUMNS = (USER, ITEM, CATEGORY, BEHAVIOR, TIME)
@@ -46,8 +36,15 @@ FIRST, PAST = 1_511_539_200, 1_512_316_800  # seconds: 2017-11-25 and 2017-12-04
 
 
 @dataclass(frozen=True)
-class Taobao:
-    """Which rows are positives, and of what share of the users, chosen by a hash of their id and the seed."""
+class Taobao(Reader):
+    """Taobao's clicks (or purchases …) with sampled negatives; items and categories in histories.
+
+    Which rows are positives, and of what share of the users, chosen by a hash of their id and the seed.
+    """
+
+    kind: ClassVar[str] = "taobao"
+    input_help: ClassVar[str] = "UserBehavior.csv (may be gzipped)."
+    example: ClassVar[str] = "Example: embtables prepare taobao UserBehavior.csv data/taobao --users 0.1"
 
     behaviors: tuple[str, ...] = ("pv",)
     users: float = 1.0
@@ -64,6 +61,13 @@ class Taobao:
         if not 0 < self.users <= 1:
             raise ValueError(f"users {self.users}: a share above 0 and up to 1 is needed")
 
+    def write(self, source: Path, writer: Writer) -> None:
+        write_log(writer, _read(writer, source, self), self.log, self.negatives)
+
+    @classmethod
+    def constructor(cls) -> Callable[..., Reader]:
+        return _from_options
+
 
 def prepare_taobao(
     source: str | Path, out: str | Path, config: Taobao = Taobao(), *, progress: bool = False
@@ -77,22 +81,14 @@ def prepare_taobao(
 
         data = prepare_taobao("UserBehavior.csv", "data/taobao", Taobao(users=0.1))
     """
-    path = Path(source)
-    return prepare_folder(
-        out,
-        "taobao",
-        asdict(config),
-        [path],
-        lambda writer: write_log(writer, _read(writer, path, config), config.log, config.negatives),
-        progress=progress,
-    )
+    return config.prepare(source, out, progress=progress)
 
 
 def _read(writer: Writer, path: Path, config: Taobao) -> Log:
     rejections = Rejections(config.max_rejected)
-    task = writer.progress.add_task("Reading", total=path.stat().st_size)
+    advance = writer.meter(path)
     parts = []
-    for block in read_text(path, Format(",", COLUMNS), rejections, lambda size: writer.progress.advance(task, size)):
+    for block in read_text(path, Format(",", COLUMNS), rejections, advance):
         frame = block.frame.select(
             *(integers(name) for name in (USER, ITEM, CATEGORY, TIME)), BEHAVIOR, pl.Series("row", block.lines)
         )
@@ -107,9 +103,7 @@ def _read(writer: Writer, path: Path, config: Taobao) -> Log:
         if config.users < 1:
             good &= row_uniforms(frame[USER].fill_null(0).to_numpy(), config.log.seed) < config.users
         parts.append(frame.filter(pl.Series(good)).drop(BEHAVIOR))
-    rejections.check(final=True)
-    writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
-    writer.report(rejections.lines())
+    writer.record(rejections)
     rows = pl.concat(parts)
     if len(rows) == 0:
         raise ValueError(f"{path}: no row of behaviors {', '.join(config.behaviors)} and of the chosen users")
@@ -126,13 +120,10 @@ def _read(writer: Writer, path: Path, config: Taobao) -> Log:
     )
 
 
-@app.command(epilog="Example: embtables prepare taobao UserBehavior.csv data/taobao --users 0.1")
-def taobao(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="UserBehavior.csv (may be gzipped).", show_default=False)
-    ],
-    out: Out,
-    behaviors: Annotated[str, typer.Option(help="Which rows are positives: some of pv,buy,cart,fav.")] = "pv",
+def _from_options(
+    behaviors: Annotated[tuple[str, ...], typer.Option(help="Which rows are positives: some of pv,buy,cart,fav.")] = (
+        "pv",
+    ),
     users: Annotated[float, typer.Option(help="Share of the users, chosen by a hash of their id.")] = 1.0,
     negatives: Annotated[int, typer.Option(help="Negatives a positive.")] = 1,
     negative_sampling: Annotated[
@@ -140,18 +131,16 @@ def taobao(
     ] = "popularity",
     negative_window: Annotated[str, typer.Option(help="Preceding positives to draw from: 30m, 1h, 2d, all.")] = "1h",
     split: Split = "time",
-    shares: Shares = "0.8,0.1,0.1",
+    shares: Shares = DEFAULT_SHARES,
     history: History = 50,
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
-) -> None:
-    """Taobao's clicks (or purchases …) with sampled negatives; items and categories in histories."""
-    config = Taobao(
-        behaviors=tuple(behaviors.split(",")),
+) -> Taobao:
+    return Taobao(
+        behaviors=behaviors,
         users=users,
         max_rejected=max_rejected,
         negatives=Negatives(negatives, negative_sampling, parse_duration(negative_window)),
-        log=LogOptions(split, numbers("--shares", shares), history, min_count, seed),
+        log=LogOptions(split, shares, history, min_count, seed),
     )
-    prepare_taobao(source, out, config, progress=True)
