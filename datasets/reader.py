@@ -80,9 +80,8 @@ class Reader(ABC):
             ValueError: the source cannot be used, or ``out`` holds something else.
         """
         path = Path(source)
-        return prepare_folder(
-            out, self.kind, self.settings(path), self.inputs(path), partial(self.write, path), progress=progress
-        )
+        inputs = self.inputs(path)  # first: it says what is wrong with a folder
+        return prepare_folder(out, self.kind, self.settings(path), inputs, partial(self.write, path), progress=progress)
 
 
 def command(reader: type[Reader]) -> Callable[..., None]:

@@ -86,8 +86,10 @@ class KeyedRows(NamedTuple):
 class RowKeys:
     """Checks rows and turns their values into keys, which mean the same in all rows that one object is given."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, form_of_lists: str = "lists of text or integers") -> None:
+        """``form_of_lists``: what messages say about columns of lists that are of another type."""
         self.schema = schema
+        self.form_of_lists = form_of_lists
         self.of_column = {name: StringKeys() for name in schema.vocabularies}
         self._of_group = StringKeys()
 
@@ -115,7 +117,7 @@ class RowKeys:
         single = list(dict.fromkeys([schema.label, *schema.dense, *schema.categorical, *groups]))
         check_columns(frame.columns, [*single, *schema.list_columns], where)
         raw = {name: single_values(frame[name], where) for name in single}
-        listed = {name: _lists_of_values(frame[name], where) for name in schema.list_columns}
+        listed = {name: self._lists_of_values(frame[name], where) for name in schema.list_columns}
         dense = {name: raw[name].cast(pl.Float64, strict=False) for name in (schema.label, *schema.dense)}
         label = dense.pop(schema.label)
         faults = {f"the label '{schema.label}' is not 0 or 1": label.is_in([0.0, 1.0]).fill_null(False).not_()}
@@ -136,6 +138,16 @@ class RowKeys:
             {name: self._key_lists(name, values.filter(kept)) for name, values in listed.items()},
             None if schema.group is None else self._of_group.keys_of(raw[schema.group].filter(kept)),
             numbers[good],
+        )
+
+    def _lists_of_values(self, values: pl.Series, where: str) -> pl.Series:
+        """Lists of text or of integers, empty where there is nothing."""
+        if isinstance(values.dtype, pl.List):
+            inner = values.dtype.inner
+            if inner == pl.String or inner.is_integer() or inner == pl.Null:
+                return values.cast(pl.List(pl.String) if inner == pl.Null else values.dtype).fill_null([])
+        raise ValueError(
+            f"{where}: column '{values.name}' is of type {values.dtype}, where {self.form_of_lists} are needed"
         )
 
     def _key_lists(self, name: str, values: pl.Series) -> KeyLists:
@@ -160,17 +172,6 @@ def single_values(values: pl.Series, where: str) -> pl.Series:
     if values.dtype == pl.String or values.dtype.is_integer():
         return without_blanks(values)
     raise ValueError(f"{where}: column '{values.name}' is of type {values.dtype}, where numbers or text are needed")
-
-
-def _lists_of_values(values: pl.Series, where: str) -> pl.Series:
-    """Lists of text or of integers, empty where there is nothing."""
-    if isinstance(values.dtype, pl.List):
-        inner = values.dtype.inner
-        if inner == pl.String or inner.is_integer() or inner == pl.Null:
-            return values.cast(pl.List(pl.String) if inner == pl.Null else values.dtype).fill_null([])
-    raise ValueError(
-        f"{where}: column '{values.name}' is of type {values.dtype}, where lists of text or integers are needed"
-    )
 
 
 def without_blanks(values: pl.Series) -> pl.Series:

@@ -110,7 +110,7 @@ def write_splits(
 
     Without a table for valid, a share of train, chosen by row, validates; if that is 0, all rows of test do.
     """
-    keys = RowKeys(columns)
+    keys = RowKeys(columns, f"lists, or text with '{columns.separator}' between values,")
     rejections = Rejections(max_rejected)
     counters = {name: [KeyCounter()] for name in columns.vocabularies}
     in_history = {name: KeyCounter() for name in columns.histories}
