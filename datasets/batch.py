@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class Jagged(NamedTuple):
-    """A list of ids for each of B examples; that of example b is `values[offsets[b]:offsets[b + 1]]`."""
+    """A list of ids for each of B examples; that of example b is ``values[offsets[b]:offsets[b + 1]]``."""
 
     values: Tensor  # int64 [N]
     offsets: Tensor  # int64 [B + 1]
 
 
 class Batch(NamedTuple):
-    """B examples. Columns of `dense` and `ids` follow the data set's `dense_features` and `feature_names`."""
+    """B examples. Columns of ``dense`` and ``ids`` follow the data set's ``dense_features`` and ``feature_names``."""
 
     labels: Tensor  # float32 [B]
     dense: Tensor  # float32 [B, num_dense]
@@ -45,7 +45,7 @@ class Lists(NamedTuple):
         return Lists(self.values.take(places), offsets)
 
     def latest(self, most: int) -> Lists:
-        """The last `most` ids of each list."""
+        """The last ``most`` ids of each list."""
         begin, end = self.offsets[:-1], self.offsets[1:]
         return self._between(np.maximum(begin, end - most), end)
 

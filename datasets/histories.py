@@ -8,10 +8,10 @@ import numpy as np
 
 
 class Histories:
-    """For each row of a timeline: its user's remembered rows at strictly earlier times, the last `cap`.
+    """For each row of a timeline: its user's remembered rows at strictly earlier times, the last ``cap``.
 
-    The timeline is in the order of time; `remembered` says which of its rows histories hold. `lengths`: how many there
-    are before each row, before the cap.
+    The timeline is in the order of time; ``remembered`` says which of its rows histories hold. ``lengths``: how many
+    there are before each row, before the cap.
     """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, remembered: np.ndarray, cap: int) -> None:
@@ -46,9 +46,9 @@ class Events:
 
 
 class EventHistories:
-    """As `Histories`, of events beside a log: `of` gives places among the events, oldest first.
+    """As ``Histories``, of events beside a log: ``of`` gives places among the events, oldest first.
 
-    `users` are numbered from 0, those of the events alike.
+    ``users`` are numbered from 0, those of the events alike.
     """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, events: Events, cap: int) -> None:
@@ -67,10 +67,10 @@ class EventHistories:
 
 
 class LatestEvents:
-    """Keeps of a stream of events what histories of `cap` can hold, so that its length does not matter.
+    """Keeps of a stream of events what histories of ``cap`` can hold, so that its length does not matter.
 
-    `users` and `times` are the rows that will have histories. Between two rows of a user the latest `cap` events are
-    kept; what follows the last row, and what other users do, is dropped.
+    ``users`` and ``times`` are the rows that will have histories. Between two rows of a user the latest ``cap`` events
+    are kept; what follows the last row, and what other users do, is dropped.
     """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, cap: int) -> None:

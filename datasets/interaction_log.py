@@ -27,8 +27,8 @@ NO_NEGATIVES = Negatives(per_click=0)
 class ItemFeatures:
     """What is known of items (or users), in whatever row they occur: a negative gets its own item's values.
 
-    `values` are single-valued features, parallel to `items`; `lists` multi-valued ones, the keys of all items one
-    after another and the offsets, one more than items. Items that are not among `items` have nothing.
+    ``values`` are single-valued features, parallel to ``items``; ``lists`` multi-valued ones, the keys of all items one
+    after another and the offsets, one more than items. Items that are not among ``items`` have nothing.
     """
 
     items: np.ndarray  # keys, distinct
@@ -36,7 +36,7 @@ class ItemFeatures:
     lists: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # keys, offsets
 
     def places(self, items: np.ndarray) -> np.ndarray:
-        """Where the given items stand in `items`; −1 for unknown ones."""
+        """Where the given items stand in ``items``; −1 for unknown ones."""
         if len(self.items) == 0:
             return np.full(len(items), -1)
         order = np.argsort(self.items)
@@ -46,7 +46,7 @@ class ItemFeatures:
 
 @dataclass
 class Log:
-    """Parallel arrays, a row an interaction. Without `labels` every row is a click."""
+    """Parallel arrays, a row an interaction. Without ``labels`` every row is a click."""
 
     users: np.ndarray  # keys
     items: np.ndarray  # keys
@@ -79,8 +79,8 @@ class Log:
 class LogOptions:
     """How a log becomes examples.
 
-    `history` caps the list of a user's earlier items, of which the latest stay; 0: no such column. A row with fewer
-    than `min_history` earlier items is no example, though part of later rows' histories.
+    ``history`` caps the list of a user's earlier items, of which the latest stay; 0: no such column. A row with fewer
+    than ``min_history`` earlier items is no example, though part of later rows' histories.
     """
 
     split: Literal["random", "time", "leave-last-out"] = "random"
@@ -113,116 +113,163 @@ def write_log(
     negatives: Negatives = NO_NEGATIVES,
     columns: Mapping[str, KeyColumn] = MappingProxyType({}),
 ) -> None:
-    """Splits, draws negatives where there are no labels, and writes, in the order of time.
+    """Splits a log, draws negatives where there are no labels, and writes the examples in the order of time.
 
     A click and its negatives share split, context and history; what is known of an item goes with the item. The history
     of a row is its user's items with label 1 at strictly earlier times, whatever their split; the values of these
     items are histories of their own, aligned with it. Where the log comes with events, these make the histories; those
-    up to the last training row count in the vocabularies of their features. `columns` knows the raw values of keys.
+    up to the last training row count in the vocabularies of their features.
+
+    Args:
+        columns: by feature, the column that knows the raw values of keys. Keys of other features are raw values.
+
+    Raises:
+        ValueError: no user has enough rows for ``min_history``.
     """
-    log = log.take(np.argsort(log.times, kind="stable"))
-    user_keys, users = _numbered(log.users)
-    item_keys, items = _numbered(log.items)
-    histories: Histories | EventHistories
-    if log.events is not None:
-        events = replace(log.events, users=np.searchsorted(user_keys, log.events.users))
-        histories = EventHistories(users, log.times, events, options.history)
-    else:
-        positive = np.ones(len(users), bool) if log.labels is None else log.labels > 0
-        remembered = positive if log.remembered is None else log.remembered
-        histories = Histories(users, log.times, remembered, options.history)
-    examples = np.flatnonzero(histories.lengths >= options.min_history)
-    if not len(examples):
-        raise ValueError(f"no user has more than {options.min_history} rows, so min_history leaves no example")
+    examples = _Examples.of(log.take(np.argsort(log.times, kind="stable")), options)
+    lengths = examples.histories.lengths
     writer.extra |= {
-        "histories_cut": int((histories.lengths > options.history)[examples].sum()) if options.history else 0,
-        "rows_without_history": len(items) - len(examples),
+        "histories_cut": int((lengths > options.history)[examples.rows].sum()) if options.history else 0,
+        "rows_without_history": len(lengths) - len(examples.rows),
     }
-    if log.splits is not None:
-        split = log.splits
-    elif options.split == "random":
-        split = random_split(log.rows, options.seed, options.shares)
-    elif options.split == "time":
-        split = time_split(log.times, options.shares)
-    else:
-        split = leave_last_out(users, log.times)
-
     task = writer.progress.add_task("Drawing negatives and counting ids", total=None)
-    drawn = np.full((len(items), 0), ABSENT, np.int64)
-    if log.labels is None:
-        drawn, notes = draw_negatives(users, items, log.times, negatives, options.seed)
-        writer.extra |= notes
-
-    train = examples[split[examples] == 0]
-    shown_with = 1 + (drawn[train] != ABSENT).sum(1)  # rows that a click becomes
-    shown = np.concatenate([items[train], drawn[train].ravel()])
-    counts = np.bincount(shown[shown != ABSENT], minlength=len(item_keys))
-    user_counts = np.bincount(users[train], shown_with, len(user_keys)).astype(np.int64)
-    seen = {}
-    if log.events is not None:
-        until = log.times[train].max() if len(train) else 0
-        seen = {name: keys[log.events.times <= until] for name, keys in log.events.values.items()}
-    of_user = _Known(log.users_known, user_keys, user_counts, options.min_count)
-    known = _Known(log.items_known, item_keys, counts, options.min_count, seen)
-    vocabularies = {
-        USER: Vocabulary(user_keys[user_counts > 0], user_counts[user_counts > 0], options.min_count),
-        ITEM: Vocabulary(item_keys[counts > 0], counts[counts > 0], options.min_count),
-        **{name: _vocabulary(keys[train], shown_with, options.min_count) for name, keys in log.context.items()},
-        **of_user.vocabularies,
-        **known.vocabularies,
-    }
-    list_vocabularies = {**of_user.list_vocabularies, **known.list_vocabularies}
-    in_history = [ITEM, *known.values] if log.events is None else list(log.events.values)
-    of_history = {_history_name(name): name for name in in_history} if options.history else {}
-    published = {**vocabularies, **list_vocabularies}
-    contents = Contents(
-        vocabularies,
-        lists=list_vocabularies,
-        histories=of_history,
-        group_feature=USER,
-        slice_feature=ITEM,
-        published={name: column.values(published[name].keys) for name, column in columns.items()},
+    writer.extra |= examples.draw(negatives, options.seed)
+    ids = _Ids(examples, options)
+    published = {**ids.vocabularies, **ids.list_vocabularies}
+    writer.declare(
+        Contents(
+            ids.vocabularies,
+            lists=ids.list_vocabularies,
+            histories=ids.of_history,
+            group_feature=USER,
+            slice_feature=ITEM,
+            published={name: column.values(published[name].keys) for name, column in columns.items()},
+        )
     )
-    writer.declare(contents)
+    writer.progress.update(task, description="Writing rows", total=len(examples.rows))
+    for start in range(0, len(examples.rows), CLICKS_AT_ONCE):
+        part = examples.rows[start : start + CLICKS_AT_ONCE]
+        source, frame = ids.frame(part)
+        for code, name in enumerate(SPLITS):
+            writer.write(name, frame.filter(pl.Series(examples.split[source] == code)))
+        writer.progress.advance(task, len(part))
 
-    of_item = {ITEM: vocabularies[ITEM].ids(item_keys), **known.values}
-    events_ids = (
-        {} if log.events is None else {name: vocabularies[name].ids(keys) for name, keys in log.events.values.items()}
-    )
-    writer.progress.update(task, description="Writing rows", total=len(examples))
-    for start in range(0, len(examples), CLICKS_AT_ONCE):
-        part = examples[start : start + CLICKS_AT_ONCE]
-        offered = np.concatenate([items[part, None], drawn[part]], axis=1)
+
+@dataclass
+class _Examples:
+    """A log in the order of time, with numbers in place of keys, and which of its rows are examples of what split."""
+
+    log: Log
+    user_keys: np.ndarray  # distinct
+    users: np.ndarray  # places in user_keys, by row
+    item_keys: np.ndarray  # distinct
+    items: np.ndarray  # places in item_keys, by row
+    histories: Histories | EventHistories
+    rows: np.ndarray  # the rows that are examples
+    split: np.ndarray  # index into SPLITS, by row
+    drawn: np.ndarray  # negatives, by row: places in item_keys, or ABSENT
+
+    @staticmethod
+    def of(log: Log, options: LogOptions) -> _Examples:
+        user_keys, users = _numbered(log.users)
+        item_keys, items = _numbered(log.items)
+        histories: Histories | EventHistories
+        if log.events is not None:
+            events = replace(log.events, users=np.searchsorted(user_keys, log.events.users))
+            histories = EventHistories(users, log.times, events, options.history)
+        else:
+            positive = np.ones(len(users), bool) if log.labels is None else log.labels > 0
+            remembered = positive if log.remembered is None else log.remembered
+            histories = Histories(users, log.times, remembered, options.history)
+        rows = np.flatnonzero(histories.lengths >= options.min_history)
+        if not len(rows):
+            raise ValueError(f"no user has more than {options.min_history} rows, so min_history leaves no example")
+        if log.splits is not None:
+            split = log.splits
+        elif options.split == "random":
+            split = random_split(log.rows, options.seed, options.shares)
+        elif options.split == "time":
+            split = time_split(log.times, options.shares)
+        else:
+            split = leave_last_out(users, log.times)
+        none = np.full((len(items), 0), ABSENT, np.int64)
+        return _Examples(log, user_keys, users, item_keys, items, histories, rows, split, none)
+
+    def draw(self, negatives: Negatives, seed: int) -> dict[str, int]:
+        """Draws negatives where the log has no labels. Returns what the manifest says about them."""
+        if self.log.labels is not None:
+            return {}
+        self.drawn, notes = draw_negatives(self.users, self.items, self.log.times, negatives, seed)
+        return notes
+
+
+class _Ids:
+    """The vocabularies of a log, from its training rows, and its rows as ids."""
+
+    def __init__(self, examples: _Examples, options: LogOptions) -> None:
+        self.examples = examples
+        log, min_count = examples.log, options.min_count
+        train = examples.rows[examples.split[examples.rows] == 0]
+        drawn = examples.drawn[train]
+        shown_with = 1 + (drawn != ABSENT).sum(1)  # rows that a click becomes
+        shown = np.concatenate([examples.items[train], drawn.ravel()])
+        counts = np.bincount(shown[shown != ABSENT], minlength=len(examples.item_keys))
+        user_counts = np.bincount(examples.users[train], shown_with, len(examples.user_keys)).astype(np.int64)
+        seen = {}
+        if log.events is not None:
+            until = log.times[train].max() if len(train) else 0
+            seen = {name: keys[log.events.times <= until] for name, keys in log.events.values.items()}
+        self.of_user = _Known(log.users_known, examples.user_keys, user_counts, min_count)
+        self.known = _Known(log.items_known, examples.item_keys, counts, min_count, seen)
+        self.vocabularies = {
+            USER: Vocabulary(examples.user_keys[user_counts > 0], user_counts[user_counts > 0], min_count),
+            ITEM: Vocabulary(examples.item_keys[counts > 0], counts[counts > 0], min_count),
+            **{name: _vocabulary(keys[train], shown_with, min_count) for name, keys in log.context.items()},
+            **self.of_user.vocabularies,
+            **self.known.vocabularies,
+        }
+        self.list_vocabularies = {**self.of_user.list_vocabularies, **self.known.list_vocabularies}
+        in_history = [ITEM, *self.known.values] if log.events is None else list(log.events.values)
+        self.of_history = {_history_name(name): name for name in in_history} if options.history else {}
+        self.of_item = {ITEM: self.vocabularies[ITEM].ids(examples.item_keys), **self.known.values}
+        events = {} if log.events is None else log.events.values
+        self.of_event = {name: self.vocabularies[name].ids(keys) for name, keys in events.items()}
+
+    def frame(self, part: np.ndarray) -> tuple[np.ndarray, pl.DataFrame]:
+        """The rows that the given rows of the log become, with their negatives: the row of the log, and the columns."""
+        examples, log = self.examples, self.examples.log
+        offered = np.concatenate([examples.items[part, None], examples.drawn[part]], axis=1)
         click, place = np.nonzero(offered != ABSENT)  # row-major: a click, then its negatives
         source, item = part[click], offered[click, place]
+        user = examples.users[source]
         frame: dict[str, pl.Series | np.ndarray] = {
             LABEL: (place == 0) if log.labels is None else log.labels[source],
-            USER: vocabularies[USER].ids(log.users[source]),
+            USER: self.vocabularies[USER].ids(log.users[source]),
         }
-        frame |= {name: ids[item] for name, ids in of_item.items()}
-        frame |= {name: vocabularies[name].ids(keys[source]) for name, keys in log.context.items()}
-        frame |= {name: ids[users[source]] for name, ids in of_user.values.items()}
-        for lists, rows_of in ((of_user.lists, users[source]), (known.lists, item)):
+        frame |= {name: ids[item] for name, ids in self.of_item.items()}
+        frame |= {name: self.vocabularies[name].ids(keys[source]) for name, keys in log.context.items()}
+        frame |= {name: ids[user] for name, ids in self.of_user.values.items()}
+        for lists, rows_of in ((self.of_user.lists, user), (self.known.lists, item)):
             frame |= {
                 name: _lists(values, offsets[rows_of], offsets[rows_of + 1])
                 for name, (values, offsets) in lists.items()
             }
-        frame[GROUP] = users[source]
-        if of_history:
-            earlier, offsets = histories.of(source)
-            ids_of, earlier = (of_item, items[earlier]) if log.events is None else (events_ids, earlier)
-            frame |= {name: list_column(ids_of[feature][earlier], offsets) for name, feature in of_history.items()}
-        rows = pl.DataFrame(frame)
-        for code, name in enumerate(SPLITS):
-            writer.write(name, rows.filter(pl.Series(split[source] == code)))
-        writer.progress.advance(task, len(part))
+        frame[GROUP] = user
+        if self.of_history:
+            earlier, offsets = examples.histories.of(source)
+            if log.events is None:
+                ids_of, earlier = self.of_item, examples.items[earlier]
+            else:
+                ids_of = self.of_event
+            frame |= {name: list_column(ids_of[feature][earlier], offsets) for name, feature in self.of_history.items()}
+        return source, pl.DataFrame(frame)
 
 
 class _Known:
     """What is known of items (or users), as ids: an item's number → its value, or its list of values.
 
-    `counts`: how often training shows each item; `seen`: further keys of features, each once. An item of which nothing
-    is known has id 0, or an empty list.
+    ``counts``: how often training shows each item; ``seen``: further keys of features, each once. An item of which
+    nothing is known has id 0, or an empty list.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ ABSENT = -1
 class Negatives:
     """How negatives are drawn.
 
-    `popularity`: the item of a random click of the preceding `window_ms` (None: of any click), so that an item is
-    drawn in proportion to its clicks there. `uniform`: any item with equal chance, whatever the window.
+    ``popularity``: the item of a random click of the preceding ``window_ms`` (None: of any click), so that an item is
+    drawn in proportion to its clicks there. ``uniform``: any item with equal chance, whatever the window.
     """
 
     per_click: int = 1
@@ -37,8 +37,8 @@ def draw_negatives(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Items int64[clicks, per_click], ABSENT where none was found, and what had to be done otherwise than asked.
 
-    `users` and `items` are numbered from 0 without gaps, `times` ascends. A negative is never an item that the user
-    clicked at any time, and a click's negatives differ. A click whose window offers none (the first clicks of the
+    ``users`` and ``items`` are numbered from 0 without gaps, ``times`` ascends. A negative is never an item that the
+    user clicked at any time, and a click's negatives differ. A click whose window offers none (the first clicks of the
     log, say) draws from all clicks.
     """
     num_clicks, num_items = len(items), int(items.max()) + 1

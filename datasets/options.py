@@ -1,4 +1,4 @@
-"""`embtables prepare KIND INPUT OUT`: what the commands of all kinds share."""
+"""``embtables prepare KIND INPUT OUT``: what the commands of all kinds share."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
-    """The same items in the same order, up to `depth` of them made ahead of use, in one thread.
+    """The same items in the same order, up to ``depth`` of them made ahead of use, in one thread.
 
-    What making an item raises is raised where the item would have come. The thread ends, and `items` is closed, with
+    What making an item raises is raised where the item would have come. The thread ends, and ``items`` is closed, with
     the last item, an error, or when this generator is closed or dropped.
     """
     done = object()
@@ -22,7 +22,7 @@ def read_ahead(items: Generator[T, None, None], depth: int = 1) -> Generator[T, 
         pending = deque(pool.submit(next, items, done) for _ in range(depth))
         while (item := pending.popleft().result()) is not done:
             pending.append(pool.submit(next, items, done))
-            yield item  # type: ignore[misc]  # it is a T, as it is not `done`
+            yield item  # type: ignore[misc]  # it is a T, as it is not ``done``
     finally:
         pool.shutdown(cancel_futures=True)
         items.close()

@@ -60,7 +60,7 @@ class Feature(BaseModel):
 
 
 class History(BaseModel):
-    """A list column of earlier ids, in the id space of `feature`, oldest first."""
+    """A list column of earlier ids, in the id space of ``feature``, oldest first."""
 
     name: str
     feature: str
@@ -89,10 +89,10 @@ class Manifest(BaseModel):
 
 
 class PreparedDataset:
-    """A folder written by `embtables prepare`.
+    """A folder written by ``embtables prepare``.
 
-    `leave_out` names features, dense features and histories that are as if they were not there; with a feature go its
-    histories. Of histories longer than `max_history` the latest entries are read.
+    ``leave_out`` names features, dense features and histories that are as if they were not there; with a feature go its
+    histories. Of histories longer than ``max_history`` the latest entries are read.
 
     Example::
 
@@ -216,9 +216,9 @@ class PreparedDataset:
     ) -> Iterator[Batch]:
         """Batches of a split: in file order without a seed, else shuffled, as a pure function of (seed, epoch).
 
-        A split of up to `WINDOW_BYTES` is shuffled as a whole; a larger one by shards, and then within windows of
-        that size, two of which are in memory: one is read while the other is used. `skip` leaves out the first batches,
-        without reading what only they need.
+        A split of up to ``WINDOW_BYTES`` is shuffled as a whole; a larger one by shards, and then within windows of
+        that size, two of which are in memory: one is read while the other is used. ``skip`` leaves out the first
+        batches, without reading what only they need.
 
         A thread reads windows ahead and, where a GPU or fewer threads than there are cores compute, another makes
         batches ahead. They end when the iterator is used up, closed or dropped. An error in a file is raised where the

@@ -13,7 +13,7 @@ PATIENCE = 10_000
 
 
 class Rejections:
-    """`place` turns a row's number into words, e.g. "train.txt:17"."""
+    """``place`` turns a row's number into words, e.g. "train.txt:17"."""
 
     def __init__(self, limit: float = DEFAULT_LIMIT) -> None:
         if not 0 <= limit <= 1:

@@ -19,7 +19,7 @@ from embtables.datasets.writing import Writer
 class Side:
     """How a file is read: the id that a row is about, what it says of it, and what is wrong with rows to reject.
 
-    Expressions see the file's columns as text (null where empty). Those of `lists` give lists.
+    Expressions see the file's columns as text (null where empty). Those of ``lists`` give lists.
     """
 
     path: Path
@@ -33,10 +33,10 @@ class Side:
 def read_side(
     side: Side, ids: pl.Series, keys: np.ndarray, limit: float, writer: Writer
 ) -> tuple[ItemFeatures, dict[str, KeyColumn]]:
-    """What the file says of `ids`, whose keys in the log are `keys`, and the columns that know the raw values.
+    """What the file says of ``ids``, whose keys in the log are ``keys``, and the columns that know the raw values.
 
     Of two rows with one id the first counts. Ids that the file does not know are counted and reported
-    (`not_in_side_files` of the manifest); ValueError where it knows none.
+    (``not_in_side_files`` of the manifest); ValueError where it knows none.
     """
     rejections = Rejections(limit)
     faults = {"no id": side.key.is_null(), **side.faults}

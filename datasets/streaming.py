@@ -38,9 +38,9 @@ def write_streaming(
 
     Args:
         rejections: of the rows.
-        rows: blocks with the columns `LABEL` and `GROUP` (where the schema has a group), the dense features, and
+        rows: blocks with the columns ``LABEL`` and ``GROUP`` (where the schema has a group), the dense features, and
             integer keys, null where a value is missing, of the other columns of the schema; further columns are for
-            `split`.
+            ``split``.
         split: the split code (index into SPLITS) of each row of a block; called when all rows have been read.
         texts: by column, what knows the raw values of keys; other columns' keys are their raw values.
     """

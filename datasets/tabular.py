@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A file and the names of its columns; without `separator` it is Parquet."""
+    """A file and the names of its columns; without ``separator`` it is Parquet."""
 
     path: Path
     names: list[str]
@@ -40,7 +40,7 @@ class Table:
     def rows(
         self, columns: Sequence[str], rejections: Rejections, progress: Progress, title: str = "Reading"
     ) -> Iterator[Rows]:
-        """The well-formed rows, of which `rejections` counts all."""
+        """The well-formed rows, of which ``rejections`` counts all."""
         if self.separator is None:
             return self._of_parquet(columns, rejections, progress, title)
         return self._of_text(self.separator, columns, rejections, progress, title)
@@ -77,7 +77,7 @@ class Table:
 
 
 def open_table(path: Path, separator: str | None = None) -> Table:
-    """CSV or Parquet, told by the content; a separator that is None is recognised in the header."""
+    """CSV or Parquet, told by the content; a separator that is None is recognized in the header."""
     with open(path, "rb") as file:
         start = file.read(4)
     if not start:

@@ -104,7 +104,7 @@ def read_columns(path: Path, needed: Sequence[str], separator: str = ",") -> tup
 def read_lines(
     path: Path, rejections: Rejections, advance: Callable[[int], None] = lambda size: None
 ) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their 1-based numbers. `rejections` counts them as rows read.
+    """The lines that are not blank, with their 1-based numbers. ``rejections`` counts them as rows read.
 
     Raises ValueError naming file and line where the file is binary, damaged or not UTF-8 text.
     """

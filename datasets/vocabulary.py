@@ -18,8 +18,8 @@ MISSING_ID, UNSEEN_ID, FIRST_ID = 0, 1, 2
 class Vocabulary:
     """The ids of one feature, from the counts of its keys (int64) in the training split.
 
-    The most frequent key gets id 2; equal counts are ordered by key. Keys rarer than `min_count` share id 1 with
-    the keys that training never saw. `keys[i]` has id `i + 2`; `counts[id]` is the training count of each id.
+    The most frequent key gets id 2; equal counts are ordered by key. Keys rarer than ``min_count`` share id 1 with
+    the keys that training never saw. ``keys[i]`` has id ``i + 2``; ``counts[id]`` is the training count of each id.
     """
 
     def __init__(self, keys: np.ndarray, counts: np.ndarray, min_count: int = 1) -> None:

@@ -64,7 +64,7 @@ class Contents:
 
 
 class Writer:
-    """Rows of the three splits into shards of `rows_per_shard` rows, in the order in which they come.
+    """Rows of the three splits into shards of ``rows_per_shard`` rows, in the order in which they come.
 
     A context: files are only complete when it has been left.
     """
@@ -231,11 +231,11 @@ def prepare(
     *,
     progress: bool = False,
 ) -> PreparedDataset:
-    """Has `fill` write the data set that (kind, config, inputs) describe into `out`, whole or not at all.
+    """Has ``fill`` write the data set that (kind, config, inputs) describe into ``out``, whole or not at all.
 
-    Where `out` holds that very data set already it is reused; where it holds anything else, ValueError. One process
-    works on an `out` at a time, others wait. Rows go to a hidden folder beside `out`, renamed at the end and removed
-    on any failure.
+    Where ``out`` holds that very data set already it is reused; where it holds anything else, ValueError. One process
+    works on an ``out`` at a time, others wait. Rows go to a hidden folder beside ``out``, renamed at the end and
+    removed on any failure.
     """
     out = Path(os.path.abspath(out))
     console = Console(stderr=True, quiet=not progress)

@@ -1,4 +1,4 @@
-"""Activations by name, and batch normalisation for batches of any size."""
+"""Activations by name, and batch normalization for batches of any size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACTIVATIONS = ("relu", "sigmoid", "prelu", "dice")
 class BatchNorm(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` over [n, C] that takes any n.
 
-    Fewer than two rows have no variance: in training they are normalised with the running statistics, which they leave
+    Fewer than two rows have no variance: in training they are normalized with the running statistics, which they leave
     as they are.
     """
 

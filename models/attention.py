@@ -67,7 +67,7 @@ class TargetAttention(nn.Module):
     Args:
         dim: size D of queries and keys.
         pooling: ``"attention"``: the weights are the unit's scores as they are (the paper's choice: their sum tells how
-            strong the interest is); ``"softmax"``: normalised among the keys of a row, without a scale before (the
+            strong the interest is); ``"softmax"``: normalized among the keys of a row, without a scale before (the
             authors' released code divides by √D; the last layer learns any scale); ``"mean"``: all equal, no unit.
         units: hidden units of the activation unit.
         activation: of the activation unit.
@@ -78,8 +78,8 @@ class TargetAttention(nn.Module):
         check_choice("pooling", pooling, POOLINGS)
         check_positive("attention_units", units)
         check_choice("attention_activation", activation, ACTIVATIONS)
-        self.normalised = pooling == "softmax"
-        bias = not self.normalised
+        self.normalized = pooling == "softmax"
+        bias = not self.normalized
         self.unit = None if pooling == "mean" else ActivationUnit(dim, units, activation, bias)
 
     def forward(self, queries: Tensor, keys: Tensor, offsets: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class TargetAttention(nn.Module):
             weights = lengths[rows].to(keys.dtype).reciprocal()
         else:
             weights = self.unit(queries, keys, rows)
-            if self.normalised:
+            if self.normalized:
                 weights = segment_softmax(weights, rows, num_rows)
         weighted = weights.unsqueeze(1) * keys
         return weighted.new_zeros(num_rows, keys.shape[1]).index_add(0, rows, weighted)

@@ -111,7 +111,7 @@ def first_and_rest(vectors: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor
 
 
 class MLP(nn.Module):
-    """Linear layers, each with (batch normalisation,) activation (and dropout): [B, num_inputs] -> [B, units[-1]]."""
+    """Linear layers, each with (batch normalization,) activation (and dropout): [B, num_inputs] -> [B, units[-1]]."""
 
     def __init__(
         self,

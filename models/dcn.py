@@ -70,7 +70,7 @@ class DCNv2(nn.Module):
         units: hidden units of the MLP; none, with ``"stacked"``, for the crosses alone.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
-        batch_norm: batch normalisation before every activation of the MLP.
+        batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
         ValueError: hyperparameters out of range or at odds; neither embeddings nor dense features.

@@ -34,7 +34,7 @@ class DeepFM(nn.Module):
         units: hidden units of the MLP.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
-        batch_norm: batch normalisation before every activation of the MLP.
+        batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
         ValueError: vectors of different sizes or of size 1; no embeddings; hyperparameters out of range.

@@ -27,7 +27,7 @@ class DIN(nn.Module):
     history gives zeros; entries whose ids are all ``padding_idx`` count for nothing. The top MLP sees [the other
     features' vectors, the target's among them; a vector for each pair; dense features].
 
-    Mini-batch-aware regularisation, the paper's third part, belongs to the tables' training, not to the model.
+    Mini-batch-aware regularization, the paper's third part, belongs to the tables' training, not to the model.
 
     Args:
         embeddings: the tables. A table's first feature is the plain one, all further ones are histories of it.
@@ -37,14 +37,14 @@ class DIN(nn.Module):
             concatenated, and so are their targets'. By default one mapping with all histories that the tables have. A
             history that no mapping names is pooled by its table, as other features are. A model without any pair is
             its top MLP. A feature of several tables has a name in each, ``feature@table``.
-        pooling: ``"attention"``: the weights are not normalised, as published; ``"softmax"``: they are, within a
+        pooling: ``"attention"``: the weights are not normalized, as published; ``"softmax"``: they are, within a
             history, without a scale before; ``"mean"``: all alike, the paper's base model.
         attention_units: hidden units of the activation unit, whose last layer, of size 1, is added.
         attention_activation: ``"dice"``, ``"prelu"``, ``"relu"`` or ``"sigmoid"`` (the authors' released code).
         units: hidden units of the top MLP.
         activation: of the top MLP; the same choice.
         dropout: dropout after every hidden layer of the top MLP.
-        batch_norm: batch normalisation before every activation of the top MLP.
+        batch_norm: batch normalization before every activation of the top MLP.
 
     Raises:
         ValueError: pairs of unknown features or of different dimensions; hyperparameters out of range; in ``forward``,

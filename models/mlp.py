@@ -26,7 +26,7 @@ class MLP(nn.Module):
         units: hidden units.
         dropout: dropout after every hidden layer.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
-        batch_norm: batch normalisation before every activation.
+        batch_norm: batch normalization before every activation.
 
     Raises:
         ValueError: hyperparameters out of range; neither embeddings nor dense features.

@@ -36,7 +36,7 @@ class NeuMF(nn.Module):
         units: hidden units of the MLP.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
-        batch_norm: batch normalisation before every activation of the MLP.
+        batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
         ValueError: no such user or item; dimensions that GMF cannot multiply or that have no half; ``"gmf"`` with

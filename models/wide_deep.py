@@ -31,7 +31,7 @@ class WideDeep(nn.Module):
         units: hidden units of the MLP.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
-        batch_norm: batch normalisation before every activation of the MLP.
+        batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
         ValueError: nothing for the deep part; no embeddings; hyperparameters out of range.

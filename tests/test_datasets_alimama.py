@@ -250,7 +250,7 @@ def test_bad_files(tmp_path: Path, folder: Path, file: str, content: str | None,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_log_of_behaviours(tmp_path: Path, folder: Path) -> None:
+def test_a_truncated_log_of_behaviors(tmp_path: Path, folder: Path) -> None:
     packed = gzip.compress((folder / "behavior_log.csv").read_bytes())
     (folder / "behavior_log.csv").unlink()
     (folder / "behavior_log.csv.gz").write_bytes(packed[:-1000])

@@ -157,7 +157,7 @@ def test_deepfm_and_wide_deep_parameter_counts():
     with_dense = (24 * 128 + 128) + (128 * 64 + 64) + (64 + 1)
     assert count(DeepFM(tables, 3)) == with_dense + 3 + 3 * 7
     assert count(WideDeep(tables, 3)) == with_dense + 3
-    # Batch normalisation: a scale and a shift; PReLU: a slope.
+    # Batch normalization: a scale and a shift; PReLU: a slope.
     assert count(WideDeep(tables, 0, batch_norm=True, activation="prelu")) == without + 3 * (128 + 64)
 
 
@@ -214,7 +214,7 @@ def test_neumf_parameter_counts():
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "prelu", "dice"])
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_mlp_with_its_options(activation, batch_norm):
-    """Linear, batch normalisation, activation; in training over the batch's own statistics."""
+    """Linear, batch normalization, activation; in training over the batch's own statistics."""
     model = MLP(make_tables(COLUMNS), 2, units=(7, 5), activation=activation, batch_norm=batch_norm)
     batch = make_batch(COLUMNS, num_dense=2)
     x = np.array([np.concatenate([*vectors.values(), dense]) for vectors, dense in rows_of(model.embeddings, batch)])

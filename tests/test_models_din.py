@@ -157,7 +157,7 @@ def test_softmax_within_rows():
 
 
 def test_dice():
-    """The formula, against torch's own batch normalisation and the running statistics that it keeps."""
+    """The formula, against torch's own batch normalization and the running statistics that it keeps."""
     torch.manual_seed(0)
     module, norm = Dice(3).double(), nn.BatchNorm1d(3, eps=1e-8, affine=False).double()
     module.alpha.data = torch.tensor([0.0, 0.25, -0.5], dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_parameter_counts():
     assert count(DIN(tables, 3, pooling="mean")) == top
     one = (32 * 80 + 80) + 80 + (80 * 40 + 40) + 40 + (40 + 1)
     assert count(DIN(tables, 3, pairs=[{"history": "item"}, {"category_history": "category"}])) == 2 * one + top
-    # One linear layer as the unit, and batch normalisation in the top: scale and shift.
+    # One linear layer as the unit, and batch normalization in the top: scale and shift.
     assert count(DIN(tables, 3, attention_units=(), batch_norm=True)) == 64 + 1 + top + 2 * (200 + 80)
     # Without pairs histories are pooled by their tables: user, item, history, category, its history, tags.
     assert count(DIN(tables, 3, pairs=[])) == top
@@ -462,7 +462,7 @@ def test_a_target_unseen_in_training_has_the_vector_of_its_row():
 
 
 def test_histories_are_looked_up_once_with_everything_else(monkeypatch):
-    """One update a step: a fused optimiser sees target and history together."""
+    """One update a step: a fused optimizer sees target and history together."""
     tables = make_tables(LISTS, optimizer="sgd")
     model = DIN(tables, 0)
     gathers, gather = [], Step.gather

@@ -47,9 +47,9 @@ FIRST, DAY, DAYS = 1_494_000_000, 86_400, 8  # seconds: 2017-05-06, 0:00 in Beij
 class Alimama(Reader):
     """Ali's display ads with clicks; of the eight days the last tests, the one before validates.
 
-    What histories hold: the ads that the user clicked, or the categories and brands in the log of behaviours.
+    What histories hold: the ads that the user clicked, or the categories and brands in the log of behaviors.
 
-    `users` is a share of them, chosen by a hash of their id and the seed.
+    ``users`` is a share of them, chosen by a hash of their id and the seed.
     """
 
     kind: ClassVar[str] = "alimama"
@@ -96,11 +96,11 @@ def prepare_alimama(
     """Prepares the folder of the files; behavior_log.csv is read for histories of views only.
 
     Features: user_id and the user's profile, item_id (the ad) with cate_id, campaign_id, customer, brand and its price
-    in steps of 19 %, and pid. Histories: of clicks, the ads with all that is known of them; of views, `cate_id_history`
-    and `brand_history`. Groups are users, slices go by ad.
+    in steps of 19 %, and pid. Histories: of clicks, the ads with all that is known of them; of views,
+    ``cate_id_history`` and ``brand_history``. Groups are users, slices go by ad.
 
-    Memory at the peak: about 200 bytes an impression. Of the log of behaviours stays what histories can hold, the
-    latest `history` entries between two impressions of a user, at 120 bytes each: with 50, and views at random times,
+    Memory at the peak: about 200 bytes an impression. Of the log of behaviors stays what histories can hold, the
+    latest ``history`` entries between two impressions of a user, at 120 bytes each: with 50, and views at random times,
     11 an impression, 35 GB for all users. A share of the users takes that share.
 
     Example::
@@ -206,7 +206,7 @@ def _unparsed(column: str, parsed: pl.Expr) -> pl.Expr:
 def _read_views(writer: Writer, path: Path, log: Log, config: Alimama) -> Events:
     layout = Format(",", read_columns(path, ("user", TIME, "btag", "cate", BRAND)), header_lines=1)
     rejections = Rejections(config.max_rejected)
-    advance = writer.meter(path, title="Reading behaviours")
+    advance = writer.meter(path, title="Reading behaviors")
     latest = LatestEvents(log.users, log.times, config.history)
     for block in read_text(path, layout, rejections, advance):
         frame = block.frame.select(*(integers(name) for name in ("user", TIME, "cate", BRAND)), "btag")

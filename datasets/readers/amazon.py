@@ -2,8 +2,8 @@
 
 Files (McAuley et al., jmcauley.ucsd.edu/data/amazon): a JSON object a line. Reviews: reviewerID, asin and
 unixReviewTime in the releases of 2014 and 2018, user_id, parent_asin and timestamp (ms) in that of 2023. Metadata:
-`categories`, a list of paths, in 2014, when lines were Python literals; one path, as JSON, in `category` of 2018 and
-`categories` of 2023.
+``categories``, a list of paths, in 2014, when lines were Python literals; one path, as JSON, in ``category`` of 2018
+and ``categories`` of 2023.
 
 The protocol is DIN's (Zhou et al., KDD 2018, section 6.1, and the authors' repository zhougr1993/DeepInterestNetwork:
 utils/2_remap_id.py, din/build_dataset.py): each user's reviews in the order of time and, as times are whole days, of
@@ -85,9 +85,9 @@ def prepare_amazon(
     *,
     progress: bool = False,
 ) -> PreparedDataset:
-    """Prepares reviews of any release, and with `metadata` the products' categories.
+    """Prepares reviews of any release, and with ``metadata`` the products' categories.
 
-    Features: user_id, item_id and `category`; histories of the latter two; groups are users; slices go by product.
+    Features: user_id, item_id and ``category``; histories of the latter two; groups are users; slices go by product.
 
     Example::
 

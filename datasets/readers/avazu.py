@@ -1,8 +1,9 @@
 """Avazu's click log, as published: CSV with a header.
 
-A row is a unique number `id`, `click` (0 or 1), `hour` (YYMMDDHH) and 21 categories: 12 integers and 9 of 8 hex digits.
-`id` is left out, as in BARS' Avazu_x1 and Avazu_x4. `hour` becomes `hour` (0 … 23), `weekday` (0 is Sunday) and
-`weekend` (0 or 1), as in BARS' Avazu_x4. The raw value of a category of hex digits is the number that they write.
+A row is a unique number ``id``, ``click`` (0 or 1), ``hour`` (YYMMDDHH) and 21 categories: 12 integers and 9 of 8 hex
+digits. ``id`` is left out, as in BARS' Avazu_x1 and Avazu_x4. ``hour`` becomes ``hour`` (0 … 23), ``weekday`` (0 is
+Sunday) and ``weekend`` (0 or 1), as in BARS' Avazu_x4. The raw value of a category of hex digits is the number that
+they write.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ FEATURES = ["hour", *CATEGORIES, "weekday", "weekend"]
 
 @dataclass(frozen=True)
 class Avazu(Reader):
-    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without `id`.
+    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without ``id``.
 
-    `time`: by day; the last one tests, the one before validates, all earlier ones train. `random`: by `shares`.
+    ``time``: by day; the last one tests, the one before validates, all earlier ones train. ``random``: by ``shares``.
     """
 
     kind: ClassVar[str] = "avazu"
@@ -85,7 +86,7 @@ class Avazu(Reader):
 def prepare_avazu(
     source: str | Path, out: str | Path, config: Avazu = Avazu(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares `train` or `train.gz`; memory grows with the vocabularies only.
+    """Prepares ``train`` or ``train.gz``; memory grows with the vocabularies only.
 
     Example::
 
@@ -107,7 +108,7 @@ def _split(block: Block, days: set[int], config: Avazu, path: Path) -> np.ndarra
 def _rows(writer: Writer, path: Path, rejections: Rejections, days: set[int]) -> Iterator[Block]:
     """Well-formed rows: float32 label, integer keys of the features, and the day, counted from 1970.
 
-    `days` receives all days of the log.
+    ``days`` receives all days of the log.
     """
     advance = writer.meter(path)
     layout = Format(",", COLUMNS, header_lines=1)

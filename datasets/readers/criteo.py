@@ -35,8 +35,8 @@ LAYOUT = Format("\t", (LABEL, *DENSE, *CATEGORIES))
 class Criteo(Reader):
     """Criteo's display ads (Kaggle): 13 integers as ln(1 + max(x, 0)), 26 categories.
 
-    `order`: by place in the file, which is in the order of time: the first six sevenths train; of the last
-    seventh, a day, the first half tests and the second validates. `random`: by `shares`.
+    ``order``: by place in the file, which is in the order of time: the first six sevenths train; of the last
+    seventh, a day, the first half tests and the second validates. ``random``: by ``shares``.
     """
 
     kind: ClassVar[str] = "criteo"
@@ -78,7 +78,7 @@ class Criteo(Reader):
 def prepare_criteo(
     source: str | Path, out: str | Path, config: Criteo = Criteo(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares `train.txt`, plain or gzipped; memory grows with the vocabularies only.
+    """Prepares ``train.txt``, plain or gzipped; memory grows with the vocabularies only.
 
     Example::
 

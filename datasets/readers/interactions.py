@@ -50,11 +50,11 @@ UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 class Interactions(Reader):
     """Any log of users, items and times. A negative is an item that the user never clicked, at the click's context.
 
-    What the columns mean and which rows count. A column that is None is recognised by its name.
+    What the columns mean and which rows count. A column that is None is recognized by its name.
 
-    Without `label` every row is a click. With it, labels are 0 and 1, or, with `positive_from`, numbers of which those
-    from there on are positive. `start` and `end` (excluded) are ISO dates (UTC) or numbers in the log's own unit;
-    `days` counts from `start`, or from the first row.
+    Without ``label`` every row is a click. With it, labels are 0 and 1, or, with ``positive_from``, numbers of which
+    those from there on are positive. ``start`` and ``end`` (excluded) are ISO dates (UTC) or numbers in the log's own
+    unit; ``days`` counts from ``start``, or from the first row.
     """
 
     kind: ClassVar[str] = "interactions"
@@ -106,7 +106,7 @@ class Interactions(Reader):
 def prepare_interactions(
     source: str | Path, out: str | Path, config: Interactions = Interactions(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares a log. Features: `user_id`, `item_id` and the context columns; groups are users; slices go by item.
+    """Prepares a log. Features: ``user_id``, ``item_id`` and the context columns; groups are users; slices go by item.
 
     The log's text never lies in memory, its columns do: 8 bytes a row for each, and about 60 a row for the work.
 
@@ -279,15 +279,15 @@ def _column(path: Path, role: str, given: str | None, names: list[str]) -> str:
 
 
 def _from_options(
-    user: Annotated[str | None, typer.Option(help="Column of the user; by default recognised by name.")] = None,
-    item: Annotated[str | None, typer.Option(help="Column of the item; by default recognised by name.")] = None,
-    time: Annotated[str | None, typer.Option(help="Column of the time; by default recognised by name.")] = None,
+    user: Annotated[str | None, typer.Option(help="Column of the user; by default recognized by name.")] = None,
+    item: Annotated[str | None, typer.Option(help="Column of the item; by default recognized by name.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column of the time; by default recognized by name.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label; without it every row is a click.")] = None,
     positive_from: Annotated[float | None, typer.Option(help="Labels from here on are positive.")] = None,
     context: Annotated[
         tuple[str, ...], typer.Option(help="Further columns to use as features, separated by commas.")
     ] = (),
-    separator: Annotated[str | None, typer.Option(help="Of the CSV's fields; by default recognised.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Of the CSV's fields; by default recognized.")] = None,
     time_unit: Annotated[
         Literal["auto", "s", "ms", "us", "ns"], typer.Option(help="Of times that are numbers; auto: by their size.")
     ] = "auto",

@@ -38,9 +38,9 @@ COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days"
 class KuaiRec(Reader):
     """KuaiRec's matrices of watched videos, with categories of videos and groupings of users.
 
-    Ratios from `positive_from` on are label 1.
+    Ratios from ``positive_from`` on are label 1.
 
-    `test_on` small: the big matrix trains and, its latest part, validates, the small one tests; histories hold videos
+    ``test_on`` small: the big matrix trains and, its latest part, validates, the small one tests; histories hold videos
     of the big one only. Both are of the same two months, so this asks about other videos, not about later ones.
     """
 
@@ -76,9 +76,9 @@ def prepare_kuairec(
 ) -> PreparedDataset:
     """Prepares the folder of the files. Memory at the peak: about 200 bytes a row.
 
-    Features: user_id and all groupings of the user, item_id (the video) and its multi-valued `categories`. `history`:
-    videos with label 1 before. Groups are users, slices go by video. Rows without a time are left out and counted
-    (`rows_without_time`).
+    Features: user_id and all groupings of the user, item_id (the video) and its multi-valued ``categories``.
+    ``history``: videos with label 1 before. Groups are users, slices go by video. Rows without a time are left out and
+    counted (``rows_without_time``).
 
     Example::
 

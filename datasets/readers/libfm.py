@@ -1,9 +1,9 @@
 """Categories in libFM's format, already split: Frappe and MovieLens-tag, published with Neural Factorization Machines.
 
-A line is a label (1 and −1, or 1 and 0) and one `index:1` a field, e.g. `-1 204:1 4798:1 5041:1`. All lines have the
-same fields in the same places, and a field is told by its place. A folder holds `<name>.train.libfm`,
-`<name>.validation.libfm` and `<name>.test.libfm`, or `train.libsvm`, `valid.libsvm` and `test.libsvm` as published with
-Adaptive Factorization Networks. Both publish the same rows of Frappe, which are BARS' Frappe_x1 too.
+A line is a label (1 and −1, or 1 and 0) and one ``index:1`` a field, e.g. ``-1 204:1 4798:1 5041:1``. All lines have
+the same fields in the same places, and a field is told by its place. A folder holds ``<name>.train.libfm``,
+``<name>.validation.libfm`` and ``<name>.test.libfm``, or ``train.libsvm``, ``valid.libsvm`` and ``test.libsvm`` as
+published with Adaptive Factorization Networks. Both publish the same rows of Frappe, which are BARS' Frappe_x1 too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KNOWN_FIELDS = {
 class LibFM(Reader):
     """Frappe, MovieLens-tag and others in libFM's format, in their published split.
 
-    `fields`: their names, in order; by default those of Frappe (10 fields) or MovieLens-tag (3).
+    ``fields``: their names, in order; by default those of Frappe (10 fields) or MovieLens-tag (3).
     """
 
     kind: ClassVar[str] = "libfm"
@@ -69,7 +69,7 @@ class LibFM(Reader):
 def prepare_libfm(
     source: str | Path, out: str | Path, config: LibFM = LibFM(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares a folder of three files, keeping their split. Fields `user` and `item` make groups and slices.
+    """Prepares a folder of three files, keeping their split. Fields ``user`` and ``item`` make groups and slices.
 
     Example::
 

@@ -41,7 +41,7 @@ FLAGS_100K = (
 class MovieLens(Reader):
     """MovieLens ratings with what is known of users and films.
 
-    Ratings from `positive_from` on are label 1. `genres`: a list of them, or their set as one value.
+    Ratings from ``positive_from`` on are label 1. ``genres``: a list of them, or their set as one value.
     """
 
     kind: ClassVar[str] = "movielens"
@@ -86,7 +86,8 @@ def prepare_movielens(
 ) -> PreparedDataset:
     """Prepares the folder of a release. Groups are users, slices go by film.
 
-    Histories: the films that the user rated as positive before (`history`) and their years (`release_year_history`).
+    Histories: the films that the user rated as positive before (``history``) and their years
+    (``release_year_history``).
 
     Example::
 
@@ -96,7 +97,7 @@ def prepare_movielens(
 
 
 def find_release(folder: Path) -> Release:
-    """Recognises a release by its file names."""
+    """Recognizes a release by its file names."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: the folder of a MovieLens release is needed")
     year = pl.col("title").str.extract(r"\((\d{4})\)\s*$")

@@ -1,9 +1,9 @@
 """BARS' preprocessed data sets (github.com/reczoo/Datasets), and any other table that is split already.
 
 A folder holds a file for each of train, valid and test: train.csv, train.csv.gz or train.parquet. Lists of ids are text
-with `^` between them, or lists in Parquet. What is published of each set, and where, stands in reczoo.yaml.
+with ``^`` between them, or lists in Parquet. What is published of each set, and where, stands in reczoo.yaml.
 
-As in BARS, a value has an id of its own if its column in train, or one history of it, shows it at least `min_count`
+As in BARS, a value has an id of its own if its column in train, or one history of it, shows it at least ``min_count``
 times. Unlike there, id 0 is for missing values only, and user ids that serve metrics only need no feature. The vectors
 that come with KuaiVideo_x1 and MicroVideo1.7M_x1 are not read.
 """
@@ -40,7 +40,7 @@ class Published(Columns):
 
     rows: Mapping[str, int] = field(default_factory=dict)
     md5: Mapping[str, str] = field(default_factory=dict)
-    ids: Sequence[int | None] = ()  # of each of `categorical`, then of `lists`
+    ids: Sequence[int | None] = ()  # of each of ``categorical``, then of ``lists``
     total_ids: int | None = None
     valid_is_test: bool = False
 
@@ -58,10 +58,10 @@ PUBLISHED = {
 class Reczoo(Reader):
     """BARS' preprocessed sets (Criteo_x1, Avazu_x4, AmazonElectronics_x1, …), or any table that is split already.
 
-    `columns`: those of a set that is not in PUBLISHED; `name`: one that is, by default that of the folder.
+    ``columns``: those of a set that is not in PUBLISHED; ``name``: one that is, by default that of the folder.
 
-    `min_count` and `max_history` are the set's own by default. Without a file for valid, the share `valid_share` of
-    train validates; 0: the rows of test do, as published for some sets: what is selected on them knows the test.
+    ``min_count`` and ``max_history`` are the set's own by default. Without a file for valid, the share ``valid_share``
+    of train validates; 0: the rows of test do, as published for some sets: what is selected on them knows the test.
     """
 
     kind: ClassVar[str] = "reczoo"

@@ -1,7 +1,8 @@
 """Users' sequences of items with the items' attributes, as published with S3-Rec (Zhou et al., CIKM 2020).
 
-`<name>.txt` holds a line a user: `user item item …` in the order of time; `<name>_item2attributes.json` maps each item
-to its attributes. Source of the files: the authors' repository RUCAIBox/CIKM2020-S3Rec (Beauty, Sports, Toys, Yelp).
+``<name>.txt`` holds a line a user: ``user item item …`` in the order of time; ``<name>_item2attributes.json`` maps each
+item to its attributes. Source of the files: the authors' repository RUCAIBox/CIKM2020-S3Rec (Beauty, Sports, Toys,
+Yelp).
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class S3Rec(Reader):
 def prepare_s3rec(
     source: str | Path, out: str | Path, config: S3Rec = S3Rec(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares `<name>.txt` and, where it lies beside, `<name>_item2attributes.json`.
+    """Prepares ``<name>.txt`` and, where it lies beside, ``<name>_item2attributes.json``.
 
-    Features: user_id, item_id and the multi-valued `attributes` of the item; groups are users; slices go by item.
+    Features: user_id, item_id and the multi-valued ``attributes`` of the item; groups are users; slices go by item.
 
     Example::
 

@@ -26,7 +26,7 @@ PROBABILITY = "_probability"
 
 @dataclass(frozen=True)
 class Synthetic(Reader):
-    """Zipf ids with planted effects, whose best possible AUC is known (`bayes_auc` in the manifest).
+    """Zipf ids with planted effects, whose best possible AUC is known (``bayes_auc`` in the manifest).
 
     The truth that is planted.
 
@@ -34,11 +34,11 @@ class Synthetic(Reader):
 
         logit = bias + Σ_f effect_f[id_f] + Σ_{f<g} ⟨vector_f[id_f], vector_g[id_g]⟩ + dense · weights
 
-    Effects are normal and independent of an id's rank, with standard deviation `effect_std`, one for all or one a
-    feature. The pairwise term has standard deviation `interaction_std` in all and rank `interaction_rank`; the dense
-    term `dense_std`, from `num_dense` standard normal features. In `valid` and `test` a share `unseen` of each
-    feature's ids comes from a reserved range that training never sees; their effects are 0, the mean, so that the
-    Bayes-optimal prediction stays what a model of the training data could reach.
+    Effects are normal and independent of an id's rank, with standard deviation ``effect_std``, one for all or one a
+    feature. The pairwise term has standard deviation ``interaction_std`` in all and rank ``interaction_rank``; the
+    dense term ``dense_std``, from ``num_dense`` standard normal features. In ``valid`` and ``test`` a share ``unseen``
+    of each feature's ids comes from a reserved range that training never sees; their effects are 0, the mean, so that
+    the Bayes-optimal prediction stays what a model of the training data could reach.
     """
 
     kind: ClassVar[str] = "synthetic"
@@ -150,7 +150,7 @@ class Truth:
 
 
 def prepare_synthetic(out: str | Path, config: Synthetic = Synthetic(), *, progress: bool = False) -> PreparedDataset:
-    """Generates and prepares; the manifest's `bayes_auc` and `bayes_logloss` are of the test split.
+    """Generates and prepares; the manifest's ``bayes_auc`` and ``bayes_logloss`` are of the test split.
 
     Example::
 

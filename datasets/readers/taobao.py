@@ -4,7 +4,7 @@ File (Tianchi data set 649): no header, user_id,item_id,category_id,behavior,tim
 an item's page), buy, cart, fav; 100,150,807 rows of 987,994 users, 4,162,024 items, 9,439 categories, 2017-11-25 to
 2017-12-03 in Beijing. Some rows bear times outside these days and are rejected.
 
-A row of the chosen behaviours is a positive; items that its user has no such row of are drawn as negatives. An item's
+A row of the chosen behaviors is a positive; items that its user has no such row of are drawn as negatives. An item's
 category is a feature, with its history; where a file gives an item several categories the first counts.
 """
 
