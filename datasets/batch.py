@@ -1,4 +1,4 @@
-"""Rows of prepared data: what a batch holds, and the arrays that batches are cut from."""
+"""What a batch holds, and the arrays in memory that batches are cut from."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class Jagged(NamedTuple):
-    """A list of ids for each of B examples; that of example b is ``values[offsets[b]:offsets[b + 1]]``."""
+    """One list of ids per example, for B examples. The list of example b is ``values[offsets[b]:offsets[b + 1]]``."""
 
     values: Tensor  # int64 [N]
     offsets: Tensor  # int64 [B + 1]
 
 
 class Batch(NamedTuple):
-    """B examples. Columns of ``dense`` and ``ids`` follow the data set's ``dense_features`` and ``feature_names``."""
+    """B examples. The columns of ``dense`` and ``ids`` are the data set's ``dense_features`` and ``feature_names``."""
 
     labels: Tensor  # float32 [B]
     dense: Tensor  # float32 [B, num_dense]
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Lists of ids, one after another."""
+    """Lists of ids, stored one after another: list i is ``values[offsets[i]:offsets[i + 1]]``."""
 
     values: np.ndarray  # int32
     offsets: np.ndarray  # int64, one more than lists
@@ -58,6 +58,8 @@ class Lists(NamedTuple):
 
 
 class Rows(NamedTuple):
+    """Rows in memory. Their order is that of the files, or of a shuffled window."""
+
     labels: np.ndarray
     dense: np.ndarray
     ids: np.ndarray  # int32: half the memory of what a batch hands out

@@ -8,10 +8,15 @@ import numpy as np
 
 
 class Histories:
-    """For each row of a timeline: its user's remembered rows at strictly earlier times, the last ``cap``.
+    """Finds, for each row of a log, the rows of the same user at strictly earlier times.
 
-    The timeline is in the order of time; ``remembered`` says which of its rows histories hold. ``lengths``: how many
-    there are before each row, before the cap.
+    Args:
+        users: the user of each row, int64.
+        times: the time of each row, ascending.
+        remembered: bool, the rows that histories hold, for example those with label 1.
+        cap: the most rows per history; the latest are kept.
+
+    Attribute ``lengths`` holds the number of earlier rows of each row before it is cut to ``cap``.
     """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, remembered: np.ndarray, cap: int) -> None:
@@ -31,14 +36,14 @@ class Histories:
         self._begin = self._end - np.minimum(self.lengths, cap)
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The earlier rows of the given ones, oldest first, one list after another, and the lists' offsets."""
+        """The histories of the given rows: earlier rows, oldest first, one history after another, and offsets."""
         places, offsets = ranges(self._begin[rows], self._end[rows])
         return self._rows[places], offsets
 
 
 @dataclass
 class Events:
-    """Parallel arrays, in any order: what users did elsewhere, for histories in place of the log's own rows."""
+    """What users did elsewhere, as parallel arrays in any order. Histories then hold events, not rows of the log."""
 
     users: np.ndarray  # keys, all of them of users of the log
     times: np.ndarray  # ms
@@ -46,9 +51,9 @@ class Events:
 
 
 class EventHistories:
-    """As ``Histories``, of events beside a log: ``of`` gives places among the events, oldest first.
+    """Finds, for each row of a log, the events of its user at strictly earlier times, as ``Histories`` does for rows.
 
-    ``users`` are numbered from 0, those of the events alike.
+    ``users`` and the users of the events are numbered from 0 in the same way.
     """
 
     def __init__(self, users: np.ndarray, times: np.ndarray, events: Events, cap: int) -> None:
@@ -67,7 +72,7 @@ class EventHistories:
 
 
 class LatestEvents:
-    """Keeps of a stream of events what histories of ``cap`` can hold, so that its length does not matter.
+    """Keeps those events of a stream that histories can hold, so that memory does not grow with the stream.
 
     ``users`` and ``times`` are the rows that will have histories. Between two rows of a user the latest ``cap`` events
     are kept; what follows the last row, and what other users do, is dropped.
@@ -113,6 +118,6 @@ class LatestEvents:
 
 
 def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of all ranges one after another, and the offsets of the ranges among them."""
+    """The integers of all ranges ``begin[i] … end[i] − 1``, one range after another, and where each range begins."""
     offsets = np.r_[0, np.cumsum(end - begin)]
     return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin), offsets

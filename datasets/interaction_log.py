@@ -1,4 +1,4 @@
-"""A log of users and items in memory, as keys, and its way into the prepared format."""
+"""A log of users and items in memory, as integer keys, and the function that writes it in the prepared format."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ NO_NEGATIVES = Negatives(per_click=0)
 
 @dataclass
 class ItemFeatures:
-    """What is known of items (or users), in whatever row they occur: a negative gets its own item's values.
+    """Features of items, or of users, which hold in every row of the item: a negative gets its own item's values.
 
-    ``values`` are single-valued features, parallel to ``items``; ``lists`` multi-valued ones, the keys of all items one
-    after another and the offsets, one more than items. Items that are not among ``items`` have nothing.
+    ``values`` holds the single-valued features, one key per item. ``lists`` holds the multi-valued features: the keys
+    of all items one after another, and offsets, one more than there are items. Items that are not among ``items`` have
+    missing values and empty lists.
     """
 
     items: np.ndarray  # keys, distinct
@@ -46,7 +47,7 @@ class ItemFeatures:
 
 @dataclass
 class Log:
-    """Parallel arrays, a row an interaction. Without ``labels`` every row is a click."""
+    """Parallel arrays with one entry per interaction. Without ``labels`` every interaction is a click."""
 
     users: np.ndarray  # keys
     items: np.ndarray  # keys
@@ -61,7 +62,7 @@ class Log:
     events: Events | None = None  # histories hold these, and no rows of the log
 
     def take(self, rows: np.ndarray) -> Log:
-        """The given rows; what is known of users and items, and events, stay as they are."""
+        """The log with the given rows only. Features of users and items, and events, stay as they are."""
         return replace(
             self,
             users=self.users[rows],
@@ -79,8 +80,8 @@ class Log:
 class LogOptions:
     """How a log becomes examples.
 
-    ``history`` caps the list of a user's earlier items, of which the latest stay; 0: no such column. A row with fewer
-    than ``min_history`` earlier items is no example, though part of later rows' histories.
+    A history holds at most the latest ``history`` items of its user; with 0 there are no histories. A row with fewer
+    than ``min_history`` earlier items does not become an example, but later histories hold it.
     """
 
     split: Literal["random", "time", "leave-last-out"] = "random"
@@ -266,7 +267,7 @@ class _Ids:
 
 
 class _Known:
-    """What is known of items (or users), as ids: an item's number → its value, or its list of values.
+    """Features of items, or of users, as ids: the value, or the list of values, of each item number.
 
     ``counts``: how often training shows each item; ``seen``: further keys of features, each once. An item of which
     nothing is known has id 0, or an empty list.

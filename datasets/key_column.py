@@ -9,7 +9,7 @@ from embtables.datasets.vocabulary import MISSING
 
 
 class KeyColumn:
-    """The keys of one column, collected block by block; memory holds 8 bytes a row and each distinct value once."""
+    """Collects the keys of one column, block by block. It needs 8 bytes per row, and each distinct text once."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] | None = None
@@ -32,7 +32,7 @@ class KeyColumn:
         return lookup[encoded.indices.fill_null(len(codes)).to_numpy()]
 
     def take_keys(self) -> np.ndarray:
-        """All keys so far, once: the parts are let go."""
+        """Returns all keys that were added so far, and forgets them."""
         keys = np.concatenate(self._parts) if self._parts else np.zeros(0, np.int64)
         self._parts = []
         return keys

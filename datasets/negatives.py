@@ -15,8 +15,9 @@ ABSENT = -1
 class Negatives:
     """How negatives are drawn.
 
-    ``popularity``: the item of a random click of the preceding ``window_ms`` (None: of any click), so that an item is
-    drawn in proportion to its clicks there. ``uniform``: any item with equal chance, whatever the window.
+    With ``sampling`` "popularity" a negative is the item of a random click among the clicks of the preceding
+    ``window_ms`` milliseconds (``None``: among all clicks), so that items are drawn in proportion to their clicks.
+    With "uniform" all items are drawn with equal probability, and the window has no effect.
     """
 
     per_click: int = 1
@@ -35,7 +36,7 @@ class Negatives:
 def draw_negatives(
     users: np.ndarray, items: np.ndarray, times: np.ndarray, rule: Negatives, seed: int
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Items int64[clicks, per_click], ABSENT where none was found, and what had to be done otherwise than asked.
+    """Draws negatives. Returns items, int64 [clicks, per_click], ABSENT where none was found, and counts of exceptions.
 
     ``users`` and ``items`` are numbered from 0 without gaps, ``times`` ascends. A negative is never an item that the
     user clicked at any time, and a click's negatives differ. A click whose window offers none (the first clicks of the

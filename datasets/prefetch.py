@@ -1,4 +1,4 @@
-"""Work that is done in a thread of its own while its results are used."""
+"""An iterator whose items are made in a thread while earlier items are used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
-    """The same items in the same order, up to ``depth`` of them made ahead of use, in one thread.
+    """Yields the same items in order; one thread makes up to ``depth`` of them before they are used.
 
-    What making an item raises is raised where the item would have come. The thread ends, and ``items`` is closed, with
-    the last item, an error, or when this generator is closed or dropped.
+    An error while an item is made is raised where the item would have come. The thread ends, and ``items`` is closed,
+    with the last item, with an error, or when this generator is closed or dropped.
     """
     done = object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")

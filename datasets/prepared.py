@@ -31,9 +31,9 @@ MANIFEST, FREQUENCIES = "manifest.json", "frequencies.parquet"
 LABEL, GROUP = "label", "_group"
 MOST_ENTRIES = 2**31 - 1  # of one list
 WINDOW_BYTES = 2**31
-"""Rows shuffled together: a split that fits in this many bytes is shuffled as a whole and stays in memory."""
+"""A split of up to this many bytes is shuffled as a whole and stays in memory; a larger one by windows."""
 BATCHES_AHEAD = 2
-"""Made in a thread, where a core is spare for it."""
+"""How many batches a thread makes before they are used, where a core is spare for it."""
 
 
 class File(BaseModel):
@@ -89,10 +89,13 @@ class Manifest(BaseModel):
 
 
 class PreparedDataset:
-    """A folder written by ``embtables prepare``.
+    """A data set in a folder that ``embtables prepare`` wrote.
 
-    ``leave_out`` names features, dense features and histories that are as if they were not there; with a feature go its
-    histories. Of histories longer than ``max_history`` the latest entries are read.
+    Args:
+        path: the folder.
+        leave_out: names of features, dense features and histories that are not read. The histories of a feature are
+            left out with it.
+        max_history: the most entries of a history that are read, the latest ones; ``None`` reads all.
 
     Example::
 
@@ -100,7 +103,8 @@ class PreparedDataset:
         for batch in data.batches("train", 2048, seed=1, epoch=0):
             print(batch.labels.shape, batch.ids.shape, batch.lists["history"].values.shape)
 
-    Raises ValueError, naming file and field, where the folder is not a prepared data set or is damaged.
+    Raises:
+        ValueError: the folder is not a prepared data set, or is damaged. The sentence names the file and the field.
     """
 
     def __init__(self, path: str | Path, leave_out: Collection[str] = (), max_history: int | None = None) -> None:
@@ -152,7 +156,7 @@ class PreparedDataset:
             )
 
     def select(self, leave_out: Collection[str] = (), max_history: int | None = None) -> PreparedDataset:
-        """The same data with more left out and shorter histories; itself where that changes nothing."""
+        """Returns the same data with more left out and shorter histories, or itself where nothing changes."""
         out = list(dict.fromkeys([*self.leave_out, *leave_out]))
         most = min((n for n in (self.max_history, max_history) if n is not None), default=None)
         if (out, most) == (list(self.leave_out), self.max_history):
@@ -178,10 +182,11 @@ class PreparedDataset:
         return self._frequencies
 
     def num_rows(self, split: str) -> int:
+        """The number of rows of a split: "train", "valid" or "test"."""
         return self._split(split).rows
 
     def table_configs(self, embedding_dim: int) -> list[TableConfig]:
-        """One table a feature, of the feature's name, which its histories share; lists are averaged."""
+        """One table per feature. It has the name of the feature, whose histories share it, and averages lists."""
         from embtables import TableConfig
 
         configs = []
@@ -214,7 +219,7 @@ class PreparedDataset:
         skip: int = 0,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
-        """Batches of a split: in file order without a seed, else shuffled, as a pure function of (seed, epoch).
+        """Yields the batches of a split: in file order without a seed, else shuffled by seed and epoch alone.
 
         A split of up to ``WINDOW_BYTES`` is shuffled as a whole; a larger one by shards, and then within windows of
         that size, two of which are in memory: one is read while the other is used. ``skip`` leaves out the first
@@ -236,7 +241,7 @@ class PreparedDataset:
     def _loaded(
         self, split: str, seed: int | None, epoch: int, to_skip: int
     ) -> Generator[tuple[Rows, np.ndarray | None, int], None, None]:
-        """Windows, the order of their rows (None is as they are), and with how many of them begun."""
+        """Yields windows, the order of their rows (None: as they are), and how many rows at the beginning to skip."""
         for number, window in enumerate(self._windows(split, seed, epoch)):
             num_rows = sum(shard.rows for shard in window)
             if to_skip >= num_rows:
@@ -264,7 +269,7 @@ class PreparedDataset:
         return windows
 
     def _row_bytes(self, split: str) -> int:
-        """Of a row in memory, on average."""
+        """The average number of bytes of a row in memory."""
         flat = 4 * (1 + len(self.dense_features) + len(self.feature_names)) + 8
         lists = [*self.list_features, *self.histories]
         values = sum(shard.list_values.get(name, 0) for shard in self._split(split).shards for name in lists)
@@ -321,7 +326,7 @@ class PreparedDataset:
         return lists.latest(self.max_history) if self.max_history is not None and name in self.histories else lists
 
     def _check_values(self, shard: Shard, table: pa.Table) -> None:
-        """A checksum vouches for what was written, not for who wrote it: labels are 0 or 1, ids in their range."""
+        """Checks that labels are 0 or 1 and ids in their range, which a correct checksum does not guarantee."""
         bounds = {LABEL: 1} | {name: self.num_embeddings[name] - 1 for name in self.feature_names}
         for name, most in bounds.items():
             column = table.column(name)
@@ -411,7 +416,7 @@ def _generator(seed: int, epoch: int, window: int) -> np.random.Generator:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
-    """manifest.json as it stands and validated. ValueError names the file and the field."""
+    """Reads manifest.json: as plain data, and validated. Raises ValueError naming the file and the field."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(

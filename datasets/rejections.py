@@ -9,11 +9,15 @@ import polars as pl
 
 DEFAULT_LIMIT = 0.01
 PATIENCE = 10_000
-"""Rows after which the share is looked at while reading; it is always looked at in the end."""
+"""After this many rows the share of malformed rows is checked while reading; it is always checked at the end."""
 
 
 class Rejections:
-    """``place`` turns a row's number into words, e.g. "train.txt:17"."""
+    """Counts the malformed rows of a source.
+
+    Args:
+        limit: the share of malformed rows, from 0 to 1, above which reading stops.
+    """
 
     def __init__(self, limit: float = DEFAULT_LIMIT) -> None:
         if not 0 <= limit <= 1:
@@ -25,12 +29,17 @@ class Rejections:
         self.first: dict[str, str] = {}
 
     def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str]) -> None:
+        """Counts the rows with these numbers; ``place`` turns a number into words, e.g. "train.txt:17"."""
         if len(rows):
             self.counts[reason] = self.counts.get(reason, 0) + len(rows)
             self.first.setdefault(reason, place(int(rows[0])))
 
     def reject(self, reason: str, place: str) -> None:
-        """Counts one malformed row; ``place`` says where it stands, e.g. "train.txt:17"."""
+        """Counts one malformed row. ``place`` is where it stands, e.g. "train.txt:17".
+
+        Raises:
+            ValueError: more than the allowed share of the rows read is malformed.
+        """
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, place)
         self.check()
@@ -61,6 +70,7 @@ class Rejections:
             )
 
     def lines(self) -> list[str]:
+        """One line per reason, for the person who runs the command."""
         return [
             f"{count:,} rows rejected: {reason} (first {self.first[reason]})" for reason, count in self.counts.items()
         ]

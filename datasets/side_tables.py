@@ -17,7 +17,7 @@ from embtables.datasets.writing import Writer
 
 @dataclass(frozen=True)
 class Side:
-    """How a file is read: the id that a row is about, what it says of it, and what is wrong with rows to reject.
+    """How a file about users or items is read: the id of each row, its values, and the faults of malformed rows.
 
     Expressions see the file's columns as text (null where empty). Those of ``lists`` give lists.
     """
@@ -33,7 +33,7 @@ class Side:
 def read_side(
     side: Side, ids: pl.Series, keys: np.ndarray, limit: float, writer: Writer
 ) -> tuple[ItemFeatures, dict[str, KeyColumn]]:
-    """What the file says of ``ids``, whose keys in the log are ``keys``, and the columns that know the raw values.
+    """Reads the features of ``ids``, whose keys in the log are ``keys``, and the columns that know their raw values.
 
     Of two rows with one id the first counts. Ids that the file does not know are counted and reported
     (``not_in_side_files`` of the manifest); ValueError where it knows none.

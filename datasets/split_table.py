@@ -169,7 +169,7 @@ def write_splits(
 
 
 def _vocabulary(counters: Sequence[KeyCounter], min_count: int) -> Vocabulary:
-    """Of a column and its histories: what one of them shows often enough. Counts are those of all together."""
+    """The values that a column, or one of its histories, shows ``min_count`` times, with their total counts."""
     counted = [counter.vocabulary() for counter in counters]
     shown = pl.concat(pl.DataFrame({"key": of.keys, "count": of.counts[FIRST_ID:]}) for of in counted)
     shown = shown.group_by("key").agg(total=pl.col("count").sum(), most=pl.col("count").max())

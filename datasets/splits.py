@@ -12,7 +12,7 @@ DEFAULT_SHARES = (0.8, 0.1, 0.1)
 
 
 def row_uniforms(rows: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each row number, by a seeded hash (splitmix64): the same whatever chunk a row comes in."""
+    """A number in [0, 1) per row, by a seeded hash (splitmix64) of the row number alone."""
     with np.errstate(over="ignore"):
         z = rows.astype(np.uint64) + np.uint64(1)
         z = z * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95)
@@ -48,7 +48,7 @@ def time_split(times: np.ndarray, shares: Sequence[float] = DEFAULT_SHARES) -> n
 
 
 def leave_last_out(users: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Each user's last row tests, the one before validates, the others train; users with fewer than 3 rows train.
+    """The last row of each user tests, the one before validates, all others train, as do users with fewer than 3 rows.
 
     Rows of one user and instant are taken in the order in which they stand.
     """

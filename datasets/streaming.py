@@ -112,7 +112,7 @@ def _keys(values: pl.Series) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 class _Waiting:
-    """Blocks in files of their own, read back in the order in which they came."""
+    """Keeps blocks in files, one file per block, and reads them back in order."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Text as int64 keys, without keeping in memory what a number can write."""
+"""Text as int64 keys. Texts that write a number need no memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OTHER = 2**61  # any other text: OTHER + its number in the order of appearance
 
 
 class StringKeys:
-    """One feature's keys: equal text, equal key. Memory grows with the distinct texts that are no numbers only."""
+    """The keys of one feature: equal texts have equal keys. Memory grows with the texts that do not write a number."""
 
     def __init__(self) -> None:
         self._others: dict[str, int] = {}
 
     def keys_of(self, values: pl.Series) -> np.ndarray:
-        """int64 keys of text or integers, which are taken as the text that writes them; null becomes MISSING."""
+        """int64 keys of text, or of integers, which have the key of the text that writes them. Null becomes MISSING."""
         if values.dtype.is_integer():
             numbers = values.cast(pl.Int64, strict=False)
             if numbers.null_count() == values.null_count() and numbers.is_between(1 - DECIMAL, DECIMAL - 1).all():

@@ -77,7 +77,7 @@ class Table:
 
 
 def open_table(path: Path, separator: str | None = None) -> Table:
-    """CSV or Parquet, told by the content; a separator that is None is recognized in the header."""
+    """Opens CSV or Parquet, which it tells apart by their content. Without ``separator``, the header shows it."""
     with open(path, "rb") as file:
         start = file.read(4)
     if not start:

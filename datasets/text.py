@@ -32,14 +32,17 @@ class Format:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows as strings (an empty field is null) and their 1-based line numbers."""
+    """Some rows of a file, and the number of each row.
+
+    ``read_text`` yields strings (an empty field is null) and line numbers that begin at 1.
+    """
 
     frame: pl.DataFrame
     lines: np.ndarray
 
 
 def open_raw(path: Path) -> tuple[BinaryIO, BinaryIO]:
-    """The text's bytes (unpacked where gzipped) and the file itself, whose position tells progress."""
+    """Returns the bytes of a text, unpacked where gzipped, and the file itself, whose position is the progress."""
     raw = open(path, "rb")
     start = raw.read(4)
     raw.seek(0)
@@ -57,7 +60,7 @@ def open_raw(path: Path) -> tuple[BinaryIO, BinaryIO]:
 def read_text(
     path: Path, layout: Format, rejections: Rejections, advance: Callable[[int], None] = lambda size: None
 ) -> Iterator[Block]:
-    """The file's well-formed rows. Blank lines are no rows; others with a wrong number of fields are rejected.
+    """Yields the well-formed rows of a file. Blank lines are skipped; lines with a wrong number of fields are rejected.
 
     Raises ValueError naming file and line where the file is binary, empty, not of the encoding, or ends inside a row.
     """
@@ -104,7 +107,7 @@ def read_columns(path: Path, needed: Sequence[str], separator: str = ",") -> tup
 def read_lines(
     path: Path, rejections: Rejections, advance: Callable[[int], None] = lambda size: None
 ) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their 1-based numbers. ``rejections`` counts them as rows read.
+    """Yields the lines that are not blank, with numbers that begin at 1. ``rejections`` counts them as rows read.
 
     Raises ValueError naming file and line where the file is binary, damaged or not UTF-8 text.
     """

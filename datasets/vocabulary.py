@@ -1,4 +1,4 @@
-"""Raw values to ids: 0 missing, 1 unseen in training, 2… by training frequency."""
+"""Ids of raw values: 0 is a missing value, 1 a value that training does not show, 2 and up are by frequency."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ from embtables.files import sha256
 
 ROWS_PER_SHARD = 2**18
 SHARDS_AT_ONCE = 2
-"""Compressed and written in threads of their own, beside whoever makes the rows; they stay in memory meanwhile."""
+"""How many shards are compressed and written in threads while further rows are made; they stay in memory meanwhile."""
 
 
 @dataclass
 class Contents:
-    """What a reader says about the data that it writes."""
+    """What the data consist of: features with their vocabularies, lists, histories, and the columns for metrics."""
 
     features: Mapping[str, Vocabulary]
     dense_features: Sequence[str] = ()
@@ -54,6 +54,7 @@ class Contents:
     published: Mapping[str, pl.Series] = field(default_factory=dict)  # raw values in id order where keys are not they
 
     def check(self) -> None:
+        """Raises ValueError where two columns have one name."""
         names = [LABEL, GROUP, *self.dense_features, *self.features, *self.lists, *self.histories]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -64,7 +65,7 @@ class Contents:
 
 
 class Writer:
-    """Rows of the three splits into shards of ``rows_per_shard`` rows, in the order in which they come.
+    """Writes the rows of the three splits, in the order in which they come, to shards of ``rows_per_shard`` rows.
 
     A context: files are only complete when it has been left.
     """
@@ -101,7 +102,7 @@ class Writer:
         self._pool.shutdown(cancel_futures=True)
 
     def declare(self, contents: Contents) -> None:
-        """Features and vocabularies, before the first row."""
+        """Writes vocabularies and frequencies. It is called once, before the first row."""
         contents.check()
         self._contents = contents
         (self.folder / "vocabulary").mkdir()
@@ -133,12 +134,12 @@ class Writer:
         self.report(rejections.lines())
 
     def report(self, lines: Sequence[str]) -> None:
-        """Shown to whoever watches, above the progress bars."""
+        """Prints lines above the progress bars."""
         for line in lines:
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def write(self, split: str, rows: pl.DataFrame) -> None:
-        """Columns as the format names them; types are brought into line here."""
+        """Writes rows of a split, whose columns have the names of the format; types are converted here."""
         assert self._contents is not None, "declare() comes first"
         if len(rows) == 0:
             return
@@ -177,7 +178,7 @@ class Writer:
         return entry
 
     def finish(self, kind: str, name: str, config: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
-        """The last shards and the manifest."""
+        """Writes the last shards and the manifest."""
         assert self._contents is not None, "declare() comes first"
         for split, waiting in self._waiting.items():
             if waiting:
@@ -231,7 +232,7 @@ def prepare(
     *,
     progress: bool = False,
 ) -> PreparedDataset:
-    """Has ``fill`` write the data set that (kind, config, inputs) describe into ``out``, whole or not at all.
+    """Prepares the data set that ``kind``, ``config`` and ``inputs`` describe, which ``fill`` gives to a writer.
 
     Where ``out`` holds that very data set already it is reused; where it holds anything else, ValueError. One process
     works on an ``out`` at a time, others wait. Rows go to a hidden folder beside ``out``, renamed at the end and

@@ -47,9 +47,8 @@ FIRST, DAY, DAYS = 1_494_000_000, 86_400, 8  # seconds: 2017-05-06, 0:00 in Beij
 class Alimama(Reader):
     """Ali's display ads with clicks; of the eight days the last tests, the one before validates.
 
-    What histories hold: the ads that the user clicked, or the categories and brands in the log of behaviors.
-
-    ``users`` is a share of them, chosen by a hash of their id and the seed.
+    Histories hold the ads that the user clicked (``history_of`` "clicks"), or the categories and brands in the log of
+    behaviors ("views"). ``users`` is a share of the users, chosen by a hash of their id and the seed.
     """
 
     kind: ClassVar[str] = "alimama"
@@ -99,9 +98,9 @@ def prepare_alimama(
     in steps of 19 %, and pid. Histories: of clicks, the ads with all that is known of them; of views,
     ``cate_id_history`` and ``brand_history``. Groups are users, slices go by ad.
 
-    Memory at the peak: about 200 bytes an impression. Of the log of behaviors stays what histories can hold, the
+    Memory at the peak: about 200 bytes per impression. Of the log of behaviors stays what histories can hold, the
     latest ``history`` entries between two impressions of a user, at 120 bytes each: with 50, and views at random times,
-    11 an impression, 35 GB for all users. A share of the users takes that share.
+    11 per impression, 35 GB for all users. A share of the users takes that share.
 
     Example::
 
@@ -195,7 +194,7 @@ def _profiles(path: Path) -> Side:
 
 
 def _no_integer(column: str) -> pl.Expr:
-    """Neither an integer nor empty nor NULL."""
+    """True where a value is neither an integer nor empty nor NULL."""
     return _unparsed(column, integers(column))
 
 

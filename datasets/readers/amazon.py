@@ -1,6 +1,6 @@
 """Amazon reviews: a review is a positive, and a product that the user never reviewed its negative.
 
-Files (McAuley et al., jmcauley.ucsd.edu/data/amazon): a JSON object a line. Reviews: reviewerID, asin and
+Files (McAuley et al., jmcauley.ucsd.edu/data/amazon): one JSON object per line. Reviews: reviewerID, asin and
 unixReviewTime in the releases of 2014 and 2018, user_id, parent_asin and timestamp (ms) in that of 2023. Metadata:
 ``categories``, a list of paths, in 2014, when lines were Python literals; one path, as JSON, in ``category`` of 2018
 and ``categories`` of 2023.
@@ -52,7 +52,7 @@ class Amazon(Reader):
     """
 
     kind: ClassVar[str] = "amazon"
-    input_help: ClassVar[str] = "Reviews, a JSON object a line."
+    input_help: ClassVar[str] = "Reviews, one JSON object per line."
     example: ClassVar[str] = (
         "Example: embtables prepare amazon reviews_Electronics_5.json.gz data/electronics "
         "--metadata meta_Electronics.json.gz"
@@ -224,7 +224,7 @@ def _from_options(
     ] = None,
     split: Split = "leave-last-out",
     shares: Shares = DEFAULT_SHARES,
-    negatives: Annotated[int, typer.Option(help="Negatives a review, drawn among all products alike.")] = 1,
+    negatives: Annotated[int, typer.Option(help="Negatives per review; all products are equally likely.")] = 1,
     history: History = 100,
     min_history: Annotated[int, typer.Option(help="Reviews with fewer before them give no example.")] = 1,
     min_count: MinCount = 1,

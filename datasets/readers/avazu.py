@@ -41,9 +41,10 @@ FEATURES = ["hour", *CATEGORIES, "weekday", "weekend"]
 
 @dataclass(frozen=True)
 class Avazu(Reader):
-    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without ``id``.
+    """Avazu's mobile ads (Kaggle): 21 categories, and hour, weekday and weekend of the time; without the id of the row.
 
-    ``time``: by day; the last one tests, the one before validates, all earlier ones train. ``random``: by ``shares``.
+    With ``split`` "time" the last day tests, the day before validates, and all earlier days train. With "random" rows
+    are split by ``shares``.
     """
 
     kind: ClassVar[str] = "avazu"

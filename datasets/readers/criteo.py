@@ -35,8 +35,9 @@ LAYOUT = Format("\t", (LABEL, *DENSE, *CATEGORIES))
 class Criteo(Reader):
     """Criteo's display ads (Kaggle): 13 integers as ln(1 + max(x, 0)), 26 categories.
 
-    ``order``: by place in the file, which is in the order of time: the first six sevenths train; of the last
-    seventh, a day, the first half tests and the second validates. ``random``: by ``shares``.
+    With ``split`` "order" the place in the file decides, which is in the order of time: the first six sevenths train;
+    of the last seventh, which is one day, the first half tests and the second half validates. With "random" rows are
+    split by ``shares``.
     """
 
     kind: ClassVar[str] = "criteo"

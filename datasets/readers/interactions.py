@@ -50,10 +50,10 @@ UNITS_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 class Interactions(Reader):
     """Any log of users, items and times. A negative is an item that the user never clicked, at the click's context.
 
-    What the columns mean and which rows count. A column that is None is recognized by its name.
+    The fields name the columns and the rows to use. A column that is ``None`` is recognized by its name.
 
-    Without ``label`` every row is a click. With it, labels are 0 and 1, or, with ``positive_from``, numbers of which
-    those from there on are positive. ``start`` and ``end`` (excluded) are ISO dates (UTC) or numbers in the log's own
+    Without ``label`` every row is a click. With it, labels are 0 and 1, or, with ``positive_from``, numbers, which
+    are positive from there on. ``start`` and ``end`` (excluded) are ISO dates (UTC) or numbers in the log's own
     unit; ``days`` counts from ``start``, or from the first row.
     """
 
@@ -90,7 +90,7 @@ class Interactions(Reader):
         if self.label is None and self.positive_from is not None:
             raise ValueError("positive_from needs a label column")
         if self.label is None and self.negatives.per_click < 1:
-            raise ValueError("without a label column at least 1 negative a click is needed")
+            raise ValueError("without a label column at least 1 negative per click is needed")
         repeated = [name for name in self.context if self.context.count(name) > 1]
         if repeated:
             raise ValueError(f"context column '{repeated[0]}' is given twice")
@@ -108,7 +108,7 @@ def prepare_interactions(
 ) -> PreparedDataset:
     """Prepares a log. Features: ``user_id``, ``item_id`` and the context columns; groups are users; slices go by item.
 
-    The log's text never lies in memory, its columns do: 8 bytes a row for each, and about 60 a row for the work.
+    The columns of the log lie in memory, its text does not: 8 bytes per row and column, and about 60 more per row.
 
     Example::
 
@@ -294,9 +294,10 @@ def _from_options(
     start: Annotated[str | None, typer.Option("--from", help="First time to use: ISO date (UTC) or number.")] = None,
     end: Annotated[str | None, typer.Option("--to", help="First time not to use any more.")] = None,
     days: Annotated[float | None, typer.Option(help="Length of the span, from --from or the first row.")] = None,
-    negatives: Annotated[int, typer.Option(help="Negatives a click, where there is no label.")] = 1,
+    negatives: Annotated[int, typer.Option(help="Negatives per click, where there is no label.")] = 1,
     negative_sampling: Annotated[
-        Literal["popularity", "uniform"], typer.Option(help="By clicks in the window, or any item alike.")
+        Literal["popularity", "uniform"],
+        typer.Option(help="By clicks in the window, or all items with equal probability."),
     ] = "popularity",
     negative_window: Annotated[str, typer.Option(help="Preceding clicks to draw from: 30m, 1h, 2d, all.")] = "1h",
     history: History = 50,

@@ -74,7 +74,7 @@ class KuaiRec(Reader):
 def prepare_kuairec(
     source: str | Path, out: str | Path, config: KuaiRec = KuaiRec(), *, progress: bool = False
 ) -> PreparedDataset:
-    """Prepares the folder of the files. Memory at the peak: about 200 bytes a row.
+    """Prepares the folder of the files. Memory at the peak: about 200 bytes per row.
 
     Features: user_id and all groupings of the user, item_id (the video) and its multi-valued ``categories``.
     ``history``: videos with label 1 before. Groups are users, slices go by video. Rows without a time are left out and

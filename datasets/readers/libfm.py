@@ -1,7 +1,7 @@
 """Categories in libFM's format, already split: Frappe and MovieLens-tag, published with Neural Factorization Machines.
 
-A line is a label (1 and −1, or 1 and 0) and one ``index:1`` a field, e.g. ``-1 204:1 4798:1 5041:1``. All lines have
-the same fields in the same places, and a field is told by its place. A folder holds ``<name>.train.libfm``,
+A line is a label (1 and −1, or 1 and 0) and one ``index:1`` per field, e.g. ``-1 204:1 4798:1 5041:1``. All lines have
+the same fields in the same places, and the place of a field says which it is. A folder holds ``<name>.train.libfm``,
 ``<name>.validation.libfm`` and ``<name>.test.libfm``, or ``train.libsvm``, ``valid.libsvm`` and ``test.libsvm`` as
 published with Adaptive Factorization Networks. Both publish the same rows of Frappe, which are BARS' Frappe_x1 too.
 """

@@ -41,7 +41,8 @@ FLAGS_100K = (
 class MovieLens(Reader):
     """MovieLens ratings with what is known of users and films.
 
-    Ratings from ``positive_from`` on are label 1. ``genres``: a list of them, or their set as one value.
+    Ratings of ``positive_from`` and more are label 1. With ``genres`` "list" the genres of a film are a multi-valued
+    feature; with "set" each combination of genres is one value.
     """
 
     kind: ClassVar[str] = "movielens"

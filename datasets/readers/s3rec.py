@@ -1,7 +1,7 @@
 """Users' sequences of items with the items' attributes, as published with S3-Rec (Zhou et al., CIKM 2020).
 
-``<name>.txt`` holds a line a user: ``user item item …`` in the order of time; ``<name>_item2attributes.json`` maps each
-item to its attributes. Source of the files: the authors' repository RUCAIBox/CIKM2020-S3Rec (Beauty, Sports, Toys,
+``<name>.txt`` holds one line per user, ``user item item …``, in the order of time; ``<name>_item2attributes.json`` maps
+each item to its attributes. Source of the files: the authors' repository RUCAIBox/CIKM2020-S3Rec (Beauty, Sports, Toys,
 Yelp).
 """
 
@@ -33,11 +33,12 @@ ATTRIBUTES = "attributes"
 class S3Rec(Reader):
     """Sequences of items, a line a user, with the items' attributes (S3-Rec's Yelp, Sports, Beauty, Toys).
 
-    Every place of a sequence is a click, with negatives that the user has nowhere; its number is its time.
+    Every place of a sequence is a click, whose number in the sequence is its time. Negatives are items that the
+    sequence of the user does not hold.
     """
 
     kind: ClassVar[str] = "s3rec"
-    input_help: ClassVar[str] = "A line a user: user item item …"
+    input_help: ClassVar[str] = "One line per user: user item item …"
     example: ClassVar[str] = (
         "Example: embtables prepare s3rec Yelp.txt data/yelp   (reads Yelp_item2attributes.json beside it)"
     )
@@ -146,7 +147,7 @@ def _from_options(
         Literal["random", "leave-last-out"], typer.Option(help="leave-last-out: each user's last item tests.")
     ] = "leave-last-out",
     shares: Shares = DEFAULT_SHARES,
-    negatives: Annotated[int, typer.Option(help="Negatives a place, drawn among all items alike.")] = 1,
+    negatives: Annotated[int, typer.Option(help="Negatives per place; all items are equally likely.")] = 1,
     history: History = 50,
     min_history: Annotated[int, typer.Option(help="Places with fewer items before them give no example.")] = 1,
     min_count: MinCount = 1,

@@ -26,15 +26,13 @@ PROBABILITY = "_probability"
 
 @dataclass(frozen=True)
 class Synthetic(Reader):
-    """Zipf ids with planted effects, whose best possible AUC is known (``bayes_auc`` in the manifest).
-
-    The truth that is planted.
+    """Zipf ids with planted effects, whose best possible AUC the manifest holds as bayes_auc.
 
     Feature f takes id r = 0 … cardinality − 1 with probability ∝ 1/(r + 1)^zipf. Labels are Bernoulli with
 
         logit = bias + Σ_f effect_f[id_f] + Σ_{f<g} ⟨vector_f[id_f], vector_g[id_g]⟩ + dense · weights
 
-    Effects are normal and independent of an id's rank, with standard deviation ``effect_std``, one for all or one a
+    Effects are normal and independent of an id's rank, with standard deviation ``effect_std``, one for all or one per
     feature. The pairwise term has standard deviation ``interaction_std`` in all and rank ``interaction_rank``; the
     dense term ``dense_std``, from ``num_dense`` standard normal features. In ``valid`` and ``test`` a share ``unseen``
     of each feature's ids comes from a reserved range that training never sees; their effects are 0, the mean, so that
@@ -56,7 +54,7 @@ class Synthetic(Reader):
     zipf: Annotated[float, typer.Option(help="An id of rank r is drawn with probability ∝ 1/r^ZIPF.")] = 1.05
     bias: Annotated[float, typer.Option(help="Constant part of the logit.")] = -1.0
     effect_std: Annotated[
-        tuple[float, ...], typer.Option(help="Standard deviation of the ids' effects: one, or one a feature.")
+        tuple[float, ...], typer.Option(help="Standard deviation of the ids' effects: one, or one per feature.")
     ] = (1.0,)
     interaction_std: Annotated[float, typer.Option(help="Standard deviation of the pairwise part of the logit.")] = 0.0
     interaction_rank: Annotated[int, typer.Option(help="Length of the ids' vectors in the pairwise part.")] = 4
@@ -123,7 +121,7 @@ class Truth:
         self._cumulative = {n: _zipf_cumulative(n, config.zipf) for n in set(config.cardinalities)}
 
     def chunks(self) -> Iterator[tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]:
-        """(split codes, keys a feature, dense, probabilities, labels) chunk by chunk; every call gives the same."""
+        """Yields (split codes, keys per feature, dense, probabilities, labels) chunk by chunk, always the same."""
         config = self.config
         for number, start in enumerate(range(0, config.rows, CHUNK)):
             generator = np.random.default_rng([config.seed, 1, number])

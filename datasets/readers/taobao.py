@@ -39,7 +39,8 @@ FIRST, PAST = 1_511_539_200, 1_512_316_800  # seconds: 2017-11-25 and 2017-12-04
 class Taobao(Reader):
     """Taobao's clicks (or purchases …) with sampled negatives; items and categories in histories.
 
-    Which rows are positives, and of what share of the users, chosen by a hash of their id and the seed.
+    Rows with one of ``behaviors`` are positives. ``users`` is a share of the users, chosen by a hash of their id and
+    the seed.
     """
 
     kind: ClassVar[str] = "taobao"
@@ -74,8 +75,8 @@ def prepare_taobao(
 ) -> PreparedDataset:
     """Prepares UserBehavior.csv. Groups are users, slices go by item.
 
-    The text is read in blocks; memory is about 180 bytes a positive at the peak and 1 GB more, 17 GB for all clicks. On
-    the disk an entry of a history is up to 8 bytes in each row: choose a share of the users, or short histories.
+    The text is read in blocks; memory is about 180 bytes per positive at the peak and 1 GB more, 17 GB for all clicks.
+    On the disk an entry of a history is up to 8 bytes in each row: choose a share of the users, or short histories.
 
     Example::
 
@@ -125,9 +126,10 @@ def _from_options(
         "pv",
     ),
     users: Annotated[float, typer.Option(help="Share of the users, chosen by a hash of their id.")] = 1.0,
-    negatives: Annotated[int, typer.Option(help="Negatives a positive.")] = 1,
+    negatives: Annotated[int, typer.Option(help="Negatives per positive.")] = 1,
     negative_sampling: Annotated[
-        Literal["popularity", "uniform"], typer.Option(help="By positives in the window, or any item alike.")
+        Literal["popularity", "uniform"],
+        typer.Option(help="By positives in the window, or all items with equal probability."),
     ] = "popularity",
     negative_window: Annotated[str, typer.Option(help="Preceding positives to draw from: 30m, 1h, 2d, all.")] = "1h",
     split: Split = "time",
