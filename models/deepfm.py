@@ -18,7 +18,7 @@ __all__ = ["DeepFM"]
 
 
 class DeepFM(nn.Module):
-    """A factorisation machine and an MLP on the same vectors, their logits added.
+    """A factorization machine and an MLP on the same vectors, their logits added.
 
     The first component of every vector is the feature's first-order weight w, the other D − 1 are its latent vector v.
     Published code keeps w in a table of its own; here one table serves both, so that one budget counts all of it and a
