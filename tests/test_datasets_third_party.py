@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -148,20 +149,20 @@ def test_prepared_and_trained_from_the_command_line(site: Path, tmp_path: Path) 
     ],
 )
 def test_malformed_rows_are_counted_and_too_many_stop(site: Path, tmp_path: Path, line: str, reason: str) -> None:
+    from odd_log import OddLog
+
     log = tmp_path / "shop.log"
     write_log(log)
     log.write_text(log.read_text() + f"{line}\n")
-    result = embtables(site, "prepare", "oddlog", log, tmp_path / "a", "--split", "time", "--dearest", 1000)
-    assert result.returncode == 0, result.stderr
-    assert PreparedDataset(tmp_path / "a").manifest["rows_rejected"] == {reason: 1}
-    arguments = ("--split", "time", "--dearest", 1000, "--max-rejected", 0)
-    result = embtables(site, "prepare", "oddlog", log, tmp_path / "b", *arguments)
-    assert result.returncode == 2 and f"{log}:601: {reason}; 1 of 601 rows" in " ".join(result.stderr.split())
+    reader = OddLog(split="time", dearest=1000)
+    assert reader.prepare(log, tmp_path / "a").manifest["rows_rejected"] == {reason: 1}
+    with pytest.raises(ValueError, match=re.escape(f"{log}:601: {reason}; 1 of 601 rows")):
+        replace(reader, max_rejected=0).prepare(log, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
 def test_random_and_last_out_splits(site: Path, tmp_path: Path) -> None:
-    from odd_log import OddLog  # type: ignore[import-not-found]
+    from odd_log import OddLog
 
     log = tmp_path / "shop.log"
     rows = write_log(log)

@@ -79,6 +79,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         left_out |= absent
         if not absent:
             # The empty lines in front make a traceback name the line of the page.
+            # The block does not inherit this file's future imports: a dataclass in it has annotations, not strings.
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True)
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
