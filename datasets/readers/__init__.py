@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 
 from embtables.datasets.reader import Reader
+from embtables.plugins import load
 
 GROUP = "embtables.readers"
 
@@ -26,17 +26,7 @@ def _built_in() -> dict[str, type[Reader]]:
 
 @cache
 def _third_party() -> dict[str, type[Reader]]:
-    found: dict[str, type[Reader]] = {}
-    for point in entry_points(group=GROUP):
-        cls = point.load()
-        if not (isinstance(cls, type) and issubclass(cls, Reader)):
-            raise ValueError(f"entry point '{point.name}' of {GROUP} is {point.value}, which is not a Reader class")
-        if cls.kind in _built_in() or found.get(cls.kind, cls) is not cls:
-            raise ValueError(
-                f"entry point '{point.name}' of {GROUP} names its reader '{cls.kind}', which exists already"
-            )
-        found[cls.kind] = cls
-    return found
+    return load(GROUP, Reader, _built_in())  # type: ignore[type-abstract]
 
 
 def all_readers() -> dict[str, type[Reader]]:

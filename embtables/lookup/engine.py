@@ -165,18 +165,20 @@ class Lookup(nn.Module):
 
     def _compile(self) -> NativeLookup | None:
         pairs: dict[int, tuple[InputSpec, Recipe]] = {}
+        of_view: list[Recipe] = []
         for i in self._natives:
             block = self.blocks[i]
             assert isinstance(block.block, RecipeBlock)
             lookups = list(zip(block.specs(), block.block.recipes))
             if self.only is not None:
+                of_view = block.block.recipes
                 spec, recipe = lookups[self.only]
                 lookups = [(spec._replace(column=0), recipe)]
             pairs |= dict(zip(self._outputs[i], lookups))
         if not any(recipe.addresses for _, recipe in pairs.values()):
             return None  # all tables are dropped, so that there is nothing to look up
         num_features = 1 if self.only is not None else self.blocks[0].num_features
-        return NativeLookup(self.store, [pairs[output] for output in sorted(pairs)], num_features)
+        return NativeLookup(self.store, [pairs[output] for output in sorted(pairs)], num_features, of_view)
 
     @property
     def ops(self) -> str:

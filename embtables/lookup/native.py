@@ -26,9 +26,16 @@ class NativeLookup:
         store: what they read.
         lookups: the input and the recipe of each, in the order of the outputs.
         num_features: columns of the input.
+        block: as in ``compile_program``.
     """
 
-    def __init__(self, store: Store, lookups: Sequence[tuple[InputSpec, Recipe]], num_features: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lookups: Sequence[tuple[InputSpec, Recipe]],
+        num_features: int,
+        block: Sequence[Recipe] = (),
+    ) -> None:
         self.store, self.num_features = store, num_features
         self.columns = [spec.column for spec, _ in lookups]
         self.dims = [spec.embedding_dim for spec, _ in lookups]
@@ -42,7 +49,7 @@ class NativeLookup:
         signs = (getattr(address, "sign_seed", None) for recipe in recipes for address in recipe.addresses)
         self.reads_ids = any(seed is not None for seed in signs)
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
-        self.program = compile_program(lookups, num_features, store)
+        self.program = compile_program(lookups, num_features, store, block)
         rows, shapes = store.weight_rows(), store.extra_shapes()
         self._weight_shapes: list[tuple[int, ...]] = [(rows[width], width) for width in self.program.widths]
         self._weight_shapes += [shapes[name] for name in self.program.projections]

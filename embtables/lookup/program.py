@@ -76,9 +76,15 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     return recipe.projection is None or (len(recipe.addresses) == 1 and isinstance(recipe.addresses[0], Row))
 
 
-def compile_program(lookups: Sequence[tuple[InputSpec, Recipe]], num_features: int, store: Store) -> Program:
-    """Writes the program of native recipes that ``check_recipe`` has passed, in the order of the outputs."""
-    recipes = [recipe for _, recipe in lookups]
+def compile_program(
+    lookups: Sequence[tuple[InputSpec, Recipe]], num_features: int, store: Store, block: Sequence[Recipe] = ()
+) -> Program:
+    """Writes the program of native recipes that ``check_recipe`` has passed, in the order of the outputs.
+
+    ``block``: all recipes of the block that a view's one lookup belongs to; their dense parameters take part in its
+    steps, as they do in PyTorch.
+    """
+    recipes = [*(recipe for _, recipe in lookups), *block]
     slabs = [address.slab for recipe in recipes for address in recipe.addresses]
     # What the recipes read, and no more: other weights take no part in a step.
     widths = [width for width in store.widths if width in {store.width(slab) for slab in slabs}]

@@ -35,7 +35,17 @@ def shape_of(recipe: Recipe, store: Store) -> Hashable:
     if recipe.combine == "alternatives":
         return recipe.combine, ranks, recipe.projection
     scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, CircularBlock))
-    return recipe.combine, ranks, recipe.projection, tuple(_kind(a, store) for a in recipe.addresses), scalars
+    kinds = tuple(_kind(a, store) for a in recipe.addresses)
+    return recipe.combine, ranks, recipe.projection, kinds, scalars, _runs(recipe, store)
+
+
+def _runs(recipe: Recipe, store: Store) -> tuple[int, ...]:
+    """The lengths of the runs of addresses that are found together: neighbors of one kind and, if hashed, one slab."""
+
+    def together(address: Address) -> Hashable:
+        return _kind(address, store), address.slab if isinstance(address, (Hashed, CircularBlock)) else None
+
+    return tuple(len(list(members)) for _, members in groupby(recipe.addresses, together))
 
 
 def _kind(address: Address, store: Store) -> Hashable:
@@ -69,13 +79,11 @@ class RecipeBlock(Block):
         self.runs: list[_Run] = []
         self.alternatives = _Alternatives(self) if self.combination == "alternatives" else None
         if self.alternatives is None:
-            kinds = [_kind(address, store) for address in first.addresses]
             start = 0
-            for _, members in groupby(kinds):
-                end = start + len(list(members))
-                addresses = [r.addresses[start:end] for r in recipes]
+            for length in _runs(first, store):
+                addresses = [r.addresses[start : start + length] for r in recipes]
                 self.runs.append(_Run(self, f"run{len(self.runs)}", addresses))
-                start = end
+                start += length
         self.may_skip = any(run.kind is Listed for run in self.runs)
 
     ranks_from: Tensor

@@ -439,13 +439,17 @@ class EmbeddingTables(nn.Module):
                 f"{', '.join(sorted(state)) or 'nothing'}, these tables have {', '.join(sorted(tensors)) or 'none'}"
             )
         for name, tensor in tensors.items():
-            if tensor.shape != state[name].shape:
+            if name != "hyper" and tensor.shape != state[name].shape:
                 raise ValueError(
                     f"the optimizer state '{name}' has shape {tuple(state[name].shape)}, "
                     f"these tables need {tuple(tensor.shape)}"
                 )
         for name, tensor in tensors.items():
-            tensor.copy_(state[name])
+            if name == "hyper":
+                # Of the hyper-parameters only the learning rate changes; the others are the plan's, in whatever order.
+                tensor[0] = state[name][0]
+            else:
+                tensor.copy_(state[name])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         stages = {f"stage_{i}_{k}": v for i, stage in enumerate(self.stages) for k, v in stage.state().items()}
