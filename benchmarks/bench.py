@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from benchmarks import jobs, machine, report
 from benchmarks.results import RESULTS, RUN
-from embtables.files import replacing
+from embtables._util.files import replacing
 
 OUT = Path("runs/bench")
 

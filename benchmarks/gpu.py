@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks import machine
 from benchmarks.workload import Workload, sizes
 from embtables import EmbeddingTables, TableConfig, plan
-from embtables.files import replacing
+from embtables._util.files import replacing
 from embtables.ops import gpu
 
 LR = 0.01

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from embtables.benchmark.cells import Cell
 from embtables.datasets import PreparedDataset
+from embtables.sweeps.cells import Cell
 from embtables.training import metrics
 
 BOUNDS = (0, 2, 5, 10, 20)  # a bin ends here, and the last has no end

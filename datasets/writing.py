@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from embtables._util.files import sha256
 from embtables.datasets.prepared import (
     FORMAT,
     FREQUENCIES,
@@ -34,7 +35,6 @@ from embtables.datasets.prepared import (
 from embtables.datasets.rejections import Rejections
 from embtables.datasets.splits import SPLITS
 from embtables.datasets.vocabulary import Vocabulary
-from embtables.files import sha256
 
 ROWS_PER_SHARD = 2**18
 SHARDS_AT_ONCE = 2

@@ -1,12 +1,12 @@
 """embtables: memory-efficient embedding tables for click-through-rate models, planned to a byte budget."""
 
-from embtables.budget import InfeasibleBudget
-from embtables.compress import compress_
-from embtables.compression.report import Compression, SwappedTable
 from embtables.config import TableConfig
-from embtables.embedding import Embedding, EmbeddingBag
+from embtables.faces.compress.report import Compression, SwappedTable
+from embtables.faces.compress.swap import compress_
+from embtables.faces.embedding import Embedding, EmbeddingBag
 from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
-from embtables.plan import Plan, plan
+from embtables.plan.budget import InfeasibleBudget
+from embtables.plan.solver import Plan, plan
 from embtables.tables import EmbeddingTables
 
 __version__ = "0.1.0"

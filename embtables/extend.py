@@ -7,13 +7,11 @@
 - A reader of data sets: ``embtables.datasets.Reader`` and ``RowReader``, which need the extra ``train``.
 """
 
-from embtables.budget import allocate, collision_weights, keep_apart, split
 from embtables.config import TableConfig
-from embtables.formats import RowFormat
 from embtables.hashing import hash_ids, hash_signs, mix, seed_for, to_range
-from embtables.layout import FULL, Code, Counts, Entry, Extra, Form, Group, Layout, Slab
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.engine import Touched
+from embtables.lookup.store import Store
 from embtables.methods.base import (
     Floor,
     Initializer,
@@ -25,6 +23,7 @@ from embtables.methods.base import (
     full_layout,
     shared_layout,
 )
+from embtables.methods.ranking import RankedMethod, counts_by_rank, is_ranked, rank_code, ranks_of, remapped
 from embtables.methods.recipe import (
     Address,
     Capped,
@@ -40,8 +39,9 @@ from embtables.methods.recipe import (
     concat,
 )
 from embtables.optimizers import FusedOptimizer
-from embtables.ranking import RankedMethod, counts_by_rank, is_ranked, rank_code, ranks_of, remapped
-from embtables.store import Store
+from embtables.plan.budget import allocate, collision_weights, keep_apart, split
+from embtables.plan.formats import RowFormat
+from embtables.plan.layout import FULL, Code, Counts, Entry, Extra, Form, Group, Layout, Slab
 
 __all__ = [
     "FULL",

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from test_benchmark_sweep import config_of, data, fake, read, run  # noqa: F401 (fixtures)
 
-from embtables.benchmark.report import line, markdown, sections, write_report
-from embtables.benchmark.summary import Summary, sign_flip_p, summarize
-from embtables.cli import run as command_line
+from embtables.cli.app import run as command_line
+from embtables.sweeps.report import line, markdown, sections, write_report
+from embtables.sweeps.summary import Summary, sign_flip_p, summarize
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_second_report_is_the_same_and_bootstraps_nothing(sweep: Path, monkeyp
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("bootstrapped again")
 
-    monkeypatch.setattr("embtables.benchmark.summary.bootstrap_auc_difference", never)
+    monkeypatch.setattr("embtables.sweeps.summary.bootstrap_auc_difference", never)
     write_report(sweep, resamples=20)
     assert [(sweep / name).read_bytes() for name in names] == before
     # Other scores are another difference.

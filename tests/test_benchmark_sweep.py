@@ -16,14 +16,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from embtables.benchmark.cells import Cell, parse_budgets, parse_methods, parse_variants, points, with_baselines
-from embtables.benchmark.report import markdown
-from embtables.benchmark.runner import Job, last_line, run_jobs, threads_per_job
-from embtables.benchmark.summary import summarize
-from embtables.benchmark.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
-from embtables.cli import run as main
+from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
 from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
+from embtables.sweeps.cells import Cell, parse_budgets, parse_methods, parse_variants, points, with_baselines
+from embtables.sweeps.report import markdown
+from embtables.sweeps.runner import Job, last_line, run_jobs, threads_per_job
+from embtables.sweeps.summary import summarize
+from embtables.sweeps.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
 from embtables.training.config import load_config
 
 CELL = Path(__file__).with_name("benchmark_cell.py")
@@ -337,7 +337,7 @@ def test_a_stopped_sweep_leaves_no_children_and_goes_on(
 
 
 def test_jobs_run_side_by_side_with_their_share_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embtables.benchmark.runner.cores", lambda: 8)
+    monkeypatch.setattr("embtables.sweeps.runner.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert (threads_per_job(2), threads_per_job(3), threads_per_job(16)) == (4, 2, 1)
     # Each waits for the others: one at a time they would never end.
@@ -484,7 +484,7 @@ def test_the_report_of_variants(data: Path, fake: Path, tmp_path: Path) -> None:
 
 
 def test_variants_without_budgets(data: Path, fake: Path, tmp_path: Path) -> None:
-    from embtables.benchmark.report import write_report
+    from embtables.sweeps.report import write_report
 
     out = tmp_path / "sweep"
     run(varied(data), out)

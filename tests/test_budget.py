@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtables import InfeasibleBudget, TableConfig, plan
-from embtables.budget import allocate, collision_weights, parse_budget, split
-from embtables.layout import Group
+from embtables.plan.budget import allocate, collision_weights, parse_budget, split
+from embtables.plan.layout import Group
 
 FULL = 1_000_003
 

@@ -12,7 +12,7 @@ from test_benchmark_sweep import data  # noqa: F401 (fixture)
 
 import embtables
 from embtables import cli
-from embtables.cli import COMMANDS, Command, run, sentence
+from embtables.cli.app import COMMANDS, Command, run, sentence
 from embtables.datasets import PreparedDataset
 
 
@@ -31,12 +31,12 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_imports_no_part_and_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     program = (
-        "import sys; from embtables.cli import run; code = run(['--help']); "
-        "print(code, sorted({'torch', 'pandas', 'matplotlib', 'pydantic', 'embtables.benchmark'} & set(sys.modules)))"
+        "import sys; from embtables.cli.app import run; code = run(['--help']); "
+        "print(code, sorted({'torch', 'pandas', 'matplotlib', 'pydantic', 'embtables.sweeps'} & set(sys.modules)))"
     )
     # `import embtables` itself loads torch: the command line adds nothing to it.
     program = "import types, sys; sys.modules['embtables'] = m = types.ModuleType('embtables'); " + (
-        f"m.__path__ = [{str(Path(cli.__file__).parent)!r}]; " + program
+        f"m.__path__ = [{str(Path(cli.__file__).parents[1])!r}]; " + program
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr

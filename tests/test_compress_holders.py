@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from embtables import compress_
-from embtables.layout import Form, Slab
 from embtables.lookup.block import Part
 from embtables.lookup.step import Aliases, Step
-from embtables.store import Store
+from embtables.lookup.store import Store
+from embtables.plan.layout import Form, Slab
 
 
 class Model(nn.Module):

@@ -11,8 +11,8 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from embtables.cli.prepare import app
 from embtables.datasets import PreparedDataset
-from embtables.datasets.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from embtables.cli.prepare import app
 from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
-from embtables.datasets.commands import app
 from embtables.datasets.readers.libfm import LibFM, prepare_libfm
 
 FRAPPE = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]

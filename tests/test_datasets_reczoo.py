@@ -17,9 +17,9 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+from embtables.cli.prepare import app
 from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
-from embtables.datasets.commands import app
 from embtables.datasets.readers import reczoo
 from embtables.datasets.readers.reczoo import PUBLISHED, Reczoo, prepare_reczoo
 from embtables.datasets.split_table import Columns

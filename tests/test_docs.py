@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from embtables.cli import COMMANDS, build
+from embtables.cli.app import COMMANDS, build
 from embtables.methods import kinds
 
 ROOT = Path(__file__).resolve().parents[1]

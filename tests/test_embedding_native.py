@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embtables import Embedding, EmbeddingBag, EmbeddingTables, TableConfig, ops, plan
-from embtables.embedding import _OneTable
+from embtables.faces.embedding import _OneTable
 from embtables.methods import Pruned
 
 pytestmark = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")

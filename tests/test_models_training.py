@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embtables.cli import run as main
+from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
 from embtables.training import Trainer, load_config, load_served
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtables import SGD, Adagrad, Adam, EmbeddingTables, InfeasibleBudget, TableConfig, plan
-from embtables.layout import Group
+from embtables.lookup.store import Store
 from embtables.methods import pruned
 from embtables.methods.pruned import Pruned, PruningStage, by_dim
-from embtables.store import Store
+from embtables.plan.layout import Group
 
 
 def variant(tables: EmbeddingTables, name: str) -> str:

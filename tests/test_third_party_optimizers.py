@@ -17,7 +17,7 @@ from test_third_party import FOLDER, install
 from torch import Tensor
 
 from embtables import EmbeddingTables, Plan, TableConfig, ops, optimizers, plan
-from embtables.cli import run as main
+from embtables.cli.app import run as main
 from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
 from embtables.optimizers import GROUP, SGD, Adam, FusedOptimizer, optimizer_from_config
 from embtables.training import load_config

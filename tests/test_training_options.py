@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 from embtables import EmbeddingTables
-from embtables.cli import run as main
+from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.negatives import Negatives
@@ -26,11 +26,11 @@ from embtables.models import MLP, build_model
 from embtables.models.blocks import bags
 from embtables.training import Trainer, load_config, load_served, loop, metrics
 from embtables.training.evaluation import slice_feature, to_device
-from embtables.training.finite import NonFiniteError, Watch
-from embtables.training.interception import intercept
+from embtables.training.learning_curve import draw_curve, overfitting
+from embtables.training.lookup_hooks import intercept
+from embtables.training.nan_guard import NonFiniteError, Watch
 from embtables.training.optimization import clip_gradients
 from embtables.training.planning import plan_tables, selected
-from embtables.training.validation import draw_curve, overfitting
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from embtables._util.lock import locked
 from embtables.datasets import Synthetic, prepare_synthetic
 from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.readers.interactions import Interactions, prepare_interactions
-from embtables.lock import locked
 from embtables.methods import kinds
 from embtables.training import Trainer, load_config, loop
 

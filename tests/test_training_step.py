@@ -20,7 +20,7 @@ from embtables.datasets import Batch, Synthetic, prepare_synthetic
 from embtables.models import DIN, DLRM, build_model
 from embtables.training import Trainer, compilation, load_served, loop
 from embtables.training.compilation import Compilation, uncompiled
-from embtables.training.finite import NonFiniteError, Watch
+from embtables.training.nan_guard import NonFiniteError, Watch
 from embtables.training.optimization import Optimization
 
 

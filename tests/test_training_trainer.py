@@ -18,12 +18,12 @@ from torch import nn
 import embtables
 from benchmarks import machine
 from embtables import EmbeddingTables
-from embtables.cli import run as main
+from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.methods import kinds
 from embtables.training import Trainer, load_config, load_served, metrics
 from embtables.training.environment import environment
-from embtables.training.finite import NonFiniteError
+from embtables.training.nan_guard import NonFiniteError
 from embtables.training.planning import plan_tables
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from embtables.store import Store
+from embtables.lookup.store import Store
 
 # A dense parameter by its name, as the present step uses it: with a fused optimizer its backward updates it.
 Extras: TypeAlias = Callable[[str], Tensor]

@@ -16,10 +16,10 @@ from embtables.lookup.native import NativeLookup
 from embtables.lookup.program import InputSpec, is_native
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.step import Step
+from embtables.lookup.store import Store
 from embtables.methods.recipe import Recipe
 from embtables.ops import Refused
 from embtables.ops.program import ProgramTensors
-from embtables.store import Store
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from embtables.hashing import hash_ids, seed_for
 from embtables.lookup.block import Block, Part
 from embtables.lookup.inputs import CONFIG, Input, PoolingLike
 from embtables.lookup.program import InputSpec
+from embtables.lookup.regularization import Regularizer
 from embtables.ops.program import POLICIES, UNBOUNDED
-from embtables.regularization import Regularizer
 
 
 class FeatureIds(NamedTuple):

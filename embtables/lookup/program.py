@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
+from embtables.lookup.store import Store
 from embtables.methods.recipe import (
     Address,
     Capped,
@@ -25,7 +26,6 @@ from embtables.methods.recipe import (
     Row,
 )
 from embtables.ops.program import POLICIES, UNBOUNDED
-from embtables.store import Store
 
 _Refuse: TypeAlias = Callable[[str], NoReturn]
 _COMBINATIONS = {"concat": 0, "sum": 1, "mean": 2, "product": 3, "alternatives": 4}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embtables.hashing import hash_ids, hash_signs
 from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.store import Store
 from embtables.methods.recipe import (
     Address,
     Capped,
@@ -24,7 +25,6 @@ from embtables.methods.recipe import (
     Recipe,
     Row,
 )
-from embtables.store import Store
 
 _NO_END = 2**62
 

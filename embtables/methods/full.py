@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from embtables.layout import Group, Layout
 from embtables.methods.base import Floor, Method, full_layout
+from embtables.plan.layout import Group, Layout
 
 
 class Full(Method):

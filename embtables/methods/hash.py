@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
-from embtables.layout import Entry, Form, Group, Layout, Slab
 from embtables.methods.base import Floor, Method, TableEntry, full_entry
 from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
+from embtables.plan.budget import allocate, collision_weights
+from embtables.plan.layout import Entry, Form, Group, Layout, Slab
 
 
 class Hash(Method):

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from embtables.budget import allocate, collision_weights
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
-from embtables.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
+from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
 from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Store
+from embtables.plan.budget import allocate, collision_weights
+from embtables.plan.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
 
 
 class MultiHash(Method):

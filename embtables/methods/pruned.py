@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from embtables.budget import split
 from embtables.config import TableConfig
-from embtables.formats import RowFormat
-from embtables.layout import FULL, Code, Entry, Form, Group, Layout, Slab
 from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
 from embtables.methods.recipe import Recipe, Row, concat
-from embtables.store import Store
+from embtables.plan.budget import split
+from embtables.plan.formats import RowFormat
+from embtables.plan.layout import FULL, Code, Entry, Form, Group, Layout, Slab
 
 if TYPE_CHECKING:
     from embtables.lookup.engine import Touched

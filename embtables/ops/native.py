@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from embtables.allocator import keep_freed_memory
+from embtables._util.allocator import keep_freed_memory
 from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
 from embtables.ops.reference import split_step
 from embtables.optimizers import rule_of

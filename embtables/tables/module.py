@@ -13,20 +13,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from embtables._util.files import replacing
 from embtables.config import TableConfig
-from embtables.files import replacing
 from embtables.hashing import seed_for
-from embtables.layout import FULL
 from embtables.lookup.engine import Lookup
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.inputs import CONFIG, Input, PoolingLike, check_input, check_pooling
 from embtables.lookup.recipe_block import RecipeBlock
+from embtables.lookup.regularization import Regularizer
 from embtables.lookup.step import Step, ViewSteps
-from embtables.memory import Memory, storage_bytes
+from embtables.lookup.store import Store
 from embtables.methods.base import Initializer
-from embtables.plan import Plan, checked_counts
-from embtables.regularization import Regularizer
-from embtables.store import Store
+from embtables.plan.layout import FULL
+from embtables.plan.memory import Memory, storage_bytes
+from embtables.plan.solver import Plan, checked_counts
 from embtables.tables.build import build_blocks, build_stages
 
 _CHUNK = 65536

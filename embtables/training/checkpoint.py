@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embtables.files import replacing
+from embtables._util.files import replacing
 
 __all__ = ["load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
 

@@ -37,7 +37,7 @@ class Compilation:
     Its ``forward`` stays what it was, and so do the names in its state dict. Other batches, such as the last one of an
     epoch, run uncompiled, and so do evaluations (under :func:`uncompiled`): no size compiles anything anew, and what is
     evaluated is what is served. Lookups are no part of the graphs
-    (see :func:`embtables.training.interception.intercept`).
+    (see :func:`embtables.training.lookup_hooks.intercept`).
 
     Args:
         varying: batches differ in more than their rows, as those with histories do: one graph takes all sizes.

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from embtables._util.files import replacing, write_json
 from embtables.datasets import Batch, PreparedDataset
-from embtables.files import replacing, write_json
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from embtables.training.compilation import Compilation, uncompiled
@@ -32,12 +32,12 @@ from embtables.training.evaluation import (
     share_of_colliding_ids,
     to_device,
 )
-from embtables.training.finite import Watch
+from embtables.training.export import Served, copy_served, dense_state, load_served, save_served
+from embtables.training.learning_curve import Row, draw_curve, overfitting, value_of, write_curve
 from embtables.training.logs import Events, ProgressBar
+from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
 from embtables.training.planning import labels, method_label, steps_per_epoch
-from embtables.training.served import Served, copy_served, dense_state, load_served, save_served
-from embtables.training.validation import Row, draw_curve, overfitting, value_of, write_curve
 
 __all__ = ["CHECKPOINT", "Run"]
 

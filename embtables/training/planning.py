@@ -8,7 +8,7 @@ from typing import Any
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
 from embtables.optimizers import FusedOptimizer, optimizer_from_config
-from embtables.plan import Plan, plan
+from embtables.plan.solver import Plan, plan
 from embtables.training.config import RunConfig, TablesConfig
 
 # CTR models over-fit within a few epochs and early stop ends them there (Zhang et al., "Towards Understanding the

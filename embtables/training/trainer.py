@@ -24,13 +24,13 @@ import numpy as np
 import torch
 import yaml
 
-from embtables.allocator import keep_freed_memory
-from embtables.budget import InfeasibleBudget
+from embtables._util.allocator import keep_freed_memory
+from embtables._util.files import sha256, write_json, write_text
+from embtables._util.lock import locked
 from embtables.datasets import PreparedDataset
-from embtables.files import sha256, write_json, write_text
-from embtables.lock import locked
 from embtables.models import build_model
-from embtables.plan import Plan
+from embtables.plan.budget import InfeasibleBudget
+from embtables.plan.solver import Plan
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import check_identity
 from embtables.training.compilation import check_compiler

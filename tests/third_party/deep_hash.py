@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.hashing import mix, seed_for, to_range
-from embtables.layout import Entry, Extra, Form, Group, Layout
 from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Store
+from embtables.plan.layout import Entry, Extra, Form, Group, Layout
 
 
 class DeepHash(Method):

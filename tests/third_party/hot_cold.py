@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.hashing import hash_ids, mix, seed_for
-from embtables.layout import Code, Entry, Form, Group, Layout
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.engine import Touched
+from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, Stage, TableEntry
 from embtables.optimizers import FusedOptimizer
-from embtables.store import Store
+from embtables.plan.layout import Code, Entry, Form, Group, Layout
 
 
 class HotCold(Method):

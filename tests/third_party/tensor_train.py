@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables import TableConfig
-from embtables.layout import FULL, Entry, Form, Group, Layout
 from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
-from embtables.store import Store
+from embtables.plan.layout import FULL, Entry, Form, Group, Layout
 
 
 class TensorTrain(Method):

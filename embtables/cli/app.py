@@ -1,0 +1,180 @@
+"""The ``embtables`` command.
+
+Only the sub-command that was asked for is imported: ``embtables --help`` is quick, and a broken optional
+dependency of one sub-command breaks that one alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import typer
+
+from embtables import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: what the overview says of it, and where its function (or typer app) is defined."""
+
+    name: str
+    help: str
+    module: str
+    attribute: str
+    is_group: bool = False
+
+    def load(self) -> object:
+        return getattr(importlib.import_module(self.module), self.attribute)
+
+
+COMMANDS = (
+    Command(
+        "prepare",
+        "Turn raw files into prepared data: Parquet shards and a manifest.",
+        "embtables.cli.prepare",
+        "app",
+        is_group=True,
+    ),
+    Command("plan", "Show the tables a method makes of a byte budget.", "embtables.cli.sweep", "plan"),
+    Command("train", "Train one model with one method at one budget.", "embtables.cli.train", "train"),
+    Command("sweep", "Train method × budget × seed; resumes.", "embtables.cli.sweep", "sweep"),
+    Command("report", "Table and figure of a sweep.", "embtables.cli.sweep", "report"),
+    Command("export", "Write the served tables and the model of a run.", "embtables.cli.train", "export"),
+)
+
+EPILOG = """Examples:
+
+  embtables prepare synthetic - data/demo
+
+  embtables plan data/demo --method hash --budget 10%
+
+  embtables sweep data/demo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/demo
+
+  embtables report runs/demo
+
+EMBTABLES_TRACEBACK=1 shows where an error was raised."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"embtables {__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    show_version: bool = typer.Option(
+        False, "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    """Compressed embedding tables: a byte budget in, CTR models and their accuracy-memory curve out."""
+
+
+def _not_loaded() -> None:
+    """Stands for a sub-command that this call does not use."""
+
+
+def build(wanted: str | None) -> typer.Typer:
+    """The app, with the sub-command `wanted` imported and the others present by name and help only."""
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        epilog=EPILOG,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for command in COMMANDS:
+        if command.name != wanted:
+            app.command(command.name, help=command.help)(_not_loaded)
+        elif command.is_group:
+            app.add_typer(command.load(), name=command.name, help=command.help)  # type: ignore[arg-type]
+        else:
+            function: Callable[..., object] = command.load()  # type: ignore[assignment]
+            app.command(command.name)(function)
+    return app
+
+
+def main() -> NoReturn:
+    """The console script: runs ``sys.argv`` and ends the process with its exit code."""
+    code = run(sys.argv[1:])
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass
+    # Not sys.exit: pyarrow's threads, where they have only just started, abort the process in the destructors of C++
+    # ("terminate called without an active exception"), and its exit code is lost.
+    os._exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code.
+
+    Wrong input (`ValueError`, `OSError`, a missing dependency, a NaN) is one sentence on stderr and code 2;
+    an interrupt is code 130.
+    """
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        command = typer.main.get_command(build(wanted))
+        # With standalone_mode=False an interrupt comes back as the number 130, an Exit as its code.
+        code = command.main(args=list(arguments), prog_name="embtables", standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: nobody is left to tell.
+        return 1
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("EMBTABLES_TRACEBACK"):
+            raise
+        return fail(sentence(error))
+    except MemoryError as error:
+        return fail(f"not enough memory: {' '.join(str(error).split())}")
+    except Exception as error:
+        # Usage errors: typer's own class moved between its releases; all of them can show themselves.
+        show, usage_code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or usage_code is None:
+            raise
+        show()
+        return int(usage_code)
+    if code == 130:
+        fail("Interrupted. What is finished is kept: start the same command again to resume.")
+    return code
+
+
+def fail(message: str) -> int:
+    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+    return 2
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong in one line."""
+    problems = getattr(error, "errors", None)
+    if callable(problems):  # pydantic.ValidationError, without importing pydantic
+        return "; ".join(_field_problem(problem) for problem in problems())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}"  # of two, the second is the one to write
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ImportError):
+        return f"a part that this command needs cannot be imported: {text}"
+    return text
+
+
+def _field_problem(problem: dict[str, object]) -> str:
+    location = problem.get("loc")
+    field = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
+    kind, message = problem.get("type"), str(problem.get("msg"))
+    if kind == "extra_forbidden":
+        return f"unknown field {field!r}"
+    if kind == "missing":
+        return f"field {field!r} is missing"
+    message = message.removeprefix("Value error, ")
+    got = problem.get("input")
+    value = "" if isinstance(got, dict) else f", got {got!r}"
+    return f"{field}: {message}{value}" if field else message

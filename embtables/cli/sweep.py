@@ -1,0 +1,192 @@
+"""The sub-commands ``plan``, ``sweep`` and ``report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from embtables.training.config import RunConfig
+
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.", show_default=False)]
+
+
+def plan(
+    data: Data,
+    method: Annotated[str, typer.Option(help="A kind, such as hash, or {kind: compositional, operation: add}.")],
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864. Not needed for full.")
+    ] = None,
+    embedding_dim: Annotated[int, typer.Option(min=1, help="Length of every vector.")] = 16,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="For the training bytes: sgd, rowwise_adagrad, adagrad, adam, one of another package, or none for any "
+            "of torch.optim; without it what `embtables train` takes."
+        ),
+    ] = None,
+    leave_out: Annotated[
+        str | None, typer.Option(help="Features to leave out, separated by commas; they have no table.")
+    ] = None,
+    training_budget: Annotated[str | None, typer.Option(help="Bound on the training bytes as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show the tables a method makes of a byte budget, to the byte, without training anything.
+
+    Example:
+
+      embtables plan data/globo --method compositional --budget 10%
+    """
+    from embtables.cli.train import names_of
+    from embtables.datasets import PreparedDataset
+    from embtables.training.config import load_config, parse_value
+    from embtables.training.planning import plan_tables, selected
+
+    flags = {
+        "tables.method": parse_value(method, "method"),
+        "tables.budget": parse_value(budget, "budget") if budget is not None else None,
+        "tables.embedding_dim": embedding_dim,
+        "tables.training_budget": (
+            parse_value(training_budget, "training budget") if training_budget is not None else None
+        ),
+        "data.leave_out": names_of(leave_out),
+        **(
+            {"tables.fused": False}
+            if optimizer == "none"
+            else {"tables.optimizer": None if optimizer is None else parse_value(optimizer, "optimizer")}
+        ),
+    }
+    config = load_config(flags=flags)
+    solved = plan_tables(config, selected(config, PreparedDataset(data)))
+    typer.echo(json.dumps(solved.to_dict(), indent=1) if as_json else str(solved))
+
+
+def sweep(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The sweep's folder. An unfinished sweep in it is gone on with.")],
+    methods: Annotated[
+        str, typer.Option(help="Kinds separated by commas; with options as {kind: compositional, operation: add}.")
+    ] = "full",
+    budgets: Annotated[
+        str | None, typer.Option(help="Separated by commas, such as 50%,10%,1% or 64MB,8MB. Not needed for full.")
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME: {FIELD: VALUE}",
+            help="A training configuration to compare with others: what differs from --set; repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Named defaults, such as bars; see `embtables train`.")] = None,
+    leave_out: Annotated[str | None, typer.Option(help="Features and histories to leave out, by commas.")] = None,
+    max_history: Annotated[int | None, typer.Option(help="Latest items kept of each history.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Such as dlrm, din or package.module:Class; without it that of --config, or dlrm."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds: 0, 1, …; each sets initialization, hashing and order.")
+    ] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores.")] = 1,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML for every cell: data, model, tables, dense, training.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
+    ] = None,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Grid for the tables, such as 0.02,0.05,0.1; chosen on validation by method and budget."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Add full, drop_feature and frequency_cutoff where they are missing.")
+    ] = True,
+) -> None:
+    """Train every variant, with every method at every budget, with every seed; stopped and started again, it goes on.
+
+    Without --variant there is one training configuration for all. Infeasible cells are listed with their floors and
+    not trained; full ignores the budgets. The result is OUT/results.csv; `embtables report OUT` makes a table and a
+    figure of it, at any time.
+
+    Examples:
+
+      embtables sweep data/globo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/globo
+
+      embtables sweep data/globo --methods robe --budgets 64MB --learning-rates 0.02,0.05,0.1 --out runs/robe
+
+      embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}'
+      --variant 'DIN: {model.name: din}' --out runs/din
+    """
+    from embtables.cli.train import names_of
+    from embtables.sweeps.cells import parse_budgets, parse_methods, parse_variants, with_baselines
+    from embtables.sweeps.sweep import describe, run_sweep
+    from embtables.training.config import load_config
+
+    chosen = parse_methods(methods)
+    flags = {"model.name": model, "data.leave_out": names_of(leave_out), "data.max_history": max_history}
+
+    def train(fields: dict[str, Any]) -> RunConfig:
+        return load_config(config, preset=preset, flags=flags, overrides=overrides or [], fields=fields)
+
+    rows = run_sweep(
+        describe(
+            data,
+            with_baselines(chosen) if baselines and budgets else chosen,
+            parse_budgets(budgets) if budgets is not None else [],
+            seeds,
+            train({}),
+            _numbers(learning_rates),
+            {name: train(fields) for name, fields in parse_variants(variants or []).items()},
+        ),
+        out,
+        jobs=jobs,
+    )
+    count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "infeasible", "failed")}
+    typer.echo(", ".join(f"{number} {status}" for status, number in count.items()) + f": {out / 'results.csv'}")
+    typer.echo(f"Table and figure: embtables report {out}")
+    if count["failed"]:
+        failed = next(row for row in rows if row["status"] == "failed")
+        log = out / "cells" / f"{failed['cell']}.log"
+        typer.secho(
+            f"Error: {count['failed']} cells failed, first {failed['cell']}: {failed['message']} (log: {log}). "
+            "The same command tries them again.",
+            fg=typer.colors.RED,
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def _numbers(text: str | None) -> list[float]:
+    if text is None:
+        return []
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--learning-rates {text!r}: give numbers separated by commas, such as 0.01,0.03,0.1"
+        ) from None
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"--learning-rates {text!r}: every learning rate must be above 0")
+    return list(dict.fromkeys(rates))
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep, finished or not.", show_default=False)],
+    resamples: Annotated[int, typer.Option(min=20, help="Of the test rows, for the paired bootstrap.")] = 200,
+) -> None:
+    """Print the accuracy-memory table of a sweep; write report.md and accuracy_memory.png and .svg beside its results.
+
+    Example:
+
+      embtables report runs/globo
+    """
+    import sys
+
+    from embtables.sweeps.report import show, write_report
+
+    show(write_report(folder, resamples=resamples, progress=sys.stderr.isatty()))

@@ -1,0 +1,187 @@
+"""``embtables train`` and ``embtables export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embtables.datasets import PreparedDataset
+from embtables.training.config import load_config, parse_value
+from embtables.training.export import MODEL, TABLES, WEIGHTS, copy_served, load_served
+from embtables.training.presets import PRESETS
+from embtables.training.trainer import Trainer
+
+__all__ = ["LEAVE_OUT_HELP", "MAX_HISTORY_HELP", "PRESET_HELP", "export", "names_of", "train"]
+
+PRESET_HELP = "Named defaults: " + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()) + "."
+LEAVE_OUT_HELP = "Features and histories to leave out, separated by commas; with a feature go its histories."
+MAX_HISTORY_HELP = "Latest items kept of each history."
+
+
+def train(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. An interrupted run in it is resumed.")],
+    config: Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    leave_out: Annotated[str | None, typer.Option(help=LEAVE_OUT_HELP)] = None,
+    max_history: Annotated[int | None, typer.Option(help=MAX_HISTORY_HELP)] = None,
+    model: Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How the tables are stored: a kind such as hash, or '{kind: compositional, operation: add}'."
+        ),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864.")] = None,
+    embedding_dim: Annotated[int | None, typer.Option(help="Length of every vector.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the tables: sgd, rowwise_adagrad, adagrad, adam, one of another package, or with fields "
+            "'{kind: adam, beta2: 0.99}'."
+        ),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the tables.")] = None,
+    dense_optimizer: Annotated[str | None, typer.Option(help="Of everything else: adam, adagrad, sgd.")] = None,
+    dense_learning_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most; early stop may end sooner.")] = None,
+    evaluations_per_epoch: Annotated[
+        float | None, typer.Option(help="How often validation is looked at; 0.5: every other epoch.")
+    ] = None,
+    monitor: Annotated[
+        str | None, typer.Option(help="What chooses the best model: auc, gauc_weighted, gauc_mean, logloss.")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help="Evaluations without a better monitor before the stop.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation, hashing and the order of examples.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as dense.weight_decay=1e-6; repeatable."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train one model with one method at one budget.
+
+    Defaults are overridden by --preset, then by --config, by the flags and by --set. The best model on validation is
+    kept in its served form; metrics.json is written last. Started again after an interruption it goes on and ends with
+    the same result, and a finished run is not run again.
+
+    Fields that have no flag are set with --set: training.clip_norm bounds the global norm of the gradients of ordinary
+    parameters, to which fused tables do not belong; training.plateau_factor lowers both learning rates;
+    training.autocast=bf16 trains the dense part in bfloat16, and training.compile=true compiles it;
+    tables.regularization is the L2 of the ids in a batch.
+
+    Examples:
+
+      embtables train data/demo --method hash --budget 10% --out runs/hash
+
+      embtables train data/demo --config run.yaml --set model.hyperparameters.top_units=[256,128] --out runs/wide
+
+      embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
+
+      embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
+    """
+    flags: dict[str, Any] = {
+        "data.leave_out": names_of(leave_out),
+        "data.max_history": max_history,
+        "model.name": model,
+        "tables.method": method if method is None else parse_value(method, "tables.method"),
+        "tables.budget": budget if budget is None else parse_value(budget, "tables.budget"),
+        "tables.embedding_dim": embedding_dim,
+        "tables.optimizer": optimizer if optimizer is None else parse_value(optimizer, "tables.optimizer"),
+        "tables.learning_rate": learning_rate,
+        "dense.optimizer": dense_optimizer,
+        "dense.learning_rate": dense_learning_rate,
+        "training.batch_size": batch_size,
+        "training.epochs": epochs,
+        "training.evaluations_per_epoch": evaluations_per_epoch,
+        "training.monitor": monitor,
+        "training.patience": patience,
+        "training.seed": seed,
+        "training.threads": threads,
+        "training.device": device,
+    }
+    resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
+    result = Trainer(resolved, PreparedDataset(data), out, show_progress=not quiet).run()
+    if result["status"] != "ok":
+        raise ValueError(str(result["message"]))
+    ratio = f" ({result['ratio']:.2%} of full)" if result["ratio"] is not None else ""
+    typer.echo(
+        f"test AUC {_number(result['test_auc'])}  log loss {_number(result['test_logloss'])}  "
+        f"validation AUC {result['valid_auc']:.4f} (epoch {result['best_epoch']})\n"
+        f"tables {result['inference_bytes']:,} bytes{ratio}  {_speed(result)}\n"
+        f"{out}"
+    )
+    if result.get("overfitting"):
+        typer.echo(f"Note: {result['overfitting']}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished `embtables train`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another export at OUT.")] = False,
+) -> None:
+    """Write the served tables and the model of a run.
+
+    OUT holds tables.safetensors, model.safetensors and model.json; embtables.training.load_served(OUT) reads them.
+
+    Example:
+
+      embtables export runs/hash models/hash
+    """
+    status = _status(run)
+    if status != "ok":
+        raise ValueError(f"{run} has no model to export: its status is {status!r}")
+    source = run / "served"
+    load_served(source)
+    if out.exists():
+        if out.is_dir() and all(_same(source / name, out / name) for name in (TABLES, WEIGHTS, MODEL)):
+            typer.echo(f"{out} holds this export already")
+            return
+        if not overwrite:
+            raise ValueError(f"{out} exists and is not an export of {run}: give another OUT, or --overwrite")
+        if not out.is_dir() or {entry.name for entry in out.iterdir()} - {TABLES, WEIGHTS, MODEL}:
+            raise ValueError(f"{out} holds more than an export, so it is not overwritten: give another OUT")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    copy_served(source, out)
+    size = sum((out / name).stat().st_size for name in (TABLES, WEIGHTS, MODEL))
+    typer.echo(f"{out}: {size:,} bytes in {TABLES}, {WEIGHTS} and {MODEL}")
+
+
+def names_of(text: str | None) -> list[str] | None:
+    """``"user,history"`` as its names."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"--leave-out {text!r} has an empty name: give for example --leave-out user,history")
+    return names
+
+
+def _status(run: Path) -> str:
+    path = run / "metrics.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a finished run: it has no metrics.json")
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["status"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged") from None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _speed(result: dict[str, Any]) -> str:
+    speed, seconds = result["examples_per_second"], result.get("compile_seconds")
+    compiled = "" if seconds is None else f", not counting {seconds:.0f} s of the step that compiled"
+    return f"{'–' if speed is None else f'{speed:,.0f}'} examples/s{compiled}"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"

@@ -1,1 +1,0 @@
-"""What ``compress_`` is made of: finding tables, parting the plan, and moving whatever holds the old ones."""

@@ -1,0 +1,118 @@
+"""What ``compress_`` did, as data and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from embtables.plan.memory import format_bytes
+from embtables.plan.solver import Plan
+
+
+@dataclass(frozen=True)
+class SwappedTable:
+    """A table: its qualified name, further names of the modules that share it, the shape, how it is stored, bytes.
+
+    ``bytes_after`` are those of its own storage; what tables share is in ``Compression.shared_bytes``. ``kept`` says
+    whether it goes on with the trained weights, or starts anew.
+    """
+
+    name: str
+    other_names: tuple[str, ...]
+    num_embeddings: int
+    embedding_dim: int
+    method: str
+    stored_as: str
+    bytes_before: int
+    bytes_after: int
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What ``compress_`` swapped, left alone and moved; printable.
+
+    Attributes:
+        plan: of all tables swapped, under their qualified names.
+        tables: what was swapped.
+        shared_bytes: of storage that several tables share, by group.
+        left_alone: the reason for each table that was not swapped, by qualified name.
+        left_alone_bytes: of their weights, those of tied ones once.
+        moved: what was done about optimisers and other holders of the old tables, a sentence each.
+        not_freed: names of old tables that are still in memory, since a variable outside the model, or a view, holds
+            them.
+        copies: tables whose old weights were equal to another's, as a deep copy's are, with the other's name. The rows
+            of the new ones stand for other ids, so nothing may be copied or averaged between the two.
+    """
+
+    plan: Plan
+    tables: Sequence[SwappedTable]
+    shared_bytes: Mapping[str, int]
+    left_alone: Mapping[str, str]
+    left_alone_bytes: int
+    moved: Sequence[str]
+    not_freed: Sequence[str]
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> list[str]:
+        """Tables that go on with their trained weights."""
+        return [table.name for table in self.tables if table.kept]
+
+    @property
+    def anew(self) -> list[str]:
+        """Tables that start anew, since their method has no place for trained weights."""
+        return [table.name for table in self.tables if not table.kept]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(table.bytes_before for table in self.tables)
+
+    @property
+    def bytes_after(self) -> int:
+        """Inference bytes, as planned."""
+        return self.plan.inference_bytes
+
+    def __str__(self) -> str:
+        header = ("table", "shape", "method", "stored as", "before", "after", "weights")
+        rows = [
+            (
+                table.name + "".join(f" = {name}" for name in table.other_names),
+                f"{table.num_embeddings:,} × {table.embedding_dim}",
+                table.method,
+                table.stored_as,
+                format_bytes(table.bytes_before),
+                format_bytes(table.bytes_after) if table.bytes_after or not self.shared_bytes else "shared",
+                "kept" if table.kept else "new",
+            )
+            for table in self.tables
+        ]
+        rows += [(f"(shared by {g})", "", "", "", "", format_bytes(n), "") for g, n in self.shared_bytes.items()]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        numeric = {1, 4, 5}
+        lines = [
+            "  ".join(c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in [header, *rows]
+        ]
+        share = f"{self.bytes_after / self.bytes_before:.2%}" if self.bytes_before else "0%"
+        budget = "" if self.plan.budget_bytes is None else f" (budget {self.plan.budget_bytes:,} B)"
+        lines.append(
+            f"{len(self.tables)} tables: {self.bytes_before:,} B before, {self.bytes_after:,} B served after{budget}, "
+            f"{share}"
+        )
+        if self.anew:
+            few = ", ".join(self.anew[:3]) + (f" and {len(self.anew) - 3} more" if len(self.anew) > 3 else "")
+            lines.append(f"starting anew, so train them: {few}")
+        if self.copies:
+            pairs = ", ".join(f"{copy} of {first}" for copy, first in self.copies.items())
+            lines.append(f"copies until now, whose rows no longer fit each other, so copy after compress_: {pairs}")
+        if self.left_alone:
+            lines.append(f"left alone, {format_bytes(self.left_alone_bytes)}:")
+            lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
+        if self.moved:
+            lines += ["moved:", *(f"  {text}" for text in self.moved)]
+        if self.not_freed:
+            lines.append("still in memory, since something holds them or a view of them: " + ", ".join(self.not_freed))
+        else:
+            lines.append("the old tables are freed")
+        return "\n".join(lines)

@@ -1,0 +1,389 @@
+"""Compressed tables inside a model that exists: ``compress_``."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from math import sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
+
+from embtables.faces.compress.discovery import Finding, Unit, find, is_bag_collection, refuse_wrappers
+from embtables.faces.compress.optimizers import Swap, check, containers, move
+from embtables.faces.compress.partition import cut, part
+from embtables.faces.compress.references import Holders, refuse_other_holders
+from embtables.faces.compress.report import Compression, SwappedTable
+from embtables.faces.embedding import Embedding, EmbeddingBag
+from embtables.hashing import seed_for
+from embtables.optimizers import FusedOptimizer
+from embtables.plan.budget import Budget
+from embtables.plan.layout import FULL
+from embtables.plan.solver import MethodLike, Plan, by_pattern, method_of, plan_apart
+from embtables.tables import EmbeddingTables
+
+# Of tables whose weights are all zero; the initial vectors have to differ from each other.
+_LEAST_STD = 1e-6
+
+
+def compress_(
+    model: nn.Module,
+    method: MethodLike | Mapping[str, MethodLike],
+    budget: Budget | None = None,
+    *,
+    optimizer: str | dict[str, Any] | FusedOptimizer | None = None,
+    rebind: Optimizer | Sequence[Optimizer] = (),
+    frequencies: Mapping[str, Any] | None = None,
+    sparse: bool | None = None,
+    std: float | None = None,
+    seed: int = 0,
+    hash_seed: int = 0,
+) -> Compression:
+    """Swaps the embedding tables inside any model for compressed ones, in place, under one joint budget.
+
+    It finds ``nn.Embedding``, ``nn.EmbeddingBag`` and torchrec's ``EmbeddingBagCollection`` and
+    ``EmbeddingCollection``. A table's name is the qualified name of its module (in a collection: followed by the
+    table's own). Modules of torch.nn that share a weight, and modules at several places, become one table; a collection
+    shares no storage with other modules. What cannot be honoured is left alone, and the report says why.
+
+    Tables kept in full, and ``pruned`` ones, go on with the weights they have; others start anew, with the standard
+    deviation of the weights that they replace. ``padding_idx`` and ``sparse`` carry over.
+
+    Args:
+        model: any module that contains tables.
+        method: as in ``embtables.plan``: a method, or a mapping from patterns of table names to methods; with a
+            mapping, tables that no pattern matches are left alone.
+        budget: inference bytes of all tables that are swapped, together, as in ``embtables.plan``.
+        optimizer: a fused optimizer for the tables, updated inside backward; they then leave the model's optimizers.
+            ``None``: ordinary parameters, which take the place of the old ones in the model's optimizers.
+        rebind: optimizers built before that are no attributes of the model. Those that are, or are reached from one,
+            are found. Options of their groups and learning-rate schedulers stay.
+        frequencies: ``{table name: counts}``, as in ``embtables.plan``.
+        sparse: whether gradients are sparse; by default as the replaced module's were.
+        std: standard deviation of the initial vectors, instead of that of the weights replaced; needed on the meta
+            device, where there are none.
+        seed: of the initial weights.
+        hash_seed: of all hashes.
+
+    Returns:
+        What was swapped, left alone and moved; ``print`` it.
+
+    Raises:
+        ValueError: before anything is changed, for whatever could go wrong later in silence: an optimizer or another
+            holder of the old tables that cannot be told of the new ones, a wrapped or compiled model, no table at all.
+        InfeasibleBudget: before anything is changed, with the floor, where no tables of this method fit.
+
+    Example::
+
+        report = compress_(model, {"*item*": "hash", "*": "full"}, budget="20%")
+        print(report)
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
+    refuse_wrappers(model)
+    given = _optimizers(rebind, model)
+    patterns = by_pattern(method)
+    finding = find(model, list(patterns))
+    _check_patterns(finding, patterns)
+    units = finding.units
+    solved = plan_apart(_apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed)
+    _check_devices(units, std)
+    built = _build(units, solved, sparse, std, seed)
+    copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= built.kept}
+    moved, old = _swap(model, units, built, given)
+    shown = _tables(units, solved, built)
+    left_bytes = _bytes_left(model, finding)
+    left_alone = finding.left_alone
+    del finding, units, built
+    gc.collect()
+    not_freed = sorted({name for name, weight, storage in old if weight() is not None or not storage.expired()})
+    if not_freed:
+        warnings.warn(
+            f"{len(not_freed)} of the old tables are still in memory, since something still holds them or a view "
+            f"of them ('{not_freed[0]}'); training will not change them any more",
+            stacklevel=2,
+        )
+    shared = {line["shared_by"]: line["inference_bytes"] for line in solved.lines() if line["shared_by"] is not None}
+    return Compression(solved, shown, shared, left_alone, left_bytes, moved, not_freed, copies)
+
+
+def _optimizers(rebind: Optimizer | Sequence[Optimizer], model: nn.Module) -> list[Optimizer]:
+    given: list[Any] = list(rebind) if isinstance(rebind, (list, tuple)) else [rebind]
+    own = {id(p) for p in model.parameters()}
+    for i, optimizer in enumerate(given):
+        kind = type(optimizer).__name__
+        if not isinstance(optimizer, Optimizer):
+            cure = (
+                "give its .optimizer"
+                if isinstance(getattr(optimizer, "optimizer", None), Optimizer)
+                else "leave it out"
+            )
+            raise ValueError(f"rebind must hold torch.optim optimizers, not a {kind}: {cure}")
+        if not any(id(p) in own for group in getattr(optimizer, "param_groups", ()) for p in group["params"]):
+            raise ValueError(
+                f"rebind[{i}] ({kind}) holds no parameter of this model: give the optimizer made of its parameters()"
+            )
+    return given
+
+
+def _check_patterns(finding: Finding, patterns: Mapping[str, MethodLike]) -> None:
+    """Raises ``ValueError`` where there is nothing to do, or a pattern matches only what is left alone."""
+    left = [f"'{name}': {reason}" for name, reason in finding.left_alone.items()]
+    if not finding.units:
+        raise ValueError(
+            "there is no table to compress in this model"
+            + (f"; left alone would be {'; '.join(left[:5])}" if left else "")
+            + ("; …" if len(left) > 5 else "")
+        )
+    names = [config.name for unit in finding.units for config in unit.configs]
+    for pattern in patterns:
+        alone = [name for name in finding.left_alone if method_of(name, [pattern])]
+        if alone and not any(method_of(name, [pattern]) for name in names):
+            raise ValueError(
+                f"the pattern '{pattern}' matches only what has to be left alone: '{alone[0]}', of which: "
+                f"{finding.left_alone[alone[0]]}"
+            )
+
+
+def _apart(units: Sequence[Unit]) -> list[list[Any]]:
+    """The tables that may share storage: those of each collection, and those of all other modules."""
+    plain = [config for unit in units if unit.collection is None for config in unit.configs]
+    return [tables for tables in (plain, *(u.configs for u in units if u.collection is not None)) if tables]
+
+
+def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
+    """Names of tables with equal weights, as a deep copy has: the later one's, and the first one's."""
+    alike: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, weight in ((c.name, w.detach()) for u in units for c, w in zip(u.configs, u.weights)):
+        if weight.is_meta or bool((weight == weight[-1, -1]).all()):  # constants are equal without being copies
+            continue
+        others = alike.setdefault((weight.shape, weight.device, *weight[-1].tolist()), [])
+        first = next((n for n, w in others if torch.equal(w, weight)), None)
+        if first is None:
+            others.append((name, weight))
+        else:
+            yield name, first
+
+
+# ---- the new tables --------------------------------------------------------------------------------------------------
+
+
+class _Built(NamedTuple):
+    """New modules for old ones, by the old one's id; what optimisers exchange; names of the tables that were kept."""
+
+    modules: dict[int, nn.Module]
+    swaps: list[Swap]
+    kept: set[str]
+
+
+def _check_devices(units: Sequence[Unit], std: float | None) -> None:
+    meta = [c.name for u in units for c, w in zip(u.configs, u.weights) if w.is_meta]
+    if meta and std is None:
+        raise ValueError(
+            f"'{meta[0]}' is on the meta device, so its weight says nothing of the scale of initial vectors: give std=,"
+            " and after to_empty() call reset_parameters() of the new modules"
+        )
+
+
+def _build(units: Sequence[Unit], solved: Plan, sparse: bool | None, std: float | None, seed: int) -> _Built:
+    built = _Built({}, [], set())
+    by_name = {unit.configs[0].name: unit for unit in units if unit.collection is None}
+    for names in cut(solved):
+        members = [by_name[name] for name in names if name in by_name]
+        if members:
+            tables = _new_tables(part(solved, names), names, members, sparse, std, seed, built)
+            for name, unit in zip(names, members):
+                for site in unit.sites:
+                    built.modules[id(site.module)] = _view(tables, name, site.module)
+    for unit in units:
+        if unit.collection is not None:
+            names = [config.name for config in unit.configs]
+            own = part(
+                solved,
+                names,
+                prefix=f"{unit.collection}.",
+                hash_seed=seed_for(solved.hash_seed, "collection", unit.collection),
+            )
+            tables = _new_tables(own, names, [unit], sparse, std, seed, built)
+            built.modules[id(unit.sites[0].module)] = _collection_view(tables, unit.sites[0].module)
+    return built
+
+
+def _new_tables(
+    plan: Plan,
+    names: Sequence[str],
+    units: Sequence[Unit],
+    sparse: bool | None,
+    std: float | None,
+    seed: int,
+    built: _Built,
+) -> EmbeddingTables:
+    """Tables for those of the units, whose names in the model are ``names``, with trained weights where they fit."""
+    weights = [weight for unit in units for weight in unit.weights]
+    paddings = [config.padding_idx for unit in units for config in unit.configs]
+    devices = {weight.device for weight in weights}
+    if len(devices) > 1:
+        raise ValueError(
+            f"'{names[0]}' and others would share storage, but are on different devices "
+            f"({', '.join(sorted(map(str, devices)))}): give those of each device a pattern of method of their own"
+        )
+    tables = EmbeddingTables(
+        plan,
+        seed=seed,
+        device=weights[0].device,
+        std=_spread(weights, paddings) if std is None else std,
+        sparse=_is_sparse(units, names) if sparse is None and plan.optimizer is None else bool(sparse),
+    )
+    in_model = dict(zip((table.name for table in plan.tables), names))
+    if not weights[0].is_meta:
+        by_name = dict(zip((t.name for t in plan.tables), weights))
+        for g in plan.groups:
+            own = {table.name: by_name[table.name].detach() for table in g.group.tables}
+            with torch.no_grad():
+                kept = g.method.keep(g.layout, g.group, tables.store, own)
+            built.kept.update(in_model[name] for name in kept)
+    new = list(tables.parameters())
+    built.swaps.append(Swap(list(names), weights, new, _rows(tables, weights, new), _gradients(tables)))
+    return tables
+
+
+def _rows(tables: EmbeddingTables, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+    """Where each old table lies within the new parameters, if all are stored in full there: which one, first row."""
+    store = tables.store
+    full = all(e.variant == FULL for g in tables.plan.groups for e in g.layout.entries.values())
+    if not full or not new:
+        return []
+    number = {parameter.shape[1]: i for i, parameter in enumerate(new)}
+    return [(number[weight.shape[1]], store.start(table.name)) for table, weight in zip(tables.plan.tables, old)]
+
+
+def _gradients(tables: EmbeddingTables) -> set[str]:
+    """The kinds of gradient that the parameters get: those of projections are dense, whatever ``sparse`` says."""
+    names = [name.rpartition(".")[2] for name, _ in tables.named_parameters()]
+    return {"sparse" if tables.store.sparse and name.startswith("weight_") else "dense" for name in names}
+
+
+def _spread(weights: Sequence[nn.Parameter], paddings: Sequence[int | None]) -> float:
+    """Root mean square of all entries but those of padding vectors."""
+    total, count = 0.0, 0
+    for weight, padding in zip(weights, paddings):
+        dense = weight.detach()
+        total += float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2
+        count += dense.numel()
+        if padding is not None:
+            total -= float(torch.linalg.vector_norm(dense[padding], dtype=torch.float64)) ** 2
+            count -= dense.shape[1]
+    return max(_LEAST_STD, sqrt(max(0.0, total) / max(1, count)))
+
+
+def _is_sparse(units: Sequence[Unit], names: Sequence[str]) -> bool:
+    flags = {bool(getattr(site.module, "sparse", False)) for unit in units for site in unit.sites}
+    if len(flags) > 1:
+        raise ValueError(
+            f"'{names[0]}' and others would share storage, but some have sparse=True and some not: say sparse=True or "
+            "sparse=False, or give them patterns of method of their own"
+        )
+    return flags.pop()
+
+
+def _view(tables: EmbeddingTables, name: str, old: nn.Module) -> nn.Module:
+    view: Embedding | EmbeddingBag
+    stock: nn.Module
+    if isinstance(old, nn.EmbeddingBag):
+        view = EmbeddingBag.of(tables, name, "mean" if old.mode == "mean" else "sum", bool(old.include_last_offset))
+        stock = nn.EmbeddingBag(1, 1, device="meta")
+    else:
+        view = Embedding.of(tables, name)
+        stock = nn.Embedding(1, 1, device="meta")
+    for attribute, value in vars(old).items():
+        if attribute not in vars(view) and attribute not in vars(stock):
+            vars(view)[attribute] = value  # what a user noted on the module
+    return view.train(old.training)
+
+
+def _collection_view(tables: EmbeddingTables, old: nn.Module) -> nn.Module:
+    from embtables.torchrec import EmbeddingBagCollection, EmbeddingCollection
+
+    view: nn.Module
+    if is_bag_collection(old):
+        view = EmbeddingBagCollection.of(tables, old.is_weighted())  # type: ignore[operator]
+    else:
+        view = EmbeddingCollection.of(tables, old.need_indices())  # type: ignore[operator]
+    return view.train(old.training)
+
+
+# ---- the swap --------------------------------------------------------------------------------------------------------
+
+
+def _swap(
+    model: nn.Module, units: Sequence[Unit], built: _Built, given: Sequence[Optimizer]
+) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter], StorageWeakRef]]]:
+    """Checks everything, then changes everything; what was moved, and the old weights by name as weak references."""
+    new: dict[int, Sequence[Any]] = {key: [module] for key, module in built.modules.items()}
+    new |= {id(weight): swap.new for swap in built.swaps for weight in swap.old}
+    names = {id(w): n for swap in built.swaps for w, n in zip(swap.old, swap.names)}
+    names |= {id(m): s.names[0] for u in units for s in u.sites for m in s.module.modules()}
+    holders = Holders(model, new, names)
+    optimizers = dict(holders.optimizers)
+    for i, optimizer in enumerate(given):
+        optimizers.setdefault(id(optimizer), (f"rebind[{i}]", optimizer))
+    for path, optimizer in optimizers.values():
+        check(path, optimizer, built.swaps)
+    known = holders.known.union(*(containers(optimizer) for _, optimizer in optimizers.values()))
+    known |= {id(swap.old) for swap in built.swaps} | {id(unit.weights) for unit in units}
+    known |= {id(site) for unit in units for site in unit.sites}
+    known |= {
+        id(table) for u in units for s in u.sites for m in s.module.modules() for table in (m._parameters, m._modules)
+    }
+    refuse_other_holders([w for s in built.swaps for w in s.old], names, known)
+    refuse_other_holders([m for u in units for s in u.sites for m in s.module.modules()], names, known)
+
+    for unit in units:
+        for site in unit.sites:
+            for parent, attribute in site.places:
+                parent._modules[attribute] = built.modules[id(site.module)]
+    for edit in holders.edits:
+        edit()
+    moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
+    # The storage too, which views of a weight keep alive without it.
+    old = [
+        (name, weakref.ref(weight), StorageWeakRef(weight.untyped_storage()))
+        for swap in built.swaps
+        for weight, name in zip(swap.old, swap.names)
+    ]
+    return moved + holders.notes, old
+
+
+def _tables(units: Sequence[Unit], solved: Plan, built: _Built) -> list[SwappedTable]:
+    lines = {line["table"]: line for line in solved.lines()}
+    shown = []
+    for unit in units:
+        for config, weight in zip(unit.configs, unit.weights):
+            line = lines[config.name]
+            others = () if unit.collection else [n for s in unit.sites for n in s.names if n != config.name]
+            shown.append(
+                SwappedTable(
+                    config.name,
+                    tuple(others),
+                    weight.shape[0],
+                    weight.shape[1],
+                    line["method"],
+                    line["stored_as"],
+                    weight.numel() * weight.element_size(),
+                    line["inference_bytes"],
+                    config.name in built.kept,
+                )
+            )
+    return shown
+
+
+def _bytes_left(model: nn.Module, finding: Finding) -> int:
+    """Bytes of the weights of what was left alone, each counted once."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    weights = {id(p): p for name in finding.left_alone for p in modules[name].parameters()}
+    return sum(p.numel() * p.element_size() for p in weights.values())

@@ -1,0 +1,282 @@
+"""One table under the shapes of ``torch.nn``: ``Embedding`` and ``EmbeddingBag``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from embtables.config import OutOfRange, Pooling, TableConfig
+from embtables.lookup.inputs import Input
+from embtables.optimizers import FusedOptimizer
+from embtables.plan.budget import Budget
+from embtables.plan.formats import FP32, weight_name
+from embtables.plan.layout import FULL
+from embtables.plan.solver import MethodLike, plan
+from embtables.tables import EmbeddingTables
+
+
+class _OneTable(nn.Module):
+    """A table of an ``EmbeddingTables``, which other modules may share."""
+
+    tables: EmbeddingTables
+    weight: Tensor
+
+    def _hold(self, tables: EmbeddingTables, name: str) -> None:
+        configs = {table.name: table for table in tables.plan.tables}
+        if name not in configs:
+            raise ValueError(f"there is no table '{name}'; the tables: {', '.join(configs)}")
+        config = configs[name]
+        self.tables, self.name = tables, name
+        self.num_embeddings, self.embedding_dim = config.num_embeddings, config.embedding_dim
+        self.padding_idx = config.padding_idx
+        self.sparse = tables.store.sparse
+        self._clear_padding()
+
+    @classmethod
+    def of(cls, tables: EmbeddingTables, name: str) -> Self:
+        """A view of a table of existing tables, which stay shared: training one trains the other.
+
+        Raises:
+            ValueError: for a name that is not among the tables.
+        """
+        view = cls.__new__(cls)
+        nn.Module.__init__(view)
+        view._hold(tables, name)
+        return view
+
+    # ---- looking up ----------------------------------------------------------------------------------------------
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"the ids of table '{self.name}' must be an int32 or int64 tensor, not {kind}")
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                f"DataParallel copies table '{self.name}' to other devices without its addresses: "
+                "use DistributedDataParallel, or one device"
+            )
+
+    def _look_up(self, given: Input, mode: Pooling | None) -> Tensor:
+        """The output: pooled ``[B, D]``, or ``[N, D]`` of ids ``[N, 1]``."""
+        tables = self.tables
+        lookup, steps = tables.view(self.name)
+        trains = tables.trains(self.training)
+        with steps.step(tables.store, trains, tables.stages, shared=len(tables.plan.tables) > 1) as step:
+            output = lookup.side_by_side(given, [mode], step)
+        if trains and (step.updates or tables.stages):
+            steps.await_backward(output)
+        return output
+
+    def to_dense(self, rows: slice = slice(None)) -> Tensor:
+        """The equivalent full table ``[n, D]``, or some of its rows, without a gradient.
+
+        Raises:
+            ValueError: where ``num_embeddings`` is ``None``.
+        """
+        return self.tables.to_dense(self.name, rows)
+
+    # ---- the weight ----------------------------------------------------------------------------------------------
+
+    def _slab(self) -> str | None:
+        """The slab whose rows are this table's, where it is stored in full."""
+        for g in self.tables.plan.groups:
+            entry = g.layout.entries.get(self.name)
+            if entry is not None and entry.variant == FULL:
+                return self.name
+        return None
+
+    def _stored_weight(self) -> Tensor:
+        """The parameter or the part of it that training updates, where there is one."""
+        slab, store = self._slab(), self.tables.store
+        instead = "to_dense() gives the vectors of all ids"
+        if slab is None:
+            raise AttributeError(f"table '{self.name}' is not stored in full, so it has no weight; {instead}")
+        start, rows = store.start(slab), store.slab(slab).shape[0]
+        weight: Tensor = getattr(store, weight_name(FP32.name, self.embedding_dim))
+        if not isinstance(weight, nn.Parameter):
+            why = "its fused optimizer updates it inside backward" if store.optimizer else "it is served, not trained"
+            raise AttributeError(f"table '{self.name}' has no weight to train, since {why}; {instead}")
+        return weight if rows == weight.shape[0] else weight[start : start + rows]
+
+    def __getattr__(self, name: str) -> Any:
+        # No property: its AttributeError would be replaced by a plain one.
+        return self._stored_weight() if name == "weight" else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"table '{self.__dict__.get('name', '')}' is stored in .tables, so a new weight would not be used: "
+                "fill the present one in place (.weight.data.copy_), where there is one"
+            )
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Initialises the tables anew, all that share their storage, from their seed."""
+        self.tables.reset_parameters()
+        self._clear_padding()
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """Padding gives zeros whatever is stored; zeros are stored, so that ``weight`` says the same."""
+        slab, store = self._slab(), self.tables.store
+        if slab is not None and self.padding_idx is not None and store.device.type != "meta":
+            store.slab(slab)[self.padding_idx] = 0
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
+class Embedding(_OneTable):
+    """Takes the place of ``nn.Embedding``, with the table stored by any method.
+
+    ``weight`` is there only where the table is stored in full and trained by a ``torch.optim`` optimiser: it is then
+    the very parameter, or the part of a parameter that holds this table. Elsewhere reading it raises
+    ``AttributeError``, and ``to_dense`` gives the vectors. ``tables`` is the ``EmbeddingTables`` underneath;
+    ``Embedding.of(tables, name)`` is a view of a table that others share. Each view's own ``train()`` or ``eval()``
+    says whether its lookups are regularised and update the table.
+
+    With a fused optimiser every call is an update of its own: a table looked up twice in a step is updated twice, each
+    time by its own gradient, which for SGD is the same as once. Likewise ``tables.regularize`` acts once for each call.
+
+    Args:
+        num_embeddings: number of ids; ``None``: any 64-bit id, for methods that hash.
+        embedding_dim: D.
+        padding_idx: an id that yields zeros and receives no gradient; a negative one counts from the end.
+        method: as in ``embtables.plan``.
+        budget: inference bytes, as in ``embtables.plan``.
+        optimizer: a fused optimiser, updated inside backward, or ``None`` for ordinary parameters.
+        frequencies: how often each id occurs, ``[num_embeddings]``.
+        on_out_of_range: what an id outside the range does, as in ``TableConfig``.
+        sparse: with ``optimizer=None``, whether gradients are sparse (for SGD, Adagrad, SparseAdam).
+        std: standard deviation of the initial vectors; 1, as of ``nn.Embedding``, by default.
+        seed: of the initial weights.
+        hash_seed: of the hashes.
+        name: of the table, in messages and as a part of the hashes' seeds.
+        device: where to allocate.
+
+    Shapes: ids, int32 or int64, ``[...]`` → vectors ``[..., D]``.
+
+    Raises:
+        ValueError: for what ``TableConfig`` and ``embtables.plan`` refuse.
+        InfeasibleBudget: where the method cannot meet the budget.
+        TypeError: in ``forward``, for ids that are not int32 or int64.
+        IndexError: in ``forward``, for an id out of range, naming it.
+
+    Example::
+
+        item = Embedding(1_000_000, 16, padding_idx=0, method="hash", budget="10%")
+        item(torch.tensor([[1, 2, 0]]))    # [1, 3, 16]
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        method: MethodLike = "full",
+        budget: Budget | None = None,
+        optimizer: str | dict[str, Any] | FusedOptimizer | None = None,
+        frequencies: Any = None,
+        on_out_of_range: OutOfRange = "error",
+        sparse: bool = False,
+        std: float | None = None,
+        seed: int = 0,
+        hash_seed: int = 0,
+        name: str = "embedding",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(padding_idx, int) and isinstance(num_embeddings, int) and -num_embeddings <= padding_idx < 0:
+            padding_idx += num_embeddings
+        table = TableConfig(
+            name, num_embeddings, embedding_dim, padding_idx=padding_idx, on_out_of_range=on_out_of_range
+        )
+        counts = None if frequencies is None else {name: frequencies}
+        solved = plan([table], method, budget, counts, optimizer, hash_seed=hash_seed)
+        std = 1.0 if std is None else std
+        self._hold(EmbeddingTables(solved, seed=seed, device=device, std=std, sparse=sparse), name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Vectors ``[..., D]`` of ids ``[...]``."""
+        self._check_ids(input)
+        vectors = self._look_up(Input(input.reshape(-1, 1)), None)
+        return vectors.view(*input.shape, self.embedding_dim)
+
+
+class EmbeddingBag(_OneTable):
+    """Takes the place of ``nn.EmbeddingBag``: a view of one table, with the bags' vectors summed or averaged.
+
+    It is made by ``EmbeddingBag.of(tables, name)``. What ``Embedding`` says of
+    ``weight`` and of fused optimisers holds here too.
+
+    Shapes: ids ``[B, N]``, or flat ``[M]`` with ``offsets`` ``[B]`` (``[B + 1]`` where ``include_last_offset``) →
+    ``[B, D]``. ``per_sample_weights``, of the shape of the ids, for sums alone.
+    """
+
+    mode: Pooling
+    include_last_offset: bool
+
+    @classmethod
+    def of(
+        cls, tables: EmbeddingTables, name: str, mode: Pooling | None = None, include_last_offset: bool = False
+    ) -> Self:
+        """A view of a table of existing tables; ``mode`` is by default the table's own pooling."""
+        view = super().of(tables, name)
+        own: Pooling = next(table.pooling for table in tables.plan.tables if table.name == name)
+        view.mode = own if mode is None else mode
+        view.include_last_offset = include_last_offset
+        return view
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pooled vectors ``[B, D]``; an empty bag gives zeros.
+
+        Raises:
+            ValueError: for offsets or weights that do not fit.
+        """
+        bags = self._bags(input, offsets)
+        if per_sample_weights is not None:
+            if self.mode != "sum":
+                raise ValueError(f"per_sample_weights are for mode 'sum', but table '{self.name}' has '{self.mode}'")
+            if per_sample_weights.shape != input.shape:
+                raise ValueError(
+                    f"per_sample_weights have shape {tuple(per_sample_weights.shape)}, but ids {tuple(input.shape)}"
+                )
+            per_sample_weights = per_sample_weights.reshape(-1)
+        self._check_ids(input)
+        ids = input.reshape(-1)
+        if self.include_last_offset and offsets is not None and int(bags[-1]) != ids.numel():
+            # Ids behind the last bag belong to none.
+            end = int(_check_bags(bags, ids.numel())[-1])
+            ids, per_sample_weights = ids[:end], None if per_sample_weights is None else per_sample_weights[:end]
+        try:
+            return self._look_up(Input(ids, bags, per_sample_weights), self.mode)
+        except ValueError:
+            _check_bags(bags, ids.numel())  # says it of the offsets as they were given, without an end of their own
+            raise
+
+    def _bags(self, ids: Tensor, offsets: Tensor | None) -> Tensor:
+        """Offsets ``[B + 1]`` of the bags, the end of the last one included."""
+        if ids.ndim == 2:
+            if offsets is not None:
+                raise ValueError("ids [B, N] are bags of N each, so offsets must be None")
+            return torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1]
+        if ids.ndim != 1 or offsets is None or offsets.ndim != 1:
+            raise ValueError(f"ids must be [B, N], or flat with 1-D offsets; they have shape {tuple(ids.shape)}")
+        bags = offsets.long() if self.include_last_offset else F.pad(offsets.long(), (0, 1), value=ids.numel())
+        return bags if bags.numel() else _check_bags(bags, ids.numel())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+def _check_bags(bags: Tensor, num_ids: int) -> Tensor:
+    """The bags; raises ``ValueError`` for wrong ones, which unlike their shape is data."""
+    if not bags.numel() or bags[0] != 0 or bags[-1] > num_ids or bool((bags.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to at most the number of ids, {num_ids}")
+    return bags

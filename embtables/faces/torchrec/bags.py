@@ -1,0 +1,170 @@
+"""Pooled vectors: what takes the place of ``torchrec.EmbeddingBagCollection``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, List, Optional
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from embtables.config import Pooling, TableConfig
+from embtables.faces.torchrec.shared import ANY_ID, Collection, filled, shown_features, table_config
+from embtables.optimizers import FusedOptimizer
+from embtables.plan.budget import Budget
+from embtables.plan.solver import MethodLike, plan
+from embtables.tables import EmbeddingTables
+
+_POOLING: dict[PoolingType, Pooling] = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
+
+
+class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollectionInterface):
+    """Takes the place of ``torchrec.EmbeddingBagCollection``, with the tables stored by any method.
+
+    Models see *logical* tables: ``embedding_bag_configs()`` and the outputs are those of the stock collection, whatever
+    is stored. ``self.tables`` is the ``EmbeddingTables`` underneath.
+
+    Args:
+        tables: torchrec's configs; ``init_fn`` and ``weight_init_min/max`` are honored. fp32 only. Not modified.
+        is_weighted: whether the ids' weights in the input multiply their vectors.
+        device: where to allocate; on ``"meta"`` nothing is, until ``to_empty`` and ``reset_parameters``.
+        method: as in ``embtables.plan``: a method, its name, or a mapping from patterns of table names to these.
+        budget: inference bytes for all tables together, as in ``embtables.plan``.
+        optimizer: a fused optimizer, updated inside backward, or ``None`` for ordinary parameters.
+        frequencies: ``{table name: counts}``, as in ``embtables.plan``.
+        hash_seed: seed of all hashes.
+        seed: of the initial weights, where ``init_fn`` does not set them.
+
+    Shapes, with F features, batch size B and dimension D: the input is a ``KeyedJaggedTensor`` whose keys hold the
+    features in any order, among others; the output a ``KeyedTensor`` ``[B, ΣD]`` whose keys are the features in the
+    order of the tables, ``feature@table`` where two tables have a feature. An empty bag gives zeros.
+
+    With all tables stored in full the state dict has the stock collection's keys, ``embedding_bags.<table>.weight``.
+
+    Raises:
+        ValueError: for two tables of one name, a ``data_type`` other than fp32, ``PoolingType.NONE``, and whatever
+            ``embtables.plan`` refuses.
+        KeyError: in ``forward``, naming a feature that the input lacks.
+        IndexError: in ``forward``, for an id out of range, naming feature and id.
+
+    Example::
+
+        tables = [EmbeddingBagConfig(name="user", num_embeddings=1_000_000, embedding_dim=16, feature_names=["user"])]
+        ebc = EmbeddingBagCollection(tables, method="hash", budget="10%")
+        features = KeyedJaggedTensor.from_lengths_sync(["user"], torch.tensor([3, 7, 7]), torch.tensor([1, 0, 2]))
+        ebc(features).values()    # [3, 16]
+    """
+
+    stock_name = "embedding_bags"
+
+    def __init__(
+        self,
+        tables: List[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: Optional[torch.device] = None,
+        *,
+        method: MethodLike | Mapping[str, MethodLike] = "full",
+        budget: Budget | None = None,
+        optimizer: str | dict[str, Any] | FusedOptimizer | None = None,
+        frequencies: Mapping[str, Any] | None = None,
+        hash_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        solved = plan(
+            [table_config(config, _pooling(config)) for config in tables],
+            method,
+            budget,
+            frequencies=frequencies,
+            optimizer=optimizer,
+            hash_seed=hash_seed,
+        )
+        self.hold(EmbeddingTables(solved, seed=seed, device=device), filled(tables))
+        self._is_weighted = is_weighted
+
+    @classmethod
+    def of(
+        cls, tables: EmbeddingTables, is_weighted: bool = False, features: Sequence[str] | None = None
+    ) -> "EmbeddingBagCollection":
+        """A view of existing tables, which stay shared: training one trains the other.
+
+        Each view's own ``train()`` or ``eval()`` says whether its lookups are regularised and update the tables.
+
+        Args:
+            tables: what is looked up in.
+            is_weighted: whether the ids' weights in the input multiply their vectors.
+            features: which features of the tables it reads; all by default. See ``EmbeddingCollection`` for a target
+                and its history.
+        """
+        configs = [_bag_config(table, own) for table, own in shown_features(tables, features)]
+        collection = cls.__new__(cls)
+        nn.Module.__init__(collection)
+        collection.hold(tables, configs)
+        collection._is_weighted = is_weighted
+        return collection
+
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+    ) -> KeyedTensor:
+        """Pooled vectors of all features; see the class for keys and shapes."""
+        given = maybe_td_to_kjt(features, None)
+        inverse = given.inverse_indices_or_none()
+        features = self.own_features(given)
+        if self._is_weighted and features.weights_or_none() is None:
+            raise ValueError("this collection is weighted, but the input has no weights")
+        if inverse is None:
+            _check_batch_sizes(features)
+        offsets = self.offsets(features)
+        weights = features.weights() if self._is_weighted else None
+        if self.reads_all:
+            pooled = self.tables(features.values(), offsets, weights, training=self.training)
+        else:
+            found = self.tables.lookup(features.values(), offsets, weights, training=self.training)
+            pooled = torch.cat([found[name] for name in self.output_names], dim=1)
+        if inverse is not None:
+            pooled = self._expand(pooled, *inverse)
+        return KeyedTensor(self.output_names, self.output_dims, pooled)
+
+    def _expand(self, pooled: Tensor, keys: Sequence[str], inverse: Tensor) -> Tensor:
+        """The whole batch from each feature's distinct bags; ``inverse`` ``[F, B]`` says which is whose."""
+        row = {key: i for i, key in enumerate(keys)}
+        outputs = pooled.split(self.output_dims, dim=1)
+        return torch.cat([v.index_select(0, inverse[row[f]]) for v, f in zip(outputs, self.output_features)], dim=1)
+
+    def embedding_bag_configs(
+        self,
+    ) -> List[EmbeddingBagConfig]:
+        """The logical tables."""
+        return self.configs
+
+    def is_weighted(self) -> bool:
+        """Whether the ids' weights in the input are used."""
+        return self._is_weighted
+
+
+def _check_batch_sizes(features: KeyedJaggedTensor) -> None:
+    if features.variable_stride_per_key() and len(set(features.stride_per_key())) > 1:
+        raise ValueError(
+            f"the features have different batch sizes ({', '.join(map(str, features.stride_per_key()))}) and the input "
+            "has no inverse_indices that say how to expand them"
+        )
+
+
+def _pooling(config: EmbeddingBagConfig) -> Pooling:
+    if config.pooling not in _POOLING:
+        raise ValueError(f"table '{config.name}': pooling {config.pooling} yields no pooled vectors; use SUM or MEAN")
+    return _POOLING[config.pooling]
+
+
+def _bag_config(table: TableConfig, features: Sequence[str]) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=table.name,
+        num_embeddings=ANY_ID if table.num_embeddings is None else table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        feature_names=list(features),
+        pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+        init_fn=table.init_fn,
+    )

@@ -1,0 +1,178 @@
+"""What both collections share: their configs, the features that they read, and torchrec's state-dict keys."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embtables.config import Pooling, TableConfig
+from embtables.plan.formats import FP32, weight_name
+from embtables.plan.layout import FULL
+from embtables.tables import EmbeddingTables
+
+# What torchrec is told of a table that takes any 64-bit id.
+ANY_ID = 2**63 - 1
+
+ConfigT = TypeVar("ConfigT", bound=BaseEmbeddingConfig)
+
+
+class Collection(nn.Module, Generic[ConfigT]):
+    """Logical tables over one ``EmbeddingTables``, ``self.tables``, of which it may show some features only."""
+
+    # The stock collection's ModuleDict, with which the keys of its state dict begin.
+    stock_name: ClassVar[str]
+
+    def hold(self, tables: EmbeddingTables, configs: Sequence[ConfigT]) -> None:
+        """Becomes a view of ``tables`` that reads the features of ``configs``."""
+        self.tables = tables
+        self.configs = list(configs)
+        read = {feature for config in configs for feature in config.feature_names}
+        self.features = [feature for feature in tables.feature_names if feature in read]
+        self.reads_all = len(self.features) == len(tables.feature_names)
+        uses = [(t, feature) for t in tables.plan.tables for feature in t.feature_names]
+        shown = [i for i, (_, feature) in enumerate(uses) if feature in read]
+        self.output_names = [tables.output_names[i] for i in shown]
+        self.output_features = [uses[i][1] for i in shown]
+        self.output_dims = [tables.embedding_dims[i] for i in shown]
+        self.register_state_dict_post_hook(_write_stock_keys)
+        self.register_load_state_dict_pre_hook(_read_stock_keys)
+
+    def own_features(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features that are read here, in the order of the tables'."""
+        keys = features.keys()
+        if keys == self.features:
+            return features
+        position = {key: i for i, key in enumerate(keys)}
+        for feature in self.features:
+            if feature not in position:
+                raise KeyError(f"the input lacks the feature '{feature}'; it holds {', '.join(keys) or 'none'}")
+        return features.permute([position[feature] for feature in self.features])
+
+    def offsets(self, features: KeyedJaggedTensor) -> Tensor:
+        """Offsets ``[F·B + 1]`` for all features of the tables; those that are not read have empty bags.
+
+        So have the last examples of a feature with fewer bags than others.
+        """
+        if self.reads_all and not features.variable_stride_per_key():
+            return features.offsets()
+        lengths = self.lengths(features)
+        batch = max(n.numel() for n in lengths.values())
+        none = features.lengths().new_zeros(batch)
+        padded = [F.pad(n, (0, batch - n.numel())) for n in (lengths.get(f, none) for f in self.tables.feature_names)]
+        return F.pad(torch.cat(padded).cumsum(0), (1, 0))
+
+    def lengths(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """How many ids each bag of each feature holds."""
+        varying = features.variable_stride_per_key()
+        strides = features.stride_per_key() if varying else [features.stride()] * len(self.features)
+        return dict(zip(self.features, features.lengths().split(strides)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self.tables.store.device
+
+    def reset_parameters(self) -> None:
+        """Initializes all weights anew; on the meta device there is nothing to do yet."""
+        self.tables.reset_parameters()
+
+
+def filled(configs: Sequence[ConfigT]) -> list[ConfigT]:
+    """Copies of torchrec's configs whose ``feature_names`` are not empty."""
+    result = []
+    for config in configs:
+        config = copy.copy(config)
+        config.feature_names = list(config.feature_names) or [config.name]
+        result.append(config)
+    return result
+
+
+def table_config(config: BaseEmbeddingConfig, pooling: Pooling) -> TableConfig:
+    """Raises ``ValueError`` for a ``data_type`` other than fp32."""
+    if config.data_type != DataType.FP32:
+        raise ValueError(
+            f"table '{config.name}': data_type {config.data_type.name} is not supported, only FP32; "
+            "to save bytes choose a method and a budget"
+        )
+    return TableConfig(
+        config.name,
+        config.num_embeddings,
+        config.embedding_dim,
+        tuple(config.feature_names),
+        pooling=pooling,
+        init_fn=config.init_fn,
+    )
+
+
+def shown_features(tables: EmbeddingTables, features: Sequence[str] | None) -> list[tuple[TableConfig, list[str]]]:
+    """The tables that have any of ``features``, and which; all for ``None``."""
+    if features is None:
+        return [(table, list(table.feature_names)) for table in tables.plan.tables]
+    for feature in features:
+        if feature not in tables.feature_names:
+            raise ValueError(
+                f"the tables have no feature '{feature}'; their features: {', '.join(tables.feature_names)}"
+            )
+    pairs = [(table, [f for f in table.feature_names if f in features]) for table in tables.plan.tables]
+    return [(table, own) for table, own in pairs if own]
+
+
+# ---- the stock state-dict keys, for tables stored in full ------------------------------------------------------------
+
+
+def _all_full(tables: EmbeddingTables) -> bool:
+    return all(entry.variant == FULL for g in tables.plan.groups for entry in g.layout.entries.values())
+
+
+def _stored_weights(tables: EmbeddingTables) -> dict[str, list[str]]:
+    """The tables whose rows make up each of the store's weights, in their order."""
+    by_weight: dict[str, list[str]] = {}
+    for name, slab in tables.store.named_slabs():
+        by_weight.setdefault(f"tables.store.{weight_name(FP32.name, slab.shape[1])}", []).append(name)
+    return by_weight
+
+
+def _write_stock_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    assert isinstance(module, Collection)
+    if not _all_full(module.tables):
+        return
+    del state[f"{prefix}tables._extra_state"]
+    for key, names in _stored_weights(module.tables).items():
+        weights = state.pop(prefix + key).split([module.tables.store.slab(name).shape[0] for name in names])
+        state.update({f"{prefix}{module.stock_name}.{name}.weight": w for name, w in zip(names, weights)})
+
+
+def _read_stock_keys(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    assert isinstance(module, Collection)
+    if not _all_full(module.tables):
+        return
+    state[f"{prefix}tables._extra_state"] = module.tables.get_extra_state()
+    for key, names in _stored_weights(module.tables).items():
+        weights = []
+        for name in names:
+            stock_key = f"{prefix}{module.stock_name}.{name}.weight"
+            own = module.tables.store.slab(name)
+            weight = state.pop(stock_key, None)
+            if weight is None:
+                missing.append(stock_key)
+            elif weight.shape != own.shape:
+                errors.append(
+                    f"size mismatch for {stock_key}: it has shape {tuple(weight.shape)}, the table {tuple(own.shape)}"
+                )
+                weight = None
+            weights.append(own if weight is None else weight)
+        state[prefix + key] = torch.cat(weights)

@@ -1,0 +1,244 @@
+"""Where the parameters live: one 2-D tensor per row format and width, with slabs side by side in it.
+
+A lookup of all tables is one gather per width, however many tables there are. Slabs, extras and codes keep stable
+names, for checkpoints and for sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from embtables import ops
+from embtables.optimizers import FusedOptimizer
+from embtables.plan.formats import DTYPES, FP32, row_format, weight_name
+from embtables.plan.layout import Form, Slab
+
+_NO_STEP = torch.zeros((), dtype=torch.int64)
+_NOTHING = torch.empty(0)
+_DENSE = DTYPES[FP32.dtype]  # of extras and of optimiser state
+
+
+class Store(nn.Module):
+    """Slabs, extras and codes of all groups.
+
+    Args:
+        forms: what to allocate.
+        optimizer: fused into backward; the weights are then buffers, and ``parameters()`` is empty. ``None``: the
+            weights are ordinary parameters.
+        sparse: with ``optimizer=None``, whether slab gradients are sparse tensors.
+        trainable: ``False`` for served tables: buffers, no optimiser state.
+        device: where to allocate, ``"meta"`` included.
+    """
+
+    _hyper: Tensor
+    _place: Tensor
+    _step: Tensor
+
+    def __init__(
+        self,
+        forms: Sequence[Form],
+        optimizer: FusedOptimizer | None,
+        *,
+        sparse: bool = False,
+        trainable: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer if trainable else None
+        self.sparse = sparse
+        self.trainable = trainable
+        # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
+        self.hook = torch.zeros((), device="cpu", requires_grad=True)
+        # Moves along with the module, where there may be no other tensor (every table dropped).
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
+        self._slabs: dict[str, tuple[int, Slab]] = {}
+        rows: dict[tuple[str, int], int] = {}
+        for slab in (s for form in forms for s in form.slabs):
+            if slab.name in self._slabs:
+                raise ValueError(f"two slabs are named '{slab.name}'")
+            start = rows.setdefault((slab.format, slab.width), 0)
+            self._slabs[slab.name] = (start, slab)
+            rows[slab.format, slab.width] = start + slab.rows
+        self.widths = tuple(width for name, width in rows if name == FP32.name)
+        self.weight_names = tuple(weight_name(*key) for key in rows)
+        for (name, width), num_rows in rows.items():
+            rows_in = row_format(name)
+            empty = torch.empty(num_rows, rows_in.columns(width), dtype=DTYPES[rows_in.dtype], device=device)
+            self._add_weight(weight_name(name, width), ops.huge_pages(empty))
+        self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
+        for extra in (e for form in forms for e in form.extras):
+            self._add_weight(self._extras[extra.name], torch.empty(extra.shape, dtype=_DENSE, device=device))
+        self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
+        for code in (c for form in forms for c in form.codes):
+            empty = torch.empty(code.shape, dtype=DTYPES[code.dtype], device=device)
+            self.register_buffer(self._codes[code.name], empty)
+        if self.optimizer is not None:
+            hyper = torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64, device=device)
+            self.register_buffer("_hyper", hyper, persistent=False)
+            if self.optimizer.counts_steps:
+                self.register_buffer("_step", torch.empty((), dtype=torch.int64, device=device), persistent=False)
+        self.reset_state()
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Codes and optimiser state as they are before the first step: zeros, and the learning rate configured."""
+        for code in self._codes.values():
+            getattr(self, code).zero_()
+        if self.optimizer is not None:
+            for tensor in self.optimizer_state().values():
+                tensor.zero_()
+            self._hyper.copy_(torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Store:
+        """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
+        hyper = self._buffers.get("_hyper")
+        super()._apply(fn, recurse)
+        if hyper is not None and self._hyper.dtype != hyper.dtype:
+            self._hyper = hyper.to(self._hyper.device)
+        return self
+
+    def _add_weight(self, name: str, weight: Tensor) -> None:
+        if self.trainable and self.optimizer is None:
+            self.register_parameter(name, nn.Parameter(weight))
+            return
+        self.register_buffer(name, weight)
+        if self.optimizer is not None:
+            rows, width = (weight.shape[0], weight[0].numel()) if weight.ndim > 1 else (1, weight.numel())
+            for i, state_width in enumerate(self.optimizer.state_widths(width)):
+                state = ops.huge_pages(torch.empty(rows, state_width, dtype=_DENSE, device=weight.device))
+                self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
+
+    # ---- weights, extras, codes and their state -------------------------------------------------------------------
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight, extra, code or state by its attribute: the same as ``getattr``, at a fraction of its time."""
+        found = self._buffers.get(name)
+        if found is None:
+            found = self._parameters.get(name)
+        return found if found is not None else getattr(self, name)
+
+    def weight(self, width: int) -> Tensor:
+        """The rows of all slabs of a width in the fp32 format, ``[rows, width]``."""
+        return self.tensor(weight_name(FP32.name, width))
+
+    def extra(self, name: str) -> Tensor:
+        """A dense parameter, whole. A block takes those of its step instead, whose backward updates them."""
+        return self.tensor(self._extras[name])
+
+    def code(self, name: str) -> Tensor:
+        """A buffer that no gradient trains."""
+        return self.tensor(self._codes[name])
+
+    def state_of(self, weight: str) -> list[Tensor]:
+        """What the update rule keeps for a weight or extra, by its attribute, row by row."""
+        if self.optimizer is None:
+            return []
+        count = len(self.optimizer.state_widths(self.tensor(weight).shape[-1]))
+        return [self.tensor(f"_state_{i}_{weight}") for i in range(count)]
+
+    def count_step(self, number: int = 1) -> None:
+        """Counts a training step, for rules that need its number; −1 takes one back."""
+        if self.optimizer is not None and self.optimizer.counts_steps:
+            self._step += number
+
+    def step_number(self) -> Tensor:
+        """The number of the present step; 0 where nobody counts."""
+        counts = self.optimizer is not None and self.optimizer.counts_steps
+        return self._step.clone() if counts else _NO_STEP
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._place.device
+
+    # ---- names and shapes ------------------------------------------------------------------------------------------
+
+    def weight_rows(self) -> dict[int, int]:
+        """Rows of each weight, by its width."""
+        return {width: self.weight(width).shape[0] for width in self.widths}
+
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the dense parameters, by name."""
+        return {name: tuple(self.extra(name).shape) for name in self._extras}
+
+    def code_names(self) -> list[str]:
+        """The names of the codes, in the order of their allocation."""
+        return list(self._codes)
+
+    def key(self, name: str) -> str:
+        """The attribute of an extra or code, which is its name in state dicts."""
+        return self._extras.get(name) or self._codes[name]
+
+    def gives_gradients(self) -> bool:
+        """Whether any of the weights is a parameter that gets a gradient now."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def hyper(self) -> Tensor:
+        """The fused optimizer's hyper-parameters, as ``embtables.ops`` takes them; empty without one."""
+        return _NOTHING if self.optimizer is None else self._hyper
+
+    # ---- slabs -------------------------------------------------------------------------------------------------------
+
+    def width(self, slab: str) -> int:
+        """Columns of a slab."""
+        return self._slabs[slab][1].width
+
+    def rows(self, slab: str) -> int:
+        """Rows of a slab."""
+        return self._slabs[slab][1].rows
+
+    def has_slab(self, name: str) -> bool:
+        return name in self._slabs
+
+    def start(self, slab: str) -> int:
+        """First row of a slab among the rows of its width."""
+        return self._slabs[slab][0]
+
+    def slab(self, name: str) -> Tensor:
+        """A view ``[rows, width]`` of a slab's weights."""
+        start, slab = self._slabs[name]
+        return self.tensor(weight_name(slab.format, slab.width)).detach()[start : start + slab.rows]
+
+    def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, view)`` of every slab."""
+        return ((name, self.slab(name)) for name in self._slabs)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """``(name, tensor, is a code)`` of everything that is allocated, optimiser state aside."""
+        for name in self.weight_names:
+            yield name, self.tensor(name), False
+        for name in self._extras:
+            yield name, self.extra(name), False
+        for name in self._codes:
+            yield name, self.code(name), True
+
+    def move(self, slab: str, source: Tensor, target: Tensor) -> None:
+        """Copies the rows ``source`` of a slab, weights and optimiser state, over the rows ``target``."""
+        for view in (self.slab(slab), *self.slab_state(slab)):
+            view[target] = view[source]
+
+    def reset(self, slab: str, rows: Tensor) -> None:
+        """Zeroes rows of a slab, weights and optimiser state."""
+        for view in (self.slab(slab), *self.slab_state(slab)):
+            view[rows] = 0
+
+    def slab_state(self, name: str) -> list[Tensor]:
+        """Views ``[rows, *]`` of a slab's optimiser state."""
+        start, slab = self._slabs[name]
+        return [state[start : start + slab.rows] for state in self.state_of(weight_name(slab.format, slab.width))]
+
+    def set_learning_rate(self, lr: float) -> None:
+        if self.optimizer is None:
+            raise ValueError("these tables have no fused optimizer: set the learning rate on the torch.optim optimizer")
+        if isinstance(lr, bool) or not 0 <= lr < float("inf"):
+            raise ValueError(f"the learning rate must be a non-negative number, not {lr!r}")
+        self._hyper[0] = lr
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The fused optimiser's tensors by name, the learning rate among them; not copies."""
+        names = [n for n in self._buffers if n == "_hyper" or n == "_step" or n.startswith("_state_")]
+        return {name.lstrip("_"): getattr(self, name) for name in names}

@@ -1,0 +1,82 @@
+"""Ids by how often they occur, for methods that treat frequent ids better than rare ones.
+
+Prepared data numbers ids by their frequency, and a range of frequencies is then a range of ids, which costs no bytes.
+Tables whose ids are in another order need a remap from id to rank: an int32 each, counted under ``index``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from embtables.methods.base import Method, TableEntry
+from embtables.methods.recipe import Ranks
+from embtables.plan.layout import Code, Counts, Group, Layout
+
+# Prepared data gives id 0 to missing values and id 1 to unseen ones; from 2 on ids fall in frequency.
+_RESERVED = 2
+
+
+class RankedMethod(Method):
+    """A method that keeps the remap, where one is needed, among its codes."""
+
+    def fixed_codes(self, layout: Layout) -> tuple[str, ...]:
+        return tuple(code.name for code in layout.training.codes)
+
+    def make_fixed_codes(self, layout: Layout, group: Group) -> dict[str, Any]:
+        return make_ranks(group) if layout.training.codes else {}
+
+
+def is_ranked(counts: Counts) -> bool:
+    """Whether ids are ranks already."""
+    return bool((np.diff(counts[_RESERVED:]) <= 0).all())
+
+
+def counts_by_rank(counts: Counts) -> Counts:
+    """Counts in the order of the ranks, never rising. Reserved ids come first and count as the most frequent one."""
+    if not is_ranked(counts):
+        return np.sort(counts)[::-1]
+    ranked = counts.copy()
+    ranked[:_RESERVED] = counts.max(initial=0)
+    return ranked
+
+
+def remapped(group: Group) -> dict[str, int]:
+    """The tables of a group that need the remap, and where each one's ranks begin in it."""
+    starts, end = {}, 0
+    for table, counts in zip(group.tables, group.counts):
+        if counts is not None and not is_ranked(counts):
+            starts[table.name] = end
+            end += len(counts)
+    return starts
+
+
+def rank_code(group: Group) -> tuple[Code, ...]:
+    """The remap of all tables that need it, one after another; empty where none does."""
+    names = remapped(group)
+    num_ids = sum(len(c) for t, c in zip(group.tables, group.counts) if t.name in names and c is not None)
+    return (Code(rank_code_name(group), (num_ids,), "int32", "index"),) if num_ids else ()
+
+
+def rank_code_name(group: Group) -> str:
+    return f"{group.name}/rank"
+
+
+def ranks_of(entry: TableEntry, group: Group) -> Ranks | None:
+    """Where a table's ranks stand, for its recipe; ``None`` where its ids are ranks already."""
+    first = entry.entry.values.get("ranks_from")
+    return None if first is None else Ranks(rank_code_name(group), first)
+
+
+def make_ranks(group: Group) -> dict[str, Any]:
+    """The content of the remap, by the name of its code."""
+    names = remapped(group)
+    ranks = [_ranks(c) for t, c in zip(group.tables, group.counts) if t.name in names and c is not None]
+    return {rank_code_name(group): np.concatenate(ranks)} if ranks else {}
+
+
+def _ranks(counts: Counts) -> np.ndarray[Any, np.dtype[np.int32]]:
+    ranks = np.empty(len(counts), dtype=np.int32)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts), dtype=np.int32)
+    return ranks

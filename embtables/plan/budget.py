@@ -1,0 +1,180 @@
+"""Budgets: reading one, splitting it between tables, and saying when it cannot be met."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from embtables.config import TableConfig
+from embtables.plan.layout import Counts, Group
+from embtables.plan.memory import format_bytes
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Budget = int | float | str
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("kMGT", start=1):
+    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
+    _UNITS |= {f"{_letter.upper()}iB": 1024**_power}
+
+# Without frequencies every table gets rows in proportion to its size, but at least this share of an average table's:
+# it keeps tiny tables, which cost next to nothing, in full.
+_LEAST_SHARE = 0.05
+
+
+class InfeasibleBudget(ValueError):
+    """No tables of this method fit into the budget.
+
+    ``floor_bytes`` is the least budget that does; ``why`` says what sets it.
+    """
+
+    def __init__(self, message: str, floor_bytes: int, why: str) -> None:
+        super().__init__(message)
+        self.floor_bytes = floor_bytes
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[str, int, str]]:
+        return type(self), (str(self), self.floor_bytes, self.why)
+
+
+def infeasible(budget: int, floor: int, why: str, *, phase: str = "inference") -> InfeasibleBudget:
+    return InfeasibleBudget(
+        f"the {phase} budget of {budget:,} bytes is too small: the floor is {floor:,} bytes ({format_bytes(floor)}), "
+        f"set by {why}. Give at least that, or choose a method with a lower floor",
+        floor,
+        why,
+    )
+
+
+def parse_budget(budget: Budget, full_bytes: int | None) -> int:
+    """Bytes that a budget stands for.
+
+    An integer is bytes; a float in (0, 1] or ``"10%"`` a share of ``full_bytes``; ``"64MB"`` is 64·10⁶ and ``"64MiB"``
+    64·2²⁰ bytes.
+
+    Raises:
+        ValueError: for anything else, with the forms that are understood.
+    """
+    forms = 'a number of bytes (67_108_864, "64MB", "64MiB") or a share of the full tables (0.1, "10%")'
+    share: Fraction | None = None
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise ValueError(f"budget {budget!r} is not {forms}")
+    if isinstance(budget, int):
+        num_bytes = budget
+    elif isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget {budget!r} is a float, thus a share of the full tables, and must lie in (0, 1]")
+        share = Fraction(repr(budget))
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)\s*(%|[A-Za-z]*)\s*", budget)
+        if not match or match[2] not in (*_UNITS, "%"):
+            raise ValueError(f"budget {budget!r} is not {forms}")
+        number = Fraction(match[1].replace("_", ""))
+        if match[2] == "%":
+            share = number / 100
+            if not 0 < share <= 1:
+                raise ValueError(f"budget {budget!r} must lie above 0% and be at most 100%")
+        elif match[2] == "" and "." in match[1]:
+            return parse_budget(float(number), full_bytes)
+        else:
+            num_bytes = int(number * _UNITS[match[2]])
+    if share is not None:
+        if full_bytes is None:
+            raise ValueError(
+                f"budget {budget!r} is a share of the full tables, whose size is unknown while a table has no "
+                'num_embeddings: give bytes, such as "64MB"'
+            )
+        # In fractions: 29 % of 100 bytes are 29, not the 28.999… of floating point.
+        num_bytes = int(share * full_bytes)
+    if num_bytes < 1 and not share:
+        raise ValueError(f"budget {budget!r} must be at least 1 byte")
+    return num_bytes
+
+
+def allocate(weights: Floats, lower: Ints, upper: Ints, bytes_of: Callable[[Ints], Ints], limit: int) -> Ints:
+    """Rows of each table: ``clip(floor(λ·weights), lower, upper)`` for the largest λ whose bytes fit in ``limit``.
+
+    The row that no longer fits everywhere goes to the first tables it does fit. So what is left over is less than one
+    row, and a larger limit never takes a row from any table.
+
+    Args:
+        weights: a positive number a table, in whose proportion they grow.
+        lower: rows that every table has in any case; they must fit.
+        upper: rows beyond which a table has no use for more.
+        bytes_of: bytes of each table, given the rows of each; they do not fall where a table's rows grow.
+        limit: bytes for all.
+    """
+
+    def rows_at(scale: float) -> Ints:
+        return np.clip(np.floor(np.minimum(scale * weights, upper)).astype(np.int64), lower, upper)
+
+    def cost(rows: Ints) -> int:
+        return int(bytes_of(rows).sum())
+
+    low, high = 0.0, float((upper / weights).max()) + 1.0
+    if cost(rows_at(high)) <= limit:
+        return rows_at(high)
+    while low < (middle := (low + high) / 2) < high:
+        if cost(rows_at(middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    rows, more = rows_at(low), rows_at(high)
+    spare = limit - cost(rows)
+    extra = bytes_of(more) - bytes_of(rows)
+    for i in np.flatnonzero(more > rows):
+        spare -= int(extra[i])
+        if spare < 0:
+            break
+        rows[i] = more[i]
+    return rows
+
+
+def collision_weights(group: Group) -> Floats:
+    """In what proportion the tables of a group should have rows, for methods whose rows collide.
+
+    With counts: T_i of a table's lookups collide, two at a time, with probability (1 − Σp²)/m_i for m_i hashed rows.
+    Σ T_i·(1 − Σp²)/m_i under Σ m_i·d_i = budget is least for m_i ∝ √(T_i·(1 − Σp²)/d_i), by Lagrange. Without
+    counts: the same share of every table, but never less than a small share of the average.
+    """
+    if group.tables and all(counts is not None for counts in group.counts):
+        weights = [_colliding(counts) / t.embedding_dim for counts, t in zip(group.counts, group.tables)]
+        return np.sqrt(np.maximum(np.array(weights), 1e-12))
+    known = [t.rows for t in group.tables if t.rows is not None]
+    # A table without vocabulary counts as much as the largest one that has one.
+    rows = np.array([t.rows or max(known, default=1) for t in group.tables], dtype=np.float64)
+    return np.maximum(rows, _LEAST_SHARE * rows.mean())
+
+
+def _colliding(counts: Counts | None) -> float:
+    assert counts is not None
+    total = float(counts.sum())
+    return total - float(np.square(counts.astype(np.float64)).sum()) / total if total else 0.0
+
+
+def keep_apart(group: Group, limit: int, reserve: int) -> tuple[list[TableConfig], int]:
+    """For methods with one storage for all tables: which tables stay out of it, in full, and the bytes that are left.
+
+    A table stays out where its due share of the budget (``collision_weights``) would hold all of its rows. At least
+    ``reserve`` bytes are left for the shared storage.
+    """
+    if not any(t.rows is None for t in group.tables) and limit >= group.full_bytes:
+        return list(group.tables), 0
+    lower = np.zeros(len(group.tables), dtype=np.int64)
+    rows = allocate(collision_weights(group), lower, group.num_rows, group.rows_bytes, limit - reserve)
+    apart = [table for table, m in zip(group.tables, rows) if table.rows is not None and m >= table.rows]
+    left = limit - sum(group.table_bytes(table) or 0 for table in apart)
+    return apart, left
+
+
+def split(limit: int, floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
+    """Splits bytes between groups in proportion to ``ceilings``, each between its floor and its ceiling."""
+    lower = np.array(floors, dtype=np.int64)
+    upper = np.maximum(np.array(ceilings, dtype=np.int64), lower)
+    weights = np.maximum(upper, 1).astype(np.float64)
+    return [int(n) for n in allocate(weights, lower, upper, lambda shares: shares, limit)]

@@ -1,0 +1,187 @@
+"""What a plan allocates, as plain data: slabs, extras and codes, and how each table finds its values in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from embtables.config import TableConfig
+from embtables.plan.formats import DTYPES, FP32, RowFormat, row_format
+
+Kind = Literal["weights", "codes", "index", "scales", "padding"]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows of parameters that are gathered by index: ``[rows, width]``.
+
+    ``format`` names the row format (``embtables.plan.formats``) that they are stored in.
+    """
+
+    name: str
+    rows: int
+    width: int
+    format: str = FP32.name
+
+    @property
+    def num_bytes(self) -> int:
+        return row_format(self.format).slab_bytes(self.rows, self.width)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A small dense fp32 parameter, used whole in every step: a projection, a layer of an MLP, a codebook."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return FP32.row_bytes(prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Code:
+    """A buffer that is not trained by gradients: a remap, learned codes, the values of a pruned table."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+
+    @property
+    def num_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Form:
+    """All tensors that one form of a group's storage (trained or served) consists of."""
+
+    slabs: tuple[Slab, ...] = ()
+    extras: tuple[Extra, ...] = ()
+    codes: tuple[Code, ...] = ()
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of ``weights``, ``codes``, ``index``, …; kinds that are absent are left out."""
+        result: dict[str, int] = {}
+        for kind, num_bytes in self._sizes():
+            result[kind] = result.get(kind, 0) + num_bytes
+        return {kind: num_bytes for kind, num_bytes in result.items() if num_bytes}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self._sizes())
+
+    def items(self) -> list[Slab | Extra | Code]:
+        return [*self.slabs, *self.extras, *self.codes]
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        yield from (("weights", slab.num_bytes) for slab in self.slabs)
+        yield from (("weights", extra.num_bytes) for extra in self.extras)
+        yield from ((code.kind, code.num_bytes) for code in self.codes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data. The format of fp32 slabs is left out, as in plans that are older than the others."""
+        data = asdict(self)
+        for slab in data["slabs"]:
+            if slab["format"] == FP32.name:
+                del slab["format"]
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Form:
+        return Form(
+            tuple(Slab(**s) for s in data["slabs"]),
+            tuple(Extra(e["name"], tuple(e["shape"])) for e in data["extras"]),
+            tuple(Code(c["name"], tuple(c["shape"]), c["dtype"], c["kind"]) for c in data["codes"]),
+        )
+
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one table is stored. Tables of one variant and dimension are looked up together.
+
+    ``variant`` is ``"full"`` (a slab under the table's own name, whatever the method) or a word of the method's own;
+    ``values`` are its sizes, e.g. ``{"rows": 1000}``: integers, lists of integers or words, nothing else.
+    """
+
+    variant: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A group solved into exact sizes: an entry a table, the form that is trained and the form that is served."""
+
+    entries: Mapping[str, Entry]
+    training: Form
+    serving: Form
+
+    @staticmethod
+    def of(entries: Mapping[str, Entry], form: Form) -> Layout:
+        """The usual case: the trained form is the served one."""
+        return Layout(entries, form, form)
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "entries": {name: asdict(entry) for name, entry in self.entries.items()},
+            "training": self.training.to_dict(),
+        }
+        return data if self.serving == self.training else data | {"serving": self.serving.to_dict()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Layout:
+        training = Form.from_dict(data["training"])
+        serving = Form.from_dict(data["serving"]) if "serving" in data else training
+        return Layout({name: Entry(**e) for name, e in data["entries"].items()}, training, serving)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tables that one entry of ``method`` covers, with the counts of their ids where they are known.
+
+    ``format`` is what the rows of their slabs look like: a method takes its slabs from ``slab``, and computes its sizes
+    with ``format.slab_bytes``.
+    """
+
+    name: str
+    tables: tuple[TableConfig, ...]
+    counts: tuple[Counts | None, ...] = field(compare=False)
+    hash_seed: int
+    format: RowFormat = FP32
+
+    def slab(self, name: str, rows: int, width: int) -> Slab:
+        """A slab in the group's format."""
+        return Slab(name, rows, width, self.format.name)
+
+    def rows_bytes(self, rows: Counts | int) -> Counts:
+        """Bytes of so many rows of ``embedding_dim`` scalars, for each table."""
+        return self.format.slab_bytes(rows * np.ones_like(self.dims), self.dims)
+
+    def table_bytes(self, table: TableConfig) -> int | None:
+        """Bytes of a table kept in full, in the group's format; ``None`` where the number of ids is unknown."""
+        return None if table.rows is None else self.format.slab_bytes(table.rows, table.embedding_dim)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the full tables in the group's format, those of unknown size left out."""
+        return sum(self.table_bytes(t) or 0 for t in self.tables)
+
+    @property
+    def num_rows(self) -> Counts:
+        """Rows of each full table; 2**40 where the number of ids is unknown."""
+        return np.array([t.rows or 2**40 for t in self.tables], dtype=np.int64)
+
+    @property
+    def dims(self) -> Counts:
+        return np.array([t.embedding_dim for t in self.tables], dtype=np.int64)

@@ -1,0 +1,466 @@
+"""From tables, method and budget to exact sizes and exact bytes: ``plan`` and ``Plan``."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embtables.config import TableConfig
+from embtables.methods import Method, from_config
+from embtables.optimizers import FusedOptimizer, optimizer_from_config
+from embtables.plan.budget import Budget, infeasible, parse_budget, split
+from embtables.plan.formats import FP32, row_format
+from embtables.plan.layout import FULL, Counts, Form, Group, Layout
+from embtables.plan.memory import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MethodLike = Method | str | dict[str, Any]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The tables that one method entry covers, solved."""
+
+    group: Group
+    method: Method
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables × method × budget, solved into exact sizes: data, printable, serialisable.
+
+    ``tables`` in the order given; ``groups`` the solved parts; ``budget_bytes`` the inference budget in bytes or
+    ``None``; ``optimizer`` the fused optimiser or ``None``; ``hash_seed`` what all addresses derive from.
+    """
+
+    tables: tuple[TableConfig, ...]
+    groups: tuple[GroupPlan, ...]
+    budget_bytes: int | None
+    optimizer: FusedOptimizer | None
+    hash_seed: int
+    codes: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict, compare=False)
+
+    @property
+    def inference_bytes(self) -> int:
+        """Bytes of the served form, with codes, index maps, scales and padding."""
+        return sum(g.layout.serving.num_bytes for g in self.groups)
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """The inference bytes by kind: ``weights``, ``index``, ``codes``, ``scales``, ``padding``, those that occur."""
+        kinds: dict[str, int] = {}
+        for g in self.groups:
+            for kind, num_bytes in g.layout.serving.bytes_by_kind().items():
+                kinds[kind] = kinds.get(kind, 0) + num_bytes
+        return kinds
+
+    @property
+    def training_bytes(self) -> int:
+        """Bytes of the trained form and its fused optimiser's state; without one, of weights and gradient."""
+        steps = 8 if self.optimizer is not None and self.optimizer.counts_steps else 0
+        return steps + sum(training_bytes(g.layout.training, self.optimizer) for g in self.groups)
+
+    @property
+    def full_bytes(self) -> int | None:
+        """Bytes of the full fp32 tables; ``None`` where a table has no vocabulary."""
+        return _full_bytes(self.tables)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. Neither the tables' ``init_fn`` nor the rankings of unranked ids go in."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "tables": [table.to_dict() for table in self.tables],
+            "groups": [
+                {
+                    "name": g.group.name,
+                    **({} if g.group.format == FP32 else {"format": g.group.format.name}),
+                    "method": g.method.to_dict(),
+                    "tables": [table.name for table in g.group.tables],
+                    "layout": g.layout.to_dict(),
+                }
+                for g in self.groups
+            ],
+            "budget_bytes": self.budget_bytes,
+            "optimizer": self.optimizer and self.optimizer.to_dict(),
+            "hash_seed": self.hash_seed,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_dict`` described; nothing is solved again.
+
+        Raises:
+            ValueError: where the data is no plan, or one of another format version.
+        """
+        if not isinstance(data, Mapping) or data.get("format_version") != FORMAT_VERSION:
+            found = data.get("format_version") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"this is not a plan of format version {FORMAT_VERSION} (found {found!r})")
+        try:
+            tables = tuple(TableConfig(**t) for t in data["tables"])
+            by_name = {table.name: table for table in tables}
+            groups = []
+            for g in data["groups"]:
+                members = tuple(by_name[name] for name in g["tables"])
+                rows_in = row_format(g.get("format", FP32.name))
+                group = Group(g["name"], members, (None,) * len(members), data["hash_seed"], rows_in)
+                groups.append(GroupPlan(group, from_config(g["method"]), Layout.from_dict(g["layout"])))
+            optimizer = optimizer_from_config(data["optimizer"])
+            return Plan(tables, tuple(groups), data["budget_bytes"], optimizer, data["hash_seed"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the plan's data is damaged: {type(error).__name__} {error}") from error
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ wherever addresses or shapes do; budget and optimiser do not count."""
+        data = {key: value for key, value in self.to_dict().items() if key not in ("budget_bytes", "optimizer")}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a table (``inference_bytes`` of its own storage) and one for what a group shares."""
+        import pandas as pd
+
+        return pd.DataFrame(self.lines())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What ``to_pandas`` shows, as plain data."""
+        lines: list[dict[str, Any]] = []
+        for g in self.groups:
+            own = {table.name: 0 for table in g.group.tables}
+            shared = 0
+            for item in g.layout.serving.items():
+                owner = owner_of(item.name, own)
+                if owner is None:
+                    shared += item.num_bytes
+                else:
+                    own[owner] += item.num_bytes
+            for table in g.group.tables:
+                entry = g.layout.entries[table.name]
+                values = ", ".join(f"{k} {_short(v)}" for k, v in entry.values.items())
+                stored = "full" if entry.variant == FULL else f"{entry.variant}: {values}" if values else entry.variant
+                lines.append(_line(table.name, table, g.method.kind, stored, table.full_bytes, own[table.name]))
+            if shared:
+                line = _line(f"(shared by {g.group.name})", None, g.method.kind, "shared storage", None, shared)
+                lines.append(line | {"shared_by": g.group.name})
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.lines()
+        header = ("table", "ids", "dim", "method", "stored as", "full", "inference")
+        shown = lines if len(lines) <= 60 else [*lines[:50], *lines[-5:]]
+        cells = [
+            (
+                line["table"],
+                f"{line['num_embeddings']:,}" if line["num_embeddings"] else "any" if line["embedding_dim"] else "",
+                str(line["embedding_dim"] or ""),
+                line["method"],
+                line["stored_as"],
+                format_bytes(line["full_bytes"]) if line["full_bytes"] else "",
+                format_bytes(line["inference_bytes"]),
+            )
+            for line in shown
+        ]
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+        numeric = {1, 2, 5, 6}
+        text = [
+            "  ".join(c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in [header, *cells]
+        ]
+        if len(shown) < len(lines):
+            text.insert(51, f"… {len(lines) - len(shown)} more tables")
+        full = self.full_bytes
+        ratio = f", {self.inference_bytes / full:.2%} of the full {format_bytes(full)}" if full else ""
+        budget = f" (budget {self.budget_bytes:,} B)" if self.budget_bytes is not None else ""
+        training = (
+            f"with {self.optimizer.kind} state"
+            if self.optimizer is not None
+            else "weights and gradient; the optimizer's state comes on top"
+        )
+        kinds = self.bytes_by_kind()
+        split = ": " + ", ".join(f"{kind} {n:,} B" for kind, n in kinds.items()) if set(kinds) - {"weights"} else ""
+        text.append(f"inference {self.inference_bytes:,} B{budget}{ratio}{split}")
+        text.append(f"training  {self.training_bytes:,} B ({training})")
+        return "\n".join(text)
+
+
+def owner_of(item: str, tables: Iterable[str]) -> str | None:
+    """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
+    return max((t for t in tables if item == t or item.startswith(t + "/")), key=len, default=None)
+
+
+def _line(name: str, table: TableConfig | None, method: str, stored: str, full: int | None, own: int) -> dict[str, Any]:
+    return {
+        "table": name,
+        "feature_names": " ".join(table.feature_names) if table else "",
+        "num_embeddings": table.num_embeddings if table else None,
+        "embedding_dim": table.embedding_dim if table else None,
+        "method": method,
+        "stored_as": stored,
+        "full_bytes": full,
+        "inference_bytes": own,
+        "shared_by": None,
+    }
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(_short(v) for v in value[:4])
+        return f"[{shown}, …]" if len(value) > 4 else f"[{shown}]"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def training_bytes(form: Form, optimizer: FusedOptimizer | None) -> int:
+    """Bytes of a trained form: weights, codes and optimiser state, or gradient where no optimiser is fused."""
+    if optimizer is None:
+        # A gradient is as large as what it is the gradient of.
+        return form.num_bytes + sum(s.num_bytes for s in form.slabs) + sum(e.num_bytes for e in form.extras)
+    parameters = [(s.rows, s.width) for s in form.slabs]
+    for extra in form.extras:
+        rows = extra.shape[0] if len(extra.shape) > 1 else 1
+        parameters.append((rows, prod(extra.shape) // rows))
+    state = sum(FP32.slab_bytes(rows, sum(optimizer.state_widths(width))) for rows, width in parameters)
+    return form.num_bytes + state
+
+
+def plan(
+    tables: Sequence[TableConfig],
+    method: MethodLike | Mapping[str, MethodLike],
+    budget: Budget | None = None,
+    frequencies: Mapping[str, Any] | None = None,
+    optimizer: str | dict[str, Any] | FusedOptimizer | None = "rowwise_adagrad",
+    training_budget: Budget | None = None,
+    *,
+    hash_seed: int = 0,
+) -> Plan:
+    """Solves tables, method and budget into exact sizes.
+
+    Args:
+        tables: the logical tables; names are unique.
+        method: a method, its name, its mapping (``{"kind": …}``), or a mapping from patterns of table names
+            (``"user_*"``, the first that matches counts) to these, all under the one budget.
+        budget: inference bytes for all tables together: ``67_108_864``, ``"64MB"``, ``"64MiB"``, or a share of the full
+            fp32 tables: ``0.1``, ``"10%"``. ``None`` for methods that need none, such as ``full``.
+        frequencies: ``{table name: counts}``, one count an id. They steer the split of the budget towards the tables
+            where it avoids most collisions, if all tables of a method have them, and are what frequency-based methods
+            rank ids by.
+        optimizer: the fused optimizer: ``"sgd"``, ``"rowwise_adagrad"``, ``"adagrad"``, ``"adam"``, one of another
+            package, ``{"kind": "adam", "lr": 0.01}``, or a config of ``embtables.optimizers``; ``None`` for ordinary
+            parameters under any ``torch.optim`` optimizer.
+        training_budget: a bound on the training bytes as well.
+        hash_seed: seed of all hashes.
+
+    Returns:
+        A plan whose inference bytes are at most the budget and equal those of the built tables.
+
+    Raises:
+        InfeasibleBudget: with the floor in bytes, where no tables of this method fit.
+        ValueError: naming the argument, table or field that is wrong.
+
+    Example::
+
+        plan([TableConfig("user", 1_000_000, 16)], "hash", budget="10%")
+    """
+    if isinstance(tables, TableConfig):
+        raise ValueError(f"tables must be a list of TableConfig, not the one table '{tables.name}'")
+    return plan_apart([tables], method, budget, frequencies, optimizer, training_budget, hash_seed=hash_seed)
+
+
+def plan_apart(
+    units: Sequence[Sequence[TableConfig]],
+    method: MethodLike | Mapping[str, MethodLike],
+    budget: Budget | None = None,
+    frequencies: Mapping[str, Any] | None = None,
+    optimizer: str | dict[str, Any] | FusedOptimizer | None = "rowwise_adagrad",
+    training_budget: Budget | None = None,
+    *,
+    hash_seed: int = 0,
+) -> Plan:
+    """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
+    tables = tuple(table for unit in units for table in unit)
+    _check_tables(tables)
+    fused = optimizer_from_config(optimizer)
+    if isinstance(hash_seed, bool) or not isinstance(hash_seed, int):
+        raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
+    pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed)
+    for group, chosen in pairs:
+        chosen.check(group, fused)
+    full = _full_bytes(tables)
+    limit = None if budget is None else parse_budget(budget, full)
+    floors = [chosen.floor(group) for group, chosen in pairs]
+    floor = max(1, sum(f.num_bytes for f in floors))
+    if limit is not None and limit < floor:
+        raise infeasible(limit, floor, _why(pairs, [(f.num_bytes, f.why) for f in floors]))
+
+    def solve(bytes_: int) -> Plan:
+        solved = tuple(
+            GroupPlan(group, chosen, chosen.fit(group, share))
+            for (group, chosen), share in zip(pairs, _shares(pairs, floors, bytes_))
+        )
+        codes = {k: v for g in solved for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
+        # What the counts decided is in the layouts and codes; a plan does not hold on to them.
+        settled = tuple(replace(g, group=replace(g.group, counts=(None,) * len(g.group.counts))) for g in solved)
+        return Plan(tables, settled, limit, fused, hash_seed, codes)
+
+    if limit is None:
+        # Without a budget only what the method needs anyway is allocated: the floor, and for Full that is everything.
+        for _, chosen in pairs:
+            if chosen.needs_budget:
+                raise ValueError(f'method {chosen.kind} needs a budget, such as budget="10%" or budget="64MB"')
+        result = solve(floor)
+    else:
+        result = solve(limit)
+    if training_budget is not None:
+        bound = parse_budget(training_budget, full)
+        if result.training_bytes > bound:
+            result = _under_training_budget(solve, floor, limit or floor, bound)
+    _check_names(result)
+    return result
+
+
+def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, bound: int) -> Plan:
+    """The largest plan between floor and limit whose training bytes fit.
+
+    They grow with the inference budget, but for a row-wise state that falls where tables of narrow rows become full:
+    there a larger plan may be missed, never the bound.
+    """
+    best = solve(floor)
+    if best.training_bytes > bound:
+        raise infeasible(bound, best.training_bytes, "the smallest tables these methods can train", phase="training")
+    low, high = floor, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        candidate = solve(middle)
+        if candidate.training_bytes <= bound:
+            low, best = middle, candidate
+        else:
+            high = middle
+    return best
+
+
+def _full_bytes(tables: Sequence[TableConfig]) -> int | None:
+    sizes = [table.full_bytes for table in tables]
+    return None if None in sizes else sum(n for n in sizes if n is not None)
+
+
+def _check_tables(tables: tuple[TableConfig, ...]) -> None:
+    if not tables:
+        raise ValueError("there are no tables to plan")
+    seen: set[str] = set()
+    for table in tables:
+        if not isinstance(table, TableConfig):
+            raise ValueError(f"tables must be TableConfig, not {type(table).__name__}")
+        if table.name in seen:
+            raise ValueError(f"two tables are named '{table.name}'")
+        seen.add(table.name)
+
+
+def _check_names(solved: Plan) -> None:
+    """Methods name their storage after tables (``a/0``) and groups (``unified``); a table may be called the same."""
+    for form in ("training", "serving"):
+        names = [item.name for g in solved.groups for item in getattr(g.layout, form).items()]
+        twice = next((name for name, times in Counter(names).items() if times > 1), None)
+        if twice is not None:
+            raise ValueError(f"a part of the storage is named '{twice}' as well as a table: rename table '{twice}'")
+
+
+def checked_counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, Any] | None) -> dict[str, Counts]:
+    """A count for each row of the tables named, the oov row included; ``ValueError`` for any that do not fit."""
+    by_name = {table.name: table for table in tables}
+    result: dict[str, Counts] = {}
+    if frequencies is not None and not isinstance(frequencies, Mapping):
+        raise ValueError(f"frequencies must map table names to counts, not be a {type(frequencies).__name__}")
+    for name, values in (frequencies or {}).items():
+        if name not in by_name:
+            raise ValueError(f"frequencies name '{name}', which is not a table; the tables: {', '.join(by_name)}")
+        table = by_name[name]
+        try:
+            counts = np.asarray(values)
+        except ValueError:  # rows of different lengths
+            counts = np.empty((0, 0))
+        if counts.ndim != 1 or not (
+            np.issubdtype(counts.dtype, np.integer) or np.issubdtype(counts.dtype, np.floating)
+        ):
+            raise ValueError(f"frequencies of table '{name}' must be a 1-D array of counts")
+        if table.num_embeddings is None:
+            raise ValueError(f"frequencies of table '{name}' have no meaning, since it has no num_embeddings")
+        if len(counts) != table.num_embeddings:
+            raise ValueError(
+                f"frequencies of table '{name}' hold {len(counts):,} counts, but it has {table.num_embeddings:,} ids"
+            )
+        if counts.size and (not np.isfinite(counts).all() or counts.min() < 0):
+            raise ValueError(f"frequencies of table '{name}' hold a negative or non-finite count")
+        if (counts != np.floor(counts)).any():
+            raise ValueError(f"frequencies of table '{name}' hold fractions: give counts, not shares")
+        if counts.sum(dtype=np.float64) >= 2**62:
+            raise ValueError(f"frequencies of table '{name}' add up to more than 2**62")
+        counts = counts.astype(np.int64)
+        # The oov row is an id like the others, never counted.
+        result[name] = np.append(counts, 0) if table.rows != table.num_embeddings else counts
+    return result
+
+
+def method_of(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that a table's name matches."""
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+
+
+def by_pattern(method: MethodLike | Mapping[str, MethodLike]) -> Mapping[str, MethodLike]:
+    """A method for each pattern of table names; one method alone is for all of them."""
+    return method if isinstance(method, Mapping) and "kind" not in method else {"*": method}  # type: ignore[dict-item]
+
+
+def _groups(
+    units: Sequence[Sequence[TableConfig]],
+    method: MethodLike | Mapping[str, MethodLike],
+    counts: Mapping[str, Counts],
+    hash_seed: int,
+) -> list[tuple[Group, Method]]:
+    """The tables of each unit that each pattern covers."""
+    methods = {pattern: from_config(m) for pattern, m in by_pattern(method).items()}
+    if not methods:
+        raise ValueError("method is an empty mapping: give a pattern of table names and a method")
+    members: dict[str, list[list[TableConfig]]] = {pattern: [[] for _ in units] for pattern in methods}
+    for i, unit in enumerate(units):
+        for table in unit:
+            pattern = method_of(table.name, methods)
+            if pattern is None:
+                raise ValueError(f"no pattern of method matches table '{table.name}': add one, or '*' for all others")
+            members[pattern][i].append(table)
+    pairs: list[tuple[Group, Method]] = []
+    for pattern, found in members.items():
+        if not any(found):
+            raise ValueError(f"the pattern '{pattern}' of method matches no table that an earlier one has not taken")
+        for tables in filter(None, found):
+            kind = methods[pattern].kind
+            name = kind if kind not in [group.name for group, _ in pairs] else f"{kind}#{len(pairs)}"
+            pairs.append(
+                (Group(name, tuple(tables), tuple(counts.get(t.name) for t in tables), hash_seed), methods[pattern])
+            )
+    return pairs
+
+
+def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Any], limit: int) -> list[int]:
+    if len(pairs) == 1:
+        return [limit]
+    # Sums of shares have to stay within 64 bits.
+    limit = min(limit, 2**60)
+    ceilings = [limit if any(t.rows is None for t in group.tables) else group.full_bytes for group, _ in pairs]
+    return split(limit, [f.num_bytes for f in floors], ceilings)
+
+
+def _why(pairs: list[tuple[Group, Method]], floors: list[tuple[int, str]]) -> str:
+    if len(pairs) == 1:
+        return f"method {pairs[0][1].kind}: {floors[0][1]}"
+    (num_bytes, why), (group, method) = max(zip(floors, pairs), key=lambda item: item[0][0])
+    return f"method {method.kind} on {len(group.tables)} tables, {num_bytes:,} bytes: {why}"

@@ -1,0 +1,211 @@
+"""The accuracy-memory figure of a sweep."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embtables._util.files import replacing
+from embtables.plan.memory import format_bytes
+from embtables.sweeps.summary import DROP, Point, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colors, which the color-blind can tell apart, without the yellow that is too faint on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195", "#5C4033")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
+_BASELINE_STYLES: dict[str, tuple[str, Any]] = {DROP: ("x", (0, (1, 1.5))), "frequency_cutoff": ("+", (0, (5, 2)))}
+_BASELINE_LABELS = {DROP: "features dropped", "frequency_cutoff": "rare ids cut off"}
+_GRAY = "#666666"
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "embtables",
+}
+
+
+def draw(summary: Summary, target: Path) -> list[Path]:
+    """Draw test AUC against the bytes of the served tables to `target` with .png and .svg; returns the paths.
+
+    A point is the mean over seeds, its bar the range of the seeds. The full tables are a horizontal band. Methods
+    stand in the legend by their AUC at the smallest budget, best on top.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with plt.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 5.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _draw_full(axes, summary)
+        _draw_methods(axes, summary)
+        _mark_dropped(axes, summary)
+        _label_axes(axes, summary)
+        _footnote(figure, summary)
+        paths = [Path(f"{target}{suffix}") for suffix in (".png", ".svg")]
+        for path in paths:
+            with replacing(path) as temporary:
+                undated = {"Date": None} if path.suffix == ".svg" else None
+                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=undated)
+    return paths
+
+
+def _draw_full(axes: Axes, summary: Summary) -> None:
+    full = summary.full
+    if full is None or not full.num_ok:
+        return
+    low, high = full.rows["test_auc"].min(), full.rows["test_auc"].max()
+    size = full.inference_bytes or 0
+    axes.axhspan(low, high, color="black", alpha=0.10, linewidth=0)
+    axes.axhline(full.mean("test_auc"), color="black", linewidth=1.2, label="full tables")
+    axes.plot([size], [full.mean("test_auc")], marker="o", color="black", markersize=5)
+    axes.annotate(
+        f"full: {format_bytes(size)}",
+        (1.0, full.mean("test_auc")),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=9,
+    )
+
+
+def _draw_methods(axes: Axes, summary: Summary) -> None:
+    names = [name for name in summary.config.methods if _curve(summary, name)]
+    plain = [name for name in names if name not in _BASELINE_STYLES]
+    for name in sorted(names, key=lambda name: -_curve(summary, name)[0].mean("test_auc")):
+        curve = _curve(summary, name)
+        if name in _BASELINE_STYLES:
+            marker, dashes = _BASELINE_STYLES[name]
+            color, label, width = _GRAY, _BASELINE_LABELS[name], 1.2
+        else:
+            number = plain.index(name)
+            marker, dashes = _MARKERS[number % len(_MARKERS)], "-"
+            color, label, width = _COLORS[number % len(_COLORS)], name, 1.6
+        means = [point.mean("test_auc") for point in curve]
+        below = [mean - point.rows["test_auc"].min() for mean, point in zip(means, curve)]
+        above = [point.rows["test_auc"].max() - mean for mean, point in zip(means, curve)]
+        axes.errorbar(
+            [point.inference_bytes or math.nan for point in curve],
+            means,
+            yerr=[below, above],
+            color=color,
+            marker=marker,
+            markersize=6,
+            markeredgecolor=color if marker in "x+" else "white",
+            markeredgewidth=1.6 if marker in "x+" else 0.8,
+            linewidth=width,
+            linestyle=dashes,
+            elinewidth=1.1,
+            capsize=2.5,
+            label=label,
+            zorder=2 if name in _BASELINE_STYLES else 3,
+        )
+
+
+def _curve(summary: Summary, method: str) -> list[Point]:
+    """The points of a method that have results and bytes, from the smallest up; none for full tables."""
+    found = [
+        point for point in summary.points if point.method == method and point.takes_budget and point.inference_bytes
+    ]
+    return sorted(found, key=lambda point: point.inference_bytes or 0)
+
+
+def _mark_dropped(axes: Axes, summary: Summary) -> None:
+    """Dropped features that the axes cannot show.
+
+    Where no table is left there are no bytes: a dotted line. Where they are far below all else they would squeeze the
+    rest: they leave at the bottom edge.
+    """
+    others = [point for point in summary.points if point.method != DROP and point.num_ok]
+    dropped = [point for point in summary.points if point.method == DROP and point.num_ok]
+    if not others or not dropped:
+        return
+    low = min(point.rows["test_auc"].min() for point in others)
+    high = max(point.rows["test_auc"].max() for point in [*others, *dropped])
+    span = high - low
+    # Budgets that leave nothing but the smallest tables come out at one size.
+    by_size = {point.inference_bytes or 0: point.mean("test_auc") for point in dropped}
+    far = {size: value for size, value in by_size.items() if span > 0 and value < low - 0.4 * span}
+    if far:
+        axes.set_ylim(low - 0.18 * span, high + 0.08 * span)
+    for size, value in far.items():
+        if size:
+            axes.text(size, 0.012, f"↓ {value:.3f}", transform=axes.get_xaxis_transform(), color=_GRAY, fontsize=9)
+        else:
+            text = f"↓ without any table {value:.3f}"
+            axes.text(0.06, 0.012, text, transform=axes.transAxes, color=_GRAY, fontsize=9)
+    if 0 in by_size and 0 not in far:
+        axes.axhline(by_size[0], color=_GRAY, linewidth=0.9, linestyle=(0, (1, 3)), label="no table left (0 B)")
+
+
+def _label_axes(axes: Axes, summary: Summary) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0,), numticks=12))
+    low, high = axes.get_xlim()
+    if math.log10(high / low) < 3:
+        axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
+    axes.set_xlabel("bytes of the served tables")
+    axes.set_ylabel("test AUC")
+    axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    config = summary.config
+    seeds = "1 seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
+    unfinished = f" · unfinished: {summary.num_finished} of {summary.num_expected} cells" if summary.is_partial else ""
+    axes.set_title(f"{summary.title} · {seeds}{unfinished}", loc="left", fontsize=11, pad=26)
+    full = summary.full
+    if full is not None and full.num_ok and full.inference_bytes:
+        size = full.inference_bytes
+        share = axes.secondary_xaxis("top", functions=(lambda x: np.asarray(x) / size, lambda x: np.asarray(x) * size))
+        share.xaxis.set_minor_locator(NullLocator())
+        share.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
+        share.spines["top"].set_visible(False)
+        share.tick_params(length=0, labelsize=8.5, labelcolor=_GRAY, pad=0)
+        axes.annotate(
+            "of the full tables",
+            (1.0, 1.0),
+            xycoords="axes fraction",
+            xytext=(8, 2),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=_GRAY,
+        )
+    handles, labels = axes.get_legend_handles_labels()
+    # Full comes first; the others are in the order of their smallest budget's AUC.
+    axes.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 0.97),
+        frameon=False,
+        handlelength=2.6,
+        labelspacing=0.75,
+    )
+
+
+def _footnote(figure: Figure, summary: Summary) -> None:
+    floors: dict[tuple[str, int], list[str]] = {}
+    for point in summary.points:
+        if point.floor_bytes is not None:
+            floors.setdefault((point.method, point.floor_bytes), []).append(point.budget)
+    if floors:
+        parts = [f"{name} at {', '.join(at)} (floor {format_bytes(size)})" for (name, size), at in floors.items()]
+        text = textwrap.fill(f"Infeasible: {'; '.join(parts)}.", 125)
+        figure.supxlabel(text, fontsize=8, color=_GRAY, ha="left", x=0.01)

@@ -1,0 +1,58 @@
+"""All plans of a sweep, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from embtables import InfeasibleBudget
+from embtables.datasets import PreparedDataset
+from embtables.methods import from_config
+from embtables.sweeps.cells import MethodSpec
+from embtables.training.config import RunConfig, TablesConfig, parse_value
+from embtables.training.planning import plan_tables, selected
+
+
+def cell_config(train: RunConfig, spec: MethodSpec, budget: str, seed: int) -> RunConfig:
+    """`train` with a cell's method, budget (empty: none) and seed, as ``embtables train`` reads them."""
+    tables = {"method": spec, "budget": parse_value(budget, "budget") if budget else None}
+    return train.model_copy(
+        update={
+            "tables": TablesConfig(**{**train.tables.model_dump(), **tables}),
+            "training": train.training.model_copy(update={"seed": seed}),
+        }
+    )
+
+
+def plan_points(
+    dataset: PreparedDataset,
+    train: RunConfig,
+    methods: Mapping[str, MethodSpec],
+    points: Sequence[tuple[str, str]],
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Bytes of every (method, budget) under `train`, or its floor where it is infeasible.
+
+    Raises:
+        ValueError: an unknown method or field, a budget that cannot be read, a method that cannot be trained so.
+    """
+    for spec in methods.values():
+        for part in spec.values() if isinstance(spec, dict) and "kind" not in spec else [spec]:
+            from_config(part)
+    dataset = selected(train, dataset)
+    planned: dict[tuple[str, str], dict[str, Any]] = {}
+    for label, budget in points:
+        try:
+            solved = plan_tables(cell_config(train, methods[label], budget, seed=0), dataset)
+        except InfeasibleBudget as error:
+            planned[label, budget] = {"floor_bytes": error.floor_bytes, "message": str(error)}
+        except ValueError as error:
+            raise ValueError(f"{label} at {budget or 'no budget'}: {error}") from None
+        else:
+            full = solved.full_bytes
+            planned[label, budget] = {
+                "inference_bytes": solved.inference_bytes,
+                "training_bytes": solved.training_bytes,
+                "full_bytes": full,
+                "ratio": solved.inference_bytes / full if full else None,
+            }
+    return planned

@@ -1,0 +1,121 @@
+"""results.csv: one row a cell, collected from the cells' own files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embtables._util.files import write_text
+from embtables.sweeps.cells import Cell
+
+#: The columns of results.csv. A column is only ever added at the end of its part.
+COLUMNS = (
+    "dataset",
+    "model",
+    "method",
+    "budget",
+    "seed",
+    "inference_bytes",
+    "training_bytes",
+    "ratio",
+    "valid_auc",
+    "test_auc",
+    "test_logloss",
+    "best_epoch",
+    "examples_per_second",
+    "train_seconds",
+    "peak_rss_bytes",
+    "status",
+    "floor_bytes",
+    "full_bytes",
+    "test_normalized_entropy",
+    "test_gauc_weighted",
+    "test_gauc_mean",
+    "test_auc_head",
+    "test_auc_torso",
+    "test_auc_tail",
+    "test_auc_unseen",
+    "collision_share",
+    "lookup_latency_us",
+    "epochs",
+    "learning_rate",
+    "cell",
+    "message",
+    "variant",
+    "valid_logloss",
+    "valid_gauc_weighted",
+    "valid_gauc_mean",
+)
+
+# What the sweep itself knows of a cell; a run's own word on these is not asked for.
+_OF_THE_SWEEP = (
+    "dataset",
+    "model",
+    "method",
+    "budget",
+    "seed",
+    "status",
+    "learning_rate",
+    "cell",
+    "message",
+    "variant",
+)
+
+
+def read_metrics(run: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run; None while there are none. A run writes them last, and whole."""
+    try:
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{run / 'metrics.json'} is damaged ({error}): delete {run} to train it again") from None
+    if not isinstance(metrics, dict) or "status" not in metrics:
+        raise ValueError(f"{run / 'metrics.json'} has no status: delete {run} to train it again")
+    return metrics
+
+
+def row(cell: Cell, status: str, dataset: str, model: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """One row: what the sweep knows of `cell`, and of `values` what has a column."""
+    measured = {name: values[name] for name in COLUMNS if name in values and name not in _OF_THE_SWEEP}
+    return {
+        "dataset": dataset,
+        "model": model,
+        "method": cell.method,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        **measured,
+        "status": status,
+        "learning_rate": values.get("learning_rate"),
+        "cell": cell.name,
+        "message": values.get("message"),
+        "variant": cell.variant,
+    }
+
+
+def write_results(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write `rows` in one step, so that a reader at any moment finds a whole file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_hparams(row: Mapping[str, Any], folder: Path) -> None:
+    """One entry for the HParams page of TensorBoard: the cell's coordinates against its results."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    coordinates = {name: row[name] for name in ("dataset", "variant", "model", "method", "budget", "seed")}
+    skipped = {*coordinates, "status", "cell", "message"}
+    numbers = {
+        name: float(value)
+        for name, value in row.items()
+        if name not in skipped and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_hparams(coordinates, {f"cell/{name}": value for name, value in numbers.items()}, run_name=".")

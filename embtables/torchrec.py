@@ -1,0 +1,5 @@
+"""The tables as torchrec sees them: ``EmbeddingBagCollection`` and ``EmbeddingCollection``."""
+
+from embtables.faces.torchrec import EmbeddingBagCollection, EmbeddingCollection
+
+__all__ = ["EmbeddingBagCollection", "EmbeddingCollection"]
