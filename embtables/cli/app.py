@@ -16,8 +16,6 @@ from typing import NoReturn
 
 import typer
 
-from embtables import __version__
-
 
 @dataclass(frozen=True)
 class Command:
@@ -63,6 +61,8 @@ EMBTABLES_TRACEBACK=1 shows where an error was raised."""
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from embtables import __version__
+
         typer.echo(f"embtables {__version__}")
         raise typer.Exit()
 

@@ -29,6 +29,7 @@ class RowFormat:
     share something (a scale for each block of rows, or one for the slab). An instance in ``FORMATS`` is all that plans
     need: the methods solve for ``slab_bytes``, which must not fall where the rows or the width grow, and must be at
     least ``rows`` times ``row_bytes``. Sizes are integers, or int64 arrays that are computed with element by element.
+    The store allocates ``[rows, columns(width)]`` of ``dtype``, under ``weight_name``; its lookups read fp32 rows.
 
     Args:
         name: what plans and files call it.
