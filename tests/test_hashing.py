@@ -17,6 +17,7 @@ from scalar import MASK, bucket, hash_address, mix64, seed_of, sign_of
 from embtables import EmbeddingTables, TableConfig, plan
 from embtables.hashing import hash_ids, hash_signs, mix, seed_for, to_range
 from embtables.methods import Method
+from embtables.tables.reading import block_of
 
 int64s = st.integers(-(2**63), 2**63 - 1)
 
@@ -149,7 +150,9 @@ TABLES = [TableConfig("user", 5000, 8), TableConfig("item", 3000, 8), TableConfi
 
 def addresses(tables: EmbeddingTables, name: str) -> torch.Tensor:
     """What decides which weights an id has, counted from the table's own first row."""
-    lookups, feature, n = tables._find(name)
+    lookups, number = block_of(tables._each_block(), name)
+    feature = lookups.lookup[number]
+    n = lookups.tables[number].rows
     return lookups.block.signature(torch.arange(n), feature.expand(n))
 
 
@@ -190,6 +193,7 @@ import torch, sys
 sys.path.insert(0, {tests!r})
 from core_cases import *
 from embtables import *
+from embtables.tables.reading import block_of
 tables = [TableConfig("user", 5000, 8), TableConfig("item", 3000, 8)]
 counts = {{t.name: falling_counts(t.num_embeddings) for t in tables}}
 total = 0

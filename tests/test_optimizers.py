@@ -18,6 +18,7 @@ from embtables.lookup.inputs import Input
 from embtables.methods import Method
 from embtables.ops import coalesce
 from embtables.optimizers import FusedOptimizer
+from embtables.tables.reading import block_of
 
 Array = npt.NDArray[np.float64]
 CONFIGS: list[FusedOptimizer] = [
@@ -96,7 +97,8 @@ def test_fifty_steps_with_duplicates_equal_the_reference(config: FusedOptimizer)
 def test_k_lookups_of_one_slab_are_one_update(config: FusedOptimizer) -> None:
     solved = plan([TableConfig("t", 100, 4)], {"kind": "multi_hash", "num_hashes": 3}, 7 * 16, optimizer=config)
     tables = EmbeddingTables(solved, std=0.5)
-    lookups, feature, _ = tables._find("t")
+    lookups, number = block_of(tables._each_block(), "t")
+    feature = lookups.lookup[number]
     reference = Reference(tables.store.slab("t"), config)
     generator = torch.Generator().manual_seed(1)
     for ids in ids_with_duplicates(50, 8, 100):

@@ -14,6 +14,7 @@ from core_cases import counted_bytes, random_ids
 
 import embtables.methods as methods
 from embtables import EmbeddingTables, InfeasibleBudget, Plan, TableConfig, plan
+from embtables.tables.reading import block_of
 
 FOLDER = Path(__file__).parent / "third_party"
 CLASSES = {"tensor_train": "TensorTrain", "deep_hash": "DeepHash", "hot_cold": "HotCold"}
@@ -173,7 +174,8 @@ def test_a_hot_id_moves_to_a_row_of_its_own_without_a_jump() -> None:
     assert int((owners != 0).sum()) == 2
     # It starts from what it had, weights and optimiser state alike …
     assert torch.equal(tables(hot).detach(), before)
-    lookups, feature, _ = tables._find("user")
+    lookups, number = block_of(tables._each_block(), "user")
+    feature = lookups.lookup[number]
     row = int(lookups.block.address(torch.tensor([17]), feature)[0].rows)
     # Eight gradients of ones, most of them counted while the row was still a shared one.
     assert row < 32 and tables.store.slab_state("hot_cold/rows")[0][row].tolist() == [8.0] * 8

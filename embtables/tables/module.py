@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embtables._util.files import replacing
-from embtables.config import TableConfig
-from embtables.hashing import seed_for
 from embtables.lookup.engine import Lookup
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.inputs import CONFIG, Input, PoolingLike, check_input, check_pooling
-from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.regularization import Regularizer
 from embtables.lookup.step import Step, ViewSteps
 from embtables.lookup.store import Store
-from embtables.methods.base import Initializer
-from embtables.plan.layout import FULL
-from embtables.plan.memory import Memory, storage_bytes
+from embtables.plan.memory import Memory
 from embtables.plan.solver import Plan, checked_counts
+from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
-
-_CHUNK = 65536
+from embtables.tables.files import check_ranks, reading_file, write_file
+from embtables.tables.initialize import initialize
+from embtables.tables.reading import block_of, dense_rows, share_of_collisions
 
 
 class EmbeddingTables(nn.Module):
@@ -72,7 +64,7 @@ class EmbeddingTables(nn.Module):
             raise ValueError(f"std must be a positive number of at most 1e6, not {std!r}")
         self._prepare(plan, seed, std)
         self._build(Store([g.layout.training for g in plan.groups], plan.optimizer, sparse=sparse, device=device))
-        self._initialize()
+        initialize(plan, self.store, seed, std)
 
     # ---- building ------------------------------------------------------------------------------------------------
 
@@ -124,42 +116,7 @@ class EmbeddingTables(nn.Module):
         self.store.reset_state()
         # to_empty leaves the addressing constants undefined too, and they follow from the plan.
         self._build(self.store)
-        self._initialize()
-
-    @torch.no_grad()
-    def _initialize(self) -> None:
-        if self.store.device.type == "meta":
-            return
-        init = Initializer(self.std if self.std is not None else self._default_std(), self.seed)
-        for g in self.plan.groups:
-            for name in g.method.fixed_codes(g.layout):
-                if name not in self.plan.codes:
-                    raise ValueError(
-                        f"this plan lost '{name}', the ranking of ids, on its way through JSON: plan again with "
-                        "frequencies, or read trained tables with EmbeddingTables.load"
-                    )
-                self.store.code(name).copy_(torch.from_numpy(self.plan.codes[name]))
-            g.method.initialize(g.layout, g.group, self.store, init)
-            for table in g.group.tables:
-                if table.init_fn is not None and self.std is None and g.layout.entries[table.name].variant == FULL:
-                    self._call_init_fn(table, self.store.slab(table.name))
-
-    def _default_std(self) -> float:
-        tables = self.plan.tables
-        with_init = [table for table in tables if table.init_fn is not None]
-        if not with_init:
-            return 1 / sqrt(3 * max(table.rows or 1 for table in tables))
-        largest = max(with_init, key=lambda table: table.rows or 1)
-        sample = torch.empty(max(1, 65536 // largest.embedding_dim), largest.embedding_dim)
-        self._call_init_fn(largest, sample)
-        return float(sample.double().square().mean().sqrt())
-
-    def _call_init_fn(self, table: TableConfig, weight: Tensor) -> None:
-        """``init_fn`` draws from torch's global generator, which is seeded for it and then left as it was."""
-        assert table.init_fn is not None
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_for(self.seed, "init_fn", table.name))
-            table.init_fn(weight)
+        initialize(self.plan, self.store, self.seed, self.std)
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -268,7 +225,7 @@ class EmbeddingTables(nn.Module):
             ValueError: for an unknown table.
         """
         if table not in self._views:
-            block, number = self._place(table)
+            block, number = block_of(self._each_block(), table)
             self._views[table] = Lookup(self.store, [block], [0], only=number).to(self.store.device)
         return self._views[table], self._view_steps
 
@@ -343,77 +300,17 @@ class EmbeddingTables(nn.Module):
         Raises:
             ValueError: for an unknown table, or one without ``num_embeddings``.
         """
-        block, feature, num_rows = self._find(table)
-        ids = torch.arange(num_rows, device=self.store.device)[rows]
-        step = Step(self.store)
-
-        def vectors(chunk: Tensor) -> Tensor:
-            number, tables = feature.expand_as(chunk), block.block
-            values = step.gather(tables.address(chunk, number), may_skip=tables.may_skip)
-            return tables.combine(values, chunk, number, step.extra)
-
-        dense = torch.cat([vectors(chunk) for chunk in ids.split(_CHUNK)])
-        dense[ids == block.padding[feature]] = 0
-        return dense
+        block, number = block_of(self._each_block(), table)
+        return dense_rows(block, number, rows)
 
     @torch.no_grad()
     def collision_share(self, table: str) -> float:
         """Share of a table's ids that have their whole address, and so their vector, in common with another id."""
-        block, feature, num_rows = self._find(table)
-        ids = torch.arange(num_rows, device=self.store.device)
-        signatures = [block.block.signature(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
-        _, inverse, counts = torch.unique(torch.cat(signatures), dim=0, return_inverse=True, return_counts=True)
-        return float((counts[inverse] > 1).double().mean())
-
-    def _find(self, table: str) -> tuple[BlockLookup, Tensor, int]:
-        block, number = self._place(table)
-        num_rows = block.tables[number].rows
-        if num_rows is None:
-            raise ValueError(f"table '{table}' has no num_embeddings, so its ids cannot be listed")
-        return block, block.lookup[number], num_rows
-
-    def _place(self, table: str) -> tuple[BlockLookup, int]:
-        """A table's block, and its first number there."""
-        for block in self._each_block():
-            for number, config in enumerate(block.tables):
-                if config.name == table:
-                    return block, number
-        raise ValueError(f"there is no table '{table}'; the tables: {', '.join(t.name for t in self.plan.tables)}")
+        return share_of_collisions(*block_of(self._each_block(), table))
 
     def memory(self) -> Memory:
         """Bytes, taken from the storages that exist: of the served form, if that is what this module holds."""
-        by_kind: dict[str, int] = {}
-        form = "serving" if self.served else "training"
-        kinds = {code.name: code.kind for g in self.plan.groups for code in getattr(g.layout, form).codes}
-        for name, tensor, is_code in self.store.tensors():
-            kind = kinds[name] if is_code else "weights"
-            by_kind[kind] = by_kind.get(kind, 0) + storage_bytes([tensor])
-        # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
-        state = storage_bytes(tensor for name, tensor in self.store.optimizer_state().items() if name != "hyper")
-        held = sum(by_kind.values())
-        changes_form = any(g.layout.serving != g.layout.training for g in self.plan.groups)
-        inference = self.plan.inference_bytes if changes_form and not self.served else held
-        gradients = by_kind.get("weights", 0)
-        training = held + (state if self.plan.optimizer is not None else gradients)
-        if self.served:
-            training = self.plan.training_bytes
-        by_kind |= {"optimizer state": state} if state else {}
-        regularizers = [block.regularizer for block in self._each_block() if block.regularizer is not None]
-        counts = [regularizer.counts for regularizer in regularizers if regularizer.counts is not None]
-        if counts:
-            by_kind["frequencies"] = storage_bytes(counts)
-            training += by_kind["frequencies"]
-        constants = storage_bytes([*self.blocks.buffers(), *self.lookups.buffers()]) - storage_bytes(counts)
-        dense = self.plan.optimizer is None and not (self.served or self.store.sparse)
-        return Memory(
-            inference,
-            training,
-            self.plan.full_bytes,
-            by_kind,
-            constants,
-            gradients if dense else 0,
-            self.lookups.ops,
-        )
+        return memory_of(self)
 
     # ---- the fused optimiser -------------------------------------------------------------------------------------
 
@@ -486,12 +383,7 @@ class EmbeddingTables(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside."""
-        tensors = {k: v.detach().contiguous().cpu() for k, v in self.serve().store.state_dict().items()}
-        with replacing(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"embtables": json.dumps(self.plan.to_dict())})
-            except SafetensorError as error:
-                raise OSError(f"cannot write {path}: {error}") from error
+        write_file(path, self.serve().store, self.plan)
 
     @classmethod
     @torch.no_grad()
@@ -502,20 +394,10 @@ class EmbeddingTables(nn.Module):
             FileNotFoundError: where there is no such file.
             ValueError: naming the file, where it is damaged or no such file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = (file.metadata() or {}).get("embtables")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if metadata is None:
-                raise ValueError("it holds no plan")
-            tables = cls._empty_served(Plan.from_dict(json.loads(metadata)), device)
-            tables._check_ranks(tensors)
+        with reading_file(path) as (plan, tensors):
+            tables = cls._empty_served(plan, device)
+            check_ranks(tables._each_block(), tensors)
             tables.store.load_state_dict(tensors)
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} holds no embedding tables that can be read: {reason}") from error
         return tables.eval()
 
     # ---- state dict ----------------------------------------------------------------------------------------------
@@ -533,26 +415,9 @@ class EmbeddingTables(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         store = f"{prefix}store."
-        self._check_ranks({name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)})
+        own = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
+        check_ranks(self._each_block(), own)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def _check_ranks(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ``ValueError`` for ranks that are none, in tensors that the store is about to take.
-
-        A lookup goes where they say, without looking.
-        """
-        for block in self._each_block():
-            recipes = block.block.recipes if isinstance(block.block, RecipeBlock) else []
-            for table, recipe in zip(block.tables, recipes):
-                if recipe.ranks is None or table.rows is None:
-                    continue
-                name, start = recipe.ranks
-                ranks = tensors.get(self.store.key(name), torch.empty(0)).reshape(-1)[start : start + table.rows]
-                if ranks.numel() and not ranks.is_meta and not 0 <= ranks.min() <= ranks.max() < table.rows:
-                    raise ValueError(
-                        f"table '{table.name}': '{name}' holds ranks {int(ranks.min())} … {int(ranks.max())}, but its "
-                        f"ids have the ranks 0 … {table.rows - 1}: the file or state dict is damaged"
-                    )
 
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)

@@ -1,0 +1,46 @@
+"""The bytes that tables occupy, taken from the storages that exist."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from embtables.plan.memory import Memory, storage_bytes
+
+if TYPE_CHECKING:
+    from embtables.tables.module import EmbeddingTables
+
+
+def memory_of(tables: EmbeddingTables) -> Memory:
+    """Bytes of the form that these tables have at present, the trained or the served one."""
+    by_kind: dict[str, int] = {}
+    form = "serving" if tables.served else "training"
+    kinds = {code.name: code.kind for g in tables.plan.groups for code in getattr(g.layout, form).codes}
+    for name, tensor, is_code in tables.store.tensors():
+        kind = kinds[name] if is_code else "weights"
+        by_kind[kind] = by_kind.get(kind, 0) + storage_bytes([tensor])
+    # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
+    state = storage_bytes(tensor for name, tensor in tables.store.optimizer_state().items() if name != "hyper")
+    held = sum(by_kind.values())
+    changes_form = any(g.layout.serving != g.layout.training for g in tables.plan.groups)
+    inference = tables.plan.inference_bytes if changes_form and not tables.served else held
+    gradients = by_kind.get("weights", 0)
+    training = held + (state if tables.plan.optimizer is not None else gradients)
+    if tables.served:
+        training = tables.plan.training_bytes
+    by_kind |= {"optimizer state": state} if state else {}
+    regularizers = [block.regularizer for block in tables.lookups.blocks if block.regularizer is not None]
+    counts = [regularizer.counts for regularizer in regularizers if regularizer.counts is not None]
+    if counts:
+        by_kind["frequencies"] = storage_bytes(counts)
+        training += by_kind["frequencies"]
+    constants = storage_bytes([*tables.blocks.buffers(), *tables.lookups.buffers()]) - storage_bytes(counts)
+    dense = tables.plan.optimizer is None and not (tables.served or tables.store.sparse)
+    return Memory(
+        inference,
+        training,
+        tables.plan.full_bytes,
+        by_kind,
+        constants,
+        gradients if dense else 0,
+        tables.lookups.ops,
+    )
