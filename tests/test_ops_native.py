@@ -182,6 +182,20 @@ def test_unpooled_vectors_come_in_the_order_of_the_ids() -> None:
     assert torch.equal(tables(columns, pooling=None), expected)
 
 
+def test_clipping_spreads_nan_over_its_row_as_in_the_reference() -> None:
+    index, hyper = torch.tensor([0, 1, 2]), torch.tensor([0.1, 0.0, 1e-8, 0.9, 0.99, 0.5], dtype=torch.float64)
+    weight, grad = torch.randn(4, 16), torch.randn(3, 16)
+    grad[1, 2] = float("nan")
+    results = []
+    for name in ("native", "reference"):
+        results.append(weight.clone())
+        with ops.using(name):
+            state = [torch.zeros(4, 16), torch.zeros(4, 16), torch.tensor(1)]
+            torch.ops.embtables.update_(results[-1], state, index, grad, hyper, "adam")
+    assert results[1].isnan().all(1).tolist() == [False, True, False, False]
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.05], ids=["whole", "clipped"])
 @pytest.mark.parametrize("l2", [0.0, 0.1], ids=["free", "decayed"])
 @METHODS

@@ -646,7 +646,7 @@ inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t w
     }
     if (rule.clip > 0) {
         const float norm = std::sqrt(dot<W>(g, g, n));
-        const float factor = rule.clip / (norm > rule.clip ? norm : rule.clip);
+        const float factor = rule.clip / (norm < rule.clip ? rule.clip : norm);  // NaN where the norm is NaN
         each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) * factor); });
     }
     if (rule.l2 != 0) each<W, T>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + rule.l2 * get<m>(w + d)); });
