@@ -292,6 +292,64 @@ def train(method: str, optimizer: str, device: str) -> list[Tensor]:
 
 @on_device
 @needs_triton
+def test_eager_lookups_go_straight_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and without; the gradient of a matrix of ids is read where it is, rather than put in order first."""
+    configs = [TableConfig("a", 9, 4, ["a", "c"]), TableConfig("b", 7, 4)]
+    module = EmbeddingTables(plan(configs, "full", optimizer="adagrad"), device=DEVICE)
+    weight, ids = module.store.weight_4, torch.tensor([[0, 1, 2], [3, 4, 5]], device=DEVICE)
+    grad = torch.randn(2, 12, device=DEVICE)
+    expected = weight.index_select(0, (ids + torch.tensor([0, 0, 9], device=DEVICE)).flatten()).view(2, 12)
+    monkeypatch.setitem(reference.eager, DEVICE, reference.Kernels(gpu._gather, gpu._Rows.look_up))
+    monkeypatch.setattr(reference, "fused_lookup", None)
+    with torch.no_grad():
+        assert torch.equal(module(ids), expected)
+    gradients, update = [], gpu._update
+    monkeypatch.setattr(gpu, "_update", lambda *given: gradients.append(given[3]) or update(*given))
+    before = weight._version
+    vectors = module(ids)
+    assert torch.equal(vectors, expected)
+    vectors.backward(grad)
+    assert [g.data_ptr() for g in gradients] == [grad.data_ptr()] and weight._version > before
+    assert not torch.equal(module(ids), expected)
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_as_a_cuda_graph(rule: str) -> None:
+    """Captured once and replayed over other ids and another learning rate, it does what eager steps do, bit for bit."""
+    configs = [
+        TableConfig("a", 50, 8, ["a", "c"], on_out_of_range="oov"),
+        TableConfig("b", 30, 8, on_out_of_range="hash"),
+    ]
+    one, other = (EmbeddingTables(plan(configs, "full", optimizer=rule), device="cuda") for _ in range(2))
+    ids = [torch.randint(70, (40, 3), generator=torch.Generator().manual_seed(i)).cuda() for i in range(4)]
+    grad = torch.randn(40, 24, device="cuda")
+    given = ids[0].clone()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        other(given).backward(grad)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        vectors = other(given)
+        vectors.backward(grad)
+    one(ids[0]).backward(grad)
+    for batch in ids[1:]:
+        for module in (one, other):
+            module.set_learning_rate(LR / (1 + len(batch)))
+        expected = one(batch)
+        expected.backward(grad)
+        given.copy_(batch)
+        graph.replay()
+        assert torch.equal(vectors, expected)
+    for name, tensor in one.store.named_buffers():
+        assert torch.equal(tensor, other.store.get_buffer(name)), name
+
+
+@on_device
+@needs_triton
 def test_tables_train_as_on_the_reference() -> None:
     """The last test of a process without a GPU: its CPU operators are the kernels from here on."""
     cases = [(method, rule) for method in ("full", "compositional", "mixed_dimension") for rule in RULES]

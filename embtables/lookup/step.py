@@ -73,28 +73,34 @@ class Step:
         values: list[Tensor | None] = [None] * len(parts)
         for width in dict.fromkeys(part.width for part in parts):
             which = [i for i, part in enumerate(parts) if part.width == width]
-            flat = torch.cat([parts[i].rows.reshape(-1) for i in which])
+            ordered = [_as_stored(parts[i].rows) for i in which]
+            flats = [rows.reshape(-1) for rows in ordered]
+            flat = torch.cat(flats) if len(flats) > 1 else flats[0]
             if may_skip:
                 found = (flat >= 0).nonzero().squeeze(1)
                 rows = self._rows(width, flat[found])
                 rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
             else:
                 rows = self._rows(width, flat)
-            for i, chunk in zip(which, rows.split([parts[i].rows.numel() for i in which])):
-                values[i] = chunk.view(*parts[i].rows.shape, width)
+            chunks = rows.split([flat.numel() for flat in flats]) if len(flats) > 1 else [rows]
+            for i, stored, chunk in zip(which, ordered, chunks):
+                vectors = chunk.view(*stored.shape, width)
+                values[i] = vectors if stored is parts[i].rows else vectors.transpose(0, 1)
         return [value for value in values if value is not None]
 
     def _rows(self, width: int, index: Tensor) -> Tensor:
         store, weight = self.store, self.store.weight(width)
         if self.updates:
             state = self._state(weight_name(FP32.name, width))
-            rows: Tensor = ops.fused_lookup(weight, state, index, store.hook, store.hyper, self._rule)
+            rows: Tensor = ops.fused_rows(weight, state, index, store.hook, store.hyper, self._rule)
             return rows
         if store.sparse:
             return F.embedding(index, weight, sparse=True)
         if self.aliases is not None and weight.requires_grad and torch.is_grad_enabled():
             return F.embedding(index, self.aliases.of(weight), sparse=True)
-        return weight.index_select(0, index)
+        if weight.requires_grad and torch.is_grad_enabled():
+            return weight.index_select(0, index)
+        return ops.gather(weight, index)
 
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""
@@ -115,6 +121,18 @@ class Step:
     def _rule(self) -> str:
         assert self.store.optimizer is not None
         return self.store.optimizer.kind
+
+
+def _as_stored(rows: Tensor) -> Tensor:
+    """``rows``, or their transpose where that is how they lie in the memory of a GPU, as those of a matrix of ids do.
+
+    Vectors that are gathered in this order need not be put into another one afterwards, nor their gradients. On the CPU
+    the order of the features stays, and with it that of the sums of gradients.
+    """
+    if rows.ndim < 2 or rows.is_contiguous() or rows.device.type == "cpu" or torch.compiler.is_compiling():
+        return rows
+    turned = rows.transpose(0, 1)
+    return turned if turned.is_contiguous() else rows
 
 
 class ViewSteps:

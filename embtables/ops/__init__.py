@@ -32,7 +32,7 @@ from embtables.ops.fused import (
 )
 from embtables.ops.ids import raise_for_id, raise_for_ids, ranges, refuse_ids
 from embtables.ops.native import Refused, fits, has_native_form
-from embtables.ops.reference import coalesce, fused_dense, fused_lookup, update, update_rows
+from embtables.ops.reference import coalesce, fused_dense, fused_lookup, fused_rows, gather, update, update_rows
 
 __all__ = [
     "Refused",
@@ -43,6 +43,8 @@ __all__ = [
     "fits",
     "fused_dense",
     "fused_lookup",
+    "fused_rows",
+    "gather",
     "has_native_form",
     "huge_pages",
     "instructions",

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from embtables.ops import reference
 from embtables.ops.reference import fused_lookup, update
 
 _plain_update = update._init_fn
@@ -37,13 +39,18 @@ def register_for(device_type: str) -> None:
     """Gives the operators these kernels for one type of device: ``"cpu"`` under Triton's interpreter."""
     fused_lookup.register_kernel(device_type, _lookup)
     update.register_kernel(device_type, _update)
+    reference.eager[device_type] = reference.Kernels(_gather, _Rows.look_up)
     registered.add(device_type)
 
 
-def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+def _gather(weight: Tensor, index: Tensor) -> Tensor:
     from embtables.ops import gpu_kernels
 
     return gpu_kernels.lookup(weight, index)
+
+
+def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+    return _gather(weight, index)
 
 
 def _update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
@@ -51,3 +58,28 @@ def _update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
 
     step = gpu_kernels.update_ if rule in gpu_kernels.RULES else _plain_update
     step(weight, state, index, grad, hyper, rule)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows that are updated in backward, as by ``embtables::lookup``. ``hook`` only makes autograd call it."""
+
+    @staticmethod
+    def look_up(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+        rows: Tensor = _Rows.apply(hook, weight, state, index, hyper, rule)
+        return rows
+
+    @staticmethod
+    def forward(
+        ctx: Any, hook: Tensor, weight: Tensor, state: list[Tensor], index: Tensor, hyper: Tensor, rule: str
+    ) -> Tensor:
+        # On ctx itself, for the reason that ``embtables::lookup`` has.
+        ctx.given = weight, state, index, hyper, rule
+        return _gather(weight, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        weight, state, index, hyper, rule = ctx.given
+        _update(weight, state, index, grad.contiguous(), hyper, rule)
+        torch.autograd.graph.increment_version([weight, *state])
+        return (None,) * 6

@@ -7,7 +7,7 @@ Shapes: R rows, W width, N looked-up rows (duplicates included). Cost and memory
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,8 +106,38 @@ def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, N
 fused_lookup.register_autograd(_step, setup_context=_keep)
 
 
+class Kernels(NamedTuple):
+    """A device's own ``gather`` (weight, index) and ``look_up`` (the arguments of ``fused_lookup``, differentiable)."""
+
+    gather: Callable[[Tensor, Tensor], Tensor]
+    look_up: Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, str], Tensor]
+
+
+# By type of device: what eager lookups call there, since the dispatcher takes several times as long as the kernels.
+eager: dict[str, Kernels] = {}
+
+
+def _eager(index: Tensor) -> Kernels | None:
+    """Traced and wrapped tensors go through the dispatcher."""
+    return None if type(index) is not Tensor or torch.compiler.is_compiling() else eager.get(index.device.type)
+
+
+def gather(weight: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [N] of ``weight`` [R, W] → [N, W], without a gradient."""
+    kernels = _eager(index)
+    return weight.index_select(0, index) if kernels is None else kernels.gather(weight, index)
+
+
+def fused_rows(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+    """``fused_lookup``, by the shortest way that there is."""
+    kernels = _eager(index)
+    look_up = fused_lookup if kernels is None else kernels.look_up
+    rows: Tensor = look_up(weight, state, index, hook, hyper, rule)
+    return rows
+
+
 def fused_dense(weight: Tensor, state: list[Tensor], hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
     """The whole of a small parameter ``weight`` (any shape), updated by the same rule in backward, all rows at once."""
     flat = weight.view(weight.shape[0], -1) if weight.ndim > 1 else weight.view(1, -1)
     index = torch.arange(flat.shape[0], device=weight.device)
-    return fused_lookup(flat, state, index, hook, hyper, rule).view(weight.shape)
+    return fused_rows(flat, state, index, hook, hyper, rule).view(weight.shape)
