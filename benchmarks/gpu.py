@@ -5,19 +5,25 @@
 
 Workload: the 26 cardinalities of Criteo-Kaggle, those above 1,000 divided by --divisor, one id a feature, Zipf 1.05.
 All contestants of a configuration take turns in one process, and are timed by CUDA events around a call; the rate of a
-large copy is measured in the same turns. Prints the results and saves results.csv and report.md in --out. What runs on
-a GPU and how stands in docs/gpu.md.
+large copy is measured in the same turns. Prints the results and saves results.csv, environment.json and report.md in
+--out. What runs on a GPU and how stands in docs/gpu.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import datetime
+import json
 import random
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +39,10 @@ from embtables.ops import gpu
 
 LR = 0.01
 OURS, OPERATOR = "embtables, Full", "embtables, the operator alone"
+GRAPH = "embtables, Full, as a CUDA graph"
 LOOP, FLAT = "nn.EmbeddingBag × 26", "F.embedding, one flat table"
 COPY = "copy"
+BATCHES = 4  # different ones; their ids alone are larger than the caches of an H100 where batches are large
 RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
 STATE_WIDTHS = {"sgd": lambda d: 0, "rowwise_adagrad": lambda d: 1, "adagrad": lambda d: d, "adam": lambda d: 2 * d}
 SPARSE: dict[str, Callable[..., Any]] = {
@@ -115,12 +123,36 @@ def ours(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
             Contestant("step", OURS, rule, data.step_bytes(rule), train),
             Contestant("update", OPERATOR, rule, data.update_bytes(rule), update),
         ]
+        if data.device.type == "cuda":
+            # Ids out of range get a vector of their own, so that nothing waits for the GPU to have seen them.
+            bounded = [dataclasses.replace(table, on_out_of_range="oov") for table in tables]
+            step = Captured(EmbeddingTables(plan(bounded, "full", optimizer=rule), device=data.device), data)
+            found.append(Contestant("step", GRAPH, rule, data.step_bytes(rule), step))
         if rule == RULES[0]:
             found.append(Contestant("forward", OURS, "", data.forward_bytes(), look_up))
             found.append(Contestant("forward", OPERATOR, "", data.forward_bytes(), gather))
         return found
 
     return (lambda rule=rule: build(rule) for rule in RULES)  # type: ignore[misc]
+
+
+class Captured:
+    """A step that is captured once; then ids are copied to where it reads them, and it is replayed."""
+
+    def __init__(self, module: EmbeddingTables, data: Batches) -> None:
+        # The graph knows the addresses of the module's tensors, and does not keep them alive.
+        self.module, self.data, self.ids, self.graph = module, data, data.ids[0].clone(), torch.cuda.CUDAGraph()
+        aside, current = torch.cuda.Stream(data.device), torch.cuda.current_stream(data.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            module(self.ids).backward(data.grad)
+        current.wait_stream(aside)
+        with torch.cuda.graph(self.graph):
+            module(self.ids).backward(data.grad)
+
+    def __call__(self, batch: int) -> None:
+        self.ids.copy_(self.data.ids[batch])
+        self.graph.replay()
 
 
 def rivals(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
@@ -266,12 +298,14 @@ def report(rows: Sequence[Row], about: dict[str, Any], notes: Sequence[str]) -> 
     return "\n".join(lines) + "\n"
 
 
-def save(folder: Path, rows: Sequence[Row], text: str) -> None:
+def save(folder: Path, rows: Sequence[Row], about: dict[str, Any], text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "results.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    with replacing(folder / "environment.json") as path:
+        Path(path).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     with replacing(folder / "report.md") as path:
         Path(path).write_text(text, encoding="utf-8")
 
@@ -280,9 +314,20 @@ def describe(device: torch.device) -> dict[str, Any]:
     about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: a trial on the CPU"}
     if device.type == "cuda":
         about["memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+        about["driver"] = driver()
         about["CUDA"] = str(torch.version.cuda)
+        about["triton"] = version("triton")
         about["operators"] = "Triton" if "cuda" in gpu.registered else "reference"
-    return about | {k: v for k, v in machine.describe().items() if k in ("processor", "python", "torch")}
+    about |= {k: v for k, v in machine.describe().items() if k in ("processor", "python", "torch")}
+    return about | {"date": datetime.date.today().isoformat()}
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, as ``nvidia-smi`` says; empty where there is no such program."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return ""
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def numbers(text: str) -> list[int]:
@@ -309,16 +354,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(NO_DEVICE)
     rows: list[Row] = []
     notes: list[str] = []
-    for dim in chosen.dims:
-        for batch in chosen.batches:
+    copy_bytes = 2**30 if device.type == "cuda" else 2**24
+    for batch in chosen.batches:
+        work = Workload(sizes(chosen.divisor), chosen.dims[0], batch, BATCHES)
+        for dim in chosen.dims:
             print(f"D = {dim}, batch {batch:,}", file=sys.stderr)
-            work = Workload(sizes(chosen.divisor), dim, batch)
-            copy_bytes = 2**30 if device.type == "cuda" else 2**24
-            found, left_out = measure(work, device, chosen.rounds, chosen.calls, copy_bytes)
+            found, left_out = measure(work.of_dim(dim), device, chosen.rounds, chosen.calls, copy_bytes)
             rows += found
             notes += [f"D = {dim}, batch {batch:,}: {why}" for why in left_out]
-            text = report(rows, describe(device), notes)
-            save(chosen.out, rows, text)
+            about = describe(device)
+            text = report(rows, about, notes)
+            save(chosen.out, rows, about, text)
     print(text)
     print(f"saved in {chosen.out}", file=sys.stderr)
 

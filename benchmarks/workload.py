@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -36,7 +37,7 @@ class Workload:
     """
 
     def __init__(self, sizes: Sequence[int], dim: int, batch: int, batches: int = 16, seed: int = 0) -> None:
-        self.sizes, self.dim, self.batch, self.batches = list(sizes), dim, batch, batches
+        self.sizes, self.batch, self.batches, self._seed = list(sizes), batch, batches, seed
         self.names = [f"C{i + 1}" for i in range(len(self.sizes))]
         generator = np.random.default_rng(seed)
         self.frequencies: dict[str, np.ndarray] = {}
@@ -49,8 +50,18 @@ class Workload:
             self.frequencies[name] = (weights * (ROWS / cumulative[-1])).astype(np.int64)
         #: ``[B, F]`` int64, a batch each.
         self.ids = [torch.from_numpy(np.stack([column[i] for column in columns], axis=1)) for i in range(batches)]
+        self._set_dim(dim)
+
+    def _set_dim(self, dim: int) -> None:
+        self.dim = dim
         #: The gradient of the output, ``[B, F·D]``; the same for all.
-        self.grad = torch.randn(batch, len(self.sizes) * dim, generator=torch.Generator().manual_seed(seed))
+        self.grad = torch.randn(self.batch, len(self.sizes) * dim, generator=torch.Generator().manual_seed(self._seed))
+
+    def of_dim(self, dim: int) -> Workload:
+        """The same ids, which take long to draw, for vectors of another length."""
+        other = copy.copy(self)
+        other._set_dim(dim)
+        return other
 
     @property
     def num_rows(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ def test_a_trial_saves_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFi
     gpu.main([*small, "--device", "cpu", "--out", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out and "no GPU: a trial on the CPU" in text
+    about = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
+    assert all(f"- {name}: {value}" in text for name, value in about.items()) and about["torch"] in torch.__version__
     with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     steps = {(r["contestant"], r["optimizer"]) for r in rows if r["phase"] == "step"}
