@@ -1,4 +1,4 @@
-"""Fills the tables of README.md, docs/results/README.md and docs/performance.md: no number is typed by hand.
+"""Fills the tables of README.md, docs/results/README.md, docs/performance.md and docs/gpu.md: none is typed by hand.
 
 They come from docs/results/*/results.csv; those of speed from the parts of docs/results/speed/report.md, which
 `python -m benchmarks.report docs/results/speed` makes of its results.csv.
@@ -10,6 +10,7 @@ python benchmarks/readme_tables.py --check    # exit 1 where a page is not what 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 README, PAGE, PERFORMANCE = ROOT / "README.md", RESULTS / "README.md", ROOT / "docs" / "performance.md"
+GPU = ROOT / "docs" / "gpu.md"
 #: Page, marker -> the folder of a sweep over methods and budgets.
 SWEEPS = {
     (README, "globo"): "globo",
@@ -48,6 +50,11 @@ LENGTHS = {
 ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
 #: Its parts go where a page has the marker speed-<part>.
 SPEED_REPORT = RESULTS / "speed" / "report.md"
+#: Of docs/gpu.md: marker -> folder of `python -m benchmarks.gpu`, and the phase that a table shows.
+GPU_TABLES = {
+    **{f"gpu-{phase}": ("gpu", phase) for phase in ("forward", "update", "step")},
+    "gpu-step-full": ("gpu-full", "step"),
+}
 
 
 def read(folder: str) -> pd.DataFrame:
@@ -107,6 +114,25 @@ def speed(report: str, part: str) -> str:
     return found[1]
 
 
+def on_a_gpu(folder: str, phase: str) -> str:
+    """Median milliseconds of a call, a row per configuration and a column per contestant; empty where it was not in."""
+    results = pd.read_csv(RESULTS / folder / "results.csv", keep_default_na=False)
+    results = results[results["phase"] == phase]
+    names = list(dict.fromkeys(results["contestant"]))
+    by = ["dim", "batch", "optimizer"] if phase != "forward" else ["dim", "batch"]
+    lines = [["D", "batch", *by[2:], *names], [*["---:"] * 2, *["---"] * len(by[2:]), *["---:"] * len(names)]]
+    for key, cells in results.groupby(by, sort=False):
+        found = dict(zip(cells["contestant"], cells["median_ms"].astype(float)))
+        ids = [str(key[0]), f"{key[1]:,}", *key[2:]]
+        lines.append([*ids, *(f"{found[name]:.3f}" if name in found else "" for name in names)])
+    return _rendered(lines)
+
+
+def gpu_machine(folder: str) -> str:
+    about = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
+    return "\n".join(f"- {name}: {value}" for name, value in about.items())
+
+
 def _rendered(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -142,6 +168,9 @@ def filled(page: Path, text: str) -> str:
         report = SPEED_REPORT.read_text(encoding="utf-8")
         parts = re.findall("<!-- results:speed-(.*?) -->", text)
         contents |= {f"speed-{part}": speed(report, part) for part in parts}
+    if page == GPU:
+        contents |= {marker: on_a_gpu(folder, phase) for marker, (folder, phase) in GPU_TABLES.items()}
+        contents["gpu-machine"] = gpu_machine("gpu")
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
         whole = f"{start}\n{content}\n{end}"
@@ -156,7 +185,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     check = parser.parse_args().check
     changed = False
-    for page in (README, PAGE, PERFORMANCE):
+    for page in (README, PAGE, PERFORMANCE, GPU):
         old = page.read_text(encoding="utf-8")
         new = filled(page, old)
         changed |= new != old
