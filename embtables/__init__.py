@@ -5,8 +5,8 @@ from embtables.faces.compress.report import Compression, SwappedTable
 from embtables.faces.compress.swap import compress_
 from embtables.faces.embedding import Embedding, EmbeddingBag
 from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
-from embtables.plan.budget import InfeasibleBudget
 from embtables.plan.solver import Plan, plan
+from embtables.sizes.budget import InfeasibleBudget
 from embtables.tables import EmbeddingTables
 
 __version__ = "0.1.0"

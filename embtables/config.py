@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from embtables.plan.formats import FP32
+from embtables.formats import FP32
 
 Pooling = Literal["sum", "mean"]
 OutOfRange = Literal["error", "hash", "oov"]

@@ -8,23 +8,11 @@
 """
 
 from embtables.config import TableConfig
+from embtables.formats import RowFormat
 from embtables.hashing import hash_ids, hash_signs, mix, seed_for, to_range
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.engine import Touched
-from embtables.lookup.store import Store
-from embtables.methods.base import (
-    Floor,
-    Initializer,
-    Method,
-    Stage,
-    TableEntry,
-    chunk_widths,
-    full_entry,
-    full_layout,
-    shared_layout,
-)
-from embtables.methods.ranking import RankedMethod, counts_by_rank, is_ranked, rank_code, ranks_of, remapped
-from embtables.methods.recipe import (
+from embtables.lookup.recipe import (
     Address,
     Capped,
     CircularBlock,
@@ -38,10 +26,22 @@ from embtables.methods.recipe import (
     Row,
     concat,
 )
+from embtables.lookup.store import Store
+from embtables.methods.base import (
+    Floor,
+    Initializer,
+    Method,
+    Stage,
+    TableEntry,
+    chunk_widths,
+    full_entry,
+    full_layout,
+    shared_layout,
+)
+from embtables.methods.ranking import RankedMethod, counts_by_rank, is_ranked, rank_code, ranks_of, remapped
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import allocate, collision_weights, keep_apart, split
-from embtables.plan.formats import RowFormat
-from embtables.plan.layout import FULL, Code, Counts, Entry, Extra, Form, Group, Layout, Slab
+from embtables.sizes.budget import allocate, collision_weights, keep_apart, split
+from embtables.sizes.layout import FULL, Code, Counts, Entry, Extra, Form, Group, Layout, Slab
 
 __all__ = [
     "FULL",

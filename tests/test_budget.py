@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtables import InfeasibleBudget, TableConfig, plan
-from embtables.plan.budget import allocate, collision_weights, parse_budget, split
-from embtables.plan.layout import Group
+from embtables.sizes.budget import allocate, collision_weights, parse_budget, split
+from embtables.sizes.layout import Group
 
 FULL = 1_000_003
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
+from embtables.formats import RowFormat
 from embtables.methods import compositional
 from embtables.methods.compositional import Compositional, fewest_collisions, least_bytes
-from embtables.plan.formats import RowFormat
 
 RADICES = ("quotient_remainder", "chinese_remainder")
 OPERATIONS = ("mult", "add", "concat")

@@ -15,7 +15,7 @@ from embtables import compress_
 from embtables.lookup.block import Part
 from embtables.lookup.step import Aliases, Step
 from embtables.lookup.store import Store
-from embtables.plan.layout import Form, Slab
+from embtables.sizes.layout import Form, Slab
 
 
 class Model(nn.Module):

@@ -12,11 +12,11 @@ import torch
 from core_cases import all_methods, counted_bytes, falling_counts, method_id, shuffled_counts
 
 from embtables import Plan, TableConfig, plan
+from embtables.formats import FORMATS, FP32, RowFormat, Size
 from embtables.lookup.store import Store
 from embtables.methods import Method, from_config
-from embtables.plan.formats import FORMATS, FP32, RowFormat, Size
-from embtables.plan.layout import Form, Group, Layout, Slab
 from embtables.plan.solver import GroupPlan
+from embtables.sizes.layout import Form, Group, Layout, Slab
 
 
 class ScaleForEachRow(RowFormat):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embtables import Embedding, EmbeddingTables, TableConfig, compress_, ops, plan
-from embtables.plan.memory import Memory
+from embtables.sizes.memory import Memory
 
 CONFIGS = [TableConfig("user", 30_000, 16), TableConfig("item", 10_000, 16)]
 FULL = 40_000 * 16 * 4

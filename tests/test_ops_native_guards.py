@@ -17,8 +17,7 @@ from core_cases import shuffled_counts
 
 from embtables import EmbeddingTables, TableConfig, ops, plan
 from embtables.lookup.program import InputSpec, Program, check_recipe, compile_program, is_native
-from embtables.lookup.store import Store
-from embtables.methods.recipe import (
+from embtables.lookup.recipe import (
     Capped,
     CircularBlock,
     Coded,
@@ -31,9 +30,10 @@ from embtables.methods.recipe import (
     Row,
     concat,
 )
+from embtables.lookup.store import Store
 from embtables.ops import native, reference
 from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS
-from embtables.plan.layout import Code, Extra, Form, Slab
+from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from embtables import SGD, Adagrad, Adam, EmbeddingTables, InfeasibleBudget, Tab
 from embtables.lookup.store import Store
 from embtables.methods import pruned
 from embtables.methods.pruned import Pruned, PruningStage, by_dim
-from embtables.plan.layout import Group
+from embtables.sizes.layout import Group
 
 
 def variant(tables: EmbeddingTables, name: str) -> str:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embtables.config import OutOfRange, Pooling, TableConfig
+from embtables.formats import FP32, weight_name
 from embtables.lookup.inputs import Input
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import Budget
-from embtables.plan.formats import FP32, weight_name
-from embtables.plan.layout import FULL
 from embtables.plan.solver import MethodLike, plan
+from embtables.sizes.budget import Budget
+from embtables.sizes.layout import FULL
 from embtables.tables import EmbeddingTables
 
 

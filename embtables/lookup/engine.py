@@ -14,10 +14,10 @@ from embtables.lookup.features import Bags, BlockLookup, FeatureIds
 from embtables.lookup.inputs import Input, check_offsets
 from embtables.lookup.native import NativeLookup
 from embtables.lookup.program import InputSpec, is_native
+from embtables.lookup.recipe import Recipe
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.step import Step
 from embtables.lookup.store import Store
-from embtables.methods.recipe import Recipe
 from embtables.ops import Refused
 from embtables.ops.program import ProgramTensors
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from embtables import ops
+from embtables.formats import FP32, weight_name
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
+from embtables.lookup.recipe import Recipe
 from embtables.lookup.step import Step
 from embtables.lookup.store import Store
-from embtables.methods.recipe import Recipe
 from embtables.ops.native import LookupArgs
 from embtables.ops.program import POOLING, ProgramTensors
-from embtables.plan.formats import FP32, weight_name
 
 
 class NativeLookup:

@@ -12,8 +12,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from embtables.lookup.store import Store
-from embtables.methods.recipe import (
+from embtables.lookup.recipe import (
     Address,
     Capped,
     CircularBlock,
@@ -25,6 +24,7 @@ from embtables.methods.recipe import (
     Recipe,
     Row,
 )
+from embtables.lookup.store import Store
 from embtables.ops.program import POLICIES, UNBOUNDED
 
 _Refuse: TypeAlias = Callable[[str], NoReturn]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from embtables.hashing import hash_ids, hash_signs
 from embtables.lookup.block import Block, Extras, Part
-from embtables.lookup.store import Store
-from embtables.methods.recipe import (
+from embtables.lookup.recipe import (
     Address,
     Capped,
     CircularBlock,
@@ -25,6 +24,7 @@ from embtables.methods.recipe import (
     Recipe,
     Row,
 )
+from embtables.lookup.store import Store
 
 _NO_END = 2**62
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embtables import ops
+from embtables.formats import FP32, weight_name
 from embtables.lookup.block import Part
 from embtables.lookup.store import Store
-from embtables.plan.formats import FP32, weight_name
 
 if TYPE_CHECKING:
     from embtables.lookup.engine import Touched

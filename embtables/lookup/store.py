@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from embtables import ops
+from embtables.formats import DTYPES, FP32, row_format, weight_name
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.formats import DTYPES, FP32, row_format, weight_name
-from embtables.plan.layout import Form, Slab
+from embtables.sizes.layout import Form, Slab
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
 _NOTHING = torch.empty(0)

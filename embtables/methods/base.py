@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
 from embtables.lookup.block import Block
+from embtables.lookup.recipe import Recipe
 from embtables.lookup.store import Store
-from embtables.methods.recipe import Recipe
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import keep_apart
-from embtables.plan.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.sizes.budget import keep_apart
+from embtables.sizes.layout import FULL, Entry, Form, Group, Layout, Slab
 
 if TYPE_CHECKING:
     from embtables.lookup.engine import Touched

@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import Field
 
 from embtables.config import TableConfig
+from embtables.formats import RowFormat
+from embtables.lookup.recipe import Combination, Digit, Recipe
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
-from embtables.methods.recipe import Combination, Digit, Recipe
-from embtables.plan.budget import allocate, collision_weights
-from embtables.plan.formats import RowFormat
-from embtables.plan.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
+from embtables.sizes.budget import allocate, collision_weights
+from embtables.sizes.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
 
 Radices = Literal["quotient_remainder", "chinese_remainder"]
 MAX_PARTITIONS = 8

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from embtables.lookup.recipe import Recipe
 from embtables.methods.base import Floor, Method, TableEntry, full_entry
-from embtables.methods.recipe import Recipe
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.layout import Entry, Form, Group, Layout
+from embtables.sizes.layout import Entry, Form, Group, Layout
 
 
 class DropFeature(Method):

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from embtables.lookup.recipe import Capped, Recipe, concat
 from embtables.methods.base import Floor, TableEntry, full_layout
 from embtables.methods.ranking import RankedMethod, counts_by_rank, rank_code, ranks_of, remapped
-from embtables.methods.recipe import Capped, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.layout import Entry, Form, Group, Layout
+from embtables.sizes.layout import Entry, Form, Group, Layout
 
 
 class FrequencyCutoff(RankedMethod):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from embtables.methods.base import Floor, Method, full_layout
-from embtables.plan.layout import Group, Layout
+from embtables.sizes.layout import Group, Layout
 
 
 class Full(Method):

@@ -8,11 +8,11 @@ import numpy as np
 
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
+from embtables.lookup.recipe import Hashed, Recipe, concat
 from embtables.methods.base import Floor, Method, TableEntry, full_entry
-from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import allocate, collision_weights
-from embtables.plan.layout import Entry, Form, Group, Layout, Slab
+from embtables.sizes.budget import allocate, collision_weights
+from embtables.sizes.layout import Entry, Form, Group, Layout, Slab
 
 
 class Hash(Method):

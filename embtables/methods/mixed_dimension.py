@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from embtables.lookup.recipe import Range, Recipe
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, TableEntry, full_entry, full_layout
 from embtables.methods.ranking import RankedMethod, counts_by_rank, rank_code, ranks_of, remapped
-from embtables.methods.recipe import Range, Recipe
-from embtables.plan.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
+from embtables.sizes.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
 
 
 class MixedDimension(RankedMethod):

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from embtables.config import TableConfig
 from embtables.hashing import seed_for
+from embtables.lookup.recipe import Hashed, Recipe, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
-from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import allocate, collision_weights
-from embtables.plan.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
+from embtables.sizes.budget import allocate, collision_weights
+from embtables.sizes.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
 
 
 class MultiHash(Method):

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.config import TableConfig
+from embtables.formats import RowFormat
 from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
-from embtables.methods.recipe import Recipe, Row, concat
-from embtables.plan.budget import split
-from embtables.plan.formats import RowFormat
-from embtables.plan.layout import FULL, Code, Entry, Form, Group, Layout, Slab
+from embtables.sizes.budget import split
+from embtables.sizes.layout import FULL, Code, Entry, Form, Group, Layout, Slab
 
 if TYPE_CHECKING:
     from embtables.lookup.engine import Touched

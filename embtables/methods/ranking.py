@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from embtables.lookup.recipe import Ranks
 from embtables.methods.base import Method, TableEntry
-from embtables.methods.recipe import Ranks
-from embtables.plan.layout import Code, Counts, Group, Layout
+from embtables.sizes.layout import Code, Counts, Group, Layout
 
 # Prepared data gives id 0 to missing values and id 1 to unseen ones; from 2 on ids fall in frequency.
 _RESERVED = 2

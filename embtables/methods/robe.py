@@ -7,10 +7,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from embtables.hashing import seed_for
+from embtables.lookup.recipe import CircularBlock, Recipe, concat
 from embtables.methods.base import Floor, Method, TableEntry, shared_layout
-from embtables.methods.recipe import CircularBlock, Recipe, concat
 from embtables.optimizers import FusedOptimizer, RowWiseAdagrad
-from embtables.plan.layout import Entry, Group, Layout
+from embtables.sizes.layout import Entry, Group, Layout
 
 
 class Robe(Method):

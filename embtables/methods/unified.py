@@ -8,10 +8,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from embtables.hashing import seed_for
+from embtables.lookup.recipe import Hashed, Recipe, concat
 from embtables.methods.base import Floor, Method, TableEntry, shared_layout
-from embtables.methods.recipe import Hashed, Recipe, concat
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.layout import Entry, Group, Layout
+from embtables.sizes.layout import Entry, Group, Layout
 
 
 class Unified(Method):

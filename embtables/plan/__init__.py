@@ -1,16 +1,8 @@
-"""From tables, a method and a budget to exact sizes and bytes; nothing here allocates a tensor of a table.
+"""From tables, a method and a budget to exact sizes and bytes: ``solver`` has ``Plan`` and ``plan``.
 
-``solver`` has ``Plan`` and ``plan``; ``layout`` is what a plan allocates, ``formats`` what a row takes in bytes,
-``budget`` how bytes are shared out, and ``memory`` what is counted.
+Nothing here allocates a tensor of a table.
 """
 
-from typing import Any
+from embtables.plan.solver import Plan, plan
 
-
-def __getattr__(name: str) -> Any:
-    # Not imported with the package: the methods import its layout, and the solver imports the methods.
-    if name in ("Plan", "plan"):
-        from embtables.plan import solver
-
-        return getattr(solver, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Plan", "plan"]

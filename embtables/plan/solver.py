@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embtables.config import TableConfig
+from embtables.formats import FP32, row_format
 from embtables.methods import Method, from_config
 from embtables.optimizers import FusedOptimizer, optimizer_from_config
-from embtables.plan.budget import Budget, infeasible, parse_budget, split
-from embtables.plan.formats import FP32, row_format
-from embtables.plan.layout import FULL, Counts, Form, Group, Layout
-from embtables.plan.memory import format_bytes
+from embtables.sizes.budget import Budget, infeasible, parse_budget, split
+from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
+from embtables.sizes.memory import format_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embtables._util.files import replacing
-from embtables.plan.memory import format_bytes
+from embtables.sizes.memory import format_bytes
 from embtables.sweeps.summary import DROP, Point, Summary
 
 if TYPE_CHECKING:

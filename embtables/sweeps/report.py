@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embtables._util.files import write_text
-from embtables.plan.memory import format_bytes
+from embtables.sizes.memory import format_bytes
 from embtables.sweeps.cells import file_name
 from embtables.sweeps.figure import draw
 from embtables.sweeps.summary import DROP, LEAST_SEEDS_FOR_P, Difference, Point, Summary, summarize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from embtables.plan.memory import Memory, storage_bytes
+from embtables.sizes.memory import Memory, storage_bytes
 
 if TYPE_CHECKING:
     from embtables.tables.module import EmbeddingTables

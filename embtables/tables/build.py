@@ -7,12 +7,12 @@ from collections.abc import Hashable, Sequence
 from embtables.lookup.block import Block
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.program import check_recipe
+from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.recipe_block import RecipeBlock, shape_of
 from embtables.lookup.store import Store
 from embtables.methods.base import Stage, TableEntry
-from embtables.methods.recipe import Recipe, Row, concat
-from embtables.plan.layout import FULL
 from embtables.plan.solver import GroupPlan, Plan
+from embtables.sizes.layout import FULL
 
 
 def build_blocks(

@@ -12,8 +12,8 @@ from embtables.config import TableConfig
 from embtables.hashing import seed_for
 from embtables.lookup.store import Store
 from embtables.methods.base import Initializer
-from embtables.plan.layout import FULL
 from embtables.plan.solver import Plan
+from embtables.sizes.layout import FULL
 
 
 @torch.no_grad()

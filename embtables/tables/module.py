@@ -15,8 +15,8 @@ from embtables.lookup.inputs import CONFIG, Input, PoolingLike, check_input, che
 from embtables.lookup.regularization import Regularizer
 from embtables.lookup.step import Step, ViewSteps
 from embtables.lookup.store import Store
-from embtables.plan.memory import Memory
 from embtables.plan.solver import Plan, checked_counts
+from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
 from embtables.tables.files import check_ranks, reading_file, write_file

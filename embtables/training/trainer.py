@@ -29,8 +29,8 @@ from embtables._util.files import sha256, write_json, write_text
 from embtables._util.lock import locked
 from embtables.datasets import PreparedDataset
 from embtables.models import build_model
-from embtables.plan.budget import InfeasibleBudget
 from embtables.plan.solver import Plan
+from embtables.sizes.budget import InfeasibleBudget
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import check_identity
 from embtables.training.compilation import check_compiler

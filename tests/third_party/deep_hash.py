@@ -15,7 +15,7 @@ from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.layout import Entry, Extra, Form, Group, Layout
+from embtables.sizes.layout import Entry, Extra, Form, Group, Layout
 
 
 class DeepHash(Method):

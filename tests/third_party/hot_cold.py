@@ -15,7 +15,7 @@ from embtables.lookup.engine import Touched
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, Stage, TableEntry
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.layout import Code, Entry, Form, Group, Layout
+from embtables.sizes.layout import Code, Entry, Form, Group, Layout
 
 
 class HotCold(Method):

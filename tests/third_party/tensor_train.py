@@ -14,7 +14,7 @@ from embtables import TableConfig
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
-from embtables.plan.layout import FULL, Entry, Form, Group, Layout
+from embtables.sizes.layout import FULL, Entry, Form, Group, Layout
 
 
 class TensorTrain(Method):

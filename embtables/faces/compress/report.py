@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from embtables.plan.memory import format_bytes
 from embtables.plan.solver import Plan
+from embtables.sizes.memory import format_bytes
 
 
 @dataclass(frozen=True)

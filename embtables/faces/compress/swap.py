@@ -22,9 +22,9 @@ from embtables.faces.compress.report import Compression, SwappedTable
 from embtables.faces.embedding import Embedding, EmbeddingBag
 from embtables.hashing import seed_for
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import Budget
-from embtables.plan.layout import FULL
 from embtables.plan.solver import MethodLike, Plan, by_pattern, method_of, plan_apart
+from embtables.sizes.budget import Budget
+from embtables.sizes.layout import FULL
 from embtables.tables import EmbeddingTables
 
 # Of tables whose weights are all zero; the initial vectors have to differ from each other.

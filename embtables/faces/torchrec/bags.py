@@ -13,8 +13,8 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from embtables.config import Pooling, TableConfig
 from embtables.faces.torchrec.shared import ANY_ID, Collection, filled, shown_features, table_config
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.budget import Budget
 from embtables.plan.solver import MethodLike, plan
+from embtables.sizes.budget import Budget
 from embtables.tables import EmbeddingTables
 
 _POOLING: dict[PoolingType, Pooling] = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}

@@ -11,8 +11,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtables.config import Pooling, TableConfig
-from embtables.plan.formats import FP32, weight_name
-from embtables.plan.layout import FULL
+from embtables.formats import FP32, weight_name
+from embtables.sizes.layout import FULL
 from embtables.tables import EmbeddingTables
 
 # What torchrec is told of a table that takes any 64-bit id.

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embtables.config import TableConfig
-from embtables.plan.layout import Counts, Group
-from embtables.plan.memory import format_bytes
+from embtables.sizes.layout import Counts, Group
+from embtables.sizes.memory import format_bytes
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embtables.config import TableConfig
-from embtables.plan.formats import DTYPES, FP32, RowFormat, row_format
+from embtables.formats import DTYPES, FP32, RowFormat, row_format
 
 Kind = Literal["weights", "codes", "index", "scales", "padding"]
 Counts = npt.NDArray[np.int64]
@@ -21,7 +21,7 @@ Counts = npt.NDArray[np.int64]
 class Slab:
     """Rows of parameters that are gathered by index: ``[rows, width]``.
 
-    ``format`` names the row format (``embtables.plan.formats``) that they are stored in.
+    ``format`` names the row format (``embtables.formats``) that they are stored in.
     """
 
     name: str
