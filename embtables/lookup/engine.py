@@ -252,7 +252,8 @@ class Lookup(nn.Module):
             ids = [self.blocks[i].pick(given, self.only) for i in rest]
             if native is not None and tensors is not None and (rest or step.stages):
                 native.check(tensors, given)
-            step.begin(Touched(self.blocks, given, self.only))
+            if step.stages:
+                step.begin(Touched(self.blocks, given, self.only))
             if native is not None and tensors is not None:
                 result = natively(native, tensors)
         except Refused as refused:

@@ -51,48 +51,43 @@ class NativeLookup:
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
         self.program = compile_program(lookups, num_features, store, block)
         rows, shapes = store.weight_rows(), store.extra_shapes()
-        self._weight_shapes: list[tuple[int, ...]] = [(rows[width], width) for width in self.program.widths]
-        self._weight_shapes += [shapes[name] for name in self.program.projections]
+        self._shapes = [torch.Size((rows[width], width)) for width in self.program.widths]
+        self._shapes += [torch.Size(shapes[name]) for name in self.program.projections]
+        self._weights = [weight_name(FP32.name, width) for width in self.program.widths]
+        self._projections = [store.key(name) for name in self.program.projections]
+        self._codes = [store.key(name) for name in self.program.codes]
+        # Rules with a native form keep at most two tensors; others take all of theirs in PyTorch.
+        kept = [[*store.state_names(name), "", ""][:2] for name in (*self._weights, *self._projections)]
+        self._states = [name for names in kept for name in names]
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
 
     def tensors(self) -> ProgramTensors | None:
         """What the program reads and writes as it is now; ``None`` where native code does not take it."""
-        tensors = self._tensors()
-        weights = [*tensors.weights, *tensors.projections]
-        states = [state for state in (*tensors.states, *tensors.projection_states) if state.numel()]
-        fit = (
-            ops.fits(weights)
-            and ops.fits(states)
-            and (not states or states[0].dtype in (torch.float32, weights[0].dtype))
-            and [weight.shape for weight in weights] == self._weight_shapes
-            and all(type(code) is Tensor and code.is_contiguous() for code in tensors.codes)
-            and [(code.dtype, code.shape) for code in tensors.codes] == self._code_forms
-        )
-        return tensors if fit else None
-
-    def _tensors(self) -> ProgramTensors:
-        store, program, fused = self.store, self.program, self.store.optimizer
+        store, fused = self.store, self.store.optimizer
+        find = store.tensor
+        weights, projections = [find(name) for name in self._weights], [find(name) for name in self._projections]
+        codes = [find(name) for name in self._codes]
+        both = [*weights, *projections] if projections else weights
+        if not ops.fits(both) or [weight.shape for weight in both] != self._shapes:
+            return None
+        for code, form in zip(codes, self._code_forms):
+            if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
+                return None
+        states = [find(name) if name else _NOTHING for name in self._states]
+        kept = [state for state in states if state is not _NOTHING]
+        if kept and not (ops.fits(kept) and kept[0].dtype in (torch.float32, weights[0].dtype)):
+            return None
+        split = 2 * len(weights)
+        rule = "sgd" if fused is None else fused.kind
         return ProgramTensors(
-            program.words,
-            [store.weight(width) for width in program.widths],
-            [store.extra(name) for name in program.projections],
-            [store.code(name) for name in program.codes],
-            [state for width in program.widths for state in self._two_states(weight_name(FP32.name, width))],
-            [state for name in program.projections for state in self._two_states(store.key(name))],
-            store.hyper,
-            "sgd" if fused is None else fused.kind,
+            self.program.words, weights, projections, codes, states[:split], states[split:], store.hyper, rule
         )
-
-    def _two_states(self, weight: str) -> list[Tensor]:
-        """Two tensors of optimizer state, empty where the rule has none."""
-        return [*self.store.state_of(weight), _NOTHING, _NOTHING][:2]
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
-        store, program, number = self.store, self.program, torch.tensor(step)
+        store, number = self.store, torch.tensor(step)
         assert store.optimizer is not None
-        names = [weight_name(FP32.name, width) for width in program.widths]
-        for name, gradient in zip([*names, *map(store.key, program.projections)], gradients):
+        for name, gradient in zip([*self._weights, *self._projections], gradients):
             rows = gradient._indices()[0] if gradient.is_sparse else torch.arange(gradient.shape[0])
             values = gradient._values() if gradient.is_sparse else gradient
             ops.update_rows(
@@ -173,21 +168,15 @@ class NativeLookup:
 
     def _args(self, given: Input, outputs: Tensor, num_values: int, *, keeps: bool) -> LookupArgs:
         """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
-
-        def taken(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
-            return tensor.to(dtype, copy=copy).contiguous()
-
         program, (ids, offsets, weights) = self.program, given
         num_rows = ids.shape[0] * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
-        return LookupArgs(
-            taken(ids, ids.dtype, keeps and self.reads_ids),
-            None if offsets is None else taken(offsets, torch.int64, keeps),
-            None if weights is None else taken(weights, torch.float32, keeps),
-            outputs,
-            given.batch(self.num_features),
-            num_values,
-            num_rows,
-        )
+        ids = ids.clone() if keeps and self.reads_ids else ids
+        if offsets is not None:
+            offsets = offsets.to(torch.int64, copy=keeps).contiguous()
+        if weights is not None:
+            weights = weights.to(torch.float32, copy=keeps).contiguous()
+        batch = given.batch(self.num_features)
+        return LookupArgs(ids.contiguous(), offsets, weights, outputs, batch, num_values, num_rows)
 
     def _values(self, tensors: ProgramTensors, given: Input, outputs: Tensor, num_values: int, step: Step) -> Tensor:
         store = self.store

@@ -132,12 +132,16 @@ class Store(nn.Module):
         """A buffer that no gradient trains."""
         return self.tensor(self._codes[name])
 
-    def state_of(self, weight: str) -> list[Tensor]:
-        """What the update rule keeps for a weight or extra, by its attribute, row by row."""
+    def state_names(self, weight: str) -> list[str]:
+        """The attributes of what the update rule keeps for a weight or extra, by its attribute."""
         if self.optimizer is None:
             return []
         count = len(self.optimizer.state_widths(self.tensor(weight).shape[-1]))
-        return [self.tensor(f"_state_{i}_{weight}") for i in range(count)]
+        return [f"_state_{i}_{weight}" for i in range(count)]
+
+    def state_of(self, weight: str) -> list[Tensor]:
+        """What the update rule keeps for a weight or extra, by its attribute, row by row."""
+        return [self.tensor(name) for name in self.state_names(weight)]
 
     def count_step(self, number: int = 1) -> None:
         """Counts a training step, for rules that need its number; −1 takes one back."""
@@ -179,7 +183,7 @@ class Store(nn.Module):
     @property
     def hyper(self) -> Tensor:
         """The fused optimizer's hyper-parameters, as ``embtables.ops`` takes them; empty without one."""
-        return _NOTHING if self.optimizer is None else self._hyper
+        return _NOTHING if self.optimizer is None else self.tensor("_hyper")
 
     # ---- slabs -------------------------------------------------------------------------------------------------------
 

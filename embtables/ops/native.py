@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,6 +190,8 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        names = ("forward", "backward", "gather", "update")
+        self._functions = {name: getattr(library, f"embtables_{name}") for name in names}
         self._keeps_blocks = False
         self.instructions: str = library.embtables_instructions().decode()
 
@@ -198,7 +201,7 @@ class Library:
         Raises:
             MemoryError: where there was not enough for what it needs beside its arguments.
         """
-        outcome: int = getattr(self._library, f"embtables_{function}")(*map(ctypes.byref, calls))
+        outcome: int = self._functions[function](*map(ctypes.byref, calls))
         if outcome == _OUT_OF_MEMORY:
             raise MemoryError(f"not enough memory for the native {function} of this batch: take a smaller one")
         return outcome
@@ -371,8 +374,8 @@ class Library:
         counts = torch.zeros(len(shapes) if sparse else 0, dtype=torch.int64)
         target = self._call(tensors._replace(weights=into, projections=into_projections), args, rows, grad)
         target.rule = call.rule
-        addresses = _pointers(index)
-        target.gradient_rows, target.num_gradient_rows = ctypes.addressof(addresses), counts.data_ptr()
+        addresses = array("Q", [rows_of_weight.data_ptr() for rows_of_weight in index])
+        target.gradient_rows, target.num_gradient_rows = addresses.buffer_info()[0], counts.data_ptr()
         self.run("backward", call, target)
         if sparse:
             into = [
@@ -398,37 +401,43 @@ class Library:
         return call
 
     def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> Any:
-        """The arguments of a native function, which holds the lists of addresses but not the tensors themselves."""
-        lists = (tensors.weights, tensors.projections, tensors.codes, tensors.states, tensors.projection_states)
-        pointers = [_pointers(each) for each in lists]
-        weights, projections, codes, states, projection_states = map(ctypes.addressof, pointers)
-        state = next((state for state in tensors.states if state.numel()), None)
+        """The arguments of a native function, which holds the list of addresses but not the tensors themselves."""
+        weights, projections, codes, states = tensors.weights, tensors.projections, tensors.codes, tensors.states
+        # One list of addresses, in which each kind of tensor has its place; empty tensors have the address 0.
+        each = [*weights, *projections, *codes, *states, *tensors.projection_states]
+        addresses = array("Q", [tensor.data_ptr() for tensor in each])
+        of_weights = addresses.buffer_info()[0]
+        of_projections = of_weights + 8 * len(weights)
+        of_codes = of_projections + 8 * len(projections)
+        of_states = of_codes + 8 * len(codes)
         ids, offsets, id_weights = args.ids, args.offsets, args.id_weights
+        # In the order of ``_Call``, by position: by name it takes several times as long.
         call = _Call(
-            program=tensors.words.data_ptr(),
-            ids=ids.data_ptr(),
-            id_bytes=ids.element_size(),
-            offsets=None if offsets is None else offsets.data_ptr(),
-            num_ids=ids.numel(),
-            id_weights=None if id_weights is None else id_weights.data_ptr(),
-            batch=args.batch,
-            weights=weights,
-            projections=projections,
-            codes=codes,
-            outputs=args.outputs.data_ptr(),
-            values=None if values is None else values.data_ptr(),
-            rows=rows.data_ptr(),
-            dtype=DTYPES[tensors.weights[0].dtype],
-            state_dtype=0 if state is None else DTYPES[state.dtype],
-            num_threads=threads(args.num_rows),
+            tensors.words.data_ptr(),
+            ids.data_ptr(),
+            ids.element_size(),
+            None if offsets is None else offsets.data_ptr(),
+            ids.numel(),
+            None if id_weights is None else id_weights.data_ptr(),
+            args.batch,
+            of_weights,
+            of_projections,
+            of_codes,
+            args.outputs.data_ptr(),
+            None if values is None else values.data_ptr(),
+            rows.data_ptr(),
+            DTYPES[weights[0].dtype],
+            DTYPES[states[0].dtype],
+            threads(args.num_rows),
             # Only an update asks for it, and one without a native form is made in PyTorch.
-            rule=RULES.get(tensors.rule, _GRADIENTS["sparse"]),
-            hyper=tensors.hyper.data_ptr(),
-            num_hyper=tensors.hyper.numel(),
-            states=states,
-            projection_states=projection_states,
+            RULES.get(tensors.rule, _GRADIENTS["sparse"]),
+            tensors.hyper.data_ptr(),
+            tensors.hyper.numel(),
+            0,
+            of_states,
+            of_states + 8 * len(states),
         )
-        call.pointers = pointers
+        call.addresses = addresses
         return call
 
 
@@ -442,21 +451,20 @@ def threads(num_rows: int) -> int:
     return max(1, min(torch.get_num_threads(), num_rows // _ROWS_A_THREAD))
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    """Addresses of tensors, null for empty ones."""
-    return (_pointer * max(1, len(tensors)))(*[t.data_ptr() or None for t in tensors])
-
-
 def fits(tensors: Sequence[Tensor]) -> bool:
     """Whether the library takes these weights: on the CPU, contiguous, and of one of its types, the same for all."""
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
-        and t.is_contiguous()
-        and t.dtype == tensors[0].dtype
-        and t.dtype in DTYPES
-        for t in tensors
-    )
+    if not tensors:
+        return True
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES:
+        return False
+    for t in tensors:
+        kind = type(t)
+        if (kind is not Tensor and kind is not torch.nn.Parameter) or not t.is_cpu:
+            return False
+        if t.dtype is not dtype or not t.is_contiguous():
+            return False
+    return True
 
 
 def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: Any) -> None:

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 UNBOUNDED = 2**62
@@ -39,7 +38,7 @@ class ProgramTensors(NamedTuple):
         num_lookups = int(self.words[1])
         return int(self.words[6 : 6 + LOOKUP_WORDS * num_lookups].view(-1, LOOKUP_WORDS)[:, 6].max())
 
-    def forms(self) -> list[tuple[torch.dtype, torch.Size]]:
-        """Type and shape of all tensors that a step reads or writes, by which a backward knows them again."""
-        lists = (self.weights, self.projections, self.states, self.projection_states)
-        return [(tensor.dtype, tensor.shape) for tensors in lists for tensor in tensors]
+    def forms(self) -> list[Any]:
+        """Types and shapes of what a step reads and writes, by which a backward knows the tensors again."""
+        types = [self.weights[0].dtype, self.states[0].dtype]
+        return [*types, *[tensor.shape for tensor in self.weights], *[tensor.shape for tensor in self.projections]]
