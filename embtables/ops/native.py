@@ -70,6 +70,8 @@ _Call = _struct(
     saved=_pointer,
     refused=_pointer,
 )
+# The fields that only some calls have, at the end.
+_REST = (0,) * (ctypes.sizeof(_Call) // 8 - 22)
 _Gather = _struct(
     "_Gather",
     weight=_pointer,
@@ -411,32 +413,37 @@ class Library:
         of_codes = of_projections + 8 * len(projections)
         of_states = of_codes + 8 * len(codes)
         ids, offsets, id_weights = args.ids, args.offsets, args.id_weights
-        # In the order of ``_Call``, by position: by name it takes several times as long.
-        call = _Call(
-            tensors.words.data_ptr(),
-            ids.data_ptr(),
-            ids.element_size(),
-            None if offsets is None else offsets.data_ptr(),
-            ids.numel(),
-            None if id_weights is None else id_weights.data_ptr(),
-            args.batch,
-            of_weights,
-            of_projections,
-            of_codes,
-            args.outputs.data_ptr(),
-            None if values is None else values.data_ptr(),
-            rows.data_ptr(),
-            DTYPES[weights[0].dtype],
-            DTYPES[states[0].dtype],
-            threads(args.num_rows),
-            # Only an update asks for it, and one without a native form is made in PyTorch.
-            RULES.get(tensors.rule, _GRADIENTS["sparse"]),
-            tensors.hyper.data_ptr(),
-            tensors.hyper.numel(),
-            0,
-            of_states,
-            of_states + 8 * len(states),
+        # The fields of ``_Call``, in their order; addresses of user space are far below 2**63.
+        fields = array(
+            "q",
+            (
+                tensors.words.data_ptr(),
+                ids.data_ptr(),
+                ids.element_size(),
+                0 if offsets is None else offsets.data_ptr(),
+                ids.numel(),
+                0 if id_weights is None else id_weights.data_ptr(),
+                args.batch,
+                of_weights,
+                of_projections,
+                of_codes,
+                args.outputs.data_ptr(),
+                0 if values is None else values.data_ptr(),
+                rows.data_ptr(),
+                DTYPES[weights[0].dtype],
+                DTYPES[states[0].dtype],
+                threads(args.num_rows),
+                # Only an update asks for it, and one without a native form is made in PyTorch.
+                RULES.get(tensors.rule, _GRADIENTS["sparse"]),
+                tensors.hyper.data_ptr(),
+                tensors.hyper.numel(),
+                0,
+                of_states,
+                of_states + 8 * len(states),
+                *_REST,
+            ),
         )
+        call = _Call.from_buffer(fields)
         call.addresses = addresses
         return call
 
