@@ -21,12 +21,13 @@ import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from embtables.cli import COMMANDS, build
+from embtables.cli.app import COMMANDS, build
 
 FILE = Path(__file__).parent / "data" / "api.txt"
 PACKAGES = (
     "embtables",
     "embtables.datasets",
+    "embtables.extend",
     "embtables.methods",
     "embtables.models",
     "embtables.optimizers",
