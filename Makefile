@@ -1,6 +1,6 @@
 # `make help` lists the targets. Any Python 3.10–3.14 with venv will do; PYTHON=… names one.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test sanitize bench lint format clean distclean
+.PHONY: help venv demo check test sanitize bench docs lint format clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,6 +57,11 @@ demo: $(STAMP) ## the main job on generated data: accuracy of each method at 10 
 		--methods full,hash,compositional,mixed_dimension,unified,robe,pruned,drop_feature,frequency_cutoff
 	$(BIN)/embtables report $(DEMO)/sweep
 
+# The tests marked `core`: those that find the most in the least time, for use while a change is written.
+# Only the files that hold some are collected: importing all others would take longer than the tests.
+check: lint ## ruff, mypy and the core of the tests, in less than a minute
+	$(BIN)/python -m pytest -n $(JOBS) -m "core and not slow" $(PYTEST_FLAGS) $$(grep -rl --include='test_*.py' 'mark\.core' tests)
+
 test: $(STAMP) ## every test, ruff and mypy among them
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
@@ -68,6 +73,9 @@ sanitize: $(STAMP) ## the native kernels alone, all instruction sets, under Addr
 # BENCH_FLAGS="--quick" takes about two minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
 bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about 15 minutes
 	$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
+
+docs: $(STAMP) ## the pages and the reference of the public names as a site: build/docs/docs/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/docs
 
 lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff check .

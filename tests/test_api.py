@@ -7,6 +7,8 @@ import difflib
 import pytest
 from api import COMMAND_LINE, FILE, PACKAGES, read, section
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("name", [*PACKAGES, COMMAND_LINE])
 def test_the_public_interface_is_as_written_down(name: str) -> None:

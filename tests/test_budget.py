@@ -14,6 +14,8 @@ from embtables import InfeasibleBudget, TableConfig, plan
 from embtables.sizes.budget import allocate, collision_weights, parse_budget, split
 from embtables.sizes.layout import Group
 
+pytestmark = pytest.mark.core
+
 FULL = 1_000_003
 
 

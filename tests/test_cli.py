@@ -29,6 +29,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "embtables", *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.core
 def test_help_imports_no_part_and_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     program = (
         "import sys; from embtables.cli.app import run; code = run(['--help']); "
@@ -53,11 +54,13 @@ def test_every_command_has_help_with_an_example(command: str, capfd: pytest.Capt
         assert f"embtables {command} " in text.split("Example", 1)[1]
 
 
+@pytest.mark.core
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capfd.readouterr().out == f"embtables {embtables.__version__}\n"
 
 
+@pytest.mark.core
 def test_usage_errors(capfd: pytest.CaptureFixture[str]) -> None:
     for arguments, message in [
         (["frobnicate"], "No such command 'frobnicate'"),
@@ -94,6 +97,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capfd: 
     assert "start the same command again to resume" in capfd.readouterr().err
 
 
+@pytest.mark.core
 def test_errors_become_sentences(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     for problem, message in [
         (ValueError("table 'x':\n  too many ids"), "Error: table 'x': too many ids"),
@@ -131,6 +135,7 @@ def test_pydantic_errors_name_the_field() -> None:
         assert sentence(caught.value) == expected
 
 
+@pytest.mark.core
 def test_plan_prints_bytes_within_the_budget(data: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     arguments = ["plan", str(data), "--method", "hash", "--budget", "10%"]
     assert run(arguments) == 0

@@ -19,6 +19,8 @@ from embtables.hashing import hash_ids, hash_signs, mix, seed_for, to_range
 from embtables.methods import Method
 from embtables.tables.reading import block_of
 
+pytestmark = pytest.mark.core
+
 int64s = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -205,6 +207,7 @@ for method in all_methods():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_with_another_hash_seed_of_python_agrees() -> None:
     script = SCRIPT.format(tests=os.path.dirname(__file__))
     outputs = [

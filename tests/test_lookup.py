@@ -13,6 +13,8 @@ from torch import Tensor
 from embtables import SGD, EmbeddingTables, TableConfig, plan
 from embtables.methods import Method
 
+pytestmark = pytest.mark.core
+
 # A table that target and history share, one feature in two tables, two dimensions, padding, an oov row.
 TABLES = [
     TableConfig("item", 400, 8, ["item", "history", "cart"], pooling="mean", padding_idx=0),

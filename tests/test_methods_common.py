@@ -59,6 +59,7 @@ def both_forms(method: Method, budget: Any) -> list[EmbeddingTables]:
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @BUDGETS
 @pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "pruned"], ids=method_id)
 def test_vectors_equal_a_scalar_computation(method: Method, budget: str) -> None:
@@ -78,6 +79,7 @@ def test_vectors_equal_a_scalar_computation(method: Method, budget: str) -> None
             assert torch.equal(dense[config.padding_idx], torch.zeros(config.embedding_dim))
 
 
+@pytest.mark.core
 @BUDGETS
 @METHODS
 def test_dense_tables_equal_forward_bit_for_bit(method: Method, budget: str) -> None:
@@ -323,6 +325,7 @@ def test_training_lowers_the_loss_and_serving_keeps_what_was_learned(method: Met
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @METHODS
 def test_a_method_is_plain_data(method: Method) -> None:
     assert from_config(method.to_dict()) == method and from_config(method) is method

@@ -212,6 +212,7 @@ def test_clipping_and_decay_equal_the_reference(method: Method, l2: float, clip:
         assert_same(ours, reference)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @METHODS
 def test_gradients_equal_the_reference(method: Method, sparse: bool) -> None:
@@ -231,6 +232,7 @@ def test_gradients_equal_the_reference(method: Method, sparse: bool) -> None:
 # ---- against float64 -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 8, 15, 16, 17, 32, 64, 100])
 @pytest.mark.parametrize("kind", ["full", "hash"])
 def test_vectors_and_updates_equal_float64(kind: str, dim: int) -> None:
@@ -347,6 +349,7 @@ def test_two_trainers_in_two_threads_do_not_disturb_each_other() -> None:
 # ---- which way a lookup goes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_bad_ids_raise_what_the_reference_raises_and_change_nothing() -> None:
     for optimizer in (Adam(), None):
         tables = make(from_config("hash"), optimizer)

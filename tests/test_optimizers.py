@@ -20,6 +20,8 @@ from embtables.ops import coalesce
 from embtables.optimizers import FusedOptimizer
 from embtables.tables.reading import block_of
 
+pytestmark = pytest.mark.core
+
 Array = npt.NDArray[np.float64]
 CONFIGS: list[FusedOptimizer] = [
     SGD(lr=0.1),

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from embtables import Adam, EmbeddingTables, InfeasibleBudget, Plan, RowWiseAdagrad, TableConfig, plan
 from embtables.methods import Method, kinds
 
+pytestmark = pytest.mark.core
+
 HASHES = ["hash", "multi_hash", "unified", "robe"]
 
 
@@ -37,6 +39,7 @@ def own_bytes(solved: Plan) -> dict[str, int]:
     return dict(zip(own["table"], own["inference_bytes"]))
 
 
+@pytest.mark.slow
 @given(cases(max_rows=2_000) | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"]), st.data())
 @settings(max_examples=2500)
 def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Case, data: st.DataObject) -> None:

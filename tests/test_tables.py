@@ -20,6 +20,8 @@ from torch import Tensor
 from embtables import EmbeddingTables, Plan, TableConfig, plan
 from embtables.methods import kinds
 
+pytestmark = pytest.mark.core
+
 
 def build(tables: list[TableConfig], method: Any = "full", budget: Any = None, **options: Any) -> EmbeddingTables:
     solved = plan(tables, method, budget, optimizer=options.pop("optimizer", None))
