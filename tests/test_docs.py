@@ -21,7 +21,7 @@ from embtables.cli.app import COMMANDS, build
 from embtables.methods import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/methods/*.md")) + sorted(ROOT.glob("README.md"))
+PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/methods/*.md")) + sorted(ROOT.glob("*.md"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _REQUIRES = re.compile(r"<!-- requires: ([\w., ]+) -->\n\Z")
 _PRINTS = "<!-- prints -->\n"
