@@ -143,7 +143,7 @@ class EmbeddingTables(nn.Module):
                 By default in training mode; views of shared tables say what mode they are in themselves.
 
         Returns:
-            ``[B, ΣD]``: the outputs side by side. Every id becomes a vector first, then the bag is pooled; an empty bag
+            ``[B, ΣD]``, the outputs side by side. Every id becomes a vector first, then the bag is pooled; an empty bag
             gives zeros. With ``pooling=None`` ``[B, F, D]``, or ``[N, D]`` for flat values: all tables must then have
             one D, and no feature may be in two tables; ``lookup`` has neither limit.
 
@@ -178,7 +178,7 @@ class EmbeddingTables(nn.Module):
             training: as in ``forward``.
 
         Returns:
-            A tensor for each of ``output_names``, in their order: ``[B, D]`` where it is pooled, and where it is not
+            A tensor for each of ``output_names``, in their order, ``[B, D]`` where it is pooled, and where it is not
             ``[N_f, D]``, a vector for each of the feature's ids, in the order given. Without ``offsets`` all are
             ``[B, D]``. D may differ from table to table.
 
