@@ -10,13 +10,34 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embtables.config import OutOfRange, Pooling, TableConfig
-from embtables.formats import FP32, weight_name
 from embtables.lookup.inputs import Input
 from embtables.optimizers import FusedOptimizer
 from embtables.plan.solver import MethodLike, plan
 from embtables.sizes.budget import Budget
 from embtables.sizes.layout import FULL
 from embtables.tables import EmbeddingTables
+
+
+def stored_in_full(tables: EmbeddingTables, name: str) -> bool:
+    """Whether a table has a row of its own for each id, which is then the slab of its name."""
+    entries = (entry for g in tables.plan.groups if (entry := g.layout.entries.get(name)) is not None)
+    return any(entry.variant == FULL for entry in entries)
+
+
+def trained_weight(tables: EmbeddingTables, name: str) -> Tensor:
+    """The parameter that is a table, or the part of one that is.
+
+    Raises:
+        AttributeError: where the table is not stored in full, or no optimizer of torch trains it.
+    """
+    store, instead = tables.store, "to_dense() gives the vectors of all ids"
+    if not stored_in_full(tables, name):
+        raise AttributeError(f"table '{name}' is not stored in full, so it has no weight; {instead}")
+    weight = store.parameter(name)
+    if weight is None:
+        why = "its fused optimizer updates it inside backward" if store.optimizer else "it is served, not trained"
+        raise AttributeError(f"table '{name}' has no weight to train, since {why}; {instead}")
+    return weight
 
 
 class _OneTable(nn.Module):
@@ -81,30 +102,9 @@ class _OneTable(nn.Module):
 
     # ---- the weight ----------------------------------------------------------------------------------------------
 
-    def _slab(self) -> str | None:
-        """The slab whose rows are this table's, where it is stored in full."""
-        for g in self.tables.plan.groups:
-            entry = g.layout.entries.get(self.name)
-            if entry is not None and entry.variant == FULL:
-                return self.name
-        return None
-
-    def _stored_weight(self) -> Tensor:
-        """The parameter or the part of it that training updates, where there is one."""
-        slab, store = self._slab(), self.tables.store
-        instead = "to_dense() gives the vectors of all ids"
-        if slab is None:
-            raise AttributeError(f"table '{self.name}' is not stored in full, so it has no weight; {instead}")
-        start, rows = store.start(slab), store.slab(slab).shape[0]
-        weight: Tensor = getattr(store, weight_name(FP32.name, self.embedding_dim))
-        if not isinstance(weight, nn.Parameter):
-            why = "its fused optimizer updates it inside backward" if store.optimizer else "it is served, not trained"
-            raise AttributeError(f"table '{self.name}' has no weight to train, since {why}; {instead}")
-        return weight if rows == weight.shape[0] else weight[start : start + rows]
-
     def __getattr__(self, name: str) -> Any:
         # No property: its AttributeError would be replaced by a plain one.
-        return self._stored_weight() if name == "weight" else super().__getattr__(name)
+        return trained_weight(self.tables, self.name) if name == "weight" else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -122,9 +122,9 @@ class _OneTable(nn.Module):
     @torch.no_grad()
     def _clear_padding(self) -> None:
         """Padding gives zeros whatever is stored; zeros are stored, so that ``weight`` says the same."""
-        slab, store = self._slab(), self.tables.store
-        if slab is not None and self.padding_idx is not None and store.device.type != "meta":
-            store.slab(slab)[self.padding_idx] = 0
+        full, store = stored_in_full(self.tables, self.name), self.tables.store
+        if full and self.padding_idx is not None and store.device.type != "meta":
+            store.slab(self.name)[self.padding_idx] = 0
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

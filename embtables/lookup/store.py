@@ -7,12 +7,15 @@ names, for checkpoints and for sharding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from embtables import ops
 from embtables.formats import DTYPES, FP32, row_format, weight_name
+from embtables.lookup.split import SlabWeight, SplitWeight
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Form, Slab
 
@@ -64,6 +67,8 @@ class Store(nn.Module):
             rows[slab.format, slab.width] = start + slab.rows
         self.widths = tuple(width for name, width in rows if name == FP32.name)
         self.weight_names = tuple(weight_name(*key) for key in rows)
+        # By the attributes that the whole ones have.
+        self.split_weights: dict[str, SplitWeight] = {}
         for (name, width), num_rows in rows.items():
             rows_in = row_format(name)
             empty = torch.empty(num_rows, rows_in.columns(width), dtype=DTYPES[rows_in.dtype], device=device)
@@ -96,6 +101,10 @@ class Store(nn.Module):
         """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
         hyper = self._buffers.get("_hyper")
         super()._apply(fn, recurse)
+        for split in self.split_weights.values():
+            for module in split.modules.values():
+                module._apply(fn)
+            split.lay()
         if hyper is not None and self._hyper.dtype != hyper.dtype:
             self._hyper = hyper.to(self._hyper.device)
         return self
@@ -111,6 +120,74 @@ class Store(nn.Module):
                 state = ops.huge_pages(torch.empty(rows, state_width, dtype=_DENSE, device=weight.device))
                 self.register_buffer(f"_state_{i}_{name}", state, persistent=False)
 
+    # ---- a parameter for each slab --------------------------------------------------------------------------------
+
+    def split(self) -> None:
+        """Makes each slab a parameter of its own, that of ``slab_modules``, for the caller to register.
+
+        They are no parameters of this module then, though it goes on moving, saving and loading them. Lookups read the
+        slabs of a width as one tensor, as before.
+
+        Raises:
+            ValueError: where the weights are no parameters with dense gradients.
+        """
+        if not self.trainable or self.optimizer is not None or self.sparse:
+            raise ValueError("only parameters with dense gradients can be split into one for each slab")
+        for name in self.weight_names:
+            weight = self._parameters.pop(name)
+            assert weight is not None
+            slabs = {slab.name: slab.rows for _, slab in self._slabs.values() if self._weight_of(slab) == name}
+            self.split_weights[name] = SplitWeight(weight.data, slabs)
+
+    @property
+    def slab_modules(self) -> dict[str, SlabWeight]:
+        """The modules that hold the slabs' own parameters, by name; none unless ``split`` made them."""
+        return {name: module for split in self.split_weights.values() for name, module in split.modules.items()}
+
+    def lay(self) -> None:
+        """Moves the slabs' own parameters beside each other, where they were assigned one by one."""
+        for split in self.split_weights.values():
+            split.lay()
+
+    def parameter(self, slab: str) -> Tensor | None:
+        """The parameter that is a slab, or the part of one that is; ``None`` where there is no parameter."""
+        start, found = self._slabs[slab]
+        name = self._weight_of(found)
+        if name in self.split_weights:
+            return self.split_weights[name].modules[slab].weight
+        weight = self._parameters.get(name)
+        return weight if weight is None or found.rows == weight.shape[0] else weight[start : start + found.rows]
+
+    @staticmethod
+    def _weight_of(slab: Slab) -> str:
+        return weight_name(slab.format, slab.width)
+
+    @contextmanager
+    def _whole(self, names: list[str], *, loads: bool) -> Iterator[None]:
+        """Split weights are saved and loaded whole, as buffers, but are none: others would broadcast buffers."""
+        self._buffers.update({name: self.split_weights[name].joined().detach() for name in names})
+        try:
+            yield
+        finally:
+            for name in names:
+                whole = self._buffers.pop(name)
+                assert whole is not None
+                if loads:
+                    self.split_weights[name].fill(whole)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        # Whoever shards the parameters saves them where they are registered.
+        with self._whole([name for name, split in self.split_weights.items() if not split.is_sharded()], loads=False):
+            super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Split weights may stand for themselves in a state dict, which then holds them where they are registered."""
+        elsewhere = [name for name, split in self.split_weights.items() if state_dict.get(prefix + name) is split]
+        for name in elsewhere:
+            del state_dict[prefix + name]
+        with self._whole([name for name in self.split_weights if name not in elsewhere], loads=True):
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     # ---- weights, extras, codes and their state -------------------------------------------------------------------
 
     def tensor(self, name: str) -> Tensor:
@@ -118,6 +195,8 @@ class Store(nn.Module):
         found = self._buffers.get(name)
         if found is None:
             found = self._parameters.get(name)
+        if found is None and name in self.split_weights:
+            return self.split_weights[name].joined()
         return found if found is not None else getattr(self, name)
 
     def weight(self, width: int) -> Tensor:
@@ -178,7 +257,10 @@ class Store(nn.Module):
 
     def gives_gradients(self) -> bool:
         """Whether any of the weights is a parameter that gets a gradient now."""
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if not torch.is_grad_enabled():
+            return False
+        trained = any(split.trains() for split in self.split_weights.values())
+        return trained or any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def hyper(self) -> Tensor:
@@ -205,7 +287,10 @@ class Store(nn.Module):
     def slab(self, name: str) -> Tensor:
         """A view ``[rows, width]`` of a slab's weights."""
         start, slab = self._slabs[name]
-        return self.tensor(weight_name(slab.format, slab.width)).detach()[start : start + slab.rows]
+        weight = self._weight_of(slab)
+        if weight in self.split_weights:
+            return self.split_weights[weight].modules[name].weight.detach()
+        return self.tensor(weight).detach()[start : start + slab.rows]
 
     def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, view)`` of every slab."""
@@ -220,6 +305,11 @@ class Store(nn.Module):
         for name in self._codes:
             yield name, self.code(name), True
 
+    def stored(self) -> dict[str, Tensor]:
+        """Weights, extras and codes by their attributes, as files hold them."""
+        names = [*self.weight_names, *self._extras.values(), *self._codes.values()]
+        return {name: self.tensor(name).detach() for name in names}
+
     def move(self, slab: str, source: Tensor, target: Tensor) -> None:
         """Copies the rows ``source`` of a slab, weights and optimiser state, over the rows ``target``."""
         for view in (self.slab(slab), *self.slab_state(slab)):
@@ -233,7 +323,7 @@ class Store(nn.Module):
     def slab_state(self, name: str) -> list[Tensor]:
         """Views ``[rows, *]`` of a slab's optimiser state."""
         start, slab = self._slabs[name]
-        return [state[start : start + slab.rows] for state in self.state_of(weight_name(slab.format, slab.width))]
+        return [state[start : start + slab.rows] for state in self.state_of(self._weight_of(slab))]
 
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:

@@ -15,19 +15,18 @@ from torch import Tensor
 from embtables._util.files import replacing
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.recipe_block import RecipeBlock
-from embtables.lookup.store import Store
 from embtables.plan.solver import Plan
 
 _KEY = "embtables"
 
 
-def write_file(path: Path | str, store: Store, plan: Plan) -> None:
-    """Writes the tensors of a served store; the file is there whole or not at all.
+def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> None:
+    """Writes the tensors of a served store, ``stored``; the file is there whole or not at all.
 
     Raises:
         OSError: where it cannot be written.
     """
-    tensors = {k: v.detach().contiguous().cpu() for k, v in store.state_dict().items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={_KEY: json.dumps(plan.to_dict())})

@@ -383,7 +383,7 @@ class EmbeddingTables(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside."""
-        write_file(path, self.serve().store, self.plan)
+        write_file(path, self.serve().store.stored(), self.plan)
 
     @classmethod
     @torch.no_grad()
