@@ -50,7 +50,7 @@ def initialize(plan: Plan, store: Store, seed: int, std: float | None) -> None:
 def _default_std(tables: Sequence[TableConfig], seed: int) -> float:
     with_init = [table for table in tables if table.init_fn is not None]
     if not with_init:
-        return 1 / sqrt(3 * max(table.rows or 1 for table in tables))
+        return 1 / sqrt(3 * max((table.rows or 1 for table in tables), default=1))
     largest = max(with_init, key=lambda table: table.rows or 1)
     sample = torch.empty(max(1, 65536 // largest.embedding_dim), largest.embedding_dim)
     _call_init_fn(largest, sample, seed)

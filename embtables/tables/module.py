@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ class EmbeddingTables(nn.Module):
 
     def _each_block(self) -> list[BlockLookup]:
         return self.lookups.blocks
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingTables:
+        """Moves and casts like any module; what leaves the meta device gets the constants that follow from the plan."""
+        was_meta = self.store.device.type == "meta"
+        super()._apply(fn, recurse)
+        if was_meta and self.store.device.type != "meta":
+            self.store.reset_state()
+            self._build(self.store)
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
