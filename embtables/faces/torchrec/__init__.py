@@ -1,4 +1,4 @@
-"""The tables as torchrec sees them: ``KeyedJaggedTensor`` in, ``KeyedTensor`` or ``JaggedTensor`` out.
+"""The tables as torchrec sees them: they take a ``KeyedJaggedTensor`` and give a ``KeyedTensor`` or ``JaggedTensor``s.
 
 torchrec's annotations are repeated as they stand (``List``, ``Optional``), since its signature comparison is exact.
 """

@@ -11,9 +11,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embtables.config import Pooling, TableConfig
-from embtables.faces.torchrec.shared import ANY_ID, Collection, filled, shown_features, table_config
+from embtables.faces.torchrec.shared import (
+    ANY_ID,
+    FLOAT,
+    Collection,
+    Shown,
+    build_tables,
+    filled,
+    shown_features,
+    table_config,
+)
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.solver import MethodLike, plan
+from embtables.plan.solver import MethodLike
 from embtables.sizes.budget import Budget
 from embtables.tables import EmbeddingTables
 
@@ -41,7 +50,12 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
     features in any order, among others; the output a ``KeyedTensor`` ``[B, ΣD]`` whose keys are the features in the
     order of the tables, ``feature@table`` where two tables have a feature. An empty bag gives zeros.
 
-    With all tables stored in full the state dict has the stock collection's keys, ``embedding_bags.<table>.weight``.
+    With all tables stored in full the state dict has the stock collection's keys, ``embedding_bags.<table>.weight``,
+    and with ``optimizer=None`` so have ``named_parameters()``: each table is a parameter of its own. These belong to
+    ``embedding_bags``, and ``tables.parameters()`` does not list them. ``embedding_bags[<table>].weight`` raises
+    ``AttributeError`` where the table is stored in another way or updated by a fused optimizer.
+
+    A symbolic trace holds the lookup as one node. TorchScript is not supported.
 
     Raises:
         ValueError: for two tables of one name, a ``data_type`` other than fp32, ``PoolingType.NONE``, and whatever
@@ -73,15 +87,9 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
         seed: int = 0,
     ) -> None:
         super().__init__()
-        solved = plan(
-            [table_config(config, _pooling(config)) for config in tables],
-            method,
-            budget,
-            frequencies=frequencies,
-            optimizer=optimizer,
-            hash_seed=hash_seed,
-        )
-        self.hold(EmbeddingTables(solved, seed=seed, device=device), filled(tables))
+        logical = [table_config(config, _pooling(config)) for config in tables]
+        built = build_tables(logical, method, budget, frequencies, optimizer, hash_seed, seed, device)
+        self.hold(built, filled(tables), own=True)
         self._is_weighted = is_weighted
 
     @classmethod
@@ -90,7 +98,8 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
     ) -> "EmbeddingBagCollection":
         """A view of existing tables, which stay shared: training one trains the other.
 
-        Each view's own ``train()`` or ``eval()`` says whether its lookups are regularised and update the tables.
+        The tables' parameters stay what they are, under the tables' own names. Each view's own ``train()`` or
+        ``eval()`` says whether its lookups are regularized and update the tables.
 
         Args:
             tables: what is looked up in.
@@ -110,29 +119,8 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
         features: KeyedJaggedTensor,
     ) -> KeyedTensor:
         """Pooled vectors of all features; see the class for keys and shapes."""
-        given = maybe_td_to_kjt(features, None)
-        inverse = given.inverse_indices_or_none()
-        features = self.own_features(given)
-        if self._is_weighted and features.weights_or_none() is None:
-            raise ValueError("this collection is weighted, but the input has no weights")
-        if inverse is None:
-            _check_batch_sizes(features)
-        offsets = self.offsets(features)
-        weights = features.weights() if self._is_weighted else None
-        if self.reads_all:
-            pooled = self.tables(features.values(), offsets, weights, training=self.training)
-        else:
-            found = self.tables.lookup(features.values(), offsets, weights, training=self.training)
-            pooled = torch.cat([found[name] for name in self.output_names], dim=1)
-        if inverse is not None:
-            pooled = self._expand(pooled, *inverse)
-        return KeyedTensor(self.output_names, self.output_dims, pooled)
-
-    def _expand(self, pooled: Tensor, keys: Sequence[str], inverse: Tensor) -> Tensor:
-        """The whole batch from each feature's distinct bags; ``inverse`` ``[F, B]`` says which is whose."""
-        row = {key: i for i, key in enumerate(keys)}
-        outputs = pooled.split(self.output_dims, dim=1)
-        return torch.cat([v.index_select(0, inverse[row[f]]) for v, f in zip(outputs, self.output_features)], dim=1)
+        pooled = _look_up(self.tables, self.shown, features, self._is_weighted)
+        return KeyedTensor(self.shown.output_names, self.shown.output_dims, pooled)
 
     def embedding_bag_configs(
         self,
@@ -143,6 +131,36 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
     def is_weighted(self) -> bool:
         """Whether the ids' weights in the input are used."""
         return self._is_weighted
+
+
+@torch.fx.wrap
+def _look_up(tables: EmbeddingTables, shown: Shown, features: KeyedJaggedTensor, is_weighted: bool) -> Tensor:
+    """Pooled vectors ``[B, ΣD]``. In a symbolic trace it is one node, which holds both modules."""
+    given = maybe_td_to_kjt(features, None)
+    inverse = given.inverse_indices_or_none()
+    if is_weighted and given.weights_or_none() is None:
+        raise ValueError("this collection is weighted, but the input has no weights")
+    if given.values().is_meta or not shown.output_dims:
+        batch = given.stride() if inverse is None else inverse[1].shape[1]
+        return given.values().new_empty(batch, sum(shown.output_dims), dtype=FLOAT)
+    features = shown.own_features(given)
+    if inverse is None:
+        _check_batch_sizes(features)
+    offsets = shown.offsets(features)
+    weights = features.weights() if is_weighted else None
+    if shown.reads_all:
+        pooled = tables(features.values(), offsets, weights, training=shown.training)
+    else:
+        found = tables.lookup(features.values(), offsets, weights, training=shown.training)
+        pooled = torch.cat([found[name] for name in shown.output_names], dim=1)
+    return pooled if inverse is None else _expand(shown, pooled, *inverse)
+
+
+def _expand(shown: Shown, pooled: Tensor, keys: Sequence[str], inverse: Tensor) -> Tensor:
+    """The whole batch from each feature's distinct bags; ``inverse`` ``[F, B]`` says which is whose."""
+    row = {key: i for i, key in enumerate(keys)}
+    outputs = pooled.split(shown.output_dims, dim=1)
+    return torch.cat([v.index_select(0, inverse[row[f]]) for v, f in zip(outputs, shown.output_features)], dim=1)
 
 
 def _check_batch_sizes(features: KeyedJaggedTensor) -> None:

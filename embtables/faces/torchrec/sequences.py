@@ -1,19 +1,28 @@
 """Unpooled vectors: what takes the place of ``torchrec.EmbeddingCollection``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embtables.config import TableConfig
-from embtables.faces.torchrec.shared import ANY_ID, Collection, filled, shown_features, table_config
+from embtables.faces.torchrec.shared import (
+    ANY_ID,
+    FLOAT,
+    Collection,
+    Shown,
+    build_tables,
+    filled,
+    shown_features,
+    table_config,
+)
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.solver import MethodLike, plan
+from embtables.plan.solver import MethodLike
 from embtables.sizes.budget import Budget
 from embtables.tables import EmbeddingTables
 
@@ -43,7 +52,12 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
     in the order of the tables, ``feature@table`` where two tables have a feature. Weights in the input are not used,
     and features may have different batch sizes; ``inverse_indices`` are the caller's to apply, as with the stock one.
 
-    With all tables stored in full the state dict has the stock collection's keys, ``embeddings.<table>.weight``.
+    With all tables stored in full the state dict has the stock collection's keys, ``embeddings.<table>.weight``, and
+    with ``optimizer=None`` so have ``named_parameters()``: each table is a parameter of its own. These belong to
+    ``embeddings``, and ``tables.parameters()`` does not list them. ``embeddings[<table>].weight`` raises
+    ``AttributeError`` where the table is stored in another way or updated by a fused optimizer.
+
+    A symbolic trace holds the lookup as one node. TorchScript is not supported.
 
     Raises:
         ValueError: for two tables of one name, tables of different ``embedding_dim``, a ``data_type`` other than fp32,
@@ -86,15 +100,8 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
         super().__init__()
         logical = [table_config(config, "sum") for config in tables]
         _check_one_dimension(logical)
-        solved = plan(
-            logical,
-            method,
-            budget,
-            frequencies=frequencies,
-            optimizer=optimizer,
-            hash_seed=hash_seed,
-        )
-        self.hold(EmbeddingTables(solved, seed=seed, device=device), filled(tables))
+        built = build_tables(logical, method, budget, frequencies, optimizer, hash_seed, seed, device)
+        self.hold(built, filled(tables), own=True)
         self._need_indices = need_indices
         self._use_gather_select = use_gather_select
         self._use_gather_select_per_sharding = use_gather_select_per_sharding
@@ -105,7 +112,8 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
     ) -> "EmbeddingCollection":
         """A view of existing tables, which stay shared: training one trains the other.
 
-        Each view's own ``train()`` or ``eval()`` says whether its lookups are regularised and update the tables.
+        The tables' parameters stay what they are, under the tables' own names. Each view's own ``train()`` or
+        ``eval()`` says whether its lookups are regularized and update the tables.
         With a fused optimizer each view's ``forward`` is an update of its own; one view of all features makes one.
 
         Args:
@@ -128,16 +136,10 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
         features: KeyedJaggedTensor,
     ) -> Dict[str, JaggedTensor]:
         """The vectors of all features' ids; see the class for keys and shapes."""
-        features = self.own_features(maybe_td_to_kjt(features, None))
-        found = self.tables.lookup(features.values(), self.offsets(features), pooling=None, training=self.training)
-        lengths = self.lengths(features)
-        sizes = {feature: len(found[name]) for name, feature in zip(self.output_names, self.output_features)}
-        ids = dict(zip(self.features, features.values().split([sizes[feature] for feature in self.features])))
+        vectors, lengths, ids = _look_up(self.tables, self.shown, features)
         return {
-            name: JaggedTensor(
-                values=found[name], lengths=lengths[feature], weights=ids[feature] if self._need_indices else None
-            )
-            for name, feature in zip(self.output_names, self.output_features)
+            name: JaggedTensor(values=vectors[i], lengths=lengths[i], weights=ids[i] if self._need_indices else None)
+            for i, name in enumerate(self.shown.output_names)
         }
 
     def embedding_configs(
@@ -151,8 +153,8 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
         return self._need_indices
 
     def embedding_dim(self) -> int:
-        """D, of all tables."""
-        return self.output_dims[0]
+        """D, of all tables; −1 without tables, as torchrec has it."""
+        return self.shown.output_dims[0] if self.shown.output_dims else -1
 
     def embedding_names_by_table(self) -> List[List[str]]:
         """The keys of the outputs, table by table."""
@@ -166,6 +168,28 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
     def use_gather_select_per_sharding(self) -> Optional[Dict[str, bool]]:
         """As the constructor was told."""
         return self._use_gather_select_per_sharding
+
+
+@torch.fx.wrap
+def _look_up(
+    tables: EmbeddingTables, shown: Shown, features: KeyedJaggedTensor
+) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+    """The vectors, lengths and ids of each output. In a symbolic trace it is one node, which holds both modules."""
+    given = maybe_td_to_kjt(features, None)
+    if given.values().is_meta:
+        by_key = given.to_dict()
+        used = [by_key[feature] for feature in shown.output_features]
+        empty = [f.values().new_empty(len(f.values()), dim, dtype=FLOAT) for f, dim in zip(used, shown.output_dims)]
+        return empty, [f.lengths() for f in used], [f.values() for f in used]
+    features = shown.own_features(given)
+    if not shown.output_dims:
+        return [], [], []
+    lengths = shown.lengths(features)
+    found = tables.lookup(features.values(), shown.offsets(features), pooling=None, training=shown.training)
+    vectors = [found[name] for name in shown.output_names]
+    sizes = {feature: len(v) for v, feature in zip(vectors, shown.output_features)}
+    ids = dict(zip(shown.features, features.values().split([sizes[feature] for feature in shown.features])))
+    return vectors, [lengths[f] for f in shown.output_features], [ids[f] for f in shown.output_features]
 
 
 def _check_one_dimension(tables: Sequence[TableConfig]) -> None:
