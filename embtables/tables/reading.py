@@ -24,7 +24,7 @@ def block_of(blocks: Sequence[BlockLookup], table: str) -> tuple[BlockLookup, in
         for number, config in enumerate(block.tables):
             if config.name == table:
                 return block, number
-    names = dict.fromkeys(config.name for block in blocks for config in block.tables)
+    names = sorted({config.name for block in blocks for config in block.tables})
     raise ValueError(f"there is no table '{table}'; the tables: {', '.join(names)}")
 
 
