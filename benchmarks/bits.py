@@ -434,8 +434,9 @@ def unordered(tensors: Iterable[Tensor]) -> str:
 
 
 def _state(tables: nn.Module) -> list[Tensor]:
-    """The weights and codes of a state dict, without the plan's fingerprint."""
-    return [value for name, value in tables.state_dict().items() if not name.endswith("_extra_state")]
+    """The weights and codes of a state dict, without the plan's fingerprint and the optimizer's state."""
+    others = ("_extra_state", "optimizer_state.")
+    return [value for name, value in tables.state_dict().items() if not any(other in name for other in others)]
 
 
 def _dense(tables: EmbeddingTables) -> list[Tensor]:

@@ -97,6 +97,12 @@ class Store(nn.Module):
                 tensor.zero_()
             self._hyper.copy_(torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64))
 
+    def leave_meta(self, device: torch.device) -> None:
+        """Allocates what no state dict of the store holds, as it is before the first step; the weights stay."""
+        for name in self._non_persistent_buffers_set:
+            setattr(self, name, ops.huge_pages(torch.empty_like(self.tensor(name), device=device)))
+        self.reset_state()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Store:
         """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
         hyper = self._buffers.get("_hyper")

@@ -21,6 +21,7 @@ from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
 from embtables.tables.files import check_ranks, reading_file, write_file
 from embtables.tables.initialize import initialize
+from embtables.tables.optimizer_state import OptimizerState
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
 
 
@@ -91,6 +92,7 @@ class EmbeddingTables(nn.Module):
         self._view_steps = ViewSteps()
         self._add_regularizers()
         self.stages = [] if self.served else build_stages(self.plan, store)
+        self.optimizer_state = OptimizerState(store, self.stages)
 
     def _add_regularizers(self) -> None:
         for block in self._each_block():
@@ -328,8 +330,8 @@ class EmbeddingTables(nn.Module):
         self.store.set_learning_rate(lr)
 
     def optimizer_state_dict(self) -> dict[str, Tensor]:
-        """Copies of what exact resume needs beside ``state_dict``: the fused optimiser's state, and the stages'."""
-        return {name: tensor.detach().clone() for name, tensor in self._optimizer_tensors().items()}
+        """Copies of the fused optimizer's state, and of the stages', which ``state_dict`` holds beside the weights."""
+        return {name: tensor.detach().clone() for name, tensor in self.optimizer_state.tensors().items()}
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -338,7 +340,7 @@ class EmbeddingTables(nn.Module):
         Raises:
             ValueError: where names or shapes are not those of this plan and optimiser.
         """
-        tensors = self._optimizer_tensors()
+        tensors = self.optimizer_state.tensors()
         if set(tensors) != set(state):
             raise ValueError(
                 "the optimizer state is of another plan or optimizer: it holds "
@@ -356,10 +358,6 @@ class EmbeddingTables(nn.Module):
                 tensor[0] = state[name][0]
             else:
                 tensor.copy_(state[name])
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        stages = {f"stage_{i}_{k}": v for i, stage in enumerate(self.stages) for k, v in stage.state().items()}
-        return self.store.optimizer_state() | stages
 
     # ---- serving, saving, loading --------------------------------------------------------------------------------
 
@@ -422,11 +420,18 @@ class EmbeddingTables(nn.Module):
                 "its rows mean other ids"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *arguments: Any
+    ) -> None:
         store = f"{prefix}store."
-        own = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
-        check_ranks(self._each_block(), own)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        given = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
+        check_ranks(self._each_block(), given)
+        device = next((tensor.device for tensor in given.values()), self.store.device)
+        if metadata.get("assign_to_params_buffers") and self.store.device.type == "meta" != device.type:
+            # What is assigned brings its device along; what no state dict holds has to be there too.
+            self.store.leave_meta(device)
+            self._build(self.store)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *arguments)
 
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)

@@ -85,15 +85,16 @@ class Optimization:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        """The optimizers of dense gradients and the learning rates; the model holds the state of a fused one."""
         return {
-            "fused": self.fused.optimizer_state_dict(),
             "tables": self.tables and self.tables.state_dict(),
             "dense": self.dense and self.dense.state_dict(),
             "learning_rates": [self.table_rate, self.dense_rate],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.fused.load_optimizer_state_dict(state["fused"])
+        if "fused" in state:  # of a checkpoint of embtables 0.1.0, whose model holds the weights alone
+            self.fused.load_optimizer_state_dict(state["fused"])
         for name, optimizer in (("tables", self.tables), ("dense", self.dense)):
             if optimizer is not None:
                 optimizer.load_state_dict(state[name])
