@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embtables.config import OutOfRange, Pooling, TableConfig
+from embtables.faces.view import View
 from embtables.lookup.inputs import Input
 from embtables.optimizers import FusedOptimizer
 from embtables.plan.solver import MethodLike, plan
@@ -40,10 +41,9 @@ def trained_weight(tables: EmbeddingTables, name: str) -> Tensor:
     return weight
 
 
-class _OneTable(nn.Module):
+class _OneTable(View):
     """A table of an ``EmbeddingTables``, which other modules may share."""
 
-    tables: EmbeddingTables
     weight: Tensor
 
     def _hold(self, tables: EmbeddingTables, name: str) -> None:
@@ -85,7 +85,7 @@ class _OneTable(nn.Module):
         """The output: pooled ``[B, D]``, or ``[N, D]`` of ids ``[N, 1]``."""
         tables = self.tables
         lookup, steps = tables.view(self.name)
-        trains = tables.trains(self.training)
+        trains = tables.trains(self.learns)
         with steps.step(tables.store, trains, tables.stages, shared=len(tables.plan.tables) > 1) as step:
             output = lookup.side_by_side(given, [mode], step)
         if trains and (step.updates or tables.stages):
@@ -142,6 +142,8 @@ class Embedding(_OneTable):
 
     With a fused optimiser every call is an update of its own: a table looked up twice in a step is updated twice, each
     time by its own gradient, which for SGD is the same as once. Likewise ``tables.regularize`` acts once for each call.
+    ``requires_grad_(False)`` of this module freezes its lookups, and only its own among those of views; that of a model
+    around it walks ``parameters()``, where fused tables have none: ``EmbeddingTables`` says how to freeze a model.
 
     Args:
         num_embeddings: number of ids; ``None``: any 64-bit id, for methods that hash.

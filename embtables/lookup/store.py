@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from embtables import ops
 from embtables.formats import DTYPES, FP32, row_format, weight_name
@@ -54,6 +55,7 @@ class Store(nn.Module):
         self.sparse = sparse
         self.trainable = trainable
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
+        # Where it requires none, the tables are frozen.
         self.hook = torch.zeros((), device="cpu", requires_grad=True)
         # Moves along with the module, where there may be no other tensor (every table dropped).
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
@@ -267,6 +269,15 @@ class Store(nn.Module):
             return False
         trained = any(split.trains() for split in self.split_weights.values())
         return trained or any(parameter.requires_grad for parameter in self.parameters())
+
+    def can_learn(self) -> bool:
+        """Whether lookups train now: not without gradients, nor in the served form, nor where all is frozen."""
+        return self.gives_gradients() if self.optimizer is None else torch.is_grad_enabled() and self.hook.requires_grad
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezes or sets free what is trained: parameters, or what a fused optimizer updates."""
+        self.hook.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     @property
     def hyper(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from embtables.lookup.engine import Lookup
 from embtables.lookup.features import BlockLookup
@@ -40,7 +41,9 @@ class EmbeddingTables(nn.Module):
         sparse: with ``optimizer=None``, whether the slabs' gradients are sparse (for SGD, Adagrad, SparseAdam).
 
     With a fused optimiser the weights are updated inside ``backward``, once for each forward, on touched rows only;
-    ``parameters()`` is then empty, so that the dense part's optimiser leaves them alone.
+    ``parameters()`` is then empty, so that the dense part's optimiser leaves them alone. ``requires_grad_(False)`` of
+    these tables freezes them, but that of a module around them does not, since it walks ``parameters()``:
+    ``model.apply(lambda module: module.requires_grad_(False))`` freezes everything.
 
     Example::
 
@@ -218,8 +221,13 @@ class EmbeddingTables(nn.Module):
         return Step(self.store, trains=trains, stages=self.stages)
 
     def trains(self, training: bool) -> bool:
-        """Whether a lookup of a module in training mode trains: not without gradients, nor in the served form."""
-        return training and torch.is_grad_enabled() and not self.served
+        """Whether a lookup of a module in training mode trains: not without gradients, served or frozen."""
+        return training and self.store.can_learn()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezes the tables, or has them train again; frozen ones give outputs that require no gradient."""
+        self.store.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     def _modes(self, pooling: PoolingLike) -> list[str | None]:
         """The pooling of each output: as the call says, else its table's own."""

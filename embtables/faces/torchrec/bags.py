@@ -99,7 +99,8 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
         """A view of existing tables, which stay shared: training one trains the other.
 
         The tables' parameters stay what they are, under the tables' own names. Each view's own ``train()`` or
-        ``eval()`` says whether its lookups are regularized and update the tables.
+        ``eval()``, and with a fused optimizer its own ``requires_grad_()``, says whether its lookups are regularized
+        and update the tables.
 
         Args:
             tables: what is looked up in.
@@ -149,9 +150,9 @@ def _look_up(tables: EmbeddingTables, shown: Shown, features: KeyedJaggedTensor,
     offsets = shown.offsets(features)
     weights = features.weights() if is_weighted else None
     if shown.reads_all:
-        pooled = tables(features.values(), offsets, weights, training=shown.training)
+        pooled = tables(features.values(), offsets, weights, training=shown.learns)
     else:
-        found = tables.lookup(features.values(), offsets, weights, training=shown.training)
+        found = tables.lookup(features.values(), offsets, weights, training=shown.learns)
         pooled = torch.cat([found[name] for name in shown.output_names], dim=1)
     return pooled if inverse is None else _expand(shown, pooled, *inverse)
 

@@ -113,7 +113,8 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
         """A view of existing tables, which stay shared: training one trains the other.
 
         The tables' parameters stay what they are, under the tables' own names. Each view's own ``train()`` or
-        ``eval()`` says whether its lookups are regularized and update the tables.
+        ``eval()``, and with a fused optimizer its own ``requires_grad_()``, says whether its lookups are regularized
+        and update the tables.
         With a fused optimizer each view's ``forward`` is an update of its own; one view of all features makes one.
 
         Args:
@@ -185,7 +186,7 @@ def _look_up(
     if not shown.output_dims:
         return [], [], []
     lengths = shown.lengths(features)
-    found = tables.lookup(features.values(), shown.offsets(features), pooling=None, training=shown.training)
+    found = tables.lookup(features.values(), shown.offsets(features), pooling=None, training=shown.learns)
     vectors = [found[name] for name in shown.output_names]
     sizes = {feature: len(v) for v, feature in zip(vectors, shown.output_features)}
     ids = dict(zip(shown.features, features.values().split([sizes[feature] for feature in shown.features])))

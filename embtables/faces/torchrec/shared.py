@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import Self
 
 from embtables.config import Pooling, TableConfig
 from embtables.faces.embedding import trained_weight
+from embtables.faces.view import View
 from embtables.formats import FP32, weight_name
 from embtables.optimizers import FusedOptimizer, optimizer_from_config
 from embtables.plan.solver import MethodLike, Plan, plan
@@ -28,7 +30,7 @@ FLOAT = torch.float32
 ConfigT = TypeVar("ConfigT", bound=BaseEmbeddingConfig)
 
 
-class Shown(nn.Module):
+class Shown(View):
     """The tables that a collection shows, the features that it reads, and the weight of each table by its name.
 
     It stands where the stock collection has its ``ModuleDict`` of tables. ``shown[name].weight`` is there where the
@@ -136,7 +138,7 @@ class _Table(nn.Module):
         return trained_weight(self.tables, self.name) if name == "weight" else super().__getattr__(name)
 
 
-class Collection(nn.Module, Generic[ConfigT]):
+class Collection(View, Generic[ConfigT]):
     """Logical tables over one ``EmbeddingTables``, ``self.tables``, of which it may show some features only."""
 
     # The stock collection's ModuleDict, with which the keys of its state dict begin.
@@ -156,6 +158,11 @@ class Collection(nn.Module, Generic[ConfigT]):
         self.register_state_dict_post_hook(_write_stock_keys)
         self.register_load_state_dict_pre_hook(_read_stock_keys)
         self.register_load_state_dict_post_hook(_lay)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezes this collection's lookups, or has them train again; see ``View.requires_grad_``."""
+        self.shown.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     @property
     def shown(self) -> Shown:
