@@ -434,7 +434,7 @@ class EmbeddingTables(nn.Module):
         store = f"{prefix}store."
         given = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
         check_ranks(self._each_block(), given)
-        device = next((tensor.device for tensor in given.values()), self.store.device)
+        device = next((t.device for t in given.values() if isinstance(t, Tensor)), self.store.device)
         if metadata.get("assign_to_params_buffers") and self.store.device.type == "meta" != device.type:
             # What is assigned brings its device along; what no state dict holds has to be there too.
             self.store.leave_meta(device)
