@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -86,13 +86,16 @@ class NativeLookup:
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
         store, number = self.store, torch.tensor(step)
-        assert store.optimizer is not None
+        for name, rows, values in self._by_row(gradients):
+            ops.update_rows(store.tensor(name), store.state_of(name), rows, values, store.hyper, store.rule, number)
+
+    def _by_row(self, gradients: list[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The gradients of weights and projections, each by its attribute with its distinct rows."""
         for name, gradient in zip([*self._weights, *self._projections], gradients):
-            rows = gradient._indices()[0] if gradient.is_sparse else torch.arange(gradient.shape[0])
-            values = gradient._values() if gradient.is_sparse else gradient
-            ops.update_rows(
-                store.tensor(name), store.state_of(name), rows, values, store.hyper, store.optimizer.kind, number
-            )
+            if gradient.is_sparse:
+                yield name, gradient._indices()[0], gradient._values()
+            else:
+                yield name, torch.arange(gradient.shape[0]), gradient
 
     def takes(self, given: Input, step: Step) -> ProgramTensors | None:
         """The program's tensors, if native code may look at them and at these very arguments.
@@ -104,7 +107,7 @@ class NativeLookup:
             return None
         if torch.compiler.is_compiling():
             # A graph may put other updates before the backward of a lookup, which must not read their results.
-            suits = self._updates_in_graphs() if step.updates else not self.store.gives_gradients()
+            suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
             return self.tensors() if suits and not torch.compiler.is_exporting() else None
         suits = (
             all(t is None or (type(t) is Tensor and t.is_cpu) for t in given)
@@ -114,9 +117,10 @@ class NativeLookup:
         )
         return self.tensors() if suits else None
 
-    def _updates_in_graphs(self) -> bool:
+    def _updates_in_graphs(self, step: Step) -> bool:
         return (
-            not self.reads_weights
+            step.accumulation is None
+            and not self.reads_weights
             and self.store.optimizer is not None
             and ops.has_native_form(self.store.optimizer.kind)
         )
@@ -190,7 +194,16 @@ class NativeLookup:
             )
         if step.updates:
             number = int(store.step_number())
-            return ops.update_in_backward(self, tensors, args, store.hook, number)
+            accumulation = step.accumulation
+
+            def collect(gradients: list[Tensor]) -> None:
+                assert accumulation is not None
+                for name, rows, values in self._by_row(gradients):
+                    accumulation.add(name, rows, values)
+
+            return ops.update_in_backward(
+                self, tensors, args, store.hook, number, None if accumulation is None else collect
+            )
         if differentiates:
             weights = tensors.weights if step.aliases is None else [step.aliases.of(w) for w in tensors.weights]
             parameters = [*weights, *tensors.projections]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embtables import ops
 from embtables.formats import FP32, weight_name
+from embtables.lookup.accumulation import accumulated_rows
 from embtables.lookup.block import Part
 from embtables.lookup.store import Store
 
@@ -40,7 +41,9 @@ class Step:
         stages: Sequence[Stage] = (),
         aliases: Aliases | None = None,
     ) -> None:
-        self.store, self.trains, self.counts = store, trains, trains and counts
+        self.accumulation = store.accumulation if trains else None
+        begun = self.accumulation is not None and self.accumulation.begun
+        self.store, self.trains, self.counts = store, trains, trains and counts and not begun
         self.stages = list(stages) if self.counts else []
         self.updates = trains and store.optimizer is not None
         self.aliases = None if store.sparse or store.optimizer is not None else aliases
@@ -51,14 +54,19 @@ class Step:
         if self.updates:
             _refuse_what_fused_updates_cannot_do(self.store.device)
         if self.counts:
-            self.store.count_step()
+            self._count(1)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self.counts:
-            self.store.count_step(-1)
+            self._count(-1)
+
+    def _count(self, number: int) -> None:
+        self.store.count_step(number)
+        if self.accumulation is not None:
+            self.accumulation.begun = number > 0
 
     def begin(self, touched: Touched) -> None:
         """Called once the ids are known to be good, before anything is read: a stage may change the weights."""
@@ -91,8 +99,12 @@ class Step:
     def _rows(self, width: int, index: Tensor) -> Tensor:
         store, weight = self.store, self.store.weight(width)
         if self.updates:
-            state = self._state(weight_name(FP32.name, width))
-            rows: Tensor = ops.fused_rows(weight, state, index, store.hook, store.hyper, self._rule)
+            name = weight_name(FP32.name, width)
+            if self.accumulation is not None:
+                return accumulated_rows(store, name, index, self.accumulation)
+            rows: Tensor = ops.fused_rows(
+                weight, store.state_for_step(name), index, store.hook, store.hyper, store.rule
+            )
             return rows
         if store.sparse:
             return F.embedding(index, weight, sparse=True)
@@ -108,19 +120,14 @@ class Step:
         if not self.updates:
             return weight
         if name not in self._extras:
-            state = self._state(self.store.key(name))
-            self._extras[name] = ops.fused_dense(weight, state, self.store.hook, self.store.hyper, self._rule)
+            store, key = self.store, self.store.key(name)
+            if self.accumulation is not None:
+                index = torch.arange(store.matrix(key).shape[0], device=weight.device)
+                self._extras[name] = accumulated_rows(store, key, index, self.accumulation).view(weight.shape)
+            else:
+                state = store.state_for_step(key)
+                self._extras[name] = ops.fused_dense(weight, state, store.hook, store.hyper, store.rule)
         return self._extras[name]
-
-    def _state(self, weight: str) -> list[Tensor]:
-        """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
-        state, optimizer = self.store.state_of(weight), self.store.optimizer
-        return [*state, self.store.step_number()] if optimizer is not None and optimizer.counts_steps else state
-
-    @property
-    def _rule(self) -> str:
-        assert self.store.optimizer is not None
-        return self.store.optimizer.kind
 
 
 def _as_stored(rows: Tensor) -> Tensor:

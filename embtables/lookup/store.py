@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from embtables import ops
 from embtables.formats import DTYPES, FP32, row_format, weight_name
+from embtables.lookup.accumulation import Accumulation
 from embtables.lookup.split import SlabWeight, SplitWeight
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Form, Slab
@@ -53,6 +54,7 @@ class Store(nn.Module):
         super().__init__()
         self.optimizer = optimizer if trainable else None
         self.sparse = sparse
+        self.accumulation: Accumulation | None = None
         self.trainable = trainable
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
         # Where it requires none, the tables are frozen.
@@ -229,6 +231,22 @@ class Store(nn.Module):
     def state_of(self, weight: str) -> list[Tensor]:
         """What the update rule keeps for a weight or extra, by its attribute, row by row."""
         return [self.tensor(name) for name in self.state_names(weight)]
+
+    def matrix(self, weight: str) -> Tensor:
+        """A weight or extra, by its attribute, as the rows that its state has: an extra of one dimension is one row."""
+        tensor = self.tensor(weight)
+        return tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(1, -1)
+
+    def state_for_step(self, weight: str) -> list[Tensor]:
+        """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
+        state = self.state_of(weight)
+        return [*state, self.step_number()] if self.optimizer is not None and self.optimizer.counts_steps else state
+
+    @property
+    def rule(self) -> str:
+        """The kind of the fused optimizer."""
+        assert self.optimizer is not None
+        return self.optimizer.kind
 
     def count_step(self, number: int = 1) -> None:
         """Counts a training step, for rules that need its number; −1 takes one back."""

@@ -32,7 +32,16 @@ from embtables.ops.fused import (
 )
 from embtables.ops.ids import raise_for_id, raise_for_ids, ranges, refuse_ids
 from embtables.ops.native import Refused, fits, has_native_form
-from embtables.ops.reference import coalesce, fused_dense, fused_lookup, fused_rows, gather, update, update_rows
+from embtables.ops.reference import (
+    coalesce,
+    fused_dense,
+    fused_lookup,
+    fused_rows,
+    gather,
+    update,
+    update_once,
+    update_rows,
+)
 
 __all__ = [
     "Refused",
@@ -57,6 +66,7 @@ __all__ = [
     "refuse_ids",
     "update",
     "update_in_backward",
+    "update_once",
     "update_rows",
     "using",
 ]

@@ -7,8 +7,8 @@ lookup of a small batch; in compiled graphs it is ``embtables::look_up`` with ``
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from embtables.ops.native import Library, LookupArgs, Refused, has_native_form
 from embtables.ops.program import ProgramTensors
 
 _library: list[Library] = []
+# Takes the gradients of weights (sparse, of distinct rows) and projections (dense) of a lookup, in their order.
+Collect: TypeAlias = Callable[[list[Tensor]], None]
 
 
 def use(library: Library) -> None:
@@ -108,21 +110,38 @@ class SavedLookup:
             RuntimeError: where the gradient depends on weights that have been changed since, other than by updates.
         """
         tensors = self.check(self.program.tensors())
-        _waiting.discard(self)
         weights = [*tensors.weights, *tensors.projections]
+        _waiting.discard(self)
         settle(weights)
+        self._check_versions(tensors)
+        if has_native_form(tensors.rule):
+            _library[0].update_rows(tensors, self.args, self.rows, grad.contiguous(), step, self.as_read)
+        else:
+            self.program.update_in_pytorch(self._gradients(tensors, grad), step)
+        return weights
+
+    def gradients(self, grad: Tensor) -> list[Tensor]:
+        """The gradients of the weights, sparse, and of the projections.
+
+        Raises:
+            RuntimeError: as ``update``.
+        """
+        tensors = self.check(self.program.tensors())
+        self._check_versions(tensors)
+        _waiting.discard(self)
+        return self._gradients(tensors, grad)
+
+    def _gradients(self, tensors: ProgramTensors, grad: Tensor) -> list[Tensor]:
+        return _library[0].gradients(
+            tensors, self.args, self.rows, grad.contiguous(), sparse=True, as_read=self.as_read
+        )
+
+    def _check_versions(self, tensors: ProgramTensors) -> None:
         if self.as_read is None and self.reads_weights and self.versions != self._versions(tensors):
             raise RuntimeError(
                 "the tables were changed between a lookup and its backward, and the gradient of this method depends on "
                 "what they were; of a graph that is kept, backward can be called once: add up the losses instead"
             )
-        arguments = tensors, self.args, self.rows, grad.contiguous()
-        if has_native_form(tensors.rule):
-            _library[0].update_rows(*arguments, step, self.as_read)
-        else:
-            gradients = _library[0].gradients(*arguments, sparse=True, as_read=self.as_read)
-            self.program.update_in_pytorch(gradients, step)
-        return weights
 
 
 # Lookups whose gradient depends on rows that a fused update may change before it is taken.
@@ -143,7 +162,7 @@ def settle(changing: Sequence[Tensor]) -> None:
 
 
 class _Updated(torch.autograd.Function):
-    """The rows are updated in backward. ``hook`` only makes autograd call it."""
+    """The rows are updated in backward, or ``collect`` gets their gradients. ``hook`` only makes autograd call it."""
 
     @staticmethod
     def forward(
@@ -153,17 +172,21 @@ class _Updated(torch.autograd.Function):
         tensors: ProgramTensors,
         args: LookupArgs,
         step: int,
+        collect: Collect | None,
     ) -> Tensor:
         values, rows = _library[0].forward(tensors, args)
-        ctx.saved, ctx.step = SavedLookup(program, tensors, args, rows), step
+        ctx.saved, ctx.step, ctx.collect = SavedLookup(program, tensors, args, rows), step, collect
         if program.reads_weights:
             _waiting.add(ctx.saved)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
-        return (None,) * 5
+        if ctx.collect is None:
+            torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
+        else:
+            ctx.collect(ctx.saved.gradients(grad))
+        return (None,) * 6
 
 
 class _Differentiated(torch.autograd.Function):
@@ -190,13 +213,28 @@ class _Differentiated(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def update_in_backward(program: Source, tensors: ProgramTensors, args: LookupArgs, hook: Tensor, step: int) -> Tensor:
-    """The values, flat; backward updates the rows in place. ``hook``: any tensor that requires a gradient.
+def update_in_backward(
+    program: Source,
+    tensors: ProgramTensors,
+    args: LookupArgs,
+    hook: Tensor,
+    step: int,
+    collect: Collect | None = None,
+) -> Tensor:
+    """The values, flat; backward updates the rows in place.
+
+    Args:
+        program: what is looked up.
+        tensors: what it reads and writes now.
+        args: the arguments of the lookup.
+        hook: any tensor that requires a gradient.
+        step: the number of the step.
+        collect: where it is given, backward hands it the gradients and updates nothing.
 
     Raises:
         Refused: see ``Library.forward``.
     """
-    return _Updated.apply(hook, program, tensors, args, step)
+    return _Updated.apply(hook, program, tensors, args, step, collect)
 
 
 def differentiate(

@@ -96,10 +96,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 before_updates: list[Callable[[Sequence[Tensor]], None]] = []
 
 
-def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
+def update_once(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
+    """``update``, of which those are told first who have to know of a fused update."""
     for prepare in before_updates:
-        prepare([ctx.weight])
-    update(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
+        prepare([weight])
+    update(weight, state, index, grad, hyper, rule)
+
+
+def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
+    update_once(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
     return None, [None] * len(ctx.state), None, None, None, None
 
 

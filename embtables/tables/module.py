@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from embtables.lookup.accumulation import accumulating
 from embtables.lookup.engine import Lookup
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.inputs import CONFIG, Input, PoolingLike, check_input, check_pooling
@@ -40,10 +42,10 @@ class EmbeddingTables(nn.Module):
             1/√(3·n) for the n ids of the largest table.
         sparse: with ``optimizer=None``, whether the slabs' gradients are sparse (for SGD, Adagrad, SparseAdam).
 
-    With a fused optimiser the weights are updated inside ``backward``, once for each forward, on touched rows only;
-    ``parameters()`` is then empty, so that the dense part's optimiser leaves them alone. ``requires_grad_(False)`` of
-    these tables freezes them, but that of a module around them does not, since it walks ``parameters()``:
-    ``model.apply(lambda module: module.requires_grad_(False))`` freezes everything.
+    With a fused optimiser the weights are updated inside ``backward``, once for each forward (``accumulate`` makes one
+    update of several), on touched rows only; ``parameters()`` is then empty, so that the dense part's optimiser leaves
+    them alone. ``requires_grad_(False)`` of these tables freezes them, but that of a module around them does not, since
+    it walks ``parameters()``: ``model.apply(lambda module: module.requires_grad_(False))`` freezes everything.
 
     Example::
 
@@ -336,6 +338,27 @@ class EmbeddingTables(nn.Module):
     def set_learning_rate(self, lr: float) -> None:
         """Sets the fused optimiser's learning rate; a schedule calls it before each step."""
         self.store.set_learning_rate(lr)
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Within this ``with`` block backward passes add up, and the fused optimizer makes one update at its end.
+
+        The update is that of one batch of all that is looked up in the block, by these tables and all their views: the
+        gradients of each row are summed, clipped by ``clip_row_norm`` and applied once, and it is one step for Adam and
+        for pruning, which begins with the first lookup. ``regularize`` acts once for each lookup. Memory grows with the
+        number of rows that are looked up. Blocks may be nested: the outermost one updates. An exception that leaves a
+        block discards its gradients, and nothing is updated. Compiled lookups run uncompiled within it, and with
+        ``fullgraph=True`` they are refused. With ``optimizer=None`` autograd adds up by itself.
+
+        Raises:
+            RuntimeError: in the backward of a lookup of the block that comes after its end.
+
+        Example::
+
+            with tables.accumulate():
+                for chunk in chunks:
+                    (loss(tables(chunk)) / len(chunks)).backward()
+        """
+        return accumulating(self.store)
 
     def optimizer_state_dict(self) -> dict[str, Tensor]:
         """Copies of the fused optimizer's state, and of the stages', which ``state_dict`` holds beside the weights."""
