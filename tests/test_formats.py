@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -109,7 +110,11 @@ def test_a_quarter_of_the_bytes_a_scalar_is_four_times_the_budget(method: Method
     large, small = (Group("g", TABLES, counts, 0, rows_in) for rows_in in (FP32, FORMATS["byte"]))
     floor = method.floor(small).num_bytes
     assert 4 * floor == method.floor(large).num_bytes
-    for limit in np.geomspace(max(1, floor), 1.1 * small.full_bytes, 30).astype(int).tolist():
+    limits = np.geomspace(max(1, floor), 1.1 * small.full_bytes, 30).astype(int).tolist()
+    # And to the byte, where a table that costs next to nothing begins to be kept in full.
+    budgets = range(floor, small.full_bytes + 1)
+    first = budgets[bisect_left(budgets, True, key=lambda n: method.fit(small, n).entries["c"].variant == "full")]
+    for limit in [*limits, max(floor, first - 1), first]:
         one, other = method.fit(large, 4 * limit), method.fit(small, limit)
         assert one.entries == other.entries
         shapes = [[(s.name, s.rows, s.width) for s in layout.training.slabs] for layout in (one, other)]
