@@ -23,7 +23,7 @@ IDS = torch.tensor([1, 2, 2, 7])
 class _Plain(SGD):
     """SGD without a native form."""
 
-    kind = "plain"
+    kind = "plain_of_freezing"
 
 
 def make(method: str = "full", optimizer: str | FusedOptimizer | None = "adam", **more: Any) -> EmbeddingTables:
