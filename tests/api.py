@@ -68,7 +68,7 @@ def describe(package: str) -> Iterator[str]:
             said = {line for base in listed if base.__name__ in names for line in _class(base.__name__, base)}
             yield heading
             yield from (line for line in members if line not in said)
-        elif callable(value):
+        elif inspect.isfunction(inspect.unwrap(value)):
             yield f"def {name}{_signature(value)}"
         else:
             yield f"{name} = {value!r}" if isinstance(value, _SIMPLE) else f"{name}: {type(value).__name__}"
