@@ -6,7 +6,7 @@ the model and its first weights do not. Each runs in a process of its own, at it
 
 - FuxiCTR: its ``fit`` without the evaluation and the checkpoint that end an epoch, its npz loader, dense Adam. DLRM is
   not in its package; it is put together from its layers as its model zoo does.
-- DeepCTR-Torch: its ``fit``, its DeepFM with its default L2 regularisation, dense Adam.
+- DeepCTR-Torch: its ``fit``, its DeepFM with its default L2 regularization, dense Adam.
 - embtables: a prepared folder, its reader, its model of the same layers with full tables, Adam on touched rows for the
   tables and fused Adam for the rest, in a plain loop.
 """

@@ -32,7 +32,7 @@ class TableConfig:
             it into the range, though not onto ``padding_idx``, ``"oov"`` sends it to one more row, which counts in the
             bytes.
         padding_idx: an id that yields zeros and receives no gradient.
-        init_fn: initialises a tensor in place, as in torchrec. Tables stored in full use it as it is, compressed ones
+        init_fn: initializes a tensor in place, as in torchrec. Tables stored in full use it as it is, compressed ones
             take its spread (root mean square), about 0.
 
     Raises:

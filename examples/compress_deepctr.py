@@ -20,7 +20,7 @@ VOCABULARY = {"user": 2_000, "item": 5_000, "category": 100}
 
 
 def build() -> DeepFM:
-    """The model with its optimizer inside, and its L2 regularisation of all tables."""
+    """The model with its optimizer inside, and its L2 regularization of all tables."""
     features = [SparseFeat(name, size, embedding_dim=8) for name, size in VOCABULARY.items()]
     model = DeepFM(features, features, dnn_hidden_units=(32,), l2_reg_embedding=1e-4, l2_reg_linear=1e-4)
     model.compile("adagrad", "binary_crossentropy", metrics=["auc"])

@@ -129,7 +129,7 @@ def test_a_split_fits_and_respects_floors_and_ceilings(groups: list[tuple[int, i
     assert sum(shares) == min(limit, sum(ceilings))
 
 
-def test_collision_weights_minimise_the_expected_collisions() -> None:
+def test_collision_weights_minimize_the_expected_collisions() -> None:
     counts = [np.array([90, 5, 5] + [0] * 97), np.full(100, 10), np.arange(100)]
     tables = tuple(TableConfig(f"t{i}", 100, d) for i, d in enumerate((4, 8, 16)))
     weights = collision_weights(Group("g", tables, tuple(c.astype(np.int64) for c in counts), 0))

@@ -66,7 +66,7 @@ def dense(model: nn.Module) -> dict[str, Tensor]:
 
 
 def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> object:
-    """What has to be the same after a refusal: modules and parameters by identity, and the optimisers' groups."""
+    """What has to be the same after a refusal: modules and parameters by identity, and the optimizers' groups."""
     modules = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)]
     parameters = [(name, id(p), p._version) for name, p in model.named_parameters()]
     groups = [[id(p) for g in o.param_groups for p in g["params"]] + [id(k) for k in o.state] for o in optimizers]
@@ -110,7 +110,7 @@ def test_every_method_fits_trains_and_frees(method: Any, budget: Any, fused: str
 
 @pytest.mark.parametrize("trained", [0, 3])
 def test_full_loses_nothing(trained: int) -> None:
-    """Same predictions, and training goes on as that of the untouched model, with the optimiser's state."""
+    """Same predictions, and training goes on as that of the untouched model, with the optimizer's state."""
     model = Model()
     model.optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(trained):
@@ -229,12 +229,12 @@ def test_notes_on_the_module_and_its_mode_stay() -> None:
 
 
 def test_harmless_subclass_is_swapped() -> None:
-    class Initialised(nn.Embedding):
+    class Initialized(nn.Embedding):
         def __init__(self, n: int, d: int) -> None:
             super().__init__(n, d)
             nn.init.xavier_normal_(self.weight)
 
-    model = nn.Sequential(Initialised(100, 4))
+    model = nn.Sequential(Initialized(100, 4))
     assert len(compress_(model, "hash", 0.2).tables) == 1
 
 
@@ -277,7 +277,7 @@ class _Scaled(nn.Embedding):
 
 
 class _WithMethod(nn.Embedding):
-    def neighbours(self, ids: Tensor) -> Tensor:
+    def neighbors(self, ids: Tensor) -> Tensor:
         return ids
 
 
@@ -297,7 +297,7 @@ def _noted(name: str) -> nn.Module:
     return module
 
 
-def _quantised() -> nn.Module:
+def _quantized() -> nn.Module:
     return torch.ao.nn.quantized.Embedding(50, 4)
 
 
@@ -309,7 +309,7 @@ def _quantised() -> nn.Module:
         (lambda: nn.EmbeddingBag(50, 4, mode="max"), "mode='max'"),
         (lambda: nn.EmbeddingBag(50, 4, max_norm=2.0), "max_norm"),
         (lambda: _Scaled(50, 4), "class _Scaled has a 'forward' of its own"),
-        (lambda: _WithMethod(50, 4), "class _WithMethod has a 'neighbours' of its own"),
+        (lambda: _WithMethod(50, 4), "class _WithMethod has a 'neighbors' of its own"),
         (lambda: _WithConstant(50, 4), "class _WithConstant has a 'scale' of its own"),
         (lambda: _WithCache(50, 4), "class _WithCache has a 'norm' of its own"),
         (lambda: _noted("tables"), "'tables' would hide"),
@@ -324,7 +324,7 @@ def _quantised() -> nn.Module:
         (_gradient_hooked, "gradient hooks"),
         (_patched, "forward was replaced"),
         (_nan, "NaN"),
-        (_quantised, "quantised"),
+        (_quantized, "quantized"),
         (lambda: nn.Embedding(0, 4), "empty"),
     ],
 )  # fmt: skip
@@ -388,7 +388,7 @@ def test_second_call() -> None:
         compress_(model, "hash", 0.1)
 
 
-# ---- optimisers ------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),

@@ -181,12 +181,12 @@ def test_full_loses_nothing(framework: type[Framework], tmp_path: Path) -> None:
     np.testing.assert_allclose(swapped.predict(), untouched.predict(), rtol=1e-4, atol=1e-5)
 
 
-def test_deepctr_regularisation_acts_on_the_new_tables(tmp_path: Path) -> None:
+def test_deepctr_regularization_acts_on_the_new_tables(tmp_path: Path) -> None:
     work = DeepCTR(tmp_path)
     report = compress_(work.model, "hash", "20%")
-    regularised = [w for weights, _, _ in work.model.regularization_weight for w in weights]
+    regularized = [w for weights, _, _ in work.model.regularization_weight for w in weights]
     new = {id(p) for m in work.model.modules() if isinstance(m, Embedding) for p in m.parameters()}
-    assert new <= {id(w[1] if isinstance(w, tuple) else w) for w in regularised}
+    assert new <= {id(w[1] if isinstance(w, tuple) else w) for w in regularized}
     assert len(new) == len(report.tables) == 6
     work.model.get_regularization_loss().backward()
     for module in work.model.modules():

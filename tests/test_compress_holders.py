@@ -1,4 +1,4 @@
-"""compress_ and what else holds a table: objects, dicts, copies, views, and optimisers of every kind."""
+"""compress_ and what else holds a table: objects, dicts, copies, views, and optimizers of every kind."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_views_that_keep_an_old_table_in_memory_are_told(view: Callable[[Tensor]
     assert report.not_freed == ["user"] and "the old tables are freed" not in str(report)
 
 
-# ---- optimisers ------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
 def test_what_rebind_cannot_use_is_refused() -> None:

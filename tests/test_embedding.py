@@ -241,7 +241,7 @@ def test_a_table_looked_up_twice_with_a_fused_optimizer(fused: RowWiseAdagrad | 
 
 @pytest.mark.parametrize("method", ["unified", "mixed_dimension"])
 def test_the_mode_of_a_view_is_that_of_its_lookups(method: str) -> None:
-    """Whether they update, are regularised and count as steps, whatever the modes of others that share the tables."""
+    """Whether they update, are regularized and count as steps, whatever the modes of others that share the tables."""
     tables = joint(method, 0.6, Adam(lr=0.1))
     tables.regularize(0.5)
     model = nn.ModuleDict({name: Embedding.of(tables, name) for name in ("item", "user", "city")})
@@ -269,7 +269,7 @@ def test_the_mode_of_a_view_is_that_of_its_lookups(method: str) -> None:
     assert [trains(name) for name in model] == [True] * 3 and tables(ids.expand(2, 3)).requires_grad
 
 
-def test_regularisation_reaches_views() -> None:
+def test_regularization_reaches_views() -> None:
     tables = joint("full", None)
     tables.regularize(0.5)
     view = Embedding.of(tables, "user")

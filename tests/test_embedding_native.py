@@ -62,7 +62,7 @@ def either_way(run: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def everything(module: EmbeddingTables) -> dict[str, Tensor]:
-    """Weights, optimiser state, and the gradients that there are."""
+    """Weights, optimizer state, and the gradients that there are."""
     gradients = {f"{n} gradient": p.grad.to_dense() for n, p in module.named_parameters() if p.grad is not None}
     state = {name: tensor for name, tensor in module.state_dict().items() if "extra_state" not in name}
     return {**state, **module.optimizer_state_dict(), **gradients}

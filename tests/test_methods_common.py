@@ -167,7 +167,7 @@ def test_collision_share_counts_ids_that_have_a_vector_in_common(method: Method)
         assert tables.collision_share(config.name) == pytest.approx(shared, abs=0.01)
 
 
-# ---- initialisation --------------------------------------------------------------------------------------------------
+# ---- initialization --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", ["50%", "10%", "2%"])

@@ -272,7 +272,7 @@ TABLES = [
 
 
 def train(method: str, optimizer: str, device: str) -> list[Tensor]:
-    """Vectors, tables and optimiser state after three steps over a matrix of ids and bags of them."""
+    """Vectors, tables and optimizer state after three steps over a matrix of ids and bags of them."""
     tables = EmbeddingTables(
         plan(TABLES, method, None if method == "full" else "60%", optimizer=optimizer), device=device
     )
@@ -440,5 +440,5 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", COMPILE], env=kept, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 3 * (1 + 4 * 2), result.stderr[-4000:]
-    vectorised = {" ".join(line.split()[:2]) for line in lines if not line.endswith(" 0")}
-    assert vectorised == {f"{a} {name}" for a in (80, 90) for name in ("_gather", "_window_sums", "_step")}
+    vectorized = {" ".join(line.split()[:2]) for line in lines if not line.endswith(" 0")}
+    assert vectorized == {f"{a} {name}" for a in (80, 90) for name in ("_gather", "_window_sums", "_step")}

@@ -1,4 +1,4 @@
-"""Native lookups against the reference operators and float64, for every method, optimiser, dtype and thread count."""
+"""Native lookups against the reference operators and float64, for every method, optimizer, dtype and thread count."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SOURCES = ROOT / "embtables" / "ops" / "csrc"
 DRIVER = Path(__file__).parent / "native" / "driver.cpp"
 SEEDS = os.environ.get("EMBTABLES_SANITIZE_SEEDS")
 
-# As in setup.py, but for the optimisation: sanitizers need lines, and compile several times faster without any.
+# As in setup.py, but for the optimization: sanitizers need lines, and compile several times faster without any.
 FLAGS = "-std=c++17 -g1 -fno-math-errno -ffp-contract=off -Wno-psabi -pthread".split()
 INSTRUCTIONS = {
     "baseline": "",

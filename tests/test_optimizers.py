@@ -1,4 +1,4 @@
-"""The fused optimisers against references written out in float64, and what a fused module may and may not do."""
+"""The fused optimizers against references written out in float64, and what a fused module may and may not do."""
 
 from __future__ import annotations
 
@@ -386,9 +386,9 @@ def test_reset_starts_anew(optimizer: str | None) -> None:
         assert torch.equal(tensor, tables.optimizer_state_dict()[name]), name
 
 
-def test_served_tables_are_not_initialised_anew() -> None:
+def test_served_tables_are_not_initialized_anew() -> None:
     tables = small("adam", "pruned").finalize()
-    with pytest.raises(ValueError, match="cannot be initialised"):
+    with pytest.raises(ValueError, match="cannot be initialized"):
         tables.reset_parameters()
 
 

@@ -56,7 +56,7 @@ def predicted_auc(method: str, data: PreparedDataset) -> float:
     scores = np.zeros(test.num_rows)
     for feature, name in enumerate(data.feature_names):
         effects, counts = effects_by_id(data, truth, feature), data.frequencies[name].astype(float)
-        # Ids with equal vectors at two random initialisations have equal vectors at any weights.
+        # Ids with equal vectors at two random initializations have equal vectors at any weights.
         dense = torch.cat([tables.to_dense(name), other_seed(tables).to_dense(name)], dim=1).numpy()
         _, shared = np.unique(dense, axis=0, return_inverse=True)
         shared = shared.reshape(-1)

@@ -170,12 +170,12 @@ def test_ids_of_64_bits_in_several_tables() -> None:
     torch.testing.assert_close(weight.grad.double(), matrix, rtol=1e-5, atol=1e-7)
 
 
-# ---- optimisers ------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
 @pytest.mark.parametrize("method", ["full", "compositional"])
-def test_a_fused_optimiser_makes_the_same_step_as_one_of_torch(kind: str, method: str) -> None:
+def test_a_fused_optimizer_makes_the_same_step_as_one_of_torch(kind: str, method: str) -> None:
     """Equal gradients, so equal steps; row-wise Adagrad has no counterpart, and is checked by the size of its step."""
     configs = [TableConfig("a", 200, 4, ["x", "y"])]
     budget = None if method == "full" else "40%"

@@ -65,7 +65,7 @@ VIEWS = {f"aten::{name}" for name in ("as_strided", "narrow", "slice", "select",
 
 @pytest.mark.parametrize("method", ["full", "hash", "multi_hash", "compositional"])
 def test_outputs_by_themselves_cost_views_and_nothing_else_a_table(method: str) -> None:
-    """Some pooled, some bags of one, some not pooled; with weights, padding and regularisation."""
+    """Some pooled, some bags of one, some not pooled; with weights, padding and regularization."""
     counted = []
     for number in (26, 260):
         configs = [

@@ -160,7 +160,7 @@ def test_padding_is_zero_has_no_gradient_and_does_not_count_in_a_mean() -> None:
     assert torch.equal(tables(torch.tensor([[3, 3]]))[0], torch.cat([torch.zeros(2), b[3]]))
 
 
-def test_padding_is_not_touched_by_an_optimiser_with_momentum_or_decay() -> None:
+def test_padding_is_not_touched_by_an_optimizer_with_momentum_or_decay() -> None:
     for optimizer in ({"kind": "adam", "lr": 0.1}, {"kind": "sgd", "l2": 0.5}):
         tables = build([TableConfig("a", 10, 2, padding_idx=3)], optimizer=optimizer)
         before = tables.store.slab("a").clone()
@@ -222,7 +222,7 @@ def test_three_policies_side_by_side() -> None:
         tables(torch.tensor([[99, 99, 99]]))
 
 
-# ---- initialisation --------------------------------------------------------------------------------------------------
+# ---- initialization --------------------------------------------------------------------------------------------------
 
 
 def test_one_standard_deviation_for_all_tables() -> None:
@@ -398,7 +398,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
 @pytest.mark.parametrize("method", ["full", "hash", "multi_hash"])
-def test_sparse_gradients_work_with_the_optimisers_that_take_them(name: str, method: str) -> None:
+def test_sparse_gradients_work_with_the_optimizers_that_take_them(name: str, method: str) -> None:
     configs = [TableConfig("a", 300, 8, padding_idx=2), TableConfig("b", 100, 8)]
     results = []
     for sparse in (True, False):

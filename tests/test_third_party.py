@@ -172,7 +172,7 @@ def test_a_hot_id_moves_to_a_row_of_its_own_without_a_jump() -> None:
     for _ in range(8):
         tables(hot).sum().backward()
     assert int((owners != 0).sum()) == 2
-    # It starts from what it had, weights and optimiser state alike …
+    # It starts from what it had, weights and optimizer state alike …
     assert torch.equal(tables(hot).detach(), before)
     lookups, number = block_of(tables._each_block(), "user")
     feature = lookups.lookup[number]

@@ -513,7 +513,7 @@ def test_weight_decay_of_the_preset_is_l2_of_whole_tables(toy, tmp_path):
         "tables.l2=0.01",
         "training.clip_norm=null",
     ]
-    # Without normalisation: a bias before it has no gradient but rounding errors, which Adam makes large.
+    # Without normalization: a bias before it has no gradient but rounding errors, which Adam makes large.
     mlp = ["model.hyperparameters.units=[16]", "model.hyperparameters.batch_norm=false"]
     config = load_config(preset="bars", overrides=[*more, *mlp])
     Trainer(config, toy, tmp_path / "run").run()

@@ -338,7 +338,7 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
 @pytest.mark.parametrize("method", ["full", "hash", "compositional", "multi_hash", "unified"])
 def test_a_whole_training_step_passes_over_no_table(method, optimizer, toy, tmp_path, monkeypatch):
-    """With everything on that could look at weights: clipping, regularisation, decay, and the watch."""
+    """With everything on that could look at weights: clipping, regularization, decay, and the watch."""
     more = [f"tables.method={method}", f"tables.optimizer={optimizer}", "tables.l2=0.01", "training.clip_norm=1"]
     config = config_of(*more, "tables.regularization=0.1", "tables.budget=" + ("null" if method == "full" else "50%"))
     configs = [TableConfig("a", 40_000, 4), TableConfig("b", 40_000, 4)]
@@ -372,7 +372,7 @@ def test_a_whole_training_step_passes_over_no_table(method, optimizer, toy, tmp_
 
 
 def test_the_watch_leaves_gradients_of_whole_tables_alone():
-    """With dense gradients, whose optimiser passes over them, it makes no pass of its own."""
+    """With dense gradients, whose optimizer passes over them, it makes no pass of its own."""
     tables = tables_of(None, rows=20_000)
     model = DLRM(tables, 3)
     watch = Watch(model, tables, ["x", "y", "z"])

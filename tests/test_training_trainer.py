@@ -250,7 +250,7 @@ def test_equal_seeds_equal_runs_and_others_differ(data, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-# ---- optimisers ------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
 def test_fused_and_torch_optimizers_agree(data, tmp_path):
@@ -269,7 +269,7 @@ def test_fused_and_torch_optimizers_agree(data, tmp_path):
 
 
 def test_learning_rates_reach_tables_and_dense_part(data, tmp_path):
-    """With a rate next to nothing a part stays where it was initialised."""
+    """With a rate next to nothing a part stays where it was initialized."""
 
     def change(name, *overrides):
         config = config_of("tables.optimizer=sgd", "training.epochs=1", *overrides)

@@ -56,7 +56,7 @@ def train(
         str | None, typer.Option(help="What chooses the best model: auc, gauc_weighted, gauc_mean, logloss.")
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Evaluations without a better monitor before the stop.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initialisation, hashing and the order of examples.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialization, hashing and the order of examples.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
     overrides: Annotated[

@@ -115,7 +115,7 @@ class _OneTable(View):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Initialises the tables anew, all that share their storage, from their seed."""
+        """Initializes the tables anew, all that share their storage, from their seed."""
         self.tables.reset_parameters()
         self._clear_padding()
 
@@ -134,13 +134,13 @@ class _OneTable(View):
 class Embedding(_OneTable):
     """Takes the place of ``nn.Embedding``, with the table stored by any method.
 
-    ``weight`` is there only where the table is stored in full and trained by a ``torch.optim`` optimiser: it is then
+    ``weight`` is there only where the table is stored in full and trained by a ``torch.optim`` optimizer: it is then
     the very parameter, or the part of a parameter that holds this table. Elsewhere reading it raises
     ``AttributeError``, and ``to_dense`` gives the vectors. ``tables`` is the ``EmbeddingTables`` underneath;
     ``Embedding.of(tables, name)`` is a view of a table that others share. Each view's own ``train()`` or ``eval()``
-    says whether its lookups are regularised and update the table.
+    says whether its lookups are regularized and update the table.
 
-    With a fused optimiser every call is an update of its own: a table looked up twice in a step is updated twice, each
+    With a fused optimizer every call is an update of its own: a table looked up twice in a step is updated twice, each
     time by its own gradient, which for SGD is the same as once. Likewise ``tables.regularize`` acts once for each call.
     ``requires_grad_(False)`` of this module freezes its lookups, and only its own among those of views; that of a model
     around it walks ``parameters()``, where fused tables have none: ``EmbeddingTables`` says how to freeze a model.
@@ -151,7 +151,7 @@ class Embedding(_OneTable):
         padding_idx: an id that yields zeros and receives no gradient; a negative one counts from the end.
         method: as in ``embtables.plan``.
         budget: inference bytes, as in ``embtables.plan``.
-        optimizer: a fused optimiser, updated inside backward, or ``None`` for ordinary parameters.
+        optimizer: a fused optimizer, updated inside backward, or ``None`` for ordinary parameters.
         frequencies: how often each id occurs, ``[num_embeddings]``.
         on_out_of_range: what an id outside the range does, as in ``TableConfig``.
         sparse: with ``optimizer=None``, whether gradients are sparse (for SGD, Adagrad, SparseAdam).
@@ -215,7 +215,7 @@ class EmbeddingBag(_OneTable):
     """Takes the place of ``nn.EmbeddingBag``: a view of one table, with the bags' vectors summed or averaged.
 
     It is made by ``EmbeddingBag.of(tables, name)``. What ``Embedding`` says of
-    ``weight`` and of fused optimisers holds here too.
+    ``weight`` and of fused optimizers holds here too.
 
     Shapes: ids ``[B, N]``, or flat ``[M]`` with ``offsets`` ``[B]`` (``[B + 1]`` where ``include_last_offset``) →
     ``[B, D]``. ``per_sample_weights``, of the shape of the ids, for sums alone.

@@ -1,4 +1,4 @@
-"""Mini-batch-aware L2 regularisation: only the vectors that a step looks up, each by how rare its id is."""
+"""Mini-batch-aware L2 regularization: only the vectors that a step looks up, each by how rare its id is."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from embtables.sizes.layout import Form, Slab
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
 _NOTHING = torch.empty(0)
-_DENSE = DTYPES[FP32.dtype]  # of extras and of optimiser state
+_DENSE = DTYPES[FP32.dtype]  # of extras and of optimizer state
 
 
 class Store(nn.Module):
@@ -34,7 +34,7 @@ class Store(nn.Module):
         optimizer: fused into backward; the weights are then buffers, and ``parameters()`` is empty. ``None``: the
             weights are ordinary parameters.
         sparse: with ``optimizer=None``, whether slab gradients are sparse tensors.
-        trainable: ``False`` for served tables: buffers, no optimiser state.
+        trainable: ``False`` for served tables: buffers, no optimizer state.
         device: where to allocate, ``"meta"`` included.
     """
 
@@ -93,7 +93,7 @@ class Store(nn.Module):
 
     @torch.no_grad()
     def reset_state(self) -> None:
-        """Codes and optimiser state as they are before the first step: zeros, and the learning rate configured."""
+        """Codes and optimizer state as they are before the first step: zeros, and the learning rate configured."""
         for code in self._codes.values():
             getattr(self, code).zero_()
         if self.optimizer is not None:
@@ -332,7 +332,7 @@ class Store(nn.Module):
         return ((name, self.slab(name)) for name in self._slabs)
 
     def tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
-        """``(name, tensor, is a code)`` of everything that is allocated, optimiser state aside."""
+        """``(name, tensor, is a code)`` of everything that is allocated, optimizer state aside."""
         for name in self.weight_names:
             yield name, self.tensor(name), False
         for name in self._extras:
@@ -346,17 +346,17 @@ class Store(nn.Module):
         return {name: self.tensor(name).detach() for name in names}
 
     def move(self, slab: str, source: Tensor, target: Tensor) -> None:
-        """Copies the rows ``source`` of a slab, weights and optimiser state, over the rows ``target``."""
+        """Copies the rows ``source`` of a slab, weights and optimizer state, over the rows ``target``."""
         for view in (self.slab(slab), *self.slab_state(slab)):
             view[target] = view[source]
 
     def reset(self, slab: str, rows: Tensor) -> None:
-        """Zeroes rows of a slab, weights and optimiser state."""
+        """Zeroes rows of a slab, weights and optimizer state."""
         for view in (self.slab(slab), *self.slab_state(slab)):
             view[rows] = 0
 
     def slab_state(self, name: str) -> list[Tensor]:
-        """Views ``[rows, *]`` of a slab's optimiser state."""
+        """Views ``[rows, *]`` of a slab's optimizer state."""
         start, slab = self._slabs[name]
         return [state[start : start + slab.rows] for state in self.state_of(self._weight_of(slab))]
 
@@ -368,6 +368,6 @@ class Store(nn.Module):
         self._hyper[0] = lr
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The fused optimiser's tensors by name, the learning rate among them; not copies."""
+        """The fused optimizer's tensors by name, the learning rate among them; not copies."""
         names = [n for n in self._buffers if n == "_hyper" or n == "_step" or n.startswith("_state_")]
         return {name.lstrip("_"): getattr(self, name) for name in names}

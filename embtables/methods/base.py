@@ -111,7 +111,7 @@ class Method(BaseModel):
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
-        """Raises ``ValueError`` where the method cannot serve these tables or this optimiser."""
+        """Raises ``ValueError`` where the method cannot serve these tables or this optimizer."""
         for table in group.tables:
             if table.num_embeddings is None:
                 raise ValueError(

@@ -17,7 +17,7 @@ class Robe(Method):
     """ROBE: every vector is cut into blocks of Z scalars, each read from a hashed place of one circular array.
 
     e_{cZ+o}(x) = g_c(x)·A[(h_c(x) + o) mod M], A of M scalars for all tables, h_c hashed with a seed of its own for
-    every table and block. M is exact to the scalar. Scalars have no rows, so row-wise optimiser state has no meaning
+    every table and block. M is exact to the scalar. Scalars have no rows, so row-wise optimizer state has no meaning
     here. Tables that cost next to nothing are kept apart, in full.
 
     Args:

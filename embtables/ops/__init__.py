@@ -1,4 +1,4 @@
-"""The lookup and its fused optimisers, under ``torch.library``.
+"""The lookup and its fused optimizers, under ``torch.library``.
 
 ``embtables::lookup`` gathers rows and, in its backward, hands their gradient to ``embtables::update_``. ``reference``
 gives both their meaning in plain PyTorch, wherever PyTorch runs; ``native`` has kernels of both for CPUs, ``gpu`` for

@@ -371,7 +371,7 @@ def update_rows(
     rows: Tensor,
     grad: Tensor,
 ) -> None:
-    """One step of the optimiser on the rows of a lookup, given the gradient of its values."""
+    """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), grad.numel(), rows.numel())
     _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))

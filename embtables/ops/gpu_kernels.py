@@ -1,4 +1,4 @@
-"""Triton kernels: the gather, and the step of a fused optimiser from the gradients of looked-up rows.
+"""Triton kernels: the gather, and the step of a fused optimizer from the gradients of looked-up rows.
 
 R rows, W width, N looked-up rows, as in ``reference``. Nothing here waits for the GPU: the host never learns how many
 distinct rows there are. Element offsets are 64-bit, sums in float32 at least.
@@ -90,7 +90,7 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
 
 def _check_contiguous(*tensors: Tensor) -> None:
     if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError("the weights and optimiser state of a lookup on a GPU must be contiguous")
+        raise ValueError("the weights and optimizer state of a lookup on a GPU must be contiguous")
 
 
 @triton.jit(do_not_specialize=["count"])

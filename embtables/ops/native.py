@@ -335,7 +335,7 @@ class Library:
         step: int,
         as_read: tuple[Tensor, list[Tensor]] | None = None,
     ) -> None:
-        """One step of the optimiser on all rows of a lookup, given the gradient of its values.
+        """One step of the optimizer on all rows of a lookup, given the gradient of its values.
 
         Args:
             rows: the addresses, as ``forward`` gave them.

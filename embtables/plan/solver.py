@@ -40,10 +40,10 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tables × method × budget, solved into exact sizes: data, printable, serialisable.
+    """Tables × method × budget, solved into exact sizes: data, printable, serializable.
 
     ``tables`` in the order given; ``groups`` the solved parts; ``budget_bytes`` the inference budget in bytes or
-    ``None``; ``optimizer`` the fused optimiser or ``None``; ``hash_seed`` what all addresses derive from.
+    ``None``; ``optimizer`` the fused optimizer or ``None``; ``hash_seed`` what all addresses derive from.
     """
 
     tables: tuple[TableConfig, ...]
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def training_bytes(self) -> int:
-        """Bytes of the trained form and its fused optimiser's state; without one, of weights and gradient."""
+        """Bytes of the trained form and its fused optimizer's state; without one, of weights and gradient."""
         steps = 8 if self.optimizer is not None and self.optimizer.counts_steps else 0
         return steps + sum(training_bytes(g.layout.training, self.optimizer) for g in self.groups)
 
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> bytes:
-        """32 bytes that differ wherever addresses or shapes do; budget and optimiser do not count."""
+        """32 bytes that differ wherever addresses or shapes do; budget and optimizer do not count."""
         data = {key: value for key, value in self.to_dict().items() if key not in ("budget_bytes", "optimizer")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
 
@@ -221,7 +221,7 @@ def _short(value: Any) -> str:
 
 
 def training_bytes(form: Form, optimizer: FusedOptimizer | None) -> int:
-    """Bytes of a trained form: weights, codes and optimiser state, or gradient where no optimiser is fused."""
+    """Bytes of a trained form: weights, codes and optimizer state, or gradient where no optimizer is fused."""
     if optimizer is None:
         # A gradient is as large as what it is the gradient of.
         return form.num_bytes + sum(s.num_bytes for s in form.slabs) + sum(e.num_bytes for e in form.extras)

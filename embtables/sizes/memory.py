@@ -29,12 +29,12 @@ def format_bytes(num_bytes: int) -> str:
 class Memory:
     """What the tables occupy.
 
-    ``inference_bytes``: the served form. ``training_bytes``: weights and the fused optimiser's state, or weights and
-    their gradient where there is no fused optimiser (the state of a ``torch.optim`` optimiser comes on top).
+    ``inference_bytes``: the served form. ``training_bytes``: weights and the fused optimizer's state, or weights and
+    their gradient where there is no fused optimizer (the state of a ``torch.optim`` optimizer comes on top).
     ``full_bytes``: the equivalent full fp32 tables, ``None`` where a table has no vocabulary. ``by_kind``: the present
     form's bytes. ``constants``: seeds, sizes and offsets of every lookup, which follow from the plan, are in no file
     and count in none of the others. ``dense_gradient_bytes``: of the gradients that each step fills as a whole,
-    whatever it looks up; 0 with a fused optimiser, with sparse gradients, and where nothing trains. ``ops``: what these
+    whatever it looks up; 0 with a fused optimizer, with sparse gradients, and where nothing trains. ``ops``: what these
     tables' ids go through, ``"native"`` code from ids to vectors or the ``"reference"`` in PyTorch.
     """
 

@@ -42,8 +42,8 @@ class EmbeddingTables(nn.Module):
             1/√(3·n) for the n ids of the largest table.
         sparse: with ``optimizer=None``, whether the slabs' gradients are sparse (for SGD, Adagrad, SparseAdam).
 
-    With a fused optimiser the weights are updated inside ``backward``, once for each forward (``accumulate`` makes one
-    update of several), on touched rows only; ``parameters()`` is then empty, so that the dense part's optimiser leaves
+    With a fused optimizer the weights are updated inside ``backward``, once for each forward (``accumulate`` makes one
+    update of several), on touched rows only; ``parameters()`` is then empty, so that the dense part's optimizer leaves
     them alone. ``requires_grad_(False)`` of these tables freezes them, but that of a module around them does not, since
     it walks ``parameters()``: ``model.apply(lambda module: module.requires_grad_(False))`` freezes everything.
 
@@ -120,13 +120,13 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises everything anew from ``seed``, optimiser state included; nothing yet on the meta device.
+        """Initializes everything anew from ``seed``, optimizer state included; nothing yet on the meta device.
 
         Raises:
             ValueError: for served tables, whose trained form is gone.
         """
         if self.served:
-            raise ValueError("served tables cannot be initialised anew: build EmbeddingTables(plan)")
+            raise ValueError("served tables cannot be initialized anew: build EmbeddingTables(plan)")
         if self.store.device.type == "meta":
             return
         self.store.reset_state()
@@ -155,7 +155,7 @@ class EmbeddingTables(nn.Module):
                 ids all the same.
             pooling: by default each table's own; ``"sum"`` or ``"mean"`` for all, or a mapping from feature to these;
                 ``None`` for the vectors of all ids, unpooled.
-            training: whether the lookup trains: is regularised, counted as a step, and updated by a fused optimiser.
+            training: whether the lookup trains: is regularized, counted as a step, and updated by a fused optimizer.
                 By default in training mode; views of shared tables say what mode they are in themselves.
 
         Returns:
@@ -265,10 +265,10 @@ class EmbeddingTables(nn.Module):
                 "pooling=None needs tables of one embedding_dim, and no feature in two tables; lookup takes any"
             )
 
-    # ---- regularisation ------------------------------------------------------------------------------------------
+    # ---- regularization ------------------------------------------------------------------------------------------
 
     def regularize(self, l2: float, frequencies: Mapping[str, Any] | None = None) -> None:
-        """Mini-batch-aware L2 regularisation from now on, in training, for any method and optimiser.
+        """Mini-batch-aware L2 regularization from now on, in training, for any method and optimizer.
 
         In ``backward`` the gradient of the vector w_j of each id j that a step looked up gets λ/n_j·w_j, once for each
         distinct id of a table, however often it occurs in the batch and in however many features of the table. That is
@@ -298,12 +298,12 @@ class EmbeddingTables(nn.Module):
         if isinstance(l2, bool) or not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be a non-negative number, not {l2!r}")
         if self.served:
-            raise ValueError("served tables are not trained, so there is nothing to regularise")
+            raise ValueError("served tables are not trained, so there is nothing to regularize")
         counts = checked_counts(self.plan.tables, frequencies)
         for table in self.plan.tables:
             if frequencies is not None and table.num_embeddings is not None and table.name not in counts:
                 raise ValueError(
-                    f"frequencies lack table '{table.name}', which would be regularised as if each of its ids occurred "
+                    f"frequencies lack table '{table.name}', which would be regularized as if each of its ids occurred "
                     "once: give counts of all tables, or frequencies=None"
                 )
         in_float32 = {name: torch.from_numpy(n).to(torch.float32) for name, n in counts.items()}
@@ -333,10 +333,10 @@ class EmbeddingTables(nn.Module):
         """Bytes, taken from the storages that exist: of the served form, if that is what this module holds."""
         return memory_of(self)
 
-    # ---- the fused optimiser -------------------------------------------------------------------------------------
+    # ---- the fused optimizer -------------------------------------------------------------------------------------
 
     def set_learning_rate(self, lr: float) -> None:
-        """Sets the fused optimiser's learning rate; a schedule calls it before each step."""
+        """Sets the fused optimizer's learning rate; a schedule calls it before each step."""
         self.store.set_learning_rate(lr)
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -366,10 +366,10 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Fills the optimiser's state in place.
+        """Fills the optimizer's state in place.
 
         Raises:
-            ValueError: where names or shapes are not those of this plan and optimiser.
+            ValueError: where names or shapes are not those of this plan and optimizer.
         """
         tensors = self.optimizer_state.tensors()
         if set(tensors) != set(state):
@@ -426,7 +426,7 @@ class EmbeddingTables(nn.Module):
     @classmethod
     @torch.no_grad()
     def load(cls, path: Path | str, device: torch.device | str | None = None) -> EmbeddingTables:
-        """Reads what ``save`` wrote: served tables, for inference, without gradients or optimiser state.
+        """Reads what ``save`` wrote: served tables, for inference, without gradients or optimizer state.
 
         Raises:
             FileNotFoundError: where there is no such file.

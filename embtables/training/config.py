@@ -177,7 +177,7 @@ class TrainingConfig(_Section):
     compile: bool = Field(
         default=False, description="torch.compile of all but the tables; needs a C++ compiler, pays in long runs"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of initialisation, hashing and the order of examples")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of initialization, hashing and the order of examples")
     threads: int | None = Field(default=None, ge=1, description="null: torch's own choice")
     device: str = "cpu"
     log_every: int = Field(default=50, ge=1, description="steps between TensorBoard entries")

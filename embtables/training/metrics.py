@@ -1,4 +1,4 @@
-"""Metrics of a binary classifier, exact and vectorised (numpy only).
+"""Metrics of a binary classifier, exact and vectorized (numpy only).
 
 Shapes: ``labels`` [N] of 0 and 1, ``scores`` [N] of any finite monotone score (logits or probabilities), ``groups`` [N]
 integers. Wrong input (lengths that differ, labels other than 0 and 1, NaN scores) raises ``ValueError``.

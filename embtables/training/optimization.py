@@ -1,4 +1,4 @@
-"""The optimisers of the tables and of the rest: clipping, learning rates, and what a checkpoint keeps of them."""
+"""The optimizers of the tables and of the rest: clipping, learning rates, and what a checkpoint keeps of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Optimization", "clip_gradients"]
 
 
 class Optimization:
-    """What happens between two gradients. Tables with a fused optimiser are updated in backward, the rest in ``step``.
+    """What happens between two gradients. Tables with a fused optimizer are updated in backward, the rest in ``step``.
 
     Raises:
-        ValueError: an optimiser of the tables that cannot do what is asked of it.
+        ValueError: an optimizer of the tables that cannot do what is asked of it.
     """
 
     def __init__(self, config: RunConfig, model: nn.Module, tables: EmbeddingTables) -> None:
@@ -102,7 +102,7 @@ class Optimization:
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter], **options: float) -> torch.optim.Optimizer:
-    """The optimiser of dense gradients, in one pass over each parameter where torch can do it so."""
+    """The optimizer of dense gradients, in one pass over each parameter where torch can do it so."""
     devices = {"cpu"} if name == "adagrad" else {"cpu", "cuda"}
     fused = all(p.is_floating_point() and p.device.type in devices for p in parameters)
     # ``None`` is torch's own choice among the others.

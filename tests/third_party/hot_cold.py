@@ -22,7 +22,7 @@ class HotCold(Method):
     """Rows 0 … h−1 belong to one hot key each (a key is a hash of table and id), the others are shared by hash.
 
     A key that a sketch has counted ``threshold`` times asks for the hot row it hashes to, and gets it when that is free
-    or its owner has been counted less. It starts from what it had: weights and optimiser state of its shared row.
+    or its owner has been counted less. It starts from what it had: weights and optimizer state of its shared row.
     """
 
     kind: ClassVar[str] = "hot_cold"

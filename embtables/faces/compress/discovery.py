@@ -240,7 +240,7 @@ def _in_the_way(module: nn.Module) -> list[str]:
 def why_not_weight(weight: Tensor) -> str | None:
     """Why a weight cannot be replaced, if so, whatever module it is in."""
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}, not a plain tensor (quantised or sharded?)"
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor (quantized or sharded?)"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}, and tables are trained in float32: convert it first (.float())"
     if not weight.requires_grad:
@@ -316,7 +316,7 @@ def _other_table(module: nn.Module) -> str | None:
     if "Embedding" not in name or not package.startswith(("torch.", "torchrec.")):
         return None
     if "quant" in package or "qat" in package:
-        return f"it is quantised ({name})"
+        return f"it is quantized ({name})"
     if package.startswith("torchrec.") and name.endswith(("EmbeddingCollection", "EmbeddingBagCollection")):
         return f"{name} is none of torchrec's plain collections"
     return None

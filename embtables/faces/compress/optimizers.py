@@ -1,4 +1,4 @@
-"""Optimisers that were built before the swap: their parameter groups get the new parameters."""
+"""Optimizers that were built before the swap: their parameter groups get the new parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DENSE_ONLY = (Adam, AdamW, Adamax, NAdam, RAdam, Adadelta, RMSprop, Rprop, ASGD
 class Swap:
     """Old parameters, and the new ones that take their place, all together; names of the tables.
 
-    ``rows``: where each old table lies within the new parameters, by number and first row, so that an optimiser's state
+    ``rows``: where each old table lies within the new parameters, by number and first row, so that an optimizer's state
     fits; empty where some are not stored in full. ``gradients``: what the new ones get, of "sparse" and "dense".
     """
 
@@ -43,7 +43,7 @@ class Swap:
 
 
 def check(path: str, optimizer: Optimizer, swaps: Sequence[Swap]) -> None:
-    """Raises ``ValueError`` where the optimiser cannot be given the new parameters."""
+    """Raises ``ValueError`` where the optimizer cannot be given the new parameters."""
     if isinstance(optimizer, LBFGS) and any(_places(optimizer, p) for swap in swaps for p in swap.old):
         raise ValueError(f"{path}: LBFGS keeps one vector of all parameters: build it after compress_")
     for swap in swaps:

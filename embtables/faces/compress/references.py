@@ -21,7 +21,7 @@ _DEPTH = 12
 
 
 class Holders:
-    """What the attributes of a model hold of the old tables, and of optimisers.
+    """What the attributes of a model hold of the old tables, and of optimizers.
 
     Args:
         model: the model.

@@ -38,7 +38,7 @@ class Compression:
         shared_bytes: of storage that several tables share, by group.
         left_alone: the reason for each table that was not swapped, by qualified name.
         left_alone_bytes: of their weights, those of tied ones once.
-        moved: what was done about optimisers and other holders of the old tables, a sentence each.
+        moved: what was done about optimizers and other holders of the old tables, a sentence each.
         not_freed: names of old tables that are still in memory, since a variable outside the model, or a view, holds
             them.
         copies: tables whose old weights were equal to another's, as a deep copy's are, with the other's name. The rows

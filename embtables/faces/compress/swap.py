@@ -49,7 +49,7 @@ def compress_(
     It finds ``nn.Embedding``, ``nn.EmbeddingBag`` and torchrec's ``EmbeddingBagCollection`` and
     ``EmbeddingCollection``. A table's name is the qualified name of its module (in a collection: followed by the
     table's own). Modules of torch.nn that share a weight, and modules at several places, become one table; a collection
-    shares no storage with other modules. What cannot be honoured is left alone, and the report says why.
+    shares no storage with other modules. What cannot be honored is left alone, and the report says why.
 
     Tables kept in full, and ``pruned`` ones, go on with the weights they have; others start anew, with the standard
     deviation of the weights that they replace. ``padding_idx`` and ``sparse`` carry over.
@@ -174,7 +174,7 @@ def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
 
 
 class _Built(NamedTuple):
-    """New modules for old ones, by the old one's id; what optimisers exchange; names of the tables that were kept."""
+    """New modules for old ones, by the old one's id; what optimizers exchange; names of the tables that were kept."""
 
     modules: dict[int, nn.Module]
     swaps: list[Swap]

@@ -614,7 +614,7 @@ Outcome forward(const Call& call) {
     return good ? DONE : REFUSED_ID;
 }
 
-// ---- one step of the optimiser on a row ----------------------------------------------------------------------------
+// ---- one step of the optimizer on a row ----------------------------------------------------------------------------
 
 struct Rule {
     int64_t kind;
@@ -1330,7 +1330,7 @@ void update_projections(const Program& program, const Call& call, const Rule& ru
 
 template <class T, class S>
 void backward(const Call& call, const Call& gradients) {
-    // `gradients` is where results go: the weights themselves with a fused optimiser, tensors of gradients without.
+    // `gradients` is where results go: the weights themselves with a fused optimizer, tensors of gradients without.
     const Program program(call.program);
     const Rule rule(call);
     std::vector<int64_t> starts(program.num_lookups + 1);

@@ -99,7 +99,7 @@ EXPORT int embtables_forward(const embtables::Call* call) {
     return guarded([&] { return embtables::functions().forward(*call); });
 }
 
-// `gradients` says where results go: to the weights themselves with a fused optimiser, else to tensors of gradients.
+// `gradients` says where results go: to the weights themselves with a fused optimizer, else to tensors of gradients.
 // DONE or OUT_OF_MEMORY.
 EXPORT int embtables_backward(const embtables::Call* call, const embtables::Call* gradients) {
     return guarded([&] {

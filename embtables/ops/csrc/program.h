@@ -128,7 +128,7 @@ struct Gather {
     int64_t num_threads;
 };
 
-// One step of the optimiser on rows of one weight, given the gradient [num_ids, width] of each occurrence.
+// One step of the optimizer on rows of one weight, given the gradient [num_ids, width] of each occurrence.
 struct RowUpdate {
     void* weight;
     void* state0;

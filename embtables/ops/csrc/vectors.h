@@ -1,6 +1,6 @@
 // Arithmetic on stretches of scalars, some at a time. Included by kernels.h, in its namespace.
 //
-// With the number of scalars a constant, compilers unroll plain loops before they vectorise them, and miss most of it;
+// With the number of scalars a constant, compilers unroll plain loops before they vectorize them, and miss most of it;
 // vector types say what is meant on every instruction set.
 
 template <int N>
