@@ -34,7 +34,7 @@ class FrequencyCutoff(RankedMethod):
     def floor(self, group: Group) -> Floor:
         remap = sum(code.num_bytes for code in rank_code(group))
         least = int(group.rows_bytes(1).sum()) + remap
-        why = "one shared row a table" + (" and the ranks of ids that are not numbered by frequency" if remap else "")
+        why = "one shared row per table" + (" and the ranks of ids that are not numbered by frequency" if remap else "")
         return Floor(min(least, group.full_bytes), why)
 
     def fit(self, group: Group, limit: int) -> Layout:

@@ -1,4 +1,4 @@
-"""A row an id: the uncompressed table."""
+"""A row per id: the uncompressed table."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Hash(Method):
         pass
 
     def floor(self, group: Group) -> Floor:
-        return Floor(int(group.rows_bytes(1).sum()), "one row a table")
+        return Floor(int(group.rows_bytes(1).sum()), "one row per table")
 
     def fit(self, group: Group, limit: int) -> Layout:
         lower = np.ones(len(group.tables), dtype=np.int64)

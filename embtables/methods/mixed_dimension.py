@@ -40,7 +40,7 @@ class MixedDimension(RankedMethod):
     block_growth: int = Field(default=4, ge=2)
 
     def floor(self, group: Group) -> Floor:
-        return Floor(min(step.num_bytes for step in self._steps(group)), "one scalar an id, and the projection")
+        return Floor(min(step.num_bytes for step in self._steps(group)), "one scalar per id, and the projection")
 
     def fit(self, group: Group, limit: int) -> Layout:
         chosen = next(step for step in self._steps(group) if step.num_bytes <= limit)

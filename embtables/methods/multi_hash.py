@@ -1,4 +1,4 @@
-"""Several hashes an id, their rows combined."""
+"""Several hashes per id, their rows combined."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from embtables.sizes.layout import FULL, Counts, Entry, Form, Group, Layout, Sla
 
 
 class MultiHash(Method):
-    """k hashes an id: e(x) = Σ_j s_j(x)·E[h_j(x)], their mean, or the concatenation of k rows of width D/k.
+    """k hashes per id: e(x) = Σ_j s_j(x)·E[h_j(x)], their mean, or the concatenation of k rows of width D/k.
 
     Sum and mean look k times into one table ``[m, D]``; concatenation has k tables ``[m, D/k]``. Two ids have the same
     vector only if all k rows agree, about once in m^k/k! pairs, or m^k.
@@ -50,7 +50,7 @@ class MultiHash(Method):
                 )
 
     def floor(self, group: Group) -> Floor:
-        return Floor(int(self._bytes(group, np.ones_like(group.dims)).sum()), "one row a table")
+        return Floor(int(self._bytes(group, np.ones_like(group.dims)).sum()), "one row per table")
 
     def fit(self, group: Group, limit: int) -> Layout:
         lower = np.ones(len(group.tables), dtype=np.int64)

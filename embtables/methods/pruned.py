@@ -389,7 +389,7 @@ class SparseBlock(Block):
 
 
 class BitmapBlock(SparseBlock):
-    """A bit an entry of the full table, and how many of them are set before each block of 8 words."""
+    """A bit per entry of the full table, and how many of them are set before each block of 8 words."""
 
     def decode(self, rows: Tensor) -> Tensor:
         first = rows.reshape(-1) * self.embedding_dim

@@ -128,7 +128,7 @@ class Plan:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a table (``inference_bytes`` of its own storage) and one for what a group shares."""
+        """A row per table (``inference_bytes`` of its own storage) and one for what a group shares."""
         import pandas as pd
 
         return pd.DataFrame(self.lines())

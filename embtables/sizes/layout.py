@@ -121,7 +121,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """A group solved into exact sizes: an entry a table, the form that is trained and the form that is served."""
+    """A group solved into exact sizes: an entry per table, the form that is trained and the form that is served."""
 
     entries: Mapping[str, Entry]
     training: Form

@@ -281,7 +281,7 @@ class EmbeddingTables(nn.Module):
             l2: λ; 0 switches it off.
             frequencies: ``{table name: counts}``, how often each id occurs in training, as in ``embtables.plan``, for
                 all tables that have a vocabulary; n_j is the count, at least 1, and 1 for the oov row. ``None``: n_j is
-                1, plain L2 of the vectors that are looked up. They take 4 bytes an id beside the tables, and as much on
+                1, plain L2 of the vectors that are looked up. They take 4 bytes per id beside the tables and on
                 the host; ``memory()`` lists them under ``frequencies`` and counts them in its training bytes, which
                 the plan, that knows nothing of them, does not.
 
