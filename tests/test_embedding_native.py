@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embtables import Embedding, EmbeddingBag, EmbeddingTables, TableConfig, ops, plan
-from embtables.faces.embedding import _OneTable
+from embtables.lookup.engine import Lookup
 from embtables.methods import Pruned
 
 pytestmark = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
@@ -43,13 +43,14 @@ def tables(method: str, optimizer: Any = None, **more: Any) -> EmbeddingTables:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of tables that PyTorch looks up from now on."""
     names: list[str] = []
-    pick = _OneTable._pick
+    look_up = Lookup._in_plain_pytorch
 
-    def noted(self: _OneTable, *arguments: Any) -> Any:
-        names.append(self.name)
-        return pick(self, *arguments)
+    def noted(self: Lookup, *arguments: Any) -> Any:
+        assert self.only is not None
+        names.append(self.blocks[0].tables[self.only].name)
+        return look_up(self, *arguments)
 
-    monkeypatch.setattr(_OneTable, "_pick", noted)
+    monkeypatch.setattr(Lookup, "_in_plain_pytorch", noted)
     return names
 
 

@@ -253,9 +253,9 @@ class EmbeddingBag(_OneTable):
         self._check_ids(input)
         ids = input.reshape(-1)
         if self.include_last_offset and offsets is not None and int(bags[-1]) != ids.numel():
-            # Ids behind the last bag belong to none.
-            end = int(_check_bags(bags, ids.numel())[-1])
-            ids, per_sample_weights = ids[:end], None if per_sample_weights is None else per_sample_weights[:end]
+            # Ids behind the last bag belong to none: they are looked up as one more, which nobody gets.
+            bags = F.pad(_check_bags(bags, ids.numel()), (0, 1), value=ids.numel())
+            return self._look_up(Input(ids, bags, per_sample_weights), self.mode)[:-1]
         try:
             return self._look_up(Input(ids, bags, per_sample_weights), self.mode)
         except ValueError:
