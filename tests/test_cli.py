@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from test_benchmark_sweep import data  # noqa: F401 (fixture)
 
 import embtables
-from embtables import cli
+from embtables.cli import app as cli
 from embtables.cli.app import COMMANDS, Command, run, sentence
 from embtables.datasets import PreparedDataset
 

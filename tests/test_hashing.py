@@ -194,7 +194,7 @@ SCRIPT = """
 import torch, sys
 sys.path.insert(0, {tests!r})
 from core_cases import *
-from embtables.tables.reading import block_of
+from embtables import *
 tables = [TableConfig("user", 5000, 8), TableConfig("item", 3000, 8)]
 counts = {{t.name: falling_counts(t.num_embeddings) for t in tables}}
 total = 0

@@ -309,7 +309,9 @@ def test_eager_lookups_go_straight_to_the_kernels(monkeypatch: pytest.MonkeyPatc
     vectors = module(ids)
     assert torch.equal(vectors, expected)
     vectors.backward(grad)
-    assert [g.data_ptr() for g in gradients] == [grad.data_ptr()] and weight._version > before
+    assert len(gradients) == 1 and weight._version > before
+    if DEVICE != "cpu":  # where the order of the features, and so that of sums, stays
+        assert gradients[0].data_ptr() == grad.data_ptr()
     assert not torch.equal(module(ids), expected)
 
 

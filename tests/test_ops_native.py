@@ -265,7 +265,8 @@ def test_half_precision_is_as_close_to_float32_as_its_format(
     if not suits(method, optimizer):
         return
     half, single = make(method, optimizer).to(dtype), make(method, optimizer)
-    single.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in half.state_dict().items()})
+    weights_of = half.store.state_dict().items()
+    single.store.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in weights_of})
     ids = some_ids(half, 60, 0)
     out = half(ids)
     assert out.dtype == dtype
@@ -277,8 +278,8 @@ def test_half_precision_is_as_close_to_float32_as_its_format(
     gradient = torch.randint(-4, 5, out.shape) / 8
     out.backward(gradient.to(dtype))
     expected.backward(gradient)
-    weights = {n: t for n, t in single.named_parameters()} if optimizer is None else single.state_dict()
-    mine = {n: t for n, t in half.named_parameters()} if optimizer is None else half.state_dict()
+    weights = {n: t for n, t in single.named_parameters()} if optimizer is None else single.store.state_dict()
+    mine = {n: t for n, t in half.named_parameters()} if optimizer is None else half.store.state_dict()
     for name, tensor in mine.items():
         if not tensor.is_floating_point():
             continue
