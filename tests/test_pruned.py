@@ -334,10 +334,11 @@ def test_the_schedule_fits_the_run() -> None:
     for method in (Pruned(), fitted, Pruned().for_training(1), Pruned(prune_steps=3, interval=7)):
         assert isinstance(method, Pruned)
         made = PruningStage(method, {}, store)
-        end = made.warmup_steps + made.prune_steps
-        events = [step for step in range(end + 1) if made.prunes_at(step)]
-        assert events[-1] == end and len(events) <= 30 and events[0] > made.warmup_steps
-        assert made.progress(end) == 1.0 and made.progress(made.warmup_steps) == 0.0
+        schedule = made.schedule
+        end = schedule.warmup_steps + schedule.prune_steps
+        events = [step for step in range(end + 1) if schedule.prunes_at(step)]
+        assert events[-1] == end and len(events) <= 30 and events[0] > schedule.warmup_steps
+        assert schedule.progress(end) == 1.0 and schedule.progress(schedule.warmup_steps) == 0.0
     with pytest.raises(ValueError, match="pruned, field 'prune_steps'"):
         Pruned(prune_steps=0)
 

@@ -1,5 +1,6 @@
-"""What the public wheels of the pinned releases require, kept in wheels.json; ``python tests/wheels.py`` renews it.
+"""What the public wheels of the pinned releases require, kept in wheels.json; ``python tests/wheels.py`` adds new pins.
 
+``python tests/wheels.py --all`` asks for all of them again.
 Through pip, which reads the METADATA of a wheel alone where the index serves parts of files, and else loads the wheel.
 """
 
@@ -55,22 +56,27 @@ def pins(python: str) -> dict[str, str]:
     return found
 
 
-def report(python: str) -> list[dict]:
-    """What pip would install of the pinned releases on ``python``, each without what it requires."""
+def report(python: str, known: dict[str, dict]) -> list[dict]:
+    """What pip would install on ``python`` of the pinned releases that are not known, each without what it requires."""
+    releases = [f"{name}=={version}" for name, version in pins(python).items()]
+    releases = [release for release in releases if release not in known]
+    if not releases:
+        return []
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
     command += ["--use-feature=fast-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
     command += [f"--platform={platform}" for platform in PLATFORMS]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
-        releases = [f"{name}=={version}" for name, version in pins(python).items()]
         subprocess.run([*command, f"--target={folder}", f"--report={file}", *releases], check=True)
         return json.loads(file.read_text(encoding="utf-8"))["install"]
 
 
 def main() -> None:
-    releases: dict[str, dict] = {}
+    pinned = {f"{name}=={version}" for python in PYTHONS for name, version in pins(python).items()}
+    known = {} if "--all" in sys.argv[1:] else json.loads(FILE.read_text(encoding="utf-8"))
+    releases = {release: held for release, held in known.items() if release in pinned}
     with ThreadPoolExecutor() as pool:
-        reports = list(pool.map(report, PYTHONS))
+        reports = list(pool.map(lambda python: report(python, known), PYTHONS))
     for items in reports:
         for item in items:
             metadata = item["metadata"]

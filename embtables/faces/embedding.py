@@ -55,6 +55,7 @@ class _OneTable(View):
         self.num_embeddings, self.embedding_dim = config.num_embeddings, config.embedding_dim
         self.padding_idx = config.padding_idx
         self.sparse = tables.store.sparse
+        tables.view(name)  # made now, since no graph can make it
         self._clear_padding()
 
     @classmethod
@@ -88,7 +89,9 @@ class _OneTable(View):
         trains = tables.trains(self.learns)
         with steps.step(tables.store, trains, tables.stages, shared=len(tables.plan.tables) > 1) as step:
             output = lookup.side_by_side(given, [mode], step)
-        if trains and (step.updates or tables.stages):
+        # Graphs cannot wait for a backward; they need not where nobody counts steps.
+        optimizer = tables.store.optimizer
+        if trains and (tables.stages or (optimizer is not None and optimizer.counts_steps)):
             steps.await_backward(output)
         return output
 
@@ -252,12 +255,15 @@ class EmbeddingBag(_OneTable):
             per_sample_weights = per_sample_weights.reshape(-1)
         self._check_ids(input)
         ids = input.reshape(-1)
-        if self.include_last_offset and offsets is not None and int(bags[-1]) != ids.numel():
-            # Ids behind the last bag belong to none: they are looked up as one more, which nobody gets.
+        # Ids behind the last bag belong to none; whether there are any is data, at which a graph cannot look.
+        may_rest = self.include_last_offset and offsets is not None
+        rest = may_rest and torch.compiler.is_compiling()
+        if may_rest and not rest and int(bags[-1]) != ids.numel():
+            # They are looked up as one more bag, which nobody gets, and so checked like all others.
             bags = F.pad(_check_bags(bags, ids.numel()), (0, 1), value=ids.numel())
             return self._look_up(Input(ids, bags, per_sample_weights), self.mode)[:-1]
         try:
-            return self._look_up(Input(ids, bags, per_sample_weights), self.mode)
+            return self._look_up(Input(ids, bags, per_sample_weights, rest), self.mode)
         except ValueError:
             _check_bags(bags, ids.numel())  # says it of the offsets as they were given, without an end of their own
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from embtables import ops
 from embtables.lookup.features import Bags, BlockLookup, FeatureIds
+from embtables.lookup.graphs import beside
 from embtables.lookup.inputs import Input, check_offsets
 from embtables.lookup.native import NativeLookup
 from embtables.lookup.program import InputSpec, is_native
@@ -105,8 +107,8 @@ class Arrangement(nn.Module):
         """``[B, ΣD]`` from ``[L, B, D]`` of each part."""
         if self.one_dim:
             # Whole vectors are put in order, which is many times faster than single columns.
-            return self.ordered(parts).transpose(0, 1).flatten(1)
-        return self.flat([part.transpose(0, 1).flatten(1) for part in parts])
+            return beside(self.ordered(parts))
+        return self.flat([beside(part) for part in parts])
 
     def flat(self, parts: Sequence[Tensor]) -> Tensor:
         """``[B, ΣD]`` from that of each part."""
@@ -192,23 +194,23 @@ class Lookup(nn.Module):
     def side_by_side(self, given: Input, modes: Sequence[str | None], step: Step) -> Tensor:
         """Pooled vectors ``[B, ΣD]``; ``modes`` is the pooling of each output."""
         own = [modes[output] for output in self._native_outputs] if self._in_pytorch else modes
-        native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step))
+        native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step), modes)
         if native is not None and not found:
             return native
         pooled = [f.block.pool(f.vectors, f.ids, [modes[o] for o in f.outputs]) for f in found]
         if native is None:
             return self.all_in_pytorch.side_by_side(pooled)
         assert self.in_both is not None
-        return self.in_both.flat([native, *(vectors.transpose(0, 1).flatten(1) for vectors in pooled)])
+        return self.in_both.flat([native, *(beside(vectors) for vectors in pooled)])
 
     def one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
         """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where its mode is ``None`` and it has bags."""
         own = [modes[output] for output in self._native_outputs]
-        native, found = self._look_up(given, step, lambda n, tensors: n.one_by_one(tensors, given, own, step))
+        native, found = self._look_up(given, step, lambda n, tensors: n.one_by_one(tensors, given, own, step), modes)
         if native is not None and not found:
             return native
         outputs = dict(zip(self._native_outputs, native or []))
-        bags = None if given.offsets is None else Bags.of(given.offsets, self.blocks[0].num_features)
+        bags = None if given.offsets is None else self._bags(given, modes)
         for f in found:
             each = f.block.outputs(f.vectors, f.ids, [modes[o] for o in f.outputs], bags)
             outputs |= dict(zip(f.outputs, each))
@@ -216,25 +218,42 @@ class Lookup(nn.Module):
 
     def in_input_order(self, given: Input, step: Step) -> Tensor:
         """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
-        if self.in_both is not None:
+        modes: list[str | None] = [None] * len(self.dims)
+        in_graph = given.offsets is not None and torch.compiler.is_compiling()
+        if self.in_both is not None and not in_graph:
             # Without features in two tables, outputs stand in the order of the input's columns.
-            each = self.one_by_one(given, [None] * len(self.dims), step)
+            each = self.one_by_one(given, modes, step)
             return torch.stack(each, dim=1) if given.offsets is None else torch.cat(each)
-        native, found = self._look_up(given, step, lambda n, tensors: n.in_input_order(tensors, given, step))
+        native, found = self._look_up(given, step, lambda n, tensors: n.in_input_order(tensors, given, step), modes)
         if native is not None:
             return native
         weighted = [f.block.weighted(f.vectors, f.ids) for f in found]
         if given.offsets is None:
             return self.all_in_pytorch.ordered(weighted).transpose(0, 1)
+        if in_graph:
+            return reduce(torch.add, weighted)  # each of all ids, with zeros for those of other blocks
         positions = [f.ids.position for f in found if f.ids.position is not None]
         return weighted[0] if not positions else torch.cat(weighted)[torch.cat(positions).argsort()]
+
+    def _bags(self, given: Input, modes: Sequence[str | None]) -> Bags:
+        num_features = self.blocks[0].num_features
+        if torch.compiler.is_compiling():
+            return Bags.in_graph(given, num_features, modes)
+        assert given.offsets is not None
+        return Bags.of(given.offsets, num_features)
 
     # ---- the way there ---------------------------------------------------------------------------------------------
 
     def _look_up(
-        self, given: Input, step: Step, natively: Callable[[NativeLookup, ProgramTensors], T]
+        self,
+        given: Input,
+        step: Step,
+        natively: Callable[[NativeLookup, ProgramTensors], T],
+        modes: Sequence[str | None] = (),
     ) -> tuple[T | None, list[BlockVectors]]:
         """What native code gives for its blocks, ``None`` where it takes none, and the vectors of all others.
+
+        ``modes``: the pooling of each output.
 
         This is the one place that chooses between native code and PyTorch. Nothing is read or changed before all ids
         are known to be good.
@@ -242,12 +261,14 @@ class Lookup(nn.Module):
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
         # Regularization works on the vectors of single ids, which native code does not show.
-        tensors = None if native is None or regularizes else native.takes(given, step)
+        # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
+        unknown = None in modes and given.offsets is not None and torch.compiler.is_compiling()
+        tensors = None if native is None or regularizes or unknown else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         result = None
         try:
             if rest:
-                check_offsets(given.ids, given.offsets)
+                check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
             ids = [self.blocks[i].pick(given, self.only) for i in rest]
             if native is not None and tensors is not None and (rest or step.stages):
@@ -276,7 +297,7 @@ class Lookup(nn.Module):
                 block.without_padding(block.block.address(found.ids, found.feature), found)
                 for block, found in zip(blocks, ids)
             ]
-            may_skip = any(block.pads or block.block.may_skip for block in blocks)
+            may_skip = any(block.may_skip(found) for block, found in zip(blocks, ids))
             gathered = iter(step.gather([part for each in parts for part in each], may_skip=may_skip))
             vectors = []
             for block, found, each in zip(blocks, ids, parts):

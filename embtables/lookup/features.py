@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from embtables import ops
 from embtables.config import TableConfig
 from embtables.hashing import hash_ids, seed_for
 from embtables.lookup.block import Block, Part
+from embtables.lookup.graphs import bag_sums, intervals
 from embtables.lookup.inputs import CONFIG, Input, PoolingLike
 from embtables.lookup.program import InputSpec
 from embtables.lookup.regularization import Regularizer
@@ -25,6 +27,9 @@ class FeatureIds(NamedTuple):
     ``ids``: ``[L, B]``, or flat ``[N]``; ``feature``: the lookup of each, ``[L, 1]`` or ``[N]``; ``bags``: offsets
     ``[L·B + 1]`` of flat ids, else ``None``; ``weights``: of the shape of ``ids``, or ``None``; ``position``: where
     flat ids stood in the input, or ``None`` for all of them in order.
+
+    In graphs, where no shape may depend on data, a block looks at the flat ids of other blocks too: ``absent`` says
+    which ids those are, and ``slots`` which of the rows of bags ``[·, B]`` are those of the lookups, ``[L]``.
     """
 
     ids: Tensor
@@ -32,6 +37,8 @@ class FeatureIds(NamedTuple):
     bags: Tensor | None
     weights: Tensor | None
     position: Tensor | None
+    absent: Tensor | None = None
+    slots: Tensor | None = None
 
     def only(self, which: Sequence[int], sizes: Sequence[int]) -> FeatureIds:
         """Flat ids of some lookups, without weights; ``sizes`` says how many ids each lookup has."""
@@ -55,6 +62,17 @@ class Bags(NamedTuple):
         sizes, single = known.tolist()
         return cls(sizes, [bool(flag) for flag in single])
 
+    @classmethod
+    def in_graph(cls, given: Input, num_features: int, modes: Sequence[str | None]) -> Bags:
+        """What a graph knows: nothing where all outputs are pooled, and sizes that no bag of one cuts short."""
+        if num_features == 1 or None not in modes:
+            return cls([given.ids.numel()] * num_features, [False] * num_features)
+        bounds = [0, *given.bounds(num_features)[1:-1], given.ids.numel()]
+        sizes = [end - start for start, end in zip(bounds, bounds[1:])]
+        for size in sizes:
+            torch._check(size >= 0)
+        return cls(sizes, [False] * num_features)
+
 
 class BlockLookup(nn.Module):
     """A block and its L lookups, which are pairs of a table and a feature in the order of the outputs.
@@ -76,6 +94,8 @@ class BlockLookup(nn.Module):
     padding: Tensor
     has_padding: Tensor
     lookup: Tensor
+    layers: Tensor
+    slots: Tensor
 
     def __init__(
         self,
@@ -106,6 +126,13 @@ class BlockLookup(nn.Module):
             ("lookup", list(range(len(self.tables)))),
         ):
             self.register_buffer(name, torch.tensor(values), persistent=False)
+        # In graphs all ids are looked up as often as a feature occurs here: the lookup of each column, −1 for none.
+        layer = [columns[:i].count(column) for i, column in enumerate(columns)]
+        layers = torch.full((max(layer) + 1, self.num_features + 1), -1)
+        layers[layer, columns] = torch.arange(len(columns))
+        self.register_buffer("layers", layers, persistent=False)
+        slots = torch.tensor(layer) * self.num_features + torch.tensor(columns)
+        self.register_buffer("slots", slots, persistent=False)
         self._ranges = ops.ranges((f, t.name, t.num_embeddings) for f, t in zip(features, self.tables))
         self.policies = {t.on_out_of_range for t in self.tables if t.num_embeddings is not None}
         self.pads = any(t.padding_idx is not None for t in self.tables)
@@ -127,15 +154,20 @@ class BlockLookup(nn.Module):
         Raises:
             IndexError: for an id out of range, naming feature and id.
         """
-        ids, offsets, weights = given
+        ids, offsets, weights = given[:3]
         takes_all = self.takes_all or only is not None
         lookup = self.lookup if only is None else self.lookup[only : only + 1]
         if offsets is None:
             feature = lookup.unsqueeze(1)
             by_feature = ids.t() if takes_all else ids.t().index_select(0, self.columns)
+            if torch.compiler.is_compiling():
+                # Whether reshaping a transposed tensor copies depends on whether B is 1, which would bind the graph.
+                by_feature = by_feature.clone(memory_format=torch.contiguous_format)
             if weights is not None:
                 weights = weights.t() if takes_all else weights.t().index_select(0, self.columns)
             return FeatureIds(self._in_range(by_feature.long(), feature), feature, None, weights, None)
+        if given.rest or (only is None and torch.compiler.is_compiling()):
+            return self._pick_in_graph(given, only)
         if only is not None:
             feature = lookup.expand(ids.numel())
             return FeatureIds(self._in_range(ids.long(), feature), feature, offsets, weights, None)
@@ -153,6 +185,24 @@ class BlockLookup(nn.Module):
         found = self._in_range(ids[position].long(), feature)
         return FeatureIds(found, feature, bags, None if weights is None else weights[position], position)
 
+    def _pick_in_graph(self, given: Input, only: int | None) -> FeatureIds:
+        """``pick`` of flat ids in shapes that do not depend on data: of all ids, or several times all ids."""
+        ids, offsets, weights = given[:3]
+        assert offsets is not None
+        num_features = 1 if only is not None else self.num_features
+        size, batch = ids.numel(), given.batch(num_features)
+        column = intervals(offsets[torch.arange(1, num_features + 1, device=ids.device) * batch], size)
+        layers = self.layers if only is None else torch.tensor([[only, -1]], device=ids.device)
+        feature = layers[:, column].flatten()
+        if only is None and self.takes_all:
+            return FeatureIds(self._in_range(ids.long(), feature), feature, offsets, weights, None)
+        count, absent = layers.shape[0], feature < 0
+        feature, ids = feature.clamp(min=0), torch.where(absent, 0, ids.long().repeat(count))
+        weights = None if weights is None else weights.repeat(count)
+        bags = torch.cat([*(offsets[:-1] + layer * size for layer in range(count)), offsets[-1:] + (count - 1) * size])
+        slots = self.slots if only is None else None
+        return FeatureIds(self._in_range(ids, feature), feature, bags, weights, None, absent, slots)
+
     def _in_range(self, ids: Tensor, feature: Tensor) -> Tensor:
         if not self.policies:
             return ids
@@ -160,7 +210,9 @@ class BlockLookup(nn.Module):
         bad = (ids < 0) | (ids >= size)
         if "error" in self.policies:
             wrong = bad & (policy == 0)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                torch._assert_async(~wrong.any(), self._refusal)
+            elif torch.compiler.is_compiling():
                 ids = ops.refuse_ids(ids, feature, wrong, self._ranges)
             elif wrong.any():
                 ops.raise_for_ids(ids, feature, wrong, self._ranges)
@@ -173,15 +225,32 @@ class BlockLookup(nn.Module):
             ids = torch.where(bad & (policy == 2), size, ids)
         return ids
 
-    def _padded(self, ids: FeatureIds) -> Tensor:
-        """Which ids are padding. Without a vocabulary −1 is an id like others, so no value can stand for "none"."""
-        return (ids.ids == self.padding[ids.feature]) & self.has_padding[ids.feature]
+    @property
+    def _refusal(self) -> str:
+        """What an exported graph says of an id out of range, without what would end a string of C++."""
+        bounded = (t for t in zip(self.features, self.tables) if t[1].num_embeddings is not None)
+        sizes = [f"'{f}' 0 … {(t.num_embeddings or 0) - 1}" for f, t in bounded if t.on_out_of_range == "error"]
+        return re.sub(r'[\\"\n\r]', "?", f"an id is out of range; the ids of the features: {', '.join(sizes)}")
+
+    def may_skip(self, ids: FeatureIds) -> bool:
+        """Whether some of these ids may have no rows."""
+        return self.pads or ids.absent is not None or self.block.may_skip
+
+    def _padded(self, ids: FeatureIds) -> Tensor | None:
+        """Which ids yield zeros, ``None`` for none: padding, and in graphs those of other blocks.
+
+        Without a vocabulary −1 is an id like others, so no value can stand for "none".
+        """
+        if not self.pads:
+            return ids.absent
+        padded = (ids.ids == self.padding[ids.feature]) & self.has_padding[ids.feature]
+        return padded if ids.absent is None else padded | ids.absent
 
     def without_padding(self, parts: Sequence[Part], ids: FeatureIds) -> list[Part]:
         """The requests, with −1 (nothing there) for padding ids."""
-        if not self.pads:
-            return list(parts)
         padded = self._padded(ids)
+        if padded is None:
+            return list(parts)
         skipped = [padded if p.subset is None else padded.reshape(-1)[p.subset] for p in parts]
         return [
             Part(p.width, p.rows.masked_fill(s.view(*s.shape, *[1] * (p.rows.ndim - s.ndim)), -1), p.subset)
@@ -192,13 +261,12 @@ class BlockLookup(nn.Module):
 
     def mask(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, with zeros for padding ids."""
-        if not self.pads:
-            return vectors
-        return vectors * ~self._padded(ids).unsqueeze(-1)
+        padded = self._padded(ids)
+        return vectors if padded is None else vectors * ~padded.unsqueeze(-1)
 
     def regularized(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, whose gradients are regularized where the tables are."""
-        return vectors if self.regularizer is None else self.regularizer(vectors, ids.ids, ids.feature)
+        return vectors if self.regularizer is None else self.regularizer(vectors, ids.ids, ids.feature, ids.absent)
 
     def weighted(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, each times its weight where there are weights."""
@@ -208,6 +276,8 @@ class BlockLookup(nn.Module):
         """A tensor for each lookup: ``[B, D]`` where it is pooled, ``[N_l, D]`` where it is not."""
         if bags is None:
             return list(self.weighted(vectors, ids).unbind())
+        if torch.compiler.is_compiling():
+            return self._outputs_in_graph(vectors, ids, modes, bags)
         sizes = [bags.sizes[place] for place in self.places]
         # A bag of one is its vector: nothing is left to pool.
         modes = [None if bags.single[place] else mode for place, mode in zip(self.places, modes)]
@@ -221,29 +291,46 @@ class BlockLookup(nn.Module):
                 outputs[i] = output
         return outputs
 
+    def _outputs_in_graph(
+        self, vectors: Tensor, ids: FeatureIds, modes: Sequence[str | None], bags: Bags
+    ) -> list[Tensor]:
+        """``outputs`` where the vectors are those of all ids, as often as there are layers."""
+        outputs = list(self.pool(vectors, ids, modes).unbind())
+        if None in modes:
+            count = self.layers.shape[0]
+            each = self.weighted(vectors, ids).view(count, vectors.shape[0] // count, vectors.shape[1])
+            for i, (mode, place) in enumerate(zip(modes, self.places)):
+                if mode is None:
+                    layer = self.places[:i].count(place)
+                    outputs[i] = each[layer].split(bags.sizes)[place]
+        return outputs
+
     def pool(self, vectors: Tensor, ids: FeatureIds, modes: Sequence[str | None]) -> Tensor:
         """Pooled vectors ``[L, B, D]``, each lookup by its mode."""
         if ids.bags is None:
             return self.weighted(vectors, ids)
         weights = None if ids.weights is None else ids.weights.to(vectors.dtype)
-        index = torch.arange(vectors.shape[0], device=vectors.device)
-        summed = F.embedding_bag(
-            index, vectors, ids.bags, mode="sum", per_sample_weights=weights, include_last_offset=True
-        ).view(len(modes), -1, vectors.shape[-1])
+        summed = self._by_lookup(bag_sums(vectors, ids.bags, weights), ids, len(modes))
         means = [mode == "mean" for mode in modes]
         if not any(means):
             return summed
-        counts = self._counts(ids).view(len(modes), -1, 1).to(vectors.dtype)
+        counts = self._by_lookup(self._counts(ids).unsqueeze(-1), ids, len(modes)).to(vectors.dtype)
         if not all(means):
             counts = torch.where(torch.tensor(means, device=vectors.device).view(-1, 1, 1), counts, 1.0)
         return summed / counts
 
+    def _by_lookup(self, of_bags: Tensor, ids: FeatureIds, lookups: int) -> Tensor:
+        """``[L, B, ·]`` for L lookups, from a row for each bag."""
+        if ids.slots is None:
+            return of_bags.view(lookups, -1, of_bags.shape[-1])
+        return of_bags.view(self.layers.shape[0] * self.num_features, -1, of_bags.shape[-1]).index_select(0, ids.slots)
+
     def _counts(self, ids: FeatureIds) -> Tensor:
-        """How many ids that are no padding each bag ``[L·B]`` holds, at least 1."""
+        """How many ids that are no padding each bag holds, at least 1."""
         assert ids.bags is not None
-        bags = ids.bags
-        if self.pads:
-            bags = F.pad((~self._padded(ids)).long().cumsum(0), (1, 0))[bags]
+        bags, padded = ids.bags, self._padded(ids)
+        if padded is not None:
+            bags = F.pad((~padded).long().cumsum(0), (1, 0))[bags]
         return bags.diff().clamp(min=1)
 
     def modes(self, pooling: PoolingLike) -> list[str | None]:

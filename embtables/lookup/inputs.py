@@ -16,11 +16,15 @@ PoolingLike: TypeAlias = str | Mapping[str, str | None] | None
 
 
 class Input(NamedTuple):
-    """The ids of a lookup, and their offsets and weights where there are any, as in ``EmbeddingTables.forward``."""
+    """The ids of a lookup, and their offsets and weights where there are any, as in ``EmbeddingTables.forward``.
+
+    ``rest``: whether ids may follow the last bag, which belong to none; only graphs take such input.
+    """
 
     ids: Tensor
     offsets: Tensor | None = None
     weights: Tensor | None = None
+    rest: bool = False
 
     def batch(self, num_features: int) -> int:
         """The number of examples."""
@@ -30,12 +34,15 @@ class Input(NamedTuple):
         """Where the flat ids of each feature begin, and where the last one's end."""
         assert self.offsets is not None
         batch = self.batch(num_features)
+        if torch.compiler.is_compiling():  # a step of a slice would fix the size of the batch
+            places = torch.arange(num_features + 1, device=self.offsets.device) * batch
+            return self.offsets[places].tolist()
         return self.offsets[::batch].tolist() if batch else [0] * (num_features + 1)
 
     def copied(self) -> Input:
         """Offsets, as int64, and weights of its own: a backward reads them again, and their owner may refill them."""
         offsets = None if self.offsets is None else self.offsets.to(torch.int64, copy=True)
-        return Input(self.ids, offsets, None if self.weights is None else self.weights.clone())
+        return Input(self.ids, offsets, None if self.weights is None else self.weights.clone(), self.rest)
 
 
 def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, feature_names: Sequence[str]) -> None:
@@ -66,12 +73,16 @@ def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, fea
         )
 
 
-def check_offsets(ids: Tensor, offsets: Tensor | None) -> None:
-    """Raises ``ValueError`` for offsets that do not rise from 0 to the number of ids: unlike shapes, this is data."""
+def check_offsets(ids: Tensor, offsets: Tensor | None, *, rest: bool = False) -> None:
+    """Raises ``ValueError`` for offsets that do not rise from 0 to the number of ids: unlike shapes, this is data.
+
+    A graph, which cannot look at data, holds an assertion of PyTorch instead. ``rest``: as in ``Input``.
+    """
     if offsets is None:
         return
     if torch.compiler.is_compiling():
-        rise = (offsets[0] == 0) & (offsets[-1] == ids.numel()) & (offsets.diff() >= 0).all()
+        ends_well = offsets[-1] <= ids.numel() if rest else offsets[-1] == ids.numel()
+        rise = (offsets[0] == 0) & ends_well & (offsets.diff() >= 0).all()
         torch._assert_async(rise, "offsets must rise from 0 to the number of ids")
         return
     first, last = int(offsets[0]), int(offsets[-1])

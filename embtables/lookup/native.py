@@ -108,9 +108,9 @@ class NativeLookup:
         if torch.compiler.is_compiling():
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
-            return self.tensors() if suits and not torch.compiler.is_exporting() else None
+            return self.tensors() if suits and not given.rest and not torch.compiler.is_exporting() else None
         suits = (
-            all(t is None or (type(t) is Tensor and t.is_cpu) for t in given)
+            all(t is None or (type(t) is Tensor and t.is_cpu) for t in given[:3])
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0
@@ -159,7 +159,7 @@ class NativeLookup:
     def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step) -> Tensor:
         """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
         dim, modes = self.dims[0], [None] * len(self.dims)
-        ids, offsets, _ = given
+        ids, offsets = given.ids, given.offsets
         if offsets is None:
             return self.side_by_side(tensors, given, modes, step).view(ids.shape[0], self.num_features, dim)
         bounds = given.bounds(self.num_features)
@@ -172,7 +172,7 @@ class NativeLookup:
 
     def _args(self, given: Input, outputs: Tensor, num_values: int, *, keeps: bool) -> LookupArgs:
         """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
-        program, (ids, offsets, weights) = self.program, given
+        program, (ids, offsets, weights) = self.program, given[:3]
         num_rows = ids.shape[0] * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
         ids = ids.clone() if keeps and self.reads_ids else ids
         if offsets is not None:

@@ -84,9 +84,14 @@ class RecipeBlock(Block):
                 addresses = [r.addresses[start : start + length] for r in recipes]
                 self.runs.append(_Run(self, f"run{len(self.runs)}", addresses))
                 start += length
-        self.may_skip = any(run.kind is Listed for run in self.runs)
+        self.has_lists = any(run.kind is Listed for run in self.runs)
 
     ranks_from: Tensor
+
+    @property
+    def may_skip(self) -> bool:  # type: ignore[override]
+        """Lists end with −1 where they are short; graphs look for every id among the rows of every width."""
+        return self.has_lists or (self.alternatives is not None and torch.compiler.is_compiling())
 
     def _ranks(self, ids: Tensor, feature: Tensor) -> Tensor:
         return ids if self.rank_code is None else self.code(self.rank_code, self.ranks_from[feature] + ids)
@@ -120,7 +125,7 @@ class RecipeBlock(Block):
             return reduce(torch.mul, together.unbind(-2))
         if self.combination == "sum":
             return together.sum(-2)
-        if not self.may_skip:
+        if not self.has_lists:
             return together.mean(-2)
         lengths = self.runs[0].lengths(self._ranks(ids, feature), feature)
         return together.sum(-2) / lengths.clamp(min=1).unsqueeze(-1)
@@ -289,15 +294,21 @@ class _Alternatives:
         return ((width == w).nonzero().squeeze(1) for w in self.widths)
 
     def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
+        if torch.compiler.is_compiling():
+            # How many ids have rows of a width depends on data, so that each of them is asked for a row of each.
+            rows, width = self.places(ranks, feature)
+            return [Part(w, torch.where(width == w, rows, -1)) for w in self.widths]
         rows, width = (place.reshape(-1) for place in self.places(ranks, feature))
         return [Part(w, rows[subset], subset) for w, subset in zip(self.widths, self._subsets(width))]
 
     def combine(self, values: list[Tensor], ranks: Tensor, feature: Tensor, extras: Extras) -> Tensor:
-        _, width = self.places(ranks, feature)
         wide = []
         for w, rows in zip(self.widths, values):
             projection = self.projections[w]
             wide.append(rows if projection is None else rows @ extras(projection))
+        if torch.compiler.is_compiling():
+            return reduce(torch.add, wide)  # all but one of them are zeros
+        _, width = self.places(ranks, feature)
         order = torch.cat(list(self._subsets(width.reshape(-1))))
         vectors = torch.cat(wide).index_select(0, order.argsort())
         return vectors.view(*ranks.shape, vectors.shape[-1])

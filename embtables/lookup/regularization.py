@@ -51,11 +51,14 @@ class Regularizer(nn.Module):
             self.counts = counts.to(self.counts.device)
         return self
 
-    def forward(self, vectors: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
-        """The vectors ``[..., D]`` of ``ids`` as they are; zero vectors, as those of padding, get nothing."""
+    def forward(self, vectors: Tensor, ids: Tensor, feature: Tensor, absent: Tensor | None = None) -> Tensor:
+        """The vectors ``[..., D]`` of ``ids`` as they are; zero vectors, as those of padding, get nothing.
+
+        ``absent``: which of the ids are none, and count as no occurrence.
+        """
         if not vectors.requires_grad:
             return vectors
-        share = self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature))
+        share = self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature, absent))
         regularized: Tensor = _Regularized.apply(vectors, share.unsqueeze(-1))
         return regularized
 
@@ -65,16 +68,26 @@ class Regularizer(nn.Module):
         counted = (ids >= 0) & (ids < self.known[feature])
         return torch.where(counted, self.counts[torch.where(counted, self.start[feature] + ids, 0)], 1.0)
 
-    def _occurrences(self, ids: Tensor, feature: Tensor) -> Tensor:
+    def _occurrences(self, ids: Tensor, feature: Tensor, absent: Tensor | None) -> Tensor:
         """How often each id of a table occurs among all ``ids``."""
         span = self.span
         if span is None:
             # 64-bit ids leave no room for the number of the table, their ranks do.
-            ids, span = torch.unique(ids, return_inverse=True)[1], ids.numel()
-        ordered, order = (self.table[feature] * span + ids).flatten().sort()
-        run = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
+            run, order = _runs(ids)
+            ids, span = torch.empty_like(run).index_copy_(0, order, run).view(ids.shape), ids.numel()
+        known = self.table[feature] * span + ids
+        run, order = _runs(known if absent is None else torch.where(absent, -1, known))
         length = torch.zeros_like(run).index_add_(0, run, torch.ones_like(run))
         return torch.empty_like(run).index_copy_(0, order, length[run]).view(ids.shape)
+
+
+def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The values in order ``[N]``, told by the number of their run of equal ones, and where each of them stood.
+
+    ``torch.unique`` says the same, but breaks graphs: how many values differ depends on data.
+    """
+    ordered, order = values.flatten().sort()
+    return (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0), order
 
 
 class _Regularized(torch.autograd.Function):

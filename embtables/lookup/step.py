@@ -84,7 +84,9 @@ class Step:
             ordered = [_as_stored(parts[i].rows) for i in which]
             flats = [rows.reshape(-1) for rows in ordered]
             flat = torch.cat(flats) if len(flats) > 1 else flats[0]
-            if may_skip:
+            if may_skip and torch.compiler.is_compiling():
+                rows = self._rows_that_are(width, flat)
+            elif may_skip:
                 found = (flat >= 0).nonzero().squeeze(1)
                 rows = self._rows(width, flat[found])
                 rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
@@ -113,6 +115,15 @@ class Step:
         if weight.requires_grad and torch.is_grad_enabled():
             return weight.index_select(0, index)
         return ops.gather(weight, index)
+
+    def _rows_that_are(self, width: int, index: Tensor) -> Tensor:
+        """``_rows``, and zeros for an index of −1, in shapes that do not depend on data, as graphs need them."""
+        store, weight = self.store, self.store.weight(width)
+        if self.updates:
+            state = store.state_for_step(weight_name(FP32.name, width))
+            rows: Tensor = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule)
+            return rows
+        return torch.where(index.unsqueeze(-1) >= 0, self._rows(width, index.clamp(min=0)), 0)
 
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import exp, gcd, isqrt, log
@@ -15,6 +16,7 @@ from torch import Tensor
 from embtables.config import TableConfig
 from embtables.formats import RowFormat
 from embtables.lookup.block import Block, Extras, Part
+from embtables.lookup.graphs import number_below
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
@@ -219,6 +221,56 @@ def _integer(largest: int) -> str:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+class Schedule(NamedTuple):
+    """When entries are set to zero, and how many of them."""
+
+    kind: str
+    warmup_steps: int
+    prune_steps: int
+    interval: int
+
+    @classmethod
+    def of(cls, method: Pruned) -> Schedule:
+        """A method's, with what is missing in it."""
+        warmup = _WARMUP_STEPS if method.warmup_steps is None else method.warmup_steps
+        prune = _PRUNE_STEPS if method.prune_steps is None else method.prune_steps
+        return cls(method.schedule, warmup, prune, method.interval or max(1, prune // _EVENTS))
+
+    def progress(self, step: int) -> float:
+        """Share of the entries to be pruned that are gone by a step: 0 before, 1 at the end of pruning and after."""
+        time = min(max((step - self.warmup_steps) / self.prune_steps, 0.0), 1.0)
+        if self.kind == "cubic":
+            return 1 - (1 - time) ** 3
+        return (1 - exp(-_STEEPNESS * time)) / (1 - exp(-_STEEPNESS))
+
+    def prunes_at(self, step: int) -> bool:
+        since = step - self.warmup_steps
+        # Counted back from the end, so that one event is exactly there.
+        return since > 0 and (since - self.prune_steps) % self.interval == 0
+
+    def prune(self, step: int, slabs: Sequence[Tensor], kept: Sequence[int]) -> None:
+        """Does what is due at a step to the slabs ``[rows, D]``, of which so many entries are left in the end."""
+        if not self.prunes_at(step):
+            return
+        for slab, left in zip(slabs, kept):
+            number = round(slab.numel() - self.progress(step) * (slab.numel() - left))
+            exact = step == self.warmup_steps + self.prune_steps or slab.numel() <= _SAMPLE
+            threshold = _magnitude_of_rank(slab.view(-1), number) if exact else _estimated_magnitude(slab, number)
+            below = float(torch.nextafter(threshold, torch.zeros_like(threshold)))
+            for chunk in slab.view(-1).split(_CHUNK):
+                chunk.copy_(F.hardshrink(chunk, below))  # zero where |x| ≤ below; many times faster than a mask
+
+
+@torch.library.custom_op("embtables::prune_", mutates_args=("steps", "weights"))
+def _step_in_graph(
+    steps: Tensor, weights: list[Tensor], starts: list[int], rows: list[int], kept: list[int], schedule: str
+) -> None:
+    """``PruningStage.step`` on the slabs that begin at the rows ``starts``; ``schedule`` as JSON."""
+    steps += 1
+    slabs = [weight[start : start + count] for weight, start, count in zip(weights, starts, rows)]
+    Schedule(*json.loads(schedule)).prune(int(steps), slabs, kept)
+
+
 class PruningStage(Stage):
     """Counts training forwards, and prunes at some of them.
 
@@ -232,45 +284,33 @@ class PruningStage(Stage):
         super().__init__()
         self._store = [store]
         self.kept = kept
-        self.schedule = method.schedule
-        self.warmup_steps = _WARMUP_STEPS if method.warmup_steps is None else method.warmup_steps
-        self.prune_steps = _PRUNE_STEPS if method.prune_steps is None else method.prune_steps
-        self.interval = method.interval or max(1, self.prune_steps // _EVENTS)
+        self.schedule = Schedule.of(method)
+        self._schedule_in_graphs = json.dumps(self.schedule)
         # On the CPU, so that looking at it waits for no device.
         self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def done(self) -> bool:
-        return int(self.steps) >= self.warmup_steps + self.prune_steps
+        return int(self.steps) >= self.schedule.warmup_steps + self.schedule.prune_steps
 
     def state(self) -> dict[str, Tensor]:
         return {"steps": self.steps}
 
-    def progress(self, step: int) -> float:
-        """Share of the entries to be pruned that are gone by a step: 0 before, 1 at the end of pruning and after."""
-        time = min(max((step - self.warmup_steps) / self.prune_steps, 0.0), 1.0)
-        if self.schedule == "cubic":
-            return 1 - (1 - time) ** 3
-        return (1 - exp(-_STEEPNESS * time)) / (1 - exp(-_STEEPNESS))
-
-    def prunes_at(self, step: int) -> bool:
-        since = step - self.warmup_steps
-        # Counted back from the end, so that one event is exactly there.
-        return since > 0 and (since - self.prune_steps) % self.interval == 0
-
     @torch.no_grad()
     def step(self, touched: Touched) -> None:
-        self.steps += 1
-        step = int(self.steps)
-        if not self.prunes_at(step):
+        store = self._store[0]
+        if torch.compiler.is_compiling():
+            # As one operator, since graphs cannot ask what step it is.
+            _step_in_graph(
+                self.steps,
+                [store.weight(store.width(name)) for name in self.kept],
+                [store.start(name) for name in self.kept],
+                [store.rows(name) for name in self.kept],
+                list(self.kept.values()),
+                self._schedule_in_graphs,
+            )
             return
-        for name, kept in self.kept.items():
-            slab = self._store[0].slab(name)
-            number = round(slab.numel() - self.progress(step) * (slab.numel() - kept))
-            exact = step == self.warmup_steps + self.prune_steps or slab.numel() <= _SAMPLE
-            threshold = _magnitude_of_rank(slab.view(-1), number) if exact else _estimated_magnitude(slab, number)
-            below = float(torch.nextafter(threshold, torch.zeros_like(threshold)))
-            for chunk in slab.view(-1).split(_CHUNK):
-                chunk.copy_(F.hardshrink(chunk, below))  # zero where |x| ≤ below; many times faster than a mask
+        self.steps += 1
+        self.schedule.prune(int(self.steps), [store.slab(name) for name in self.kept], list(self.kept.values()))
 
 
 def _magnitudes(values: Tensor) -> Tensor:
@@ -394,8 +434,14 @@ class BitmapBlock(SparseBlock):
     def decode(self, rows: Tensor) -> Tensor:
         first = rows.reshape(-1) * self.embedding_dim
         bits = self._bits(first)
-        row, column = bits.nonzero(as_tuple=True)
-        return self.place(self._set_before(first), bits.sum(1), row, column).view(*rows.shape, self.embedding_dim)
+        if torch.compiler.is_compiling():  # how many bits are set depends on data
+            values = self.code("values")
+            position = self._set_before(first).unsqueeze(1) + bits.cumsum(1) - bits
+            vectors = torch.where(bits > 0, values[position.clamp(max=len(values) - 1)], 0)
+        else:
+            row, column = bits.nonzero(as_tuple=True)
+            vectors = self.place(self._set_before(first), bits.sum(1), row, column)
+        return vectors.view(*rows.shape, self.embedding_dim)
 
     def _bits(self, first: Tensor) -> Tensor:
         """The bits ``[n, D]`` that begin at ``first`` [n]."""
@@ -442,7 +488,19 @@ class RowsBlock(SparseBlock):
 
     def between(self, start: Tensor, end: Tensor) -> Tensor:
         """Vectors ``[n, D]`` from the entries ``start`` to ``end`` [n] of each row."""
+        if torch.compiler.is_compiling():
+            return self._place_at_most_all(start, end)
         return self.place(start, end - start, torch.repeat_interleave(end - start), None)
+
+    def _place_at_most_all(self, start: Tensor, end: Tensor) -> Tensor:
+        """``between`` for graphs, where all rows have to be as long as the longest that there can be: n·D places."""
+        dim, values = self.embedding_dim, self.code("values")
+        position = start.unsqueeze(1) + torch.arange(dim, device=start.device)
+        there = position < end.unsqueeze(1)
+        position = torch.where(there, position, 0)
+        # Places behind the end of a row go to a column of their own, which is cut off.
+        column = torch.where(there, self.code("columns")[position].long(), dim)
+        return values.new_zeros(start.shape[0], dim + 1).scatter(1, column, values[position])[:, :dim]
 
     @classmethod
     def write(
@@ -468,7 +526,10 @@ class EntriesBlock(RowsBlock):
     def decode(self, rows: Tensor) -> Tensor:
         ids = self.code("ids")
         wanted = rows.reshape(-1).to(ids.dtype)
-        found = self.between(torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True))
+        if torch.compiler.is_compiling():
+            found = self.between(number_below(ids, wanted), number_below(ids, wanted + 1))
+        else:
+            found = self.between(torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True))
         return found.view(*rows.shape, self.embedding_dim)
 
     @classmethod

@@ -1,9 +1,10 @@
 """The lookup and its fused optimizers, under ``torch.library``.
 
-``embtables::lookup`` gathers rows and, in its backward, hands their gradient to ``embtables::update_``. ``reference``
+``embtables::lookup`` gathers rows and, in its backward, hands their gradient to ``embtables::update_``; in compiled
+graphs ``embtables::lookup_of_some`` and ``embtables::update_some_`` do so where rows may be missing. ``reference``
 gives both their meaning in plain PyTorch, wherever PyTorch runs; ``native`` has kernels of both for CPUs, ``gpu`` for
 CUDA. ``look_up`` does all lookups of a module at once, in native code alone. ``embtables::refuse_ids`` raises for ids
-out of range inside compiled and exported graphs.
+out of range inside compiled graphs; exported ones hold none of these operators.
 
 ``EMBTABLES_OPS=native`` insists on native code, ``EMBTABLES_OPS=reference`` leaves it aside; without either it is used
 where it was built. ``EMBTABLES_INSTRUCTIONS=baseline``, ``avx2`` or ``avx512`` names the instruction set, which is the
@@ -36,6 +37,7 @@ from embtables.ops.reference import (
     coalesce,
     fused_dense,
     fused_lookup,
+    fused_lookup_of_some,
     fused_rows,
     gather,
     update,
@@ -52,6 +54,7 @@ __all__ = [
     "fits",
     "fused_dense",
     "fused_lookup",
+    "fused_lookup_of_some",
     "fused_rows",
     "gather",
     "has_native_form",

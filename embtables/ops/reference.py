@@ -141,6 +141,39 @@ def fused_rows(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor,
     return rows
 
 
+@torch.library.custom_op("embtables::update_some_", mutates_args=("weight", "state"))
+def update_some(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
+    """``update`` without the places whose index is −1; graphs cannot leave them out by themselves."""
+    found = index >= 0
+    update(weight, state, index[found], grad[found], hyper, rule)
+
+
+@torch.library.custom_op("embtables::lookup_of_some", mutates_args=())
+def fused_lookup_of_some(
+    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str
+) -> Tensor:
+    """``fused_lookup``, where an index of −1 yields zeros and takes no gradient."""
+    found = index >= 0
+    rows = weight.new_zeros(index.shape[0], weight.shape[1])
+    rows[found] = weight.index_select(0, index[found])
+    return rows
+
+
+@fused_lookup_of_some.register_fake
+def _(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+    return weight.new_empty(index.shape[0], weight.shape[1])
+
+
+def _step_of_some(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
+    for prepare in before_updates:
+        prepare([ctx.weight])
+    update_some(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
+    return None, [None] * len(ctx.state), None, None, None, None
+
+
+fused_lookup_of_some.register_autograd(_step_of_some, setup_context=_keep)
+
+
 def fused_dense(weight: Tensor, state: list[Tensor], hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
     """The whole of a small parameter ``weight`` (any shape), updated by the same rule in backward, all rows at once."""
     flat = weight.view(weight.shape[0], -1) if weight.ndim > 1 else weight.view(1, -1)

@@ -93,7 +93,10 @@ class EmbeddingTables(nn.Module):
         blocks, order = build_blocks(self.plan, store, self.feature_names, served=self.served)
         self.blocks = nn.ModuleList(blocks).to(store.device)
         self.lookups = Lookup(store, blocks, order).to(store.device)
+        views = list(self.__dict__.get("_views", ()))
         self._views: dict[str, Lookup] = {}
+        for table in views:
+            self.view(table)
         self._view_steps = ViewSteps()
         self._add_regularizers()
         self.stages = [] if self.served else build_stages(self.plan, store)

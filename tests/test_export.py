@@ -1,0 +1,270 @@
+"""Exported tables: graphs of PyTorch's own operators, which run without this package, for every batch size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_cases import all_methods, method_id, shuffled_counts
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from embtables import EmbeddingTables, TableConfig, plan
+from embtables.faces.embedding import EmbeddingBag
+from embtables.methods import Method
+
+# Two tables with a feature in common, every treatment of ids out of range, padding, both poolings.
+TABLES = [
+    TableConfig("user", 500, 8, padding_idx=3),
+    TableConfig("item", 300, 8, ["item", "history"], pooling="mean", on_out_of_range="oov"),
+    TableConfig("seen", 200, 8, ["history"], on_out_of_range="hash", padding_idx=7),
+    TableConfig("tag", 40, 4, on_out_of_range="hash"),
+]
+FEATURES = 4
+BATCHES = [0, 1, 2, 7]
+# Each of them makes pruned serve another form; compressed rows are those of wide tables.
+FORMS = {"bitmap": ("60%", 8), "compressed rows": ("7%", 64), "entries": ("4%", 8)}
+
+
+def pruned(form: str) -> EmbeddingTables:
+    budget, dim = FORMS[form]
+    tables = [replace(table, embedding_dim=dim) for table in TABLES]
+    return EmbeddingTables(plan(tables, "pruned", budget, optimizer=None)).eval()
+
+
+def make(method: Any, budget: str | None = "50%") -> EmbeddingTables:
+    counts = {table.name: shuffled_counts(table.num_embeddings or 0) for table in TABLES}
+    budget = None if getattr(method, "kind", method) == "full" else budget
+    return EmbeddingTables(plan(TABLES, method, budget, frequencies=counts, optimizer=None)).eval()
+
+
+def bags(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, (FEATURES * batch,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(40, (int(offsets[-1]),), generator=generator)
+    return ids, offsets, torch.randn(ids.shape, generator=generator)
+
+
+def columns(batch: int) -> tuple[Tensor]:
+    return (torch.randint(40, (batch, FEATURES), generator=torch.Generator().manual_seed(batch)),)
+
+
+def exported(module: nn.Module, inputs: Any) -> ExportedProgram:
+    """The module for every batch size, and in the case of bags every number of ids."""
+    batch, ids = Dim("batch"), Dim("ids")
+    shapes: Any = ({0: batch},) if len(inputs) == 1 else ({0: ids}, {0: FEATURES * batch + 1}, {0: ids})
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
+
+
+def foreign(program: ExportedProgram) -> list[str]:
+    """The operators that are not PyTorch's own."""
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    names = [target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)]
+    return sorted({name for name in names if name not in ("aten", "prim", "prims")})
+
+
+@pytest.mark.parametrize("given", [columns, bags])
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_every_batch_size_is_as_in_the_module(method: Method, given: Any) -> None:
+    tables = make(method)
+    program = exported(tables, given(5))
+    assert foreign(program) == []
+    module = program.module()
+    for batch in BATCHES:
+        torch.testing.assert_close(module(*given(batch)), tables(*given(batch)))
+
+
+@pytest.mark.parametrize("given", [columns, bags])
+@pytest.mark.parametrize("form", FORMS)
+def test_served_pruned_tables_in_each_form(form: str, given: Any) -> None:
+    tables = pruned(form)
+    tables.serve()
+    assert {entry.variant for group in tables.plan.groups for entry in group.layout.entries.values()} == {form}
+    program = exported(tables, given(5))
+    assert foreign(program) == []
+    module = program.module()
+    for batch in BATCHES:
+        assert torch.equal(module(*given(batch)), tables(*given(batch)))
+
+
+@pytest.mark.parametrize("given", [columns, bags])
+def test_an_exported_graph_refuses_ids_out_of_range(given: Any) -> None:
+    tables = make("hash")
+    module = exported(tables, given(5)).module()
+    inputs = given(5)
+    inputs[0].view(-1)[0] = 500
+    with pytest.raises(RuntimeError, match="an id is out of range; the ids of the features: 'user' 0 … 499$"):
+        module(*inputs)
+
+
+def test_an_exported_graph_refuses_offsets_that_fall() -> None:
+    ids, offsets, weights = bags(5)
+    module = exported(make("hash"), (ids, offsets, weights)).module()
+    offsets[3] = offsets[4] + 1
+    with pytest.raises(RuntimeError, match="offsets must rise from 0 to the number of ids"):
+        module(ids, offsets, weights)
+
+
+class Unpooled(nn.Module):
+    """One tensor of all vectors, or of each feature by itself, of which a history is left unpooled."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        pair = [TableConfig("item", 90, 8, ["item", "history"]), TableConfig("user", 50, 8)]
+        chosen = {"item": "hash", "user": "mixed_dimension"}
+        self.tables = EmbeddingTables(plan(pair, chosen, "50%", optimizer=None)).eval()
+        self.together = together
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Any:
+        if self.together:
+            return self.tables(ids, offsets, pooling=None)
+        return self.tables.lookup(ids, offsets, pooling={"history": None})
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_unpooled_histories_export(together: bool) -> None:
+    model = Unpooled(together)
+    offsets = torch.tensor([0, 1, 2, 5, 5, 6, 7])
+    shapes = ({0: Dim("ids")}, {0: 3 * Dim("batch") + 1})
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        program = torch.export.export(model, (torch.arange(7), offsets), dynamic_shapes=shapes)
+    assert foreign(program) == []
+    for given in (offsets, torch.tensor([0, 1, 9, 10]), torch.tensor([0])):
+        ids = torch.randint(50, (int(given[-1]),))
+        torch.testing.assert_close(program.module()(ids, given), model(ids, given))
+
+
+def test_a_view_exports_with_ids_behind_its_last_bag() -> None:
+    view = EmbeddingBag.of(make("hash"), "item", include_last_offset=True).eval()
+    shapes = ({0: Dim("ids")}, {0: Dim("ends")})
+    inputs = torch.arange(12), torch.tensor([0, 3, 3, 9])
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        program = torch.export.export(view, inputs, dynamic_shapes=shapes)
+    for ids, offsets in (inputs, (torch.arange(5), torch.tensor([0, 2])), (torch.arange(4), torch.tensor([0]))):
+        assert torch.equal(program.module()(ids, offsets), view(ids, offsets))
+    assert torch.equal(view(torch.arange(5), torch.tensor([0, 5])), program.module()(*inputs[:1], torch.tensor([0, 5])))
+
+
+class Model(nn.Module):
+    """A small model over bags and ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = make("compositional")
+        single = plan([TableConfig("country", 60, 4)], "mixed_dimension", "50%", optimizer=None)
+        self.countries = EmbeddingTables(single).eval()
+        self.top = nn.Linear(4 * 8 + 4 + 4, 1)
+
+    def forward(self, countries: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+        logits: Tensor = self.top(torch.cat([self.tables(ids, offsets), self.countries(countries)], 1))
+        return logits
+
+
+def inputs_of(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randint(60, (batch, 1)), *bags(batch, seed=batch)[:2])
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model().eval()
+
+
+@pytest.fixture(scope="module")
+def program(model: Model) -> ExportedProgram:
+    batch = Dim("batch")
+    shapes = ({0: batch}, {0: Dim("ids")}, {0: FEATURES * batch + 1})
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        return torch.export.export(model, inputs_of(5), dynamic_shapes=shapes)
+
+
+_ALONE = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "embtables":
+            raise ImportError("embtables is not here")
+
+sys.meta_path.insert(0, Nothing())
+import torch
+
+file, cases = sys.argv[1:]
+if file.endswith(".pt2.aoti"):
+    module = torch._inductor.aoti_load_package(file)
+else:
+    module = torch.export.load(file).module()
+for inputs, expected in torch.load(cases):
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-6, atol=1e-6)
+assert not any(name.split(".")[0] == "embtables" for name in sys.modules)
+print("equal")
+"""
+
+
+def run_without_this_package(model: nn.Module, file: Path, batches: list[int]) -> None:
+    cases = []
+    for batch in batches:
+        inputs = inputs_of(batch)
+        cases.append((inputs, model(*inputs).detach()))
+    torch.save(cases, file.parent / "cases.pt")
+    command = [sys.executable, "-c", _ALONE, str(file), str(file.parent / "cases.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
+    assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
+
+
+def test_a_saved_program_runs_where_this_package_is_not(model: Model, program: ExportedProgram, tmp_path: Path) -> None:
+    torch.export.save(program, tmp_path / "model.pt2")
+    run_without_this_package(model, tmp_path / "model.pt2", BATCHES)
+
+
+@pytest.mark.slow
+def test_a_compiled_package_runs_where_this_package_is_not(
+    model: Model, program: ExportedProgram, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    file = file.rename(tmp_path / "model.pt2.aoti")
+    run_without_this_package(model, file, BATCHES)
+
+
+def in_onnx(program: ExportedProgram, file: Path) -> Any:
+    """A session of ONNX Runtime over the program."""
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    onnx = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    assert onnx is not None
+    onnx.save(file)
+    return runtime.InferenceSession(file)
+
+
+def in_session(session: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    given = {place.name: tensor.numpy() for place, tensor in zip(session.get_inputs(), inputs)}
+    return torch.from_numpy(session.run(None, given)[0])
+
+
+def test_onnx_runtime_agrees(model: Model, program: ExportedProgram, tmp_path: Path) -> None:
+    session = in_onnx(program, tmp_path / "model.onnx")
+    for batch in BATCHES:
+        inputs = inputs_of(batch)
+        torch.testing.assert_close(in_session(session, inputs), model(*inputs).detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [columns, bags])
+@pytest.mark.parametrize("method", [*all_methods(), *FORMS], ids=lambda m: m if isinstance(m, str) else method_id(m))
+def test_onnx_runtime_agrees_on_every_method(method: Any, given: Any, tmp_path: Path) -> None:
+    tables = pruned(method) if method in FORMS else make(method)
+    if method in FORMS:
+        tables.serve()
+    session = in_onnx(exported(tables, given(5)), tmp_path / "tables.onnx")
+    for batch in BATCHES:
+        torch.testing.assert_close(
+            in_session(session, given(batch)), tables(*given(batch)).detach(), rtol=1e-6, atol=1e-6
+        )
