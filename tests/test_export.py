@@ -85,7 +85,7 @@ def test_every_batch_size_is_as_in_the_module(method: Method, given: Any) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_served_pruned_tables_in_each_form(form: str, given: Any) -> None:
     tables = pruned(form)
-    tables.serve()
+    tables.finalize()
     assert {entry.variant for group in tables.plan.groups for entry in group.layout.entries.values()} == {form}
     program = exported(tables, given(5))
     assert foreign(program) == []
@@ -262,7 +262,7 @@ def test_onnx_runtime_agrees(model: Model, program: ExportedProgram, tmp_path: P
 def test_onnx_runtime_agrees_on_every_method(method: Any, given: Any, tmp_path: Path) -> None:
     tables = pruned(method) if method in FORMS else make(method)
     if method in FORMS:
-        tables.serve()
+        tables.finalize()
     session = in_onnx(exported(tables, given(5)), tmp_path / "tables.onnx")
     for batch in BATCHES:
         torch.testing.assert_close(
