@@ -213,6 +213,25 @@ def test_compressed_models_resume(optimizer: str, tmp_path: Path) -> None:
     same(straight, resumed)
 
 
+@pytest.mark.parametrize("method", ["full", "hash", "mixed_dimension"])
+def test_sparse_and_dense_tables_have_the_same_keys_and_load_each_other(method: str) -> None:
+    solved = small(None, method).plan
+    sparse, dense = EmbeddingTables(solved, seed=1, sparse=True), EmbeddingTables(solved, seed=2)
+    assert set(sparse.state_dict()) == set(dense.state_dict())
+    dense.load_state_dict(sparse.state_dict())
+    assert torch.equal(dense.to_dense("a"), sparse.to_dense("a"))
+    again = EmbeddingTables(solved, device="meta", sparse=True)
+    again.load_state_dict(copied(dense), assign=True)
+    ids = random_ids(dense, 8)
+    assert torch.equal(again(ids), dense(ids))
+    again(ids).sum().backward()
+    weights = [key for key in sparse.state_dict() if "weight_" in key]
+    assert sum(parameter.grad.is_sparse for parameter in again.parameters()) == len(weights) > 0
+    state = {key: tensor for key, tensor in copied(dense).items() if key not in weights}
+    found = sparse.load_state_dict(state, strict=False)
+    assert found.missing_keys == weights and found.unexpected_keys == []
+
+
 # ---- frameworks ------------------------------------------------------------------------------------------------------
 
 

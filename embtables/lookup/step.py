@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from embtables import ops
 from embtables.formats import FP32, weight_name
@@ -70,6 +71,12 @@ class Step:
 
     def begin(self, touched: Touched) -> None:
         """Called once the ids are known to be good, before anything is read: a stage may change the weights."""
+        if self.stages and getattr(self.store, "_is_fsdp_managed_module", False):
+            # What a stage did to the weights that are put together for a forward would be gone after it.
+            raise RuntimeError(
+                "these tables change over the course of training, as pruned ones do, which fully_shard does not carry "
+                "over to the pieces that it keeps: train them under DistributedDataParallel"
+            )
         for stage in self.stages:
             stage.step(touched)
 
@@ -100,6 +107,7 @@ class Step:
 
     def _rows(self, width: int, index: Tensor) -> Tensor:
         store, weight = self.store, self.store.weight(width)
+        _refuse_pieces(weight)
         if self.updates:
             name = weight_name(FP32.name, width)
             if self.accumulation is not None:
@@ -128,6 +136,7 @@ class Step:
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""
         weight = self.store.extra(name)
+        _refuse_pieces(weight)
         if not self.updates:
             return weight
         if name not in self._extras:
@@ -211,6 +220,19 @@ class Aliases(dict[tuple[int, int], Tensor]):
     def __reduce__(self) -> tuple[type[Aliases], tuple[()]]:
         """Copies and files begin without."""
         return Aliases, ()
+
+
+def _refuse_pieces(weight: Tensor) -> None:
+    """Raises ``RuntimeError`` for a weight of which this process has a piece alone."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return
+    sharding = sys.modules.get("torch.distributed.tensor")
+    if sharding is not None and isinstance(weight, sharding.DTensor):
+        raise RuntimeError(
+            "each process has a piece of these tables, which fully_shard puts together for the forward of the module "
+            "that was given to it: call that, or name the method that is called to "
+            "torch.distributed.fsdp.register_fsdp_forward_method(module, 'lookup')"
+        )
 
 
 def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:

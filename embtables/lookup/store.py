@@ -26,6 +26,35 @@ _NOTHING = torch.empty(0)
 _DENSE = DTYPES[FP32.dtype]  # of extras and of optimizer state
 
 
+class SparseWeight(nn.Embedding):
+    """Holds a weight whose gradients are sparse, as ``weight``.
+
+    ``DistributedDataParallel`` expects sparse gradients of the parameters that an ``nn.Embedding`` or
+    ``nn.EmbeddingBag`` holds itself, and dense ones of all others (``torch/nn/parallel/distributed.py``,
+    ``_build_params_for_reducer``). In state dicts the weight has the name of this module, as dense ones have theirs.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, width = weight.shape
+        super().__init__(rows, width, _weight=weight, sparse=True)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix.removesuffix(".")] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *others: list[str],
+    ) -> None:
+        lacking: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, lacking, *others)
+        missing += [prefix.removesuffix(".") for _ in lacking]
+
+
 class Store(nn.Module):
     """Slabs, extras and codes of all groups.
 
@@ -121,7 +150,11 @@ class Store(nn.Module):
 
     def _add_weight(self, name: str, weight: Tensor) -> None:
         if self.trainable and self.optimizer is None:
-            self.register_parameter(name, nn.Parameter(weight))
+            # The gradients of extras are dense in any case.
+            if self.sparse and name in self.weight_names:
+                self.add_module(name, SparseWeight(weight))
+            else:
+                self.register_parameter(name, nn.Parameter(weight))
             return
         self.register_buffer(name, weight)
         if self.optimizer is not None:
@@ -165,7 +198,8 @@ class Store(nn.Module):
         name = self._weight_of(found)
         if name in self.split_weights:
             return self.split_weights[name].modules[slab].weight
-        weight = self._parameters.get(name)
+        held = self._modules.get(name)
+        weight = held.weight if isinstance(held, SparseWeight) else self._parameters.get(name)
         return weight if weight is None or found.rows == weight.shape[0] else weight[start : start + found.rows]
 
     @staticmethod
@@ -192,6 +226,10 @@ class Store(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Split weights may stand for themselves in a state dict, which then holds them where they are registered."""
+        # A module is shown the keys below its own name alone.
+        for key in (prefix + name for name in self._modules):
+            if key in state_dict:
+                state_dict[f"{key}.weight"] = state_dict.pop(key)
         elsewhere = [name for name, split in self.split_weights.items() if state_dict.get(prefix + name) is split]
         for name in elsewhere:
             del state_dict[prefix + name]
@@ -201,13 +239,15 @@ class Store(nn.Module):
     # ---- weights, extras, codes and their state -------------------------------------------------------------------
 
     def tensor(self, name: str) -> Tensor:
-        """A weight, extra, code or state by its attribute: the same as ``getattr``, at a fraction of its time."""
+        """A weight, extra, code or state by its name in state dicts, at a fraction of the time of ``getattr``."""
         found = self._buffers.get(name)
         if found is None:
             found = self._parameters.get(name)
         if found is None and name in self.split_weights:
             return self.split_weights[name].joined()
-        return found if found is not None else getattr(self, name)
+        if found is None:
+            found = getattr(self, name)
+        return found.weight if isinstance(found, SparseWeight) else found
 
     def weight(self, width: int) -> Tensor:
         """The rows of all slabs of a width in the fp32 format, ``[rows, width]``."""

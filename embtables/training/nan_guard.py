@@ -55,7 +55,7 @@ class Watch:
         self._noted: list[_Bad] = []
         # The gradient of a slab of ordinary parameters has the size of the tables, and nothing in it that the gradients
         # of the vectors have not; a sum of those that overflows is a weight of the next loss.
-        slabs = {id(getattr(tables.store, name)) for name in tables.store.weight_names}
+        slabs = {id(tables.store.tensor(name)) for name in tables.store.weight_names}
         self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in slabs]
         # A fused optimizer leaves no gradient behind: it is checked on its way into the tables, before they change.
         self.close = intercept(tables, self._on_vectors)

@@ -264,8 +264,9 @@ def _rows(tables: EmbeddingTables, old: Sequence[nn.Parameter], new: Sequence[nn
 
 def _gradients(tables: EmbeddingTables) -> set[str]:
     """The kinds of gradient that the parameters get: those of projections are dense, whatever ``sparse`` says."""
-    names = [name.rpartition(".")[2] for name, _ in tables.named_parameters()]
-    return {"sparse" if tables.store.sparse and name.startswith("weight_") else "dense" for name in names}
+    store = tables.store
+    weights = {id(store.tensor(name)) for name in store.weight_names}
+    return {"sparse" if store.sparse and id(p) in weights else "dense" for p in tables.parameters()}
 
 
 def _spread(weights: Sequence[nn.Parameter], paddings: Sequence[int | None]) -> float:
