@@ -96,7 +96,13 @@ class _Rows(torch.autograd.Function):
 
 
 @torch.compiler.disable(reason="accumulate() collects gradients between backward passes, which no graph can hold")
-def accumulated_rows(store: Store, name: str, index: Tensor, accumulation: Accumulation) -> Tensor:
+def accumulated_rows(
+    store: Store, name: str, index: Tensor, accumulation: Accumulation, *, may_skip: bool = False
+) -> Tensor:
     """Rows ``[N, width]`` of a weight or extra, by its attribute."""
+    if may_skip:  # an index of −1 yields zeros and takes no gradient
+        found = (index >= 0).nonzero().squeeze(1)
+        some: Tensor = accumulated_rows(store, name, index[found], accumulation)
+        return some.new_zeros(index.shape[0], some.shape[1]).index_put((found,), some)
     rows: Tensor = _Rows.apply(store.hook, store.matrix(name), index, name, accumulation)
     return rows

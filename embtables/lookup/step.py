@@ -128,7 +128,10 @@ class Step:
         """``_rows``, and zeros for an index of −1, in shapes that do not depend on data, as graphs need them."""
         store, weight = self.store, self.store.weight(width)
         if self.updates:
-            state = store.state_for_step(weight_name(FP32.name, width))
+            name = weight_name(FP32.name, width)
+            if self.accumulation is not None:
+                return accumulated_rows(store, name, index, self.accumulation, may_skip=True)
+            state = store.state_for_step(name)
             rows: Tensor = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule)
             return rows
         return torch.where(index.unsqueeze(-1) >= 0, self._rows(width, index.clamp(min=0)), 0)
