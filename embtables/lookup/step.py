@@ -48,12 +48,16 @@ class Step:
         self.stages = list(stages) if self.counts else []
         self.updates = trains and store.optimizer is not None
         self.aliases = None if store.sparse or store.optimizer is not None else aliases
+        # A lookup alone: its reading of rows that are updated, and what it counts. In graphs the operators lock.
+        self._locks = (self.updates or bool(self.stages)) and not torch.compiler.is_compiling()
         # Two blocks that use one dense parameter update it once, by the sum of their gradients.
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> Step:
         if self.updates:
             _refuse_what_fused_updates_cannot_do(self.store.device)
+        if self._locks:
+            ops.training_lock.acquire()
         if self.counts:
             self._count(1)
         return self
@@ -63,6 +67,8 @@ class Step:
     ) -> None:
         if kind is not None and self.counts:
             self._count(-1)
+        if self._locks:
+            ops.training_lock.release()
 
     def _count(self, number: int) -> None:
         self.store.count_step(number)
@@ -216,9 +222,10 @@ class Aliases(dict[tuple[int, int], Tensor]):
     def of(self, weight: Tensor) -> Tensor:
         """The weight under its other name."""
         key = id(weight), weight.data_ptr()
-        if key not in self:
-            self[key] = _DenseOnce.apply(weight, self)
-        return self[key]
+        alias = self.get(key)  # another thread's backward may clear these names at any time
+        if alias is None:
+            alias = self[key] = _DenseOnce.apply(weight, self)
+        return alias
 
     def __reduce__(self) -> tuple[type[Aliases], tuple[()]]:
         """Copies and files begin without."""

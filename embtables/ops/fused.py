@@ -16,6 +16,7 @@ from torch import Tensor
 from embtables.ops.ids import raise_for_id
 from embtables.ops.native import Library, LookupArgs, Refused, has_native_form
 from embtables.ops.program import ProgramTensors
+from embtables.ops.reference import training_lock
 
 _library: list[Library] = []
 # Takes the gradients of weights (sparse, of distinct rows) and projections (dense) of a lookup, in their order.
@@ -182,10 +183,11 @@ class _Updated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        if ctx.collect is None:
-            torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
-        else:
-            ctx.collect(ctx.saved.gradients(grad))
+        with training_lock:
+            if ctx.collect is None:
+                torch.autograd.graph.increment_version(ctx.saved.update(grad, ctx.step))
+            else:
+                ctx.collect(ctx.saved.gradients(grad))
         return (None,) * 6
 
 
@@ -374,7 +376,8 @@ def update_rows(
     """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), grad.numel(), rows.numel())
-    _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
+    with training_lock:
+        _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

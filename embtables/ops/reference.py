@@ -6,6 +6,7 @@ Shapes: R rows, W width, N looked-up rows (duplicates included). Cost and memory
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from embtables.optimizers import rule_of
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
+# Held by whoever looks up in training or updates, so that of several threads each finds whole steps of the others.
+training_lock = threading.RLock()
 
 
 def split_step(state: Sequence[Tensor], kind: str) -> tuple[list[Tensor], Tensor]:
@@ -69,7 +72,8 @@ def update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyp
         return
     rows, summed = coalesce(index, grad)
     kept, step = split_step(state, rule)
-    update_rows(weight, kept, rows, summed, hyper, rule, step)
+    with training_lock:  # by itself in graphs
+        update_rows(weight, kept, rows, summed, hyper, rule, step)
 
 
 @torch.library.custom_op("embtables::lookup", mutates_args=())
@@ -98,9 +102,10 @@ before_updates: list[Callable[[Sequence[Tensor]], None]] = []
 
 def update_once(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
     """``update``, of which those are told first who have to know of a fused update."""
-    for prepare in before_updates:
-        prepare([weight])
-    update(weight, state, index, grad, hyper, rule)
+    with training_lock:
+        for prepare in before_updates:
+            prepare([weight])
+        update(weight, state, index, grad, hyper, rule)
 
 
 def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
@@ -165,9 +170,10 @@ def _(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: T
 
 
 def _step_of_some(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
-    for prepare in before_updates:
-        prepare([ctx.weight])
-    update_some(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
+    with training_lock:
+        for prepare in before_updates:
+            prepare([ctx.weight])
+        update_some(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
     return None, [None] * len(ctx.state), None, None, None, None
 
 
