@@ -35,6 +35,11 @@ def all_methods() -> list[Method]:
     return [from_config(kind) for kind in kinds()] + [from_config(v) for v in variants]
 
 
+def trained_methods() -> list[Method]:
+    """``all_methods`` but the one that without a budget stores nothing, and so has nothing to train."""
+    return [method for method in all_methods() if method.kind != "drop_feature"]
+
+
 def method_id(method: Method) -> str:
     settings = method.model_dump(exclude_defaults=True)
     return "-".join([method.kind, *(f"{k}={v}" for k, v in settings.items())])

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,25 @@ pytestmark = pytest.mark.skipif(ops.instructions() is None, reason="the native l
 
 METHODS = pytest.mark.parametrize("method", all_methods(), ids=method_id)
 OPTIMIZERS = [SGD(lr=0.1), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1), None]
-OPTIMIZER = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind if o else "none")
+
+
+def suits(method: Method, optimizer: Any) -> bool:
+    return not (method.kind == "robe" and optimizer is not None and optimizer.kind == "rowwise_adagrad")
+
+
+def pairs(optimizers: Sequence[Any]) -> pytest.MarkDecorator:
+    """Methods with optimizers, but for those that do not go together."""
+    each = [
+        pytest.param(method, optimizer, id=f"{method_id(method)}-{optimizer.kind if optimizer else 'none'}")
+        for method in all_methods()
+        for optimizer in optimizers
+        if suits(method, optimizer)
+    ]
+    return pytest.mark.parametrize(("method", "optimizer"), each)
+
+
+EVERY_PAIR = pairs(OPTIMIZERS)
+FUSED_PAIR = pairs([optimizer for optimizer in OPTIMIZERS if optimizer is not None])
 
 CONFIGS = [
     TableConfig("user", 4000, 16, on_out_of_range="hash", padding_idx=3),
@@ -59,10 +77,6 @@ def planned(method: str, optimizer: Any) -> Plan:
 
 def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
     return EmbeddingTables(planned(json.dumps(method.to_dict()), optimizer), seed=3, std=0.5, **options)
-
-
-def suits(method: Method, optimizer: Any) -> bool:
-    return not (method.kind == "robe" and optimizer is not None and optimizer.kind == "rowwise_adagrad")
 
 
 def jagged(tables: EmbeddingTables, batch: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -112,12 +126,9 @@ def step(tables: EmbeddingTables, arguments: tuple[Any, ...], seed: int, **optio
 # ---- against the reference -------------------------------------------------------------------------------------------
 
 
-@METHODS
-@OPTIMIZER
+@EVERY_PAIR
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
 def test_steps_equal_the_reference(method: Method, optimizer: Any, dtype: torch.dtype) -> None:
-    if not suits(method, optimizer):
-        return
     ours, reference = make(method, optimizer), make(method, optimizer)
     assert ours.lookups.ops == "native"
     for seed in range(3):
@@ -146,11 +157,8 @@ def test_bags_equal_the_reference(method: Method, weighted: bool, pooling: str) 
     assert_same(ours, reference)
 
 
-@METHODS
-@OPTIMIZER
+@EVERY_PAIR
 def test_outputs_one_by_one_equal_the_reference(method: Method, optimizer: Any) -> None:
-    if not suits(method, optimizer):
-        return
     ours, reference = make(method, optimizer), make(method, optimizer)
 
     def run(tables: EmbeddingTables, seed: int) -> dict[str, Tensor]:
@@ -256,14 +264,11 @@ def test_vectors_and_updates_equal_float64(kind: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@OPTIMIZER
-@METHODS
+@EVERY_PAIR
 def test_half_precision_is_as_close_to_float32_as_its_format(
     method: Method, optimizer: Any, dtype: torch.dtype
 ) -> None:
     """One step of tables in 16 bits: every weight within a few units in the last place of the step in 32 bits."""
-    if not suits(method, optimizer):
-        return
     half, single = make(method, optimizer).to(dtype), make(method, optimizer)
     weights_of = half.store.state_dict().items()
     single.store.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in weights_of})
@@ -273,8 +278,6 @@ def test_half_precision_is_as_close_to_float32_as_its_format(
     expected = single(ids)
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(out.float(), expected, rtol=3 * unit, atol=unit)
-    if not out.requires_grad:
-        return
     gradient = torch.randint(-4, 5, out.shape) / 8
     out.backward(gradient.to(dtype))
     expected.backward(gradient)
@@ -312,11 +315,8 @@ def test_conversions_round_to_nearest_and_ties_to_even() -> None:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@METHODS
-@OPTIMIZER
+@EVERY_PAIR
 def test_threads_leave_the_same_bits(method: Method, optimizer: Any) -> None:
-    if not suits(method, optimizer):
-        return
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
@@ -461,21 +461,13 @@ def test_the_graph_check_says_when_a_weight_changed_before_its_gradient_was_take
 # ---- between a lookup and its gradient -------------------------------------------------------------------------------
 
 
-FUSED = [optimizer for optimizer in OPTIMIZERS if optimizer is not None]
-
-
-@METHODS
-@pytest.mark.parametrize("optimizer", FUSED, ids=lambda o: o.kind)
+@FUSED_PAIR
 def test_two_lookups_before_a_backward(method: Method, optimizer: Any) -> None:
     """The second update must not read what the first one wrote: gradients are of the rows as they were looked up."""
-    if not suits(method, optimizer):
-        return
     ours, reference = make(method, optimizer), make(method, optimizer)
     for tables, name in ((ours, "native"), (reference, "reference")):
         with ops.using(name):
             first, second = tables(some_ids(tables, 100, 0)), tables(some_ids(tables, 100, 1))
-            if not first.requires_grad:
-                return
             (first * second).sum().backward()
     assert_same(ours, reference)
 

@@ -1,5 +1,6 @@
 """The code as ruff and mypy see it. `make format` cures most of what ruff says."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,48 @@ def test_ruff_format() -> None:
 @pytest.mark.slow
 def test_mypy() -> None:
     run("mypy")
+
+
+def returns(function: ast.FunctionDef) -> list[int]:
+    """The lines of a function's own ``return`` statements, not of those of functions inside it."""
+    found: list[int] = []
+    left: list[ast.AST] = list(function.body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Return):
+            found.append(node.lineno)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            left += ast.iter_child_nodes(node)
+    return found
+
+
+def early_returns(source: str) -> list[int]:
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return sorted(line for f in functions if f.name.startswith("test_") for line in returns(f))
+
+
+def test_no_test_passes_by_returning() -> None:
+    """One that returns before its end counts as passed; ``pytest.skip`` or fewer parameters say what was not done."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in early_returns(path.read_text())
+    ]
+    assert not found, "tests return early: " + ", ".join(found)
+
+
+def test_early_returns_are_found() -> None:
+    source = """
+def test_one():
+    if x:
+        return
+    def helper():
+        return 1
+    with y:
+        for z in w:
+            return
+
+def helper():
+    return
+"""
+    assert early_returns(source) == [4, 9]
