@@ -65,7 +65,7 @@ def read_text(
     Raises ValueError naming file and line where the file is binary, empty, not of the encoding, or ends inside a row.
     """
     line, any_rows = 1, False
-    for content, complete in read_ahead(_blocks(path, advance)):
+    for content, complete in read_ahead(_blocks(path, advance, BLOCK_BYTES)):
         num_lines = _count(content, b"\n")
         content = _as_utf8(content, path, line, layout.encoding)
         if b"\r" in content:
@@ -112,7 +112,7 @@ def read_lines(
     Raises ValueError naming file and line where the file is binary, damaged or not UTF-8 text.
     """
     number = 1
-    for content, _ in _blocks(path, advance):
+    for content, _ in _blocks(path, advance, BLOCK_BYTES):
         text = _as_utf8(content, path, number, "utf-8").decode()
         for line in text.split("\n")[:-1]:
             if line.strip():
@@ -140,9 +140,7 @@ def read_unpacked(
             yield content
 
 
-def _blocks(
-    path: Path, advance: Callable[[int], None], size: int = BLOCK_BYTES
-) -> Generator[tuple[bytes, bool], None, None]:
+def _blocks(path: Path, advance: Callable[[int], None], size: int) -> Generator[tuple[bytes, bool], None, None]:
     """Whole lines; False beside a last line that has no end."""
     rest = b""
     for content in read_unpacked(path, advance, size):

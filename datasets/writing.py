@@ -70,7 +70,7 @@ class Writer:
     A context: files are only complete when it has been left.
     """
 
-    def __init__(self, folder: Path, console: Console, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+    def __init__(self, folder: Path, console: Console, rows_per_shard: int) -> None:
         self.folder = folder
         self.console = console
         self.progress = Progress(
@@ -278,7 +278,7 @@ def _prepare_locked(
     try:
         described = [describe_input(path) for path in inputs]
         partial.mkdir()
-        with Writer(partial, console) as writer, writer.progress:
+        with Writer(partial, console, ROWS_PER_SHARD) as writer, writer.progress:
             fill(writer)
             writer.finish(kind, out.name, config, described)
         os.replace(partial, out)

@@ -26,3 +26,22 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no public data sets at {path}; set EMBTABLES_DATA to the folder that holds them")
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared data set, which nothing may change."""
+    from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
+
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    prepare_synthetic(folder, Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
+    return folder
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the cells of ``sweep_cases`` say what they do."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    monkeypatch.setenv("FAKE", str(folder))
+    return folder

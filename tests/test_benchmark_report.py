@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_benchmark_sweep import config_of, data, fake, read, run  # noqa: F401 (fixtures)
+from sweep_cases import config_of, read, run
 
 from embtables.cli.app import run as command_line
 from embtables.sweeps.report import line, markdown, sections, write_report

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
+from sweep_cases import CELL, config_of, fake_cell, read, run
 
+import embtables.sweeps.sweep as sweep_module
 from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
 from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
@@ -25,43 +27,6 @@ from embtables.sweeps.runner import Job, last_line, run_jobs, threads_per_job
 from embtables.sweeps.summary import summarize
 from embtables.sweeps.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
 from embtables.training.config import load_config
-
-CELL = Path(__file__).with_name("benchmark_cell.py")
-METHODS = with_baselines(parse_methods("hash"))
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    prepare_synthetic(folder, Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
-    return folder
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "fake"
-    folder.mkdir()
-    monkeypatch.setenv("FAKE", str(folder))
-    return folder
-
-
-def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
-    command = train_command(config, cell, run)
-    assert command[:4] == [sys.executable, "-m", "embtables", "train"]
-    return [sys.executable, str(CELL), *command[4:]]
-
-
-def config_of(data: Path, seeds: int = 2, budgets: str = "50%,1%,8", **flags: object) -> SweepConfig:
-    return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags), [])
-
-
-def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., list[str]] = fake_cell) -> list[dict]:
-    return run_sweep(config, out, jobs=jobs, console=Console(quiet=True), command=command)
-
-
-def read(out: Path) -> list[dict[str, str]]:
-    with (out / "results.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def started(fake: Path) -> list[str]:
@@ -279,7 +244,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import test_benchmark_sweep as t
+import sweep_cases as t
 t.run(t.config_of(Path({data!r}), seeds=1, budgets="50%"), Path({out!r}), jobs=2)
 """
 
@@ -543,7 +508,7 @@ def test_a_wrong_hyperparameter_costs_seconds(data: Path, tmp_path: Path, capfd:
 def test_variants_from_the_command_line(
     data: Path, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_sweep, "__kwdefaults__", {**run_sweep.__kwdefaults__, "command": fake_cell})
+    monkeypatch.setattr(sweep_module, "run_sweep", partial(run_sweep, command=fake_cell))
     flags = ["--variant", "one: {model.name: mlp, data.leave_out: [feature_0]}", "--variant", "two: {tables.l2: 0.1}"]
     flags += ["--preset", "bars", "--seeds", "1", "--out", str(tmp_path / "sweep")]
     assert main(["sweep", str(data), *flags]) == 0

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
-from test_benchmark_sweep import data  # noqa: F401 (fixture)
 
 import embtables
 from embtables.cli import app as cli
@@ -136,7 +135,7 @@ def test_pydantic_errors_name_the_field() -> None:
 
 
 @pytest.mark.core
-def test_plan_prints_bytes_within_the_budget(data: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_plan_prints_bytes_within_the_budget(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", str(data), "--method", "hash", "--budget", "10%"]
     assert run(arguments) == 0
     text = capfd.readouterr().out
@@ -167,11 +166,11 @@ def test_plan_prints_bytes_within_the_budget(data: Path, capfd: pytest.CaptureFi
         (["--method", "hash", "--budget", "10%", "--training-budget", "100"], "training budget"),
     ],
 )
-def test_plan_refuses(arguments: list[str], culprit: str, data: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_plan_refuses(arguments: list[str], culprit: str, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert culprit in error(["plan", str(data), *arguments], capfd)
 
 
-def test_data_that_is_missing_or_damaged(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_data_that_is_missing_or_damaged(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gone = str(tmp_path / "gone")
     assert gone in error(["plan", gone, "--method", "hash", "--budget", "10%"], capfd)
     broken = tmp_path / "broken"
@@ -198,7 +197,7 @@ def test_data_that_is_missing_or_damaged(data: Path, tmp_path: Path, capfd: pyte
 def test_sweep_refuses_before_it_writes(
     changes: dict[str, str],
     culprit: str,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -209,7 +208,7 @@ def test_sweep_refuses_before_it_writes(
 
 
 def test_sweep_refuses_a_directory_of_something_else(
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -224,7 +223,7 @@ def test_report_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_the_process_ends_with_the_code(data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_process_ends_with_the_code(data: Path, tmp_path: Path) -> None:
     done = call("plan", str(data), "--method", "hash", "--budget", "ten")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
     assert "\x1b" not in done.stderr  # no color into files
@@ -233,7 +232,7 @@ def test_the_process_ends_with_the_code(data: Path, tmp_path: Path) -> None:  # 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
-def test_a_reader_that_goes_is_no_error(data: Path) -> None:  # noqa: F811
+def test_a_reader_that_goes_is_no_error(data: Path) -> None:
     command = f"{sys.executable} -m embtables plan {data} --method hash --budget 10% --json | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout == "{" and done.stderr == ""

@@ -78,7 +78,7 @@ def check(data: PreparedDataset, expectation: dict[str, list[list[int]]]) -> Non
 @pytest.mark.parametrize("block_bytes", [2**24, 900])
 @pytest.mark.parametrize("form", ["plain", "gzip", "crlf"])
 def test_equals_a_plain_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, form: str) -> None:
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", block_bytes)
     rows = raw_rows(250)
     source = write(tmp_path / "train", rows, "\r\n" if form == "crlf" else "\n")
     if form == "gzip":
@@ -102,7 +102,7 @@ def test_random_split_streams_to_the_same_rows(tmp_path: Path, monkeypatch: pyte
     source = write(tmp_path / "train", raw_rows(400, days=1))
     config = Avazu(split="random", shares=(0.5, 0.25, 0.25), seed=2)
     first = prepare_avazu(source, tmp_path / "first", config)
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (999,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", 999)
     second = prepare_avazu(source, tmp_path / "second", config)
     assert all(first.read(split).equals(second.read(split)) for split in ("train", "valid", "test"))
     assert 150 < first.num_rows("train") < 250

@@ -74,7 +74,7 @@ def check(data: PreparedDataset, expectation: dict[str, list[list[float]]]) -> N
 @pytest.mark.parametrize("block_bytes", [2**24, 700])
 @pytest.mark.parametrize("form", ["plain", "gzip", "crlf", "no final newline"])
 def test_equals_a_plain_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, form: str) -> None:
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", block_bytes)
     rows = raw_rows(300)
     source = write(tmp_path / "train.txt", rows, "\r\n" if form == "crlf" else "\n")
     if form == "gzip":
@@ -107,7 +107,7 @@ def test_random_split_streams_to_the_same_rows(tmp_path: Path, monkeypatch: pyte
     source = write(tmp_path / "train.txt", rows)
     config = Criteo(split="random", shares=(0.5, 0.25, 0.25), seed=2)
     first = prepare_criteo(source, tmp_path / "first", config)
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (999,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", 999)
     second = prepare_criteo(source, tmp_path / "second", config)
     assert [first.num_rows(split) for split in ("train", "valid", "test")] == [
         second.num_rows(split) for split in ("train", "valid", "test")
@@ -210,7 +210,7 @@ def test_a_disk_too_small_for_the_rows_that_wait(tmp_path: Path, monkeypatch: py
 
 
 def test_a_wrong_file_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (2**16,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", 2**16)
     source = tmp_path / "train.txt"
     source.write_text("a,b,c\n" * 200_000)
     with pytest.raises(ValueError, match="rows read are malformed") as error:

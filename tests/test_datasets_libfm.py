@@ -58,7 +58,7 @@ def check(data: PreparedDataset, splits: dict[str, list[list[int]]], fields: lis
 
 @pytest.mark.parametrize("block_bytes", [2**24, 700])
 def test_frappe_equals_a_plain_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", block_bytes)
     splits = write(tmp_path / "frappe")
     data = prepare_libfm(tmp_path / "frappe", tmp_path / "out", LibFM(min_count=2))
     assert data.feature_names == FRAPPE and data.group_feature == "user" and data.slice_feature == "item"

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 
+import embtables.datasets.writing as writing_module
 from embtables.datasets import Batch, PreparedDataset
 from embtables.datasets import prepared as prepared_module
 from embtables.datasets.vocabulary import Vocabulary
@@ -66,7 +67,7 @@ def fill(writer: Writer) -> None:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreparedDataset:
     """Shards of 128 rows."""
-    monkeypatch.setattr(Writer.__init__, "__defaults__", (128,))
+    monkeypatch.setattr(writing_module, "ROWS_PER_SHARD", 128)
     return prepare(tmp_path / "lists", "test", {}, [], fill)
 
 

@@ -20,11 +20,11 @@ import polars as pl
 import pytest
 import torch
 
+import embtables.datasets.writing as writing_module
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.datasets import prepared as prepared_module
 from embtables.datasets.batch import Rows
 from embtables.datasets.prefetch import read_ahead
-from embtables.datasets.writing import Writer
 
 
 def threads() -> list[str]:
@@ -124,7 +124,7 @@ def spare_core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreparedDataset:
     """Ten shards of 100 training rows."""
-    monkeypatch.setattr(Writer.__init__, "__defaults__", (100,))
+    monkeypatch.setattr(writing_module, "ROWS_PER_SHARD", 100)
     toy = Synthetic(rows=1250, cardinalities=(50, 20), num_dense=2, shares=(0.8, 0.1, 0.1))
     found = prepare_synthetic(tmp_path / "toy", toy)
     monkeypatch.setattr(prepared_module, "WINDOW_BYTES", 1)  # a window is a shard

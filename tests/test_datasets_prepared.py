@@ -41,7 +41,7 @@ def number_rows(writer: Writer) -> None:
 @pytest.fixture
 def numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreparedDataset:
     """Shards of 128 rows."""
-    monkeypatch.setattr(Writer.__init__, "__defaults__", (128,))
+    monkeypatch.setattr(writing_module, "ROWS_PER_SHARD", 128)
     return prepare(tmp_path / "numbered", "test", {}, [], number_rows)
 
 

@@ -101,7 +101,7 @@ def test_amazon_equals_a_plain_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     splits = write(tmp_path / "AmazonElectronics_x1", amazon, {"train": 300, "test": 120})
-    monkeypatch.setattr(text_module._blocks, "__defaults__", (5000,))
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", 5000)
     config = Reczoo(check_md5=False)
     data = prepare_reczoo(tmp_path / "AmazonElectronics_x1", tmp_path / "out", config, progress=True)
     assert data.feature_names == ["item_id", "cate_id"] and data.dense_features == []

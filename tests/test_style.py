@@ -71,3 +71,15 @@ def helper():
     return
 """
     assert early_returns(source) == [4, 9]
+
+
+def test_test_modules_import_none_of_the_others() -> None:
+    """What several of them need is in ``conftest.py`` or in a module of cases."""
+    found = []
+    modules = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{path.name}: {name}" for name in names if name.removeprefix("tests.") in modules]
+    assert not found, "test modules import test modules: " + ", ".join(found)

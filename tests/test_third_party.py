@@ -11,27 +11,18 @@ from typing import Any
 import pytest
 import torch
 from core_cases import counted_bytes, random_ids
+from third_party_cases import FOLDER, install
 
 import embtables.methods as methods
 from embtables import EmbeddingTables, InfeasibleBudget, Plan, TableConfig, plan
 from embtables.tables.reading import block_of
 
-FOLDER = Path(__file__).parent / "third_party"
 CLASSES = {"tensor_train": "TensorTrain", "deep_hash": "DeepHash", "hot_cold": "HotCold"}
 KINDS = pytest.mark.parametrize("kind", CLASSES)
 TABLES = [
     TableConfig("user", 3000, 8, padding_idx=0),
     TableConfig("item", 2000, 8, feature_names=["item", "history"], pooling="mean"),
 ]
-
-
-def install(site: Path, name: str, points: dict[str, str], group: str = methods.GROUP) -> None:
-    """What pip leaves in site-packages of a package with entry points."""
-    info = site / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    lines = [f"{key} = {value}" for key, value in points.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from core_cases import counted_bytes, random_ids
-from test_third_party import FOLDER, install
+from third_party_cases import FOLDER, install
 from torch import Tensor
 
 from embtables import EmbeddingTables, Plan, TableConfig, ops, optimizers, plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
 import random
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from training_cases import assert_weights, config_of, curve_of, weights_of
 
 from embtables import EmbeddingTables
 from embtables.cli.app import run as main
@@ -57,20 +57,6 @@ def log(tmp_path_factory):
     frame.write_csv(folder / "log.csv")
     options = Interactions(context=("device",), negatives=Negatives(1, "uniform"), log=LogOptions(history=8))
     return prepare_interactions(folder / "log.csv", folder / "data", options)
-
-
-def config_of(*overrides, **named):
-    small = ["training.batch_size=400", "training.epochs=2", "tables.embedding_dim=4", "training.patience=null"]
-    return load_config(overrides=[*small, *overrides], **named)
-
-
-def curve_of(out):
-    with (out / "validation.csv").open() as file:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def weights_of(out):
-    return torch.load(out / "checkpoint" / "last.pt", weights_only=True)["state"]["model"]
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
@@ -244,12 +230,6 @@ def by_hand(config, data, *, clip=None, l2=0.0):
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
     return model.state_dict()
-
-
-def assert_weights(found, wanted, **tolerance):
-    for name in wanted:
-        if not name.endswith("extra_state"):
-            torch.testing.assert_close(found[name], wanted[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
 def test_a_clipped_run_is_that_of_a_loop_by_hand(toy, tmp_path):

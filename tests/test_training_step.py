@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training_options import assert_weights, config_of, curve_of, weights_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_cases import assert_weights, config_of, curve_of, weights_of
 
 from embtables import EmbeddingTables, TableConfig, plan
 from embtables.datasets import Batch, Synthetic, prepare_synthetic

@@ -1,0 +1,36 @@
+"""Small sweeps, whose cells a script fabricates."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from embtables.sweeps.cells import Cell, parse_methods, with_baselines
+from embtables.sweeps.sweep import SweepConfig, describe, run_sweep, train_command
+from embtables.training.config import load_config
+
+CELL = Path(__file__).with_name("benchmark_cell.py")
+METHODS = with_baselines(parse_methods("hash"))
+
+
+def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
+    command = train_command(config, cell, run)
+    assert command[:4] == [sys.executable, "-m", "embtables", "train"]
+    return [sys.executable, str(CELL), *command[4:]]
+
+
+def config_of(data: Path, seeds: int = 2, budgets: str = "50%,1%,8", **flags: object) -> SweepConfig:
+    return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags), [])
+
+
+def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., list[str]] = fake_cell) -> list[dict]:
+    return run_sweep(config, out, jobs=jobs, console=Console(quiet=True), command=command)
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
