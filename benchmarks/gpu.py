@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from benchmarks import machine
 from benchmarks.workload import Workload, sizes
 from embtables import EmbeddingTables, TableConfig, plan
+from embtables.formats import FP32, weight_name
 from embtables._util.files import replacing
 from embtables.ops import gpu
 
@@ -102,8 +103,8 @@ def ours(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
 
     def build(rule: str) -> list[Contestant]:
         module = EmbeddingTables(plan(tables, "full", optimizer=rule), device=data.device)
-        weight = getattr(module.store, f"weight_{data.work.dim}")
-        state, hyper, hook = module.store._state(f"weight_{data.work.dim}"), module.store._hyper, module.store._hook
+        store, name = module.store, weight_name(FP32.name, data.work.dim)
+        weight, state, hyper, hook = store.tensor(name), store.state_for_step(name), store.hyper, store.hook
 
         def look_up(batch: int) -> None:
             with torch.no_grad():

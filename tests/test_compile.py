@@ -66,8 +66,33 @@ def test_a_graph_refuses_ids_out_of_range(how: str) -> None:
     ids[3, 1] = 300
     assert torch.equal(graph(ids), tables(ids))
     ids[5, 0] = -2
-    with pytest.raises(IndexError, match="feature 'user' holds id -2, but table 'user' has the ids 0 … 4999"):
+    # What is exported runs where this package is not, with PyTorch's own check, which cannot show an id.
+    error, message = (
+        (IndexError, "feature 'user' holds id -2, but table 'user' has the ids 0 … 4999")
+        if how == "compiled"
+        else (RuntimeError, "an id is out of range; the ids of the features: 'user' 0 … 4999")
+    )
+    with pytest.raises(error, match=message):
         graph(ids)
+
+
+@pytest.mark.parametrize("pending", ["compositional", "multi_hash"])
+@pytest.mark.parametrize("l2", [0.0, 0.3])  # the operator of whole lookups, and that of rows
+def test_compiled_steps_while_another_lookup_waits_for_its_backward(pending: str, l2: float) -> None:
+    """Of a product of rows, which has to know of all updates; compiling has no memory at which it could see them."""
+    waiting = make(pending, "sgd")
+    twin = copy.deepcopy(waiting)
+    ids = torch.randint(300, (32, 2), generator=torch.Generator().manual_seed(0))
+    output, expected = (tables(ids).square().sum() for tables in (waiting, twin))
+    tables = make("hash", "adagrad")
+    tables.regularize(l2, {table.name: range(table.num_embeddings or 0) for table in TABLES})
+    start = tables.to_dense("user")
+    torch.compile(tables, fullgraph=True, backend="aot_eager")(ids).square().sum().backward()
+    assert not torch.equal(tables.to_dense("user"), start)
+    for loss in (output, expected):
+        loss.backward()
+    for (name, weight), (_, other) in zip(waiting.store.named_slabs(), twin.store.named_slabs()):
+        assert torch.equal(weight, other), name
 
 
 @pytest.mark.parametrize("optimizer", [None, "adagrad"])

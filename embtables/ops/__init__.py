@@ -42,7 +42,6 @@ from embtables.ops.reference import (
     gather,
     training_lock,
     update,
-    update_once,
     update_rows,
 )
 
@@ -71,7 +70,6 @@ __all__ = [
     "training_lock",
     "update",
     "update_in_backward",
-    "update_once",
     "update_rows",
     "using",
 ]

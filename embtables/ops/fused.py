@@ -16,7 +16,7 @@ from torch import Tensor
 from embtables.ops.ids import raise_for_id
 from embtables.ops.native import Library, LookupArgs, Refused, has_native_form
 from embtables.ops.program import ProgramTensors
-from embtables.ops.reference import training_lock
+from embtables.ops.reference import training_lock, updating
 
 _library: list[Library] = []
 # Takes the gradients of weights (sparse, of distinct rows) and projections (dense) of a lookup, in their order.
@@ -376,7 +376,7 @@ def update_rows(
     """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), grad.numel(), rows.numel())
-    with training_lock:
+    with updating([*weights, *projections]):
         _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
 
 
