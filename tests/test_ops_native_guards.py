@@ -32,7 +32,7 @@ from embtables.lookup.recipe import (
 )
 from embtables.lookup.store import Store
 from embtables.ops import native, reference
-from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS
+from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS
 from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
@@ -67,6 +67,7 @@ FORM = Form(
     codes=(
         Code("rank", (120,), "int32", "index"),
         Code("short", (99,), "int32", "index"),
+        Code("wide rank", (120,), "int64", "index"),
         Code("codes", (120, 3), "uint8", "codes"),
         Code("offsets", (101,), "int16", "codes"),
         Code("values", (500,), "int64", "codes"),
@@ -93,11 +94,16 @@ NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
     (Recipe("mean", (Hashed("small", 0, sign_seed=0), Hashed("wide", 1))), TABLE),
     (Recipe("alternatives", (Range("small"), Range("narrow", "p"))), TABLE),
     (concat(Row("narrow"), projection="p"), TABLE._replace(num_embeddings=50)),
+    (concat(Row("wide"), ranks=Ranks("wide rank")), TABLE),
+    (concat(Coded("small", "codes", 2, first=20)), TABLE),
+    (concat(Coded("narrow", "codes"), Coded("narrow", "codes", 1), ranks=Ranks("rank")), TABLE),
+    (Recipe("mean", (Listed("small", "offsets", "values", 4),)), TABLE),
+    (Recipe("sum", (Listed("small", "offsets", "values", 4),), projection="square"), TABLE),
+    (Recipe("sum", (Hashed("small", 1), Hashed("wide", 2, sign_seed=3)), projection="square"), TABLE),
+    (Recipe("product", (Hashed("narrow", 1), Coded("narrow", "codes")), projection="p"), TABLE),
 ]
 LEFT_TO_PYTORCH: list[tuple[Recipe, InputSpec]] = [
-    (concat(Coded("small", "codes", 2, first=20)), TABLE),
-    (Recipe("mean", (Listed("small", "offsets", "values", 4),)), TABLE),
-    (Recipe("sum", (Hashed("small", 1), Hashed("wide", 2)), projection="square"), TABLE),
+    (concat(CircularBlock("scalars", 3, 4), projection="p"), TABLE),
 ]
 BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("which is not one of concat, sum", Recipe("max", (Row("wide"),)), TABLE),  # type: ignore[arg-type]
@@ -128,6 +134,9 @@ BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("from 0 on for 100 ids, but it has 99", concat(Row("wide"), ranks=Ranks("short")), TABLE),
     ("from 21 on for 100 ids, but it has 120", concat(Row("wide"), ranks=Ranks("rank", 21)), TABLE),
     ("for None ids", concat(Hashed("wide", 1), ranks=Ranks("rank")), WITHOUT_VOCABULARY),
+    ("reads the code 'codes' as one integer per entry, but it has 3", concat(Row("wide"), ranks=Ranks("codes")), TABLE),
+    ("'codes' as one integer per entry", Recipe("sum", (Listed("wide", "codes", "values", 3),)), TABLE),
+    ("'codes' as one integer per entry", Recipe("sum", (Listed("wide", "offsets", "codes", 3),)), TABLE),
     ("reads column 3 of the code 'codes', which has 3", concat(Coded("wide", "codes", 3)), TABLE),
     ("from 21 on for 100 ids, but it has 120", concat(Coded("wide", "codes", first=21)), TABLE),
     ("from 1 on for 100 ids, but it has 101", Recipe("sum", (Listed("wide", "offsets", "values", 3, 1),)), TABLE),
@@ -150,12 +159,21 @@ def test_recipes_that_stay_within_their_slabs_are_compiled(recipe: Recipe, spec:
     assert program is not None
     widths, projections = len(program.widths), len(program.projections)
     expected = 6 + LOOKUP_WORDS + len(recipe.addresses) * PIECE_WORDS + 2 * (widths + 1) + 2 * projections
+    expected += len(program.codes) * CODE_WORDS
     assert program.words.numel() == expected
 
 
 @pytest.mark.parametrize("recipe, spec", LEFT_TO_PYTORCH)
 def test_what_native_code_does_not_have_is_left_to_pytorch(recipe: Recipe, spec: InputSpec) -> None:
     assert compiled(recipe, spec) is None
+
+
+def test_codes_of_a_type_that_native_code_does_not_read_are_left_to_pytorch() -> None:
+    store = Store([FORM], None)
+    assert is_native(concat(Coded("small", "codes")), store)
+    store.code_3 = store.code_3.to(torch.int8)
+    assert store.code("codes").dtype == torch.int8
+    assert not is_native(concat(Coded("small", "codes")), store)
 
 
 @pytest.mark.parametrize("reason, recipe, spec", BAD)

@@ -25,11 +25,12 @@ from embtables.lookup.recipe import (
     Row,
 )
 from embtables.lookup.store import Store
-from embtables.ops.program import POLICIES, UNBOUNDED
+from embtables.ops.program import CODE_DTYPES, POLICIES, UNBOUNDED
 
 _Refuse: TypeAlias = Callable[[str], NoReturn]
 _COMBINATIONS = {"concat": 0, "sum": 1, "mean": 2, "product": 3, "alternatives": 4}
-_ADDRESSES: dict[type, int] = {Row: 0, Range: 0, Hashed: 1, Digit: 2, Capped: 3, CircularBlock: 4}
+_OF_LISTS = {"sum": 5, "mean": 6}
+_ADDRESSES: dict[type, int] = {Row: 0, Range: 0, Hashed: 1, Digit: 2, Capped: 3, CircularBlock: 4, Coded: 5, Listed: 6}
 
 
 class InputSpec(NamedTuple):
@@ -68,12 +69,10 @@ class Program(NamedTuple):
 
 def is_native(recipe: Recipe, store: Store) -> bool:
     """Whether native code has what a recipe needs; PyTorch looks up the others."""
-    if any(isinstance(address, (Coded, Listed)) for address in recipe.addresses):
+    if any(store.code(name).dtype not in CODE_DTYPES for name in recipe.codes()):
         return False
-    if recipe.ranks is not None and store.code(recipe.ranks.code).dtype != torch.int32:
-        return False
-    # A projection of one row is an alternative that all ids have.
-    return recipe.projection is None or (len(recipe.addresses) == 1 and isinstance(recipe.addresses[0], Row))
+    # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
+    return recipe.projection is None or not any(isinstance(address, CircularBlock) for address in recipe.addresses)
 
 
 def compile_program(
@@ -95,10 +94,12 @@ def compile_program(
     num_pieces = 0
     rows_of_feature = [0] * num_features
     for spec, recipe in lookups:
-        alternatives = recipe.combine == "alternatives" or recipe.projection is not None
-        num_rows = 1 if alternatives else len(recipe.addresses)
+        operation, num_rows = _operation(recipe)
+        alternatives = operation == _COMBINATIONS["alternatives"]
         rows_of_feature[spec.column] += num_rows
         size, ranks = spec.num_embeddings, recipe.ranks
+        # An alternative has its projection with its piece.
+        projection = None if alternatives else recipe.projection
         lookup_words += [
             spec.column,
             UNBOUNDED if size is None else size,
@@ -107,19 +108,21 @@ def compile_program(
             -1 if spec.padding_idx is None else spec.padding_idx,
             int(spec.padding_idx is not None),
             spec.embedding_dim,
-            _COMBINATIONS["alternatives" if alternatives else recipe.combine],
+            operation,
             num_pieces,
             len(recipe.addresses),
             num_rows,
             -1 if ranks is None else codes.index(ranks.code),
             0 if ranks is None else ranks.first,
+            spec.embedding_dim if projection is None else store.extra_shapes()[projection][0],
+            -1 if projection is None else projections.index(projection),
         ]
         num_pieces += len(recipe.addresses)
         column, before = 0, 0
         for address in recipe.addresses:
             width, rows, start = store.width(address.slab), store.rows(address.slab), store.start(address.slab)
             scalars = address.scalars if isinstance(address, CircularBlock) else width
-            a, b = 0, 0
+            a, b, code, values = 0, 0, -1, -1
             if isinstance(address, Row):
                 start, a = start + address.first, UNBOUNDED
             elif isinstance(address, Range):
@@ -131,8 +134,13 @@ def compile_program(
                 a, b = address.divisor, rows
             elif isinstance(address, Capped):
                 a = rows - 1
+            elif isinstance(address, Coded):
+                a, b = address.first * _columns(store.code(address.code)) + address.column, rows
+                code = codes.index(address.code)
+            elif isinstance(address, Listed):
+                a, b, code, values = address.first, rows, codes.index(address.offsets), codes.index(address.values)
             sign_seed = getattr(address, "sign_seed", None)
-            projection = address.projection if isinstance(address, Range) else recipe.projection
+            own = address.projection if isinstance(address, Range) else recipe.projection if alternatives else None
             piece_words += [
                 _ADDRESSES[type(address)],
                 widths.index(width),
@@ -143,7 +151,9 @@ def compile_program(
                 column,
                 int(sign_seed is not None),
                 sign_seed or 0,
-                -1 if projection is None else projections.index(projection),
+                -1 if own is None else projections.index(own),
+                code,
+                values,
             ]
             column += scalars if recipe.combine == "concat" else 0
     weight_words: list[int] = []
@@ -153,10 +163,31 @@ def compile_program(
         start += store.weight_rows()[width]
     weight_words += [0, start]
     projection_words = [n for name in projections for n in store.extra_shapes()[name]]
+    code_words = [
+        word for code in map(store.code, codes) for word in (code.element_size(), _columns(code), code.numel())
+    ]
     counts = [num_features, len(lookups), num_pieces, len(widths), len(projections), len(codes)]
-    words = torch.tensor([*counts, *lookup_words, *piece_words, *weight_words, *projection_words], dtype=torch.int64)
+    sections = [*counts, *lookup_words, *piece_words, *weight_words, *projection_words, *code_words]
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
+    words = torch.tensor(sections, dtype=torch.int64)
     return Program(words, tuple(widths), tuple(projections), tuple(codes), total, most)
+
+
+def _operation(recipe: Recipe) -> tuple[int, int]:
+    """The number of the operation that combines a recipe's values, and how many addresses an id has."""
+    first = recipe.addresses[0] if recipe.addresses else None
+    if isinstance(first, Listed):
+        return _OF_LISTS[recipe.combine], first.longest
+    # A projection of one row is an alternative that all ids have.
+    projects_a_row = recipe.projection is not None and len(recipe.addresses) == 1 and isinstance(first, Row)
+    if recipe.combine == "alternatives" or projects_a_row:
+        return _COMBINATIONS["alternatives"], 1
+    return _COMBINATIONS[recipe.combine], len(recipe.addresses)
+
+
+def _columns(code: Tensor) -> int:
+    """How many integers of a code buffer an id has."""
+    return prod(code.shape[1:])
 
 
 # ---- what lookups take for granted ---------------------------------------------------------------------------------
@@ -194,13 +225,18 @@ def _check_codes(recipe: Recipe, num_ids: int | None, store: Store, refuse: _Ref
             refuse(f"reads the code '{name}', which its layout does not have")
         if store.code(name).is_floating_point():
             refuse(f"reads the code '{name}', which is not a buffer of integers")
+    flat = [] if recipe.ranks is None else [recipe.ranks.code]
+    flat += [name for a in recipe.addresses if isinstance(a, Listed) for name in (a.offsets, a.values)]
+    for name in flat:
+        if _columns(store.code(name)) != 1:
+            refuse(f"reads the code '{name}' as one integer per entry, but it has {_columns(store.code(name))}")
     needed: list[tuple[str, int, int]] = []  # name, first element, how many more than one per id
     if recipe.ranks is not None:
         needed.append((recipe.ranks.code, recipe.ranks.first, 0))
     for address in recipe.addresses:
         if isinstance(address, Coded):
             needed.append((address.code, address.first, 0))
-            columns = prod(store.code(address.code).shape[1:])
+            columns = _columns(store.code(address.code))
             if not 0 <= address.column < columns:
                 refuse(f"reads column {address.column} of the code '{address.code}', which has {columns}")
         elif isinstance(address, Listed):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from embtables._util.allocator import keep_freed_memory
-from embtables.ops.program import LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
+from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
 from embtables.ops.reference import split_step, updating
 from embtables.optimizers import rule_of
 
@@ -104,8 +104,9 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 3
-    for size in (*map(ctypes.sizeof, (_Call, _Gather, _RowUpdate)), 8 * LOOKUP_WORDS, 8 * PIECE_WORDS):
+    version = 4
+    structs = map(ctypes.sizeof, (_Call, _Gather, _RowUpdate))
+    for size in (*structs, 8 * LOOKUP_WORDS, 8 * PIECE_WORDS, 8 * CODE_WORDS):
         version = version * 1000 + size
     return version
 

@@ -13,8 +13,10 @@ UNBOUNDED = 2**62
 # How the ids of a bag become one vector: not at all, or so.
 POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
-# How many words ``csrc/program.h`` has for a lookup and for a piece.
-LOOKUP_WORDS, PIECE_WORDS = 13, 10
+# How many words ``csrc/program.h`` has for a lookup, for a piece and for a code.
+LOOKUP_WORDS, PIECE_WORDS, CODE_WORDS = 15, 12, 3
+# The types of code buffers that native code reads.
+CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class ProgramTensors(NamedTuple):

@@ -110,6 +110,8 @@ inline float hash_sign(int64_t id, int64_t seed) {
 // Lookups are worked on some ids at a time: while the rows of one lookup are found and on their way, so are the next's.
 constexpr int64_t BLOCK_OF_IDS = 64;
 
+inline bool is_list(const Lookup& lookup) { return lookup.operation == LIST_SUM || lookup.operation == LIST_MEAN; }
+
 inline int64_t id_at(const Call& call, int64_t place) {
     return call.id_bytes == 4 ? static_cast<const int32_t*>(call.ids)[place] : static_cast<const int64_t*>(call.ids)[place];
 }
@@ -146,21 +148,75 @@ inline bool in_range(const Call& call, const Lookup& lookup, int64_t first, int6
     return true;
 }
 
+// Calls f with the integers of a code.
+template <class F>
+inline void with_code(const Program& program, const Call& call, int64_t code, const F& f) {
+    const void* codes = call.codes[code];
+    switch (program.codes[code].bytes) {
+        case 1: return f(static_cast<const uint8_t*>(codes));
+        case 2: return f(static_cast<const int16_t*>(codes));
+        case 4: return f(static_cast<const int32_t*>(codes));
+        default: return f(static_cast<const int64_t*>(codes));
+    }
+}
+
+// A row that a code names: never one beside the slab.
+inline int64_t row_within(const Piece& piece, int64_t row) {
+    return static_cast<uint64_t>(row) < static_cast<uint64_t>(piece.b) ? row : 0;
+}
+
+// The rows of the lists of n ids, each followed by NOTHING up to the longest.
+template <class T>
+inline void address_lists(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
+                          const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride) {
+    const Piece& piece = program.pieces[lookup.first_piece];
+    const Weight& weight = program.weights[piece.weight];
+    const T* slab = static_cast<const T*>(call.weights[piece.weight]) + piece.base * weight.width;
+    const int64_t base = weight.start + piece.base, length = program.codes[piece.values].length;
+    int64_t begin[BLOCK_OF_IDS], count[BLOCK_OF_IDS];
+    with_code(program, call, piece.code, [&](auto* offsets) {
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t place = piece.a + x[i];
+            const int64_t from = offsets[place], to = std::min<int64_t>(offsets[place + 1], length);
+            begin[i] = from;
+            count[i] = from < 0 || from >= to ? 0 : std::min(to - from, lookup.num_rows);
+        }
+    });
+    with_code(program, call, piece.values, [&](auto* values) {
+        for (int64_t i = 0; i < n; ++i) {
+            int64_t* own = rows + i * stride;
+            const bool pads = lookup.has_padding && skip[i];
+            const int64_t there = pads ? 0 : count[i];
+            for (int64_t c = 0; c < there; ++c) {
+                const int64_t row = row_within(piece, values[begin[i] + c]);
+                own[c] = base + row;
+                const char* at = reinterpret_cast<const char*>(slab + row * weight.width);
+                for (int64_t byte = 0; byte < weight.width * static_cast<int64_t>(sizeof(T)); byte += 64)
+                    __builtin_prefetch(at + byte);
+            }
+            for (int64_t c = there; c < lookup.num_rows; ++c) own[c] = pads ? PADDING : NOTHING;
+        }
+    });
+}
+
 // The addresses of n ids; rows has n * num_rows of them, `stride` from id to id.
 template <class T>
 inline void address(const Program& program, const Call& call, const Lookup& lookup, int64_t* x, const uint8_t* skip,
                     int64_t n, int64_t* rows, int64_t stride) {
     if (lookup.code >= 0) {
-        const int32_t* ranks = call.codes[lookup.code] + lookup.ranks_from;
         const uint64_t end = static_cast<uint64_t>(lookup.size + (lookup.policy == OOV));
         bool outside = false;
-        for (int64_t i = 0; i < n; ++i) {
-            x[i] = ranks[x[i]];
-            outside |= static_cast<uint64_t>(x[i]) >= end;
-        }
+        with_code(program, call, lookup.code, [&](auto* ranks) {
+            ranks += lookup.ranks_from;
+            for (int64_t i = 0; i < n; ++i) {
+                x[i] = ranks[x[i]];
+                outside |= static_cast<uint64_t>(x[i]) >= end;
+            }
+        });
         if (outside)  // the ranks are damaged, and must not lead out of the weights
             for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint64_t>(x[i]) < end ? x[i] : 0;
     }
+    if (is_list(lookup)) return address_lists<T>(program, call, lookup, x, skip, n, rows, stride);
     const Piece* pieces = program.pieces + lookup.first_piece;
     int64_t found[BLOCK_OF_IDS];
     for (int64_t c = 0; c < lookup.num_rows; ++c) {
@@ -204,6 +260,14 @@ inline void address(const Program& program, const Call& call, const Lookup& look
                 case CUT:
                     for (int64_t i = 0; i < n; ++i) found[i] = base + (x[i] < piece.a ? x[i] : piece.a);
                     break;
+                case CODED: {
+                    const int64_t columns = program.codes[piece.code].columns;
+                    with_code(program, call, piece.code, [&](auto* codes) {
+                        for (int64_t i = 0; i < n; ++i)
+                            found[i] = base + row_within(piece, codes[piece.a + x[i] * columns]);
+                    });
+                    break;
+                }
                 default:
                     for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
             }
@@ -216,7 +280,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
             }
         }
         if (lookup.has_padding)
-            for (int64_t i = 0; i < n; ++i) found[i] = skip[i] ? -1 : found[i];
+            for (int64_t i = 0; i < n; ++i) found[i] = skip[i] ? PADDING : found[i];
         for (int64_t i = 0; i < n; ++i) rows[i * stride + c] = found[i];
     }
 }
@@ -252,16 +316,38 @@ inline const Piece& alternative_of(const Program& program, const Lookup& lookup,
     return *piece;
 }
 
-// The vector of an id, v [D]; `id` is what signs are hashed from.
+// Where the gradient of row c of an id lies among the id's own values, and where keep_rows puts the row.
+inline int64_t own_column(const Program& program, const Lookup& lookup, int64_t c) {
+    return lookup.operation == CONCAT ? program.pieces[lookup.first_piece + c].column : c * lookup.inner;
+}
+
+// v [dim] = row [width] · projection.
+template <class T, int D, class Row>
+inline void project_one(const T* projection, const Row* row, int64_t width, int64_t dim, float* __restrict v) {
+    each<D, T>(dim, [&](int64_t d, auto n) {
+        auto sum = load(row) * get<n>(projection + d);
+        for (int64_t j = 1; j < width; ++j) sum += load(row + j) * get<n>(projection + j * dim + d);
+        put<n>(v + d, sum);
+    });
+}
+
+// The rows of an id's list come before NOTHING.
+inline int64_t list_length(const Lookup& lookup, const int64_t* rows) {
+    int64_t count = 0;
+    while (count < lookup.num_rows && rows[count] >= 0) ++count;
+    return count;
+}
+
+// The values at an id's addresses, of which there is at least one, combined: v [inner]. `id` is what signs are hashed
+// from; `saved`: the rows, from keep_rows, where the weights have others by now.
 template <class T, int D>
-inline void vector_of(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows, int64_t id,
-                      float* __restrict v) {
-    const int64_t dim = fixed<D>(lookup.dim);
+__attribute__((always_inline)) inline void combine(const Program& program, const Call& call, const Lookup& lookup,
+                                                   const int64_t* rows, int64_t id, const T* saved, float* __restrict v) {
+    const int64_t dim = fixed<D>(lookup.inner);
     const Piece* pieces = program.pieces + lookup.first_piece;
-    if (lookup.num_pieces == 0 || rows[0] < 0) {
-        for (int64_t d = 0; d < dim; ++d) v[d] = 0;
-        return;
-    }
+    auto row_at = [&](const Piece& piece, int64_t c) {
+        return saved ? saved + own_column(program, lookup, c) : row_of<T>(program, call, piece.weight, rows[c]);
+    };
     switch (lookup.operation) {
         case CONCAT:
             for (int64_t c = 0; c < lookup.num_pieces; ++c) {
@@ -282,7 +368,7 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
                         out[o] = sign * load(scalars - offset + (offset + o) % piece.b);
                     continue;
                 }
-                const T* row = row_of<T>(program, call, piece.weight, rows[c]);
+                const T* row = row_at(piece, c);
                 if (piece.width == dim) {
                     each<D, T>(dim, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
                 } else {
@@ -295,7 +381,7 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
         case SUM:
         case MEAN:
             for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-                const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                const T* row = row_at(pieces[c], c);
                 const float sign = pieces[c].has_sign ? hash_sign(id, pieces[c].sign_seed) : 1.0f;
                 each<D, T>(dim, [&](int64_t d, auto n) {
                     const auto value = sign * get<n>(row + d);
@@ -308,12 +394,25 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
             }
             break;
         case MULT: {
-            const T* first = row_of<T>(program, call, pieces[0].weight, rows[0]);
-            const T* second = row_of<T>(program, call, pieces[1].weight, rows[1]);
+            const T* first = row_at(pieces[0], 0);
+            const T* second = row_at(pieces[1], 1);
             each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(first + d) * get<n>(second + d)); });
             for (int64_t c = 2; c < lookup.num_pieces; ++c) {
-                const T* row = row_of<T>(program, call, pieces[c].weight, rows[c]);
+                const T* row = row_at(pieces[c], c);
                 each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(row + d)); });
+            }
+            break;
+        }
+        case LIST_SUM:
+        case LIST_MEAN: {
+            const int64_t count = list_length(lookup, rows);
+            for (int64_t c = 0; c < count; ++c) {
+                const T* row = row_at(pieces[0], c);
+                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, c ? get<n>(v + d) + get<n>(row + d) : get<n>(row + d)); });
+            }
+            if (lookup.operation == LIST_MEAN) {
+                const float divisor = static_cast<float>(count);
+                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) / divisor); });
             }
             break;
         }
@@ -324,14 +423,38 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
                 each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(row + d)); });
                 break;
             }
-            const T* projection = static_cast<const T*>(call.projections[piece.projection]);
-            each<D, T>(dim, [&](int64_t d, auto n) {
-                auto sum = load(row) * get<n>(projection + d);
-                for (int64_t j = 1; j < piece.width; ++j) sum += load(row + j) * get<n>(projection + j * dim + d);
-                put<n>(v + d, sum);
-            });
+            project_one<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, v);
         }
     }
+}
+
+// The combination of a lookup that goes on to its projection: of any width, so that it is compiled once.
+template <class T>
+__attribute__((noinline)) void combine_inner(const Program& program, const Call& call, const Lookup& lookup,
+                                             const int64_t* rows, int64_t id, const T* saved, float* u) {
+    with_dim<T>(lookup.inner, [&](auto width) { combine<T, width.value>(program, call, lookup, rows, id, saved, u); });
+}
+
+// The vector of an id, v [D]; `u` has room for its combination where a projection follows.
+template <class T, int D>
+inline void vector_of(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows, int64_t id,
+                      float* __restrict v, float* __restrict u) {
+    const int64_t dim = fixed<D>(lookup.dim);
+    if (lookup.num_pieces == 0 || rows[0] < 0) {
+        for (int64_t d = 0; d < dim; ++d) v[d] = 0;
+        return;
+    }
+    if (lookup.projection < 0) return combine<T, D>(program, call, lookup, rows, id, nullptr, v);
+    combine_inner<T>(program, call, lookup, rows, id, nullptr, u);
+    project_one<T, D>(static_cast<const T*>(call.projections[lookup.projection]), u, lookup.inner, dim, v);
+}
+
+// Room that ids of any lookup need beside their vectors for combinations that a projection follows.
+inline int64_t widest_inner(const Program& program) {
+    int64_t widest = 0;
+    for (int64_t l = 0; l < program.num_lookups; ++l)
+        if (program.lookups[l].projection >= 0) widest = std::max(widest, program.lookups[l].inner);
+    return widest;
 }
 
 // ---- alternatives with projections, the ids of each alternative together ---------------------------------------------
@@ -455,7 +578,8 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
 }
 
 inline bool is_one_row(const Program& program, const Lookup& lookup) {
-    return lookup.operation == CONCAT && lookup.num_pieces == 1 && program.pieces[lookup.first_piece].kind != BLOCK;
+    return lookup.operation == CONCAT && lookup.num_pieces == 1 && lookup.projection < 0 &&
+           program.pieces[lookup.first_piece].kind != BLOCK;
 }
 
 // How a lookup's ids and addresses lie: id i of the lookup at ids[i * stride], its rows at rows[i * row_stride].
@@ -496,7 +620,7 @@ inline float divisor_of(const Lookup& lookup, const Output& output, const int64_
     if (output.pooling != POOL_MEAN || lookup.num_rows == 0) return 1.0f;
     int64_t count = lookup.has_padding ? 0 : n;
     if (lookup.has_padding)
-        for (int64_t i = 0; i < n; ++i) count += rows[i * stride] >= 0;
+        for (int64_t i = 0; i < n; ++i) count += rows[i * stride] != PADDING;
     return static_cast<float>(count > 1 ? count : 1);
 }
 
@@ -534,7 +658,8 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
                 std::memcpy(to, values + r[0] * dim, dim * sizeof(T));
                 continue;
             }
-            vector_of<T, D>(program, call, lookup, r, taken(lookup, id_at(call, place.first_id + i * place.stride)), scratch);
+            vector_of<T, D>(program, call, lookup, r, taken(lookup, id_at(call, place.first_id + i * place.stride)), scratch,
+                            scratch + 2 * dim);
             const float factor = id_weights ? id_weights[i * place.stride] : 1.0f;
             if (id_weights)
                 for (int64_t d = 0; d < dim; ++d) scratch[d] *= factor;
@@ -549,7 +674,7 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
         for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
         for (int64_t i = begin; i < end; ++i) {
             vector_of<T, D>(program, call, lookup, rows + i * place.row_stride,
-                            taken(lookup, id_at(call, place.first_id + i)), scratch);
+                            taken(lookup, id_at(call, place.first_id + i)), scratch, scratch + 2 * dim);
             const float factor = id_weights ? id_weights[i] : 1.0f;
             each<D, T>(dim, [&](int64_t d, auto n) { put<n>(sum + d, get<n>(sum + d) + factor * get<n>(scratch + d)); });
         }
@@ -574,11 +699,12 @@ Outcome forward(const Call& call) {
     row_starts(program, call, starts.data());
     int64_t widest = 1;
     for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
+    const int64_t scratch_size = 2 * widest + widest_inner(program);
     std::atomic<bool> good{true};
     const bool only_checks = call.values == nullptr;
     const int64_t parts = call.num_threads;
     in_parallel(parts, [&](int64_t part) {
-        std::vector<float> scratch(2 * widest);
+        std::vector<float> scratch(scratch_size);
         int64_t x[BLOCK_OF_IDS];
         uint8_t skip[BLOCK_OF_IDS] = {};
         const int64_t end = call.batch * (part + 1) / parts;
@@ -940,20 +1066,27 @@ struct Flow {
 inline bool is_direct(const Program& program, const Call& call, int64_t l) {
     const Lookup& lookup = program.lookups[l];
     if (lookup.num_pieces == 0) return true;
-    if (call.id_weights || (lookup.operation != CONCAT && lookup.operation != SUM)) return false;
+    if (call.id_weights || lookup.projection >= 0) return false;
+    if (lookup.operation != CONCAT && lookup.operation != SUM && lookup.operation != LIST_SUM) return false;
     if (call.offsets && call.outputs[l].pooling == POOL_MEAN) return false;
     for (int64_t c = 0; c < lookup.num_pieces; ++c)
         if (program.pieces[lookup.first_piece + c].has_sign) return false;
     return true;
 }
 
-// Gradient of a piece's rows within an id's own values.
-inline int64_t own_column(const Program& program, const Lookup& lookup, int64_t c) {
-    switch (lookup.operation) {
-        case CONCAT: return program.pieces[lookup.first_piece + c].column;
-        case MIXED: return 0;
-        default: return c * lookup.dim;
-    }
+// Where the gradient of row c lies among an id's own values: all rows of a list have the same one.
+inline int64_t gradient_column(const Program& program, const Lookup& lookup, int64_t c) {
+    return is_list(lookup) ? 0 : own_column(program, lookup, c);
+}
+
+// The piece of row c of an id.
+inline const Piece& piece_at(const Program& program, const Lookup& lookup, int64_t c) {
+    return program.pieces[lookup.first_piece + (is_list(lookup) ? 0 : c)];
+}
+
+// Whether the gradient depends on what the rows are.
+inline bool reads_rows(const Lookup& lookup) {
+    return lookup.operation == MULT || lookup.operation == MIXED || lookup.projection >= 0;
 }
 
 // Examples whose gradients of the projections are added up by themselves first: the same for any number of threads.
@@ -962,9 +1095,9 @@ constexpr int64_t CHUNK = 512;
 // Asks for rows that will be read.
 template <class T>
 inline void prefetch_rows(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows) {
-    if (rows[0] < 0 || (lookup.operation != MULT && lookup.operation != MIXED)) return;
-    for (int64_t c = 0; c < lookup.num_rows; ++c) {
-        int64_t w = program.pieces[lookup.first_piece + c].weight;
+    if (rows[0] < 0 || !reads_rows(lookup)) return;
+    for (int64_t c = 0; c < lookup.num_rows && rows[c] >= 0; ++c) {
+        int64_t w = piece_at(program, lookup, c).weight;
         if (lookup.operation == MIXED) {
             w = 0;
             for (int64_t k = 1; k < program.num_weights; ++k) w += rows[0] >= program.weights[k].start;
@@ -1023,7 +1156,9 @@ inline int64_t find_flows(const Program& program, const Call& call, std::vector<
         Flow& flow = flows[l];
         flow = {is_direct(program, call, l), own_size, 0, last - first};
         if (flow.direct) continue;
-        flow.own_stride = lookup.operation == CONCAT || lookup.operation == MIXED ? lookup.dim : lookup.num_pieces * lookup.dim;
+        // Room for the rows too, where a gradient that depends on them may have to keep them.
+        const bool one = lookup.operation == CONCAT || lookup.operation == MIXED || (is_list(lookup) && !reads_rows(lookup));
+        flow.own_stride = one ? lookup.inner : lookup.num_rows * lookup.inner;
         own_size += flow.num_ids * flow.own_stride;
     }
     return own_size;
@@ -1039,19 +1174,106 @@ int64_t keep_rows(const Call& call) {
     const int64_t size = find_flows(program, call, flows);
     for (int64_t l = 0; call.saved && l < program.num_lookups; ++l) {
         const Lookup& lookup = program.lookups[l];
-        if (flows[l].direct || (lookup.operation != MULT && lookup.operation != MIXED)) continue;
+        if (flows[l].direct || !reads_rows(lookup)) continue;
         const Place place = place_of(program, call, l, starts.data());
         for (int64_t i = 0; i < flows[l].num_ids; ++i) {
             const int64_t* rows = call.rows + place.rows + i * place.row_stride;
             T* to = static_cast<T*>(call.saved) + flows[l].own_start + i * flows[l].own_stride;
-            for (int64_t c = 0; rows[0] >= 0 && c < lookup.num_rows; ++c) {
+            for (int64_t c = 0; c < lookup.num_rows && rows[c] >= 0; ++c) {
                 const Piece& piece = lookup.operation == MIXED ? alternative_of(program, lookup, rows[0])
-                                                               : program.pieces[lookup.first_piece + c];
-                std::memcpy(to + c * lookup.dim, row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
+                                                               : piece_at(program, lookup, c);
+                std::memcpy(to + own_column(program, lookup, c), row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
             }
         }
     }
     return size;
+}
+
+// The gradients of an id's rows, `to`, from that of their combination, g [inner]; `product` has room for as many.
+// `id_place`: where the id lies, from which signs are hashed; `saved`: as for `combine`.
+template <class T, int D>
+__attribute__((always_inline)) inline void spread(const Program& program, const Call& call, const Lookup& lookup,
+                                                  const int64_t* rows, int64_t id_place, const T* saved, const float* g,
+                                                  float* to, float* product) {
+    const int64_t dim = fixed<D>(lookup.inner);
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    auto row_at = [&](const Piece& piece, int64_t c) {
+        return saved ? saved + own_column(program, lookup, c) : row_of<T>(program, call, piece.weight, rows[c]);
+    };
+    switch (lookup.operation) {
+        case CONCAT:
+            each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
+            for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                if (!pieces[c].has_sign) continue;
+                const float sign = hash_sign(taken(lookup, id_at(call, id_place)), pieces[c].sign_seed);
+                for (int64_t d = 0; d < pieces[c].width; ++d) to[pieces[c].column + d] *= sign;
+            }
+            break;
+        case SUM:
+        case MEAN:
+            for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                float sign = pieces[c].has_sign ? hash_sign(taken(lookup, id_at(call, id_place)), pieces[c].sign_seed) : 1.0f;
+                if (lookup.operation == MEAN) sign /= static_cast<float>(lookup.num_pieces);
+                each<D>(dim, [&](int64_t d, auto n) { put<n>(to + c * dim + d, sign * get<n>(g + d)); });
+            }
+            break;
+        case MULT: {
+            if (lookup.num_pieces == 2) {
+                const T* one = row_at(pieces[0], 0);
+                const T* two = row_at(pieces[1], 1);
+                each<D, T>(dim, [&](int64_t d, auto n) {
+                    put<n>(to + d, get<n>(g + d) * get<n>(two + d));
+                    put<n>(to + dim + d, get<n>(g + d) * get<n>(one + d));
+                });
+                break;
+            }
+            // The product of all others: of those before on the way there, of those behind on the way back.
+            for (int64_t d = 0; d < dim; ++d) product[d] = g[d];
+            for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+                const T* row = row_at(pieces[c], c);
+                each<D, T>(dim, [&](int64_t d, auto n) {
+                    put<n>(to + c * dim + d, get<n>(product + d));
+                    put<n>(product + d, get<n>(product + d) * get<n>(row + d));
+                });
+            }
+            for (int64_t d = 0; d < dim; ++d) product[d] = 1;
+            for (int64_t c = lookup.num_pieces - 1; c >= 0; --c) {
+                const T* row = row_at(pieces[c], c);
+                each<D, T>(dim, [&](int64_t d, auto n) {
+                    put<n>(to + c * dim + d, get<n>(to + c * dim + d) * get<n>(product + d));
+                    put<n>(product + d, get<n>(product + d) * get<n>(row + d));
+                });
+            }
+            break;
+        }
+        default: {  // LIST_SUM, LIST_MEAN
+            const float divisor = lookup.operation == LIST_MEAN ? static_cast<float>(list_length(lookup, rows)) : 1.0f;
+            each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d) / divisor); });
+        }
+    }
+}
+
+// The same where a projection follows: of any width, so that it is compiled once.
+template <class T>
+__attribute__((noinline)) void spread_inner(const Program& program, const Call& call, const Lookup& lookup,
+                                            const int64_t* rows, int64_t id_place, const T* saved, const float* g,
+                                            float* to, float* product) {
+    with_dim<T>(lookup.inner, [&](auto width) {
+        spread<T, width.value>(program, call, lookup, rows, id_place, saved, g, to, product);
+    });
+}
+
+// to [width]: the gradient of `row` from that of row · projection, g [dim]; `total` takes the projection's.
+template <class T, int D, class Row>
+inline void project_one_back(const T* projection, const Row* row, int64_t width, int64_t dim, const float* g, float* to,
+                             float* total) {
+    for (int64_t j = 0; j < width; ++j) {
+        to[j] = dot<D>(g, projection + j * dim, dim);
+        const float value = load(row + j);
+        each<D>(dim, [&](int64_t d, auto n) {
+            put<n>(total + j * dim + d, get<n>(total + j * dim + d) + value * get<n>(g + d));
+        });
+    }
 }
 
 // The values that rows take where they are no slices of the gradient, for the ids of bags [first, last).
@@ -1060,7 +1282,6 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
               int64_t last, float* own, float* scratch, float* const* projection_sums) {
     const Lookup& lookup = program.lookups[l];
     const Output& output = call.outputs[l];
-    const Piece* pieces = program.pieces + lookup.first_piece;
     const int64_t dim = fixed<D>(lookup.dim);
     const T* gradient = static_cast<const T*>(call.values) + output.start;
     const float* id_weights = call.id_weights ? call.id_weights + place.first_id : nullptr;
@@ -1096,72 +1317,25 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             each<D, T>(dim, [&](int64_t d, auto n) { put<n>(g + d, get<n>(from + d) / divisor * factor); });
             float* to = own + flow.own_start + i * flow.own_stride;
             const T* saved = call.saved ? static_cast<const T*>(call.saved) + flow.own_start + i * flow.own_stride : nullptr;
-            auto row_at = [&](const Piece& piece, int64_t c) {
-                return saved ? saved + c * dim : row_of<T>(program, call, piece.weight, rows[c]);
-            };
-            switch (lookup.operation) {
-                case CONCAT:
+            const int64_t id_place = place.first_id + at;
+            if (lookup.projection >= 0) {
+                float* u = scratch + 2 * dim;
+                float* u_gradient = u + lookup.inner;
+                combine_inner<T>(program, call, lookup, rows, taken(lookup, id_at(call, id_place)), saved, u);
+                project_one_back<T, D>(static_cast<const T*>(call.projections[lookup.projection]), u, lookup.inner, dim, g,
+                                       u_gradient, projection_sums[lookup.projection]);
+                spread_inner<T>(program, call, lookup, rows, id_place, saved, u_gradient, to, u_gradient + lookup.inner);
+            } else if (lookup.operation == MIXED) {
+                const Piece& piece = alternative_of(program, lookup, rows[0]);
+                if (piece.projection < 0) {
                     each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
-                    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-                        if (!pieces[c].has_sign) continue;
-                        const float sign = hash_sign(taken(lookup, id_at(call, place.first_id + at)), pieces[c].sign_seed);
-                        for (int64_t d = 0; d < pieces[c].width; ++d) to[pieces[c].column + d] *= sign;
-                    }
-                    break;
-                case SUM:
-                case MEAN:
-                    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-                        float sign = pieces[c].has_sign ? hash_sign(taken(lookup, id_at(call, place.first_id + at)), pieces[c].sign_seed) : 1.0f;
-                        if (lookup.operation == MEAN) sign /= static_cast<float>(lookup.num_pieces);
-                        each<D>(dim, [&](int64_t d, auto n) { put<n>(to + c * dim + d, sign * get<n>(g + d)); });
-                    }
-                    break;
-                case MULT: {
-                    if (lookup.num_pieces == 2) {
-                        const T* one = row_at(pieces[0], 0);
-                        const T* two = row_at(pieces[1], 1);
-                        each<D, T>(dim, [&](int64_t d, auto n) {
-                            put<n>(to + d, get<n>(g + d) * get<n>(two + d));
-                            put<n>(to + dim + d, get<n>(g + d) * get<n>(one + d));
-                        });
-                        break;
-                    }
-                    // The product of all others: of those before on the way there, of those behind on the way back.
-                    for (int64_t d = 0; d < dim; ++d) product[d] = g[d];
-                    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-                        const T* row = row_at(pieces[c], c);
-                        each<D, T>(dim, [&](int64_t d, auto n) {
-                            put<n>(to + c * dim + d, get<n>(product + d));
-                            put<n>(product + d, get<n>(product + d) * get<n>(row + d));
-                        });
-                    }
-                    for (int64_t d = 0; d < dim; ++d) product[d] = 1;
-                    for (int64_t c = lookup.num_pieces - 1; c >= 0; --c) {
-                        const T* row = row_at(pieces[c], c);
-                        each<D, T>(dim, [&](int64_t d, auto n) {
-                            put<n>(to + c * dim + d, get<n>(to + c * dim + d) * get<n>(product + d));
-                            put<n>(product + d, get<n>(product + d) * get<n>(row + d));
-                        });
-                    }
-                    break;
+                    continue;
                 }
-                default: {  // MIXED
-                    const Piece& piece = alternative_of(program, lookup, rows[0]);
-                    if (piece.projection < 0) {
-                        each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
-                        break;
-                    }
-                    const T* row = row_at(piece, 0);
-                    const T* projection = static_cast<const T*>(call.projections[piece.projection]);
-                    float* total = projection_sums[piece.projection];
-                    for (int64_t j = 0; j < piece.width; ++j) {
-                        to[j] = dot<D>(g, projection + j * dim, dim);
-                        const float value = load(row + j);
-                        each<D>(dim, [&](int64_t d, auto n) {
-                            put<n>(total + j * dim + d, get<n>(total + j * dim + d) + value * get<n>(g + d));
-                        });
-                    }
-                }
+                const T* row = saved ? saved : row_of<T>(program, call, piece.weight, rows[0]);
+                project_one_back<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, g, to,
+                                       projection_sums[piece.projection]);
+            } else {
+                spread<T, D>(program, call, lookup, rows, id_place, saved, g, to, product);
             }
         }
     }
@@ -1350,10 +1524,11 @@ void backward(const Call& call, const Call& gradients) {
     keep.projections.reserve(static_cast<size_t>(chunks * chunk_size));
     int64_t widest = 1;
     for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
+    const int64_t scratch_size = 2 * widest + 3 * widest_inner(program);
     if (any_own) {
         const int64_t parts = call.num_threads;
         in_parallel(parts, [&](int64_t part) {
-            std::vector<float> scratch(2 * widest);
+            std::vector<float> scratch(scratch_size);
             std::vector<float*> sums(program.num_projections);
             for (int64_t chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
                 float* chunk_sums = keep.projections.data.get() + chunk * chunk_size;
@@ -1415,12 +1590,12 @@ void backward(const Call& call, const Call& gradients) {
                 const Lookup& lookup = program.lookups[l];
                 const Output& output = call.outputs[l];
                 for (int64_t c = 0; c < lookup.num_rows; ++c) {
-                    const Piece* piece = program.pieces + lookup.first_piece + c;
+                    const Piece* piece = &piece_at(program, lookup, c);
                     const uint64_t column = static_cast<uint64_t>(lookup.operation == CONCAT ? piece->column : 0);
                     if (flows[l].direct)
                         slots.push_back({piece, static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride), false});
                     else
-                        slots.push_back({piece, OWN | static_cast<uint64_t>(flows[l].own_start + own_column(program, lookup, c)),
+                        slots.push_back({piece, OWN | static_cast<uint64_t>(flows[l].own_start + gradient_column(program, lookup, c)),
                                          static_cast<uint64_t>(flows[l].own_stride), false});
                 }
             }
@@ -1449,8 +1624,8 @@ void backward(const Call& call, const Call& gradients) {
                         const uint64_t source =
                             flows[l].direct
                                 ? static_cast<uint64_t>(output.start + from * output.stride + column)
-                                : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + own_column(program, lookup, c));
-                        add_row(work, stretches, program, pieces[c], static_cast<uint64_t>(*row), source, p, ps);
+                                : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + gradient_column(program, lookup, c));
+                        add_row(work, stretches, program, piece_at(program, lookup, c), static_cast<uint64_t>(*row), source, p, ps);
                     }
             }
         }

@@ -4,8 +4,9 @@
 
 namespace embtables {
 
-enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4 };
-enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4 };
+enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4, CODED = 5, LISTED = 6 };
+// The last two are those of a LISTED piece, which stands alone.
+enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4, LIST_SUM = 5, LIST_MEAN = 6 };
 enum Policy : int64_t { ANY = -1, REFUSE = 0, FOLD = 1, OOV = 2 };
 enum Pooling : int64_t { NONE = 0, POOL_SUM = 1, POOL_MEAN = 2 };
 enum RuleKind : int64_t { SGD = 0, ROWWISE_ADAGRAD = 1, ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
@@ -25,9 +26,12 @@ struct Lookup {
     int64_t operation;
     int64_t first_piece;
     int64_t num_pieces;
-    int64_t num_rows;    // addresses an id: one a piece, but one in all where pieces are alternatives (MIXED)
+    int64_t num_rows;    // addresses an id: one a piece, but one in all where pieces are alternatives (MIXED), and as
+                         // many as the longest list has of a LISTED piece
     int64_t code;        // remap from id to rank, or -1
     int64_t ranks_from;
+    int64_t inner;       // scalars of the combination
+    int64_t projection;  // from inner to dim, or -1 where those are the same; never with MIXED or a BLOCK
 };
 
 // Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK).
@@ -35,13 +39,16 @@ struct Piece {
     int64_t kind;
     int64_t weight;
     int64_t base;        // first row (scalar) of its slab within the weight
-    int64_t a;           // HASH, BLOCK: seed; DIGIT: divisor; CUT: greatest row; MIXED: the first rank beyond
-    int64_t b;           // HASH, BLOCK: rows (scalars) of the slab; DIGIT: radix
+    int64_t a;           // HASH, BLOCK: seed; DIGIT: divisor; CUT: greatest row; MIXED: the first rank beyond;
+                         // CODED, LISTED: where in its code the ids of the table begin
+    int64_t b;           // HASH, BLOCK, CODED, LISTED: rows (scalars) of the slab; DIGIT: radix
     int64_t width;       // scalars it contributes
     int64_t column;      // where they go in the vector (CONCAT)
     int64_t has_sign;
     int64_t sign_seed;
     int64_t projection;  // MIXED: to the lookup's dim, or -1
+    int64_t code;        // CODED: rows of the slab; LISTED: where lists begin, and where the last one ends; else -1
+    int64_t values;      // LISTED: the lists, of rows of the slab; else -1
 };
 
 struct Weight {
@@ -54,12 +61,27 @@ struct Projection {
     int64_t dim;
 };
 
+// A buffer of integers: uint8, int16, int32 or int64 by their bytes.
+//
+// Whoever writes a program sees to it that a code has an entry for every id. What it holds is checked with every read,
+// since files may be damaged: a rank that is none is rank 0, a row that its slab does not have is the slab's row 0, and
+// of a list there is no more than lies within its values.
+struct Code {
+    int64_t bytes;
+    int64_t columns;     // integers an entry
+    int64_t length;      // integers in all
+};
+
+// What stands for the address of a padding id, and behind the end of a list.
+constexpr int64_t PADDING = -1, NOTHING = -2;
+
 struct Program {
     int64_t num_features, num_lookups, num_pieces, num_weights, num_projections, num_codes, rows_per_example, total_rows;
     const Lookup* lookups;
     const Piece* pieces;
     const Weight* weights;          // num_weights + 1; the last one ends the rows
     const Projection* projections;
+    const Code* codes;
 
     explicit Program(const int64_t* words) {
         num_features = words[0];
@@ -76,6 +98,8 @@ struct Program {
         weights = reinterpret_cast<const Weight*>(next);
         next += (num_weights + 1) * (sizeof(Weight) / 8);
         projections = reinterpret_cast<const Projection*>(next);
+        next += num_projections * (sizeof(Projection) / 8);
+        codes = reinterpret_cast<const Code*>(next);
         rows_per_example = 0;
         for (int64_t l = 0; l < num_lookups; ++l) rows_per_example += lookups[l].num_rows;
         total_rows = weights[num_weights].start;
@@ -97,7 +121,7 @@ struct Call {
     int64_t batch;
     void* const* weights;
     void* const* projections;
-    const int32_t* const* codes;
+    const void* const* codes;
     const Output* outputs;
     void* values;                // forward: the output; backward: its gradient
     int64_t* rows;               // addresses: written forward, read backward
