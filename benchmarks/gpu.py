@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from benchmarks import machine
 from benchmarks.workload import Workload, sizes
 from embtables import EmbeddingTables, TableConfig, plan
-from embtables.formats import FP32, weight_name
 from embtables._util.files import replacing
+from embtables.formats import FP32, weight_name
 from embtables.ops import gpu
 
 LR = 0.01

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
+from native_cases import assert_same, jagged, state, step
 from torch import Tensor
 
 from embtables import EmbeddingTables, Plan, TableConfig, ops, plan
@@ -79,16 +80,6 @@ def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
     return EmbeddingTables(planned(json.dumps(method.to_dict()), optimizer), seed=3, std=0.5, **options)
 
 
-def jagged(tables: EmbeddingTables, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Flat ids and offsets: bags of none to four ids, padding among them."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 5, (len(tables.feature_names) * batch,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    pool = random_ids(tables, int(lengths.max()) * batch, seed).t().reshape(len(tables.feature_names), -1)
-    per_feature = lengths.view(len(tables.feature_names), batch).sum(1).tolist()
-    return torch.cat([ids[:n] for ids, n in zip(pool, per_feature)]), offsets
-
-
 def some_ids(tables: EmbeddingTables, batch: int, seed: int) -> Tensor:
     """Few distinct ids, so that rows occur many times; some padding, and some out of range where that is allowed."""
     ids = random_ids(tables, batch, seed)
@@ -99,28 +90,6 @@ def some_ids(tables: EmbeddingTables, batch: int, seed: int) -> Tensor:
     ids[3::7, column["item"]] = 10**12
     ids[4::7, column["city"]] = 0
     return ids
-
-
-def state(tables: EmbeddingTables) -> dict[str, Tensor]:
-    gradients = {f"{n}.grad": p.grad.to_dense() for n, p in tables.named_parameters() if p.grad is not None}
-    weights = {n: t for n, t in tables.state_dict().items() if "extra_state" not in n}
-    return {**weights, **tables.optimizer_state_dict(), **gradients}
-
-
-# A row's occurrences are added up in another order where features share rows; a hundred of them, and products of rows,
-# carry that to the fifth decimal in a few steps at a learning rate of 0.1.
-def assert_same(ours: EmbeddingTables, reference: EmbeddingTables, rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    expected = state(reference)
-    for name, tensor in state(ours).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def step(tables: EmbeddingTables, arguments: tuple[Any, ...], seed: int, **options: Any) -> Tensor:
-    out: Tensor = tables(*arguments, **options)
-    if out.requires_grad:
-        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-        out.backward(gradient.to(out.dtype))
-    return out.detach()
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import scalar
 import torch
 from core_cases import random_ids
-from test_ops_native import assert_same, jagged, state, step
+from native_cases import assert_same, jagged, state, step
 from third_party.low_rank_hashes import LowRankHashes
 from third_party.metadata import Metadata
 from third_party.product_quantization import ProductQuantization
