@@ -23,7 +23,7 @@ try:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
     from torchrec_cases import jagged
 
-    from embtables import Embedding, EmbeddingTables, TableConfig, plan
+    from embtables import Embedding, EmbeddingTables, TableConfig, methods, plan
     from embtables.torchrec import EmbeddingBagCollection, EmbeddingCollection
 except (ImportError, OSError) as error:
     pytest.skip(f"torchrec cannot be imported: {error}", allow_module_level=True)
@@ -91,6 +91,14 @@ def test_compressed_parameters_have_the_names_of_the_state_dict(face: Any) -> No
     assert names and set(names) <= set(ours.state_dict())
 
 
+@faces
+def test_one_compressed_table_leaves_all_with_the_names_of_the_storage(face: Any) -> None:
+    make, _, config, _ = face
+    ours = make(configs(config), method={"a": "full", "*": "hash"}, budget=0.7)
+    assert [name for name, _ in ours.named_parameters()] == ["tables.store.weight_4"]
+    assert {*ours.state_dict()} == {"tables.store.weight_4", "tables._extra_state"}
+
+
 # ---- the weight of a table -------------------------------------------------------------------------------------------
 
 
@@ -132,6 +140,20 @@ def test_a_view_leaves_the_parameters_of_existing_tables() -> None:
     view = EmbeddingBagCollection.of(tables)
     assert [*view.parameters()] == [before]
     assert torch.equal(view.embedding_bags["b"].weight, tables.to_dense("b"))
+    assert [*view.state_dict()] == ["embedding_bags.a.weight", "embedding_bags.b.weight"]
+
+
+def test_a_view_of_a_collections_tables_has_its_parameters() -> None:
+    """Both load and move as one, whichever is told to."""
+    bags = EmbeddingBagCollection(configs(EmbeddingBagConfig))
+    view = EmbeddingCollection.of(bags.tables, features=["y"])
+    names = [f"embeddings.{name}.weight" for name in "abc"]
+    assert [name for name, _ in view.named_parameters()] == [*view.state_dict()] == names
+    assert [*view.parameters()] == [*bags.parameters()]
+    view.load_state_dict({name: torch.full_like(w, 2.0) for name, w in view.state_dict().items()}, assign=True)
+    view.double()
+    assert [*view.parameters()] == [*bags.parameters()]
+    assert torch.equal(bags.tables.to_dense("b"), torch.full((30, 4), 2.0, dtype=torch.float64))
 
 
 def test_a_module_of_one_table_shares_the_weight() -> None:
@@ -454,3 +476,18 @@ def test_dlrm_compiles_as_one_graph_and_trains() -> None:
     with pytest.raises(RuntimeError, match="offsets must rise"):
         bad = KeyedJaggedTensor([*ROWS], torch.zeros(40, dtype=torch.int64), lengths=torch.ones(48, dtype=torch.int64))
         run(torch.randn(16, 3), bad)
+
+
+@pytest.mark.parametrize("method", methods.kinds())
+def test_dlrm_compiles_as_one_graph_with_any_method(method: str) -> None:
+    """Outputs and gradients for ``torch.optim`` are those of the model that is not compiled."""
+    torch._dynamo.reset()
+    counts = {name: range(rows) for name, rows in zip("abc", ROWS.values())}
+    model = dlrm({"method": method, "budget": None if method == "full" else 0.6, "frequencies": counts})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    dense, given = torch.randn(16, 3), features(0, 16)
+    outputs = [run(dense, given) for run in (model, compiled)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(output.square().sum(), [*model.parameters()]) for output in outputs]
+    for own, other in zip(*gradients):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)

@@ -53,7 +53,9 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
     With all tables stored in full the state dict has the stock collection's keys, ``embedding_bags.<table>.weight``,
     and with ``optimizer=None`` so have ``named_parameters()``: each table is a parameter of its own. These belong to
     ``embedding_bags``, and ``tables.parameters()`` does not list them. ``embedding_bags[<table>].weight`` raises
-    ``AttributeError`` where the table is stored in another way or updated by a fused optimizer.
+    ``AttributeError`` where the table is stored in another way or updated by a fused optimizer. As soon as one table is
+    stored in another way, the parameters and the state dict of all tables have the names of the storage, such as
+    ``tables.store.weight_<D>``, which several tables share.
 
     A symbolic trace holds the lookup as one node. TorchScript is not supported.
 
@@ -98,9 +100,10 @@ class EmbeddingBagCollection(Collection[EmbeddingBagConfig], EmbeddingBagCollect
     ) -> "EmbeddingBagCollection":
         """A view of existing tables, which stay shared: training one trains the other.
 
-        The tables' parameters stay what they are, under the tables' own names. Each view's own ``train()`` or
-        ``eval()``, and with a fused optimizer its own ``requires_grad_()``, says whether its lookups are regularized
-        and update the tables.
+        The tables' parameters stay what they are, since an optimizer may hold them: ``tables.store.weight_<D>``, also
+        where the state dict has the stock collection's keys. A view of another collection's ``tables`` has its
+        parameters by table, as that has. Each view's own ``train()`` or ``eval()``, and with a fused optimizer its own
+        ``requires_grad_()``, says whether its lookups are regularized and update the tables.
 
         Args:
             tables: what is looked up in.
