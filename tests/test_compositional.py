@@ -183,7 +183,7 @@ def test_bad_fields_are_named(fields: dict[str, object]) -> None:
 
 def addresses(tables: EmbeddingTables, ids: list[int]) -> list[list[int]]:
     """Digits of each id, in the order of the partitions."""
-    lookups = tables._each_block()[0]
+    lookups = tables.lookups.blocks[0]
     found = torch.tensor(ids)
     parts = lookups.block.address(found, torch.zeros_like(found))
     rows = torch.cat([part.rows for part in parts], dim=-1)

@@ -152,7 +152,7 @@ TABLES = [TableConfig("user", 5000, 8), TableConfig("item", 3000, 8), TableConfi
 
 def addresses(tables: EmbeddingTables, name: str) -> torch.Tensor:
     """What decides which weights an id has, counted from the table's own first row."""
-    lookups, number = block_of(tables._each_block(), name)
+    lookups, number = block_of(tables.lookups.blocks, name)
     feature = lookups.lookup[number]
     n = lookups.tables[number].rows
     return lookups.block.signature(torch.arange(n), feature.expand(n))

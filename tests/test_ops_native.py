@@ -220,7 +220,7 @@ def test_vectors_and_updates_equal_float64(kind: str, dim: int) -> None:
     before = tables.store.slab("t").double().numpy().copy()
     gradient = torch.randn(500, dim)
     out = tables(ids)
-    block = tables._each_block()[0]
+    block = tables.lookups.blocks[0]
     row = block.block.address(ids.t(), block.lookup.unsqueeze(1))[0].rows[0].flatten().numpy()
     np.testing.assert_array_equal(out.detach().numpy(), before[row].astype(np.float32))
     out.backward(gradient)

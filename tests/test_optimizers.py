@@ -99,7 +99,7 @@ def test_fifty_steps_with_duplicates_equal_the_reference(config: FusedOptimizer)
 def test_k_lookups_of_one_slab_are_one_update(config: FusedOptimizer) -> None:
     solved = plan([TableConfig("t", 100, 4)], {"kind": "multi_hash", "num_hashes": 3}, 7 * 16, optimizer=config)
     tables = EmbeddingTables(solved, std=0.5)
-    lookups, number = block_of(tables._each_block(), "t")
+    lookups, number = block_of(tables.lookups.blocks, "t")
     feature = lookups.lookup[number]
     reference = Reference(tables.store.slab("t"), config)
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def test_extras_are_updated_densely_and_once_by_the_same_rule(config: FusedOptim
         free.zero_grad()
         free(ids).square().sum().backward()
         touched: dict[str, list[int]] = {}
-        for block in free._each_block():
+        for block in free.lookups.blocks:
             p = block.pick(Input(ids))
             for part in block.block.address(p.ids, p.feature):
                 touched.setdefault(f"weight_{part.width}", []).extend(part.rows.flatten().tolist())

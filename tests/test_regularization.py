@@ -334,10 +334,10 @@ def test_bytes_of_the_counts() -> None:
 def test_what_is_refused(l2: float, frequencies: Any, message: str) -> None:
     tables = build("full", SGD(lr=1.0))
     tables.regularize(0.5)
-    before = [block.regularizer for block in tables._each_block()]
+    before = [block.regularizer for block in tables.lookups.blocks]
     with pytest.raises(ValueError, match=message):
         tables.regularize(l2, frequencies)
-    assert all(block.regularizer is kept for block, kept in zip(tables._each_block(), before))
+    assert all(block.regularizer is kept for block, kept in zip(tables.lookups.blocks, before))
 
 
 # ---- bfloat16 around the tables --------------------------------------------------------------------------------------

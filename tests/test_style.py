@@ -28,6 +28,19 @@ def test_mypy() -> None:
     run("mypy")
 
 
+def test_no_class_has_too_many_jobs() -> None:
+    """A class with more than 300 lines or 30 methods is several: one for each reason to change it."""
+    found = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for folder in ("embtables", "datasets", "models")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        if (node.end_lineno or 0) - node.lineno >= 300 or sum(isinstance(n, ast.FunctionDef) for n in node.body) > 30
+    ]
+    assert not found, "classes to divide: " + ", ".join(found)
+
+
 def returns(function: ast.FunctionDef) -> list[int]:
     """The lines of a function's own ``return`` statements, not of those of functions inside it."""
     found: list[int] = []

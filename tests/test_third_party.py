@@ -165,7 +165,7 @@ def test_a_hot_id_moves_to_a_row_of_its_own_without_a_jump() -> None:
     assert int((owners != 0).sum()) == 2
     # It starts from what it had, weights and optimizer state alike …
     assert torch.equal(tables(hot).detach(), before)
-    lookups, number = block_of(tables._each_block(), "user")
+    lookups, number = block_of(tables.lookups.blocks, "user")
     feature = lookups.lookup[number]
     row = int(lookups.block.address(torch.tensor([17]), feature)[0].rows)
     # Eight gradients of ones, most of them counted while the row was still a shared one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,31 @@ class OptimizerState(nn.Module):
         store, stages = self._held
         of_stages = {f"{_STAGE}{i}_{k}": v for i, stage in enumerate(stages) for k, v in stage.state().items()}
         return store.optimizer_state() | of_stages
+
+    @torch.no_grad()
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Fills the tensors in place; of hyper-parameters only the learning rate changes, the others are the plan's.
+
+        Raises:
+            ValueError: where names or shapes are others; nothing is changed then.
+        """
+        tensors = self.tensors()
+        if set(tensors) != set(state):
+            raise ValueError(
+                "the optimizer state is of another plan or optimizer: it holds "
+                f"{', '.join(sorted(state)) or 'nothing'}, these tables have {', '.join(sorted(tensors)) or 'none'}"
+            )
+        for name, tensor in tensors.items():
+            if name != _HYPER and tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"the optimizer state '{name}' has shape {tuple(state[name].shape)}, "
+                    f"these tables need {tuple(tensor.shape)}"
+                )
+        for name, tensor in tensors.items():
+            if name == _HYPER:
+                tensor[0] = state[name][0]
+            else:
+                tensor.copy_(state[name])
 
     def _entries(self) -> dict[str, Tensor]:
         store, stages = self._held
