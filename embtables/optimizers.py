@@ -72,6 +72,11 @@ class FusedOptimizer:
         """
         return ()
 
+    @classmethod
+    def is_row_wise(cls) -> bool:
+        """Whether some of the state belongs to a row as a whole, and not to one of its scalars."""
+        return any(columns < 2 for columns in cls.state_widths(2))
+
     @staticmethod
     def update(
         grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor

@@ -260,10 +260,11 @@ class Lookup(nn.Module):
         """
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
-        # Regularization works on the vectors of single ids, which native code does not show.
+        # Regularization works on the vectors of single ids, and stages may listen to the gradients of single rows:
+        # native code shows neither.
         # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
         unknown = None in modes and given.offsets is not None and torch.compiler.is_compiling()
-        tensors = None if native is None or regularizes or unknown else native.takes(given, step)
+        tensors = None if native is None or regularizes or step.listeners or unknown else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         result = None
         try:

@@ -15,6 +15,7 @@ from embtables import ops
 from embtables.formats import FP32, weight_name
 from embtables.lookup.accumulation import accumulated_rows
 from embtables.lookup.block import Part
+from embtables.lookup.listening import listened_to
 from embtables.lookup.store import Store
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Step:
         begun = self.accumulation is not None and self.accumulation.begun
         self.store, self.trains, self.counts = store, trains, trains and counts and not begun
         self.stages = list(stages) if self.counts else []
+        # They hear of every lookup, not only of the one that begins a step.
+        self.listeners = [stage for stage in stages if stage.listens_to] if trains else []
         self.updates = trains and store.optimizer is not None
         self.aliases = None if store.sparse or store.optimizer is not None else aliases
         # A lookup alone: its reading of rows that are updated, and what it counts. In graphs the operators lock.
@@ -105,6 +108,8 @@ class Step:
                 rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
             else:
                 rows = self._rows(width, flat)
+            if self.listeners:
+                rows = listened_to(rows, flat, width, self.store, self.listeners)
             chunks = rows.split([flat.numel() for flat in flats]) if len(flats) > 1 else [rows]
             for i, stored, chunk in zip(which, ordered, chunks):
                 vectors = chunk.view(*stored.shape, width)

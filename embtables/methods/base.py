@@ -56,13 +56,29 @@ class Initializer:
 
 
 class Stage(nn.Module):
-    """What a method does over the course of training."""
+    """What a method does over the course of training.
+
+    ``listens_to`` holds the names of slabs whose rows' gradients the stage wants to hear. They are looked up in PyTorch
+    then, not in native code, and compiled lookups run uncompiled.
+    """
+
+    listens_to: tuple[str, ...] = ()
 
     def step(self, touched: Touched) -> None:
         """Called once for each training step, when its ids are known to be good and before anything is read.
 
         ``touched.ids(table)`` and ``touched.rows(slab)`` say what the step looks up. The stage may change weights and
         codes.
+        """
+        raise NotImplementedError
+
+    def hear(self, slab: str, rows: Tensor, grad: Tensor) -> None:
+        """Called in the backward of every training lookup, before these rows are updated.
+
+        Args:
+            slab: one of ``listens_to``.
+            rows: ``[U]``, the distinct rows that the lookup read, in ascending order, counted from the slab's first.
+            grad: ``[U, width]``, the sum of each row's gradients, neither clipped nor regularized by the optimizer.
         """
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from embtables.hashing import seed_for
 from embtables.lookup.recipe import CircularBlock, Recipe, concat
 from embtables.methods.base import Floor, Method, TableEntry, shared_layout
-from embtables.optimizers import FusedOptimizer, RowWiseAdagrad
+from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Group, Layout
 
 
@@ -32,9 +32,9 @@ class Robe(Method):
     signs: bool = False
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
-        if isinstance(optimizer, RowWiseAdagrad):
+        if optimizer is not None and optimizer.is_row_wise():
             raise ValueError(
-                "method robe shares single scalars, so there are no rows for the optimizer rowwise_adagrad: "
+                f"method robe shares single scalars, so there are no rows for the optimizer {optimizer.kind}: "
                 'use optimizer="adagrad", "adam", "sgd" or None'
             )
 
