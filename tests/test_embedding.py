@@ -19,11 +19,13 @@ from embtables import (
     InfeasibleBudget,
     RowWiseAdagrad,
     TableConfig,
+    ops,
     plan,
 )
 from embtables.methods import Pruned
 
 IDS = torch.tensor([[[1, 2, 0], [99, 2, 7]]])
+BACKENDS = ["reference", *(["native"] if ops.instructions() else [])]
 METHODS = {
     "full": None,
     "hash": 0.2,
@@ -198,6 +200,23 @@ def test_views_make_one_dense_gradient() -> None:
     assert len(made) == 1 and made[0][0] and 3 < made[0][1] <= 18
     assert weight.grad is not None and not weight.grad.is_sparse and weight.grad.sum() == 3 * 3 * 8
     assert not tables._view_steps.aliases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_are_freed_after_a_lookup_train(backend: str) -> None:
+    """What was looked up while frozen has no backward, after which it would be forgotten."""
+    tables = EmbeddingTables(plan([TableConfig("item", 100, 8), TableConfig("word", 50, 16)], "full", optimizer=None))
+    item = Embedding.of(tables, "item")
+    weight = next(p for p in tables.parameters() if p.shape[1] == 8)
+    with ops.using(backend):
+        weight.requires_grad_(False)
+        assert not item(torch.tensor([1, 2])).requires_grad
+        weight.requires_grad_()
+        item(torch.tensor([3, 4])).sum().backward()
+        assert weight.grad is not None and weight.grad.sum() == 2 * 8
+        item(torch.tensor([5]))
+        weight.requires_grad_(False)
+        assert not item(torch.tensor([1, 2])).requires_grad
 
 
 def test_pruning_counts_steps_not_lookups() -> None:

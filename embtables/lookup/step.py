@@ -220,7 +220,9 @@ class Aliases(dict[tuple[int, int], Tensor]):
     """
 
     def of(self, weight: Tensor) -> Tensor:
-        """The weight under its other name."""
+        """The weight under its other name; one that is frozen, which may change until backward, has none."""
+        if not weight.requires_grad:
+            return weight
         key = id(weight), weight.data_ptr()
         alias = self.get(key)  # another thread's backward may clear these names at any time
         if alias is None:
