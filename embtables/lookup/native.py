@@ -150,7 +150,11 @@ class NativeLookup:
         if given.offsets is not None:
             bounds = given.bounds(self.num_features)
             for i, (mode, column) in enumerate(zip(modes, self.columns)):
-                rows[i] = batch if mode is not None else bounds[column + 1] - bounds[column]
+                if mode is None:
+                    start, end = bounds[column : column + 2]
+                    if not 0 <= start <= end <= given.ids.numel():  # there is no such tensor to be filled
+                        raise ops.Refused(None, None)
+                    rows[i] = end - start
         sizes = [n * dim for n, dim in zip(rows, self.dims)]
         outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
         values = self._values(tensors, given, outputs, sum(sizes), step)
