@@ -345,6 +345,8 @@ def test_bad_bags() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             bag(*arguments)
+    with pytest.raises(TypeError, match="offsets must be int32 or int64, not torch.float32"):
+        bag(ids, torch.tensor([0, 2.7]))
     summed = EmbeddingBag.of(tables, "t", "sum")
     with pytest.raises(ValueError, match=r"per_sample_weights have shape \(2,\), but ids \(3,\)"):
         summed(ids, torch.tensor([0]), torch.ones(2))
