@@ -124,6 +124,24 @@ def test_a_weight_that_became_one_row_many_times_is_not_read_beyond_it(optimizer
         out.sum().backward()
 
 
+@pytest.mark.parametrize("method", ["hash", "mixed_dimension"])
+def test_no_update_is_lost_on_weights_that_were_replaced(method: str) -> None:
+    """PyTorch's update holds the weights that were looked up."""
+    tables = make(method, "sgd")
+    with ops.using("reference"):
+        out = tables(torch.tensor([[5, 6, 7]]))
+        tables.load_state_dict({name: t.clone() for name, t in tables.state_dict().items()}, assign=True)
+        with pytest.raises(RuntimeError, match="replaced .* call backward first"):
+            out.sum().backward()
+        out = tables(torch.tensor([[5, 6, 7]]))
+        tables.to(torch.bfloat16)
+        with pytest.raises(RuntimeError, match="cast to another type"):
+            out.sum().backward()
+        before = tables.to_dense("item")
+        tables(torch.tensor([[5, 6, 7]])).sum().backward()
+        assert not torch.equal(tables.to_dense("item"), before)
+
+
 def refill(*tensors: Tensor) -> None:
     """As a loader does that reuses its memory: autograd sees nothing of it."""
     for tensor in tensors:

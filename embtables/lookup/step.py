@@ -118,10 +118,8 @@ class Step:
             name = weight_name(FP32.name, width)
             if self.accumulation is not None:
                 return accumulated_rows(store, name, index, self.accumulation)
-            rows: Tensor = ops.fused_rows(
-                weight, store.state_for_step(name), index, store.hook, store.hyper, store.rule
-            )
-            return rows
+            state = store.state_for_step(name)
+            return self._watched(name, ops.fused_rows(weight, state, index, store.hook, store.hyper, store.rule))
         if store.sparse:
             return F.embedding(index, weight, sparse=True)
         if self.aliases is not None and weight.requires_grad and torch.is_grad_enabled():
@@ -129,6 +127,22 @@ class Step:
         if weight.requires_grad and torch.is_grad_enabled():
             return weight.index_select(0, index)
         return ops.gather(weight, index)
+
+    def _watched(self, name: str, values: Tensor) -> Tensor:
+        """Values of a weight or extra, by its attribute, whose backward refuses to update what is no longer stored."""
+        store = self.store
+        weight = store.tensor(name)
+
+        def check(gradient: Tensor) -> None:
+            if store.tensor(name) is not weight:
+                raise RuntimeError(
+                    "the tables were cast to another type, replaced or moved to another device between their lookup "
+                    "and its backward; call backward first"
+                )
+
+        if values.requires_grad and not torch.compiler.is_compiling():
+            values.register_hook(check)
+        return values
 
     def _rows_that_are(self, width: int, index: Tensor) -> Tensor:
         """``_rows``, and zeros for an index of −1, in shapes that do not depend on data, as graphs need them."""
@@ -155,7 +169,8 @@ class Step:
                 self._extras[name] = accumulated_rows(store, key, index, self.accumulation).view(weight.shape)
             else:
                 state = store.state_for_step(key)
-                self._extras[name] = ops.fused_dense(weight, state, store.hook, store.hyper, store.rule)
+                dense = ops.fused_dense(weight, state, store.hook, store.hyper, store.rule)
+                self._extras[name] = self._watched(key, dense)
         return self._extras[name]
 
 
