@@ -54,8 +54,14 @@ class Step:
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> Step:
+        device = self.store.device
+        if device.type == "meta":
+            raise RuntimeError(
+                "these tables are on the meta device, where there are no values to look up: call to_empty(device=…) "
+                "and reset_parameters(), or load_state_dict(…, assign=True), first"
+            )
         if self.updates:
-            _refuse_what_fused_updates_cannot_do(self.store.device)
+            _refuse_what_fused_updates_cannot_do(device)
         if self._locks:
             ops.training_lock.acquire()
         if self.counts:
