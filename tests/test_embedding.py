@@ -219,6 +219,37 @@ def test_weights_that_are_freed_after_a_lookup_train(backend: str) -> None:
         assert not item(torch.tensor([1, 2])).requires_grad
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["full", "hash", "unified"])
+def test_transforms_of_a_model_of_views(method: str, backend: str) -> None:
+    """Gradients are those of backward, and the derivative along the weights is twice what is quadratic in them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = joint(method, METHODS[method])
+            self.item, self.user = Embedding.of(self.tables, "item"), EmbeddingBag.of(self.tables, "user")
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return (self.item(ids[:, 0]) * self.user(ids[:, 1:])).sum()
+
+    model, ids = Model(), torch.tensor([[1, 2, 2], [7, 49, 0], [0, 3, 4]])
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (ids,))
+
+    with ops.using(backend):
+        model(ids).backward()
+        # PyTorch leaves other weights in modules that a model holds several times.
+        expected = {name: weight.grad for name, weight in model.named_parameters()}
+        torch.testing.assert_close(torch.func.grad(loss)(weights), expected)
+        value, along = torch.func.jvp(loss, (weights,), (weights,))
+        torch.testing.assert_close(along, 2 * value)
+        each = torch.func.vmap(loss)({name: torch.stack([w, 2 * w]) for name, w in weights.items()})
+        torch.testing.assert_close(each, torch.stack([value, 4 * value]))
+
+
 def test_pruning_counts_steps_not_lookups() -> None:
     schedule = Pruned(warmup_steps=3, prune_steps=1, interval=1)
     tables = [TableConfig("item", 100, 8), TableConfig("user", 50, 8)]

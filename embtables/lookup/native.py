@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embtables import ops
 from embtables.formats import FP32, weight_name
+from embtables.lookup.graphs import is_transformed
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
@@ -112,8 +113,7 @@ class NativeLookup:
         suits = (
             all(t is None or (type(t) is Tensor and t.is_cpu) for t in given[:3])
             and not torch.jit.is_tracing()
-            and not torch._C._are_functorch_transforms_active()
-            and torch.autograd.forward_ad._current_level < 0
+            and not is_transformed()
         )
         return self.tensors() if suits else None
 

@@ -15,6 +15,7 @@ from embtables import ops
 from embtables.formats import FP32, weight_name
 from embtables.lookup.accumulation import accumulated_rows
 from embtables.lookup.block import Part
+from embtables.lookup.graphs import is_transformed
 from embtables.lookup.store import Store
 
 if TYPE_CHECKING:
@@ -204,7 +205,9 @@ class ViewSteps:
 
     def step(self, store: Store, trains: bool, stages: Sequence[Stage], *, shared: bool) -> Step:
         """A lookup of a view; ``shared`` says that the storage may hold tables of other views."""
-        aliases = self.aliases if shared and not torch.compiler.is_compiling() else None
+        # Graphs and transforms have weights of their own, which are gone after them.
+        in_place = not torch.compiler.is_compiling() and not is_transformed()
+        aliases = self.aliases if shared and in_place else None
         return Step(store, trains=trains, counts=not self.begun, stages=stages, aliases=aliases)
 
     def await_backward(self, output: Tensor) -> None:
