@@ -19,11 +19,13 @@ from embtables import (
     InfeasibleBudget,
     RowWiseAdagrad,
     TableConfig,
+    ops,
     plan,
 )
 from embtables.methods import Pruned
 
 IDS = torch.tensor([[[1, 2, 0], [99, 2, 7]]])
+BACKENDS = ["reference", *(["native"] if ops.instructions() else [])]
 METHODS = {
     "full": None,
     "hash": 0.2,
@@ -200,6 +202,54 @@ def test_views_make_one_dense_gradient() -> None:
     assert not tables._view_steps.aliases
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_are_freed_after_a_lookup_train(backend: str) -> None:
+    """What was looked up while frozen has no backward, after which it would be forgotten."""
+    tables = EmbeddingTables(plan([TableConfig("item", 100, 8), TableConfig("word", 50, 16)], "full", optimizer=None))
+    item = Embedding.of(tables, "item")
+    weight = next(p for p in tables.parameters() if p.shape[1] == 8)
+    with ops.using(backend):
+        weight.requires_grad_(False)
+        assert not item(torch.tensor([1, 2])).requires_grad
+        weight.requires_grad_()
+        item(torch.tensor([3, 4])).sum().backward()
+        assert weight.grad is not None and weight.grad.sum() == 2 * 8
+        item(torch.tensor([5]))
+        weight.requires_grad_(False)
+        assert not item(torch.tensor([1, 2])).requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["full", "hash", "unified"])
+def test_transforms_of_a_model_of_views(method: str, backend: str) -> None:
+    """Gradients are those of backward, and the derivative along the weights is twice what is quadratic in them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = joint(method, METHODS[method])
+            self.item, self.user = Embedding.of(self.tables, "item"), EmbeddingBag.of(self.tables, "user")
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return (self.item(ids[:, 0]) * self.user(ids[:, 1:])).sum()
+
+    model, ids = Model(), torch.tensor([[1, 2, 2], [7, 49, 0], [0, 3, 4]])
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (ids,))
+
+    with ops.using(backend):
+        model(ids).backward()
+        # PyTorch leaves other weights in modules that a model holds several times.
+        expected = {name: weight.grad for name, weight in model.named_parameters()}
+        torch.testing.assert_close(torch.func.grad(loss)(weights), expected)
+        value, along = torch.func.jvp(loss, (weights,), (weights,))
+        torch.testing.assert_close(along, 2 * value)
+        each = torch.func.vmap(loss)({name: torch.stack([w, 2 * w]) for name, w in weights.items()})
+        torch.testing.assert_close(each, torch.stack([value, 4 * value]))
+
+
 def test_pruning_counts_steps_not_lookups() -> None:
     schedule = Pruned(warmup_steps=3, prune_steps=1, interval=1)
     tables = [TableConfig("item", 100, 8), TableConfig("user", 50, 8)]
@@ -326,6 +376,8 @@ def test_bad_bags() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             bag(*arguments)
+    with pytest.raises(TypeError, match="offsets must be int32 or int64, not torch.float32"):
+        bag(ids, torch.tensor([0, 2.7]))
     summed = EmbeddingBag.of(tables, "t", "sum")
     with pytest.raises(ValueError, match=r"per_sample_weights have shape \(2,\), but ids \(3,\)"):
         summed(ids, torch.tensor([0]), torch.ones(2))

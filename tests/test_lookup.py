@@ -267,6 +267,11 @@ def test_what_is_refused() -> None:
         tables(ids, offsets, pooling={"history": None})
     with pytest.raises(ValueError, match="offsets must rise from 0"):
         tables.lookup(ids[:-1], offsets)
+    for wrong in (-5, 10**13):  # where the second feature begins
+        fallen = offsets.clone()
+        fallen[3] = wrong
+        with pytest.raises(ValueError, match="offsets must rise from 0 .* and fall in between"):
+            tables.lookup(ids, fallen, pooling=None)
     ids[-1] = 200
     with pytest.raises(IndexError, match="feature 'tags' holds id 200, but table 'tag' has the ids 0 … 199"):
         tables.lookup(ids, offsets, pooling={"tags": None})

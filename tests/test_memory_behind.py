@@ -11,7 +11,7 @@ import torch
 from core_cases import shuffled_counts
 from torch import Tensor
 
-from embtables import EmbeddingBag, EmbeddingTables, TableConfig, ops, plan
+from embtables import Embedding, EmbeddingBag, EmbeddingTables, TableConfig, ops, plan
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
 TABLES = [
@@ -96,6 +96,50 @@ def test_a_weight_that_became_smaller_is_not_read_beyond_its_end(optimizer: str 
         out.sum().backward()
     with pytest.raises(IndexError):
         tables(ids, offsets, weights)
+
+
+@NATIVE
+@pytest.mark.parametrize("optimizer", [None, "sparse", "sgd"])
+@pytest.mark.parametrize("as_view", [False, True])
+def test_a_change_that_a_gradient_would_not_survive_is_refused(as_view: bool, optimizer: str | None) -> None:
+    """The gradient of a product depends on its factors."""
+    tables = make("compositional", optimizer)
+    ids = torch.tensor([[5, 6, 7]])
+    out = Embedding.of(tables, "item")(ids) if as_view else tables(ids)
+    weight = next(t for name, t in tables.state_dict(keep_vars=True).items() if "weight" in name)
+    with torch.no_grad():
+        weight.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace|changed between a lookup and its backward"):
+        out.sum().backward()
+
+
+@NATIVE
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_weight_that_became_one_row_many_times_is_not_read_beyond_it(optimizer: str | None) -> None:
+    tables = make("compositional", optimizer)
+    out = tables(torch.tensor([[5, 6, 7]]))
+    weight = next(t for name, t in tables.state_dict(keep_vars=True).items() if "weight" in name)
+    weight.data = torch.ones(1, 1).expand(weight.shape)
+    with pytest.raises(RuntimeError, match="call backward first"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["hash", "mixed_dimension"])
+def test_no_update_is_lost_on_weights_that_were_replaced(method: str) -> None:
+    """PyTorch's update holds the weights that were looked up."""
+    tables = make(method, "sgd")
+    with ops.using("reference"):
+        out = tables(torch.tensor([[5, 6, 7]]))
+        tables.load_state_dict({name: t.clone() for name, t in tables.state_dict().items()}, assign=True)
+        with pytest.raises(RuntimeError, match="replaced .* call backward first"):
+            out.sum().backward()
+        out = tables(torch.tensor([[5, 6, 7]]))
+        tables.to(torch.bfloat16)
+        with pytest.raises(RuntimeError, match="cast to another type"):
+            out.sum().backward()
+        before = tables.to_dense("item")
+        tables(torch.tensor([[5, 6, 7]])).sum().backward()
+        assert not torch.equal(tables.to_dense("item"), before)
 
 
 def refill(*tensors: Tensor) -> None:

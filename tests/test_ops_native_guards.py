@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from core_cases import shuffled_counts
+from third_party.metadata import Metadata
+from third_party.product_quantization import ProductQuantization
 
 from embtables import EmbeddingTables, TableConfig, ops, plan
 from embtables.lookup.program import InputSpec, Program, check_recipe, compile_program, is_native
@@ -31,6 +33,7 @@ from embtables.lookup.recipe import (
     concat,
 )
 from embtables.lookup.store import Store
+from embtables.methods import Method
 from embtables.ops import native, reference
 from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS
 from embtables.sizes.layout import Code, Extra, Form, Slab
@@ -210,6 +213,29 @@ def test_ranks_that_are_none_are_refused_before_anything_is_taken(kind: str, ran
     tables.save(tmp_path / "tables")
     with pytest.raises(ValueError, match="holds no embedding tables that can be read: table 'city'.* is damaged"):
         EmbeddingTables.load(tmp_path / "tables")
+
+
+@pytest.mark.parametrize(
+    "method, name, place, code, found",
+    [
+        (ProductQuantization(code_dtype="int64"), "city/codes", (39, 3), 200, "codes \\d … 200, .* 0 … 199"),
+        (ProductQuantization(code_dtype="int16"), "item/codes", (0, 1), -1, "codes -1 … .* 0 … 199"),
+        (ProductQuantization(remap="int32"), "city/remap", 5, 40, "ranks 0 … 40, .* 0 … 39"),
+        (Metadata(), "item/values", 7, 100, "rows 0 … 100, .* 0 … 99"),
+        (Metadata(offset_dtype="int64"), "city/offsets", 40, 61, "offsets 0 … 61, .* 0 … 60"),
+    ],
+)
+def test_codes_that_lead_out_of_their_slab_are_refused(
+    method: Method, name: str, place: Any, code: int, found: str
+) -> None:
+    tables = EmbeddingTables(plan(RANKED, method))
+    tables.store.code(name)[place] = code
+    sound = EmbeddingTables(tables.plan)
+    before = {k: v.clone() for k, v in sound.state_dict().items()}
+    with pytest.raises(ValueError, match=f"table '{name[:4]}': '{name}' holds {found}: the file or state dict"):
+        sound.load_state_dict(tables.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sound.state_dict().items())
+    sound.load_state_dict(before)
 
 
 @pytest.mark.parametrize("kind", ["mixed_dimension", "frequency_cutoff"])

@@ -348,12 +348,14 @@ def test_what_is_refused(l2: float, frequencies: Any, message: str) -> None:
 def test_autocast_does_not_reach_the_tables(method: Method, optimizer: str | None) -> None:
     """Vectors, and what backward makes of them, are those without autocast, bit for bit."""
     tables, twin = build(method, optimizer, seed=8), build(method, optimizer, seed=8)
+    dense: list[Tensor] = []
     for each, enabled in ((tables, True), (twin, False)):
         each.regularize(L2, COUNTS)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             result = each.lookup(FLAT, OFFSETS, pooling={"history": None})
             pooled = each(FLAT, OFFSETS, torch.ones(len(FLAT)))
             assert pooled.dtype == torch.float32 and all(v.dtype == torch.float32 for v in result.values())
+            dense.append(each.to_dense("item"))
             assert torch.is_autocast_enabled("cpu") == enabled
         if result["history"].requires_grad:
             (result["history"].pow(2).sum() + result["maker"].sum()).backward()
@@ -361,4 +363,4 @@ def test_autocast_does_not_reach_the_tables(method: Method, optimizer: str | Non
         assert torch.equal(weight, expected)
         if weight.grad is not None:
             assert expected.grad is not None and torch.equal(weight.grad, expected.grad)
-    assert torch.equal(tables(FLAT, OFFSETS), twin(FLAT, OFFSETS))
+    assert torch.equal(tables(FLAT, OFFSETS), twin(FLAT, OFFSETS)) and torch.equal(*dense)

@@ -279,6 +279,9 @@ def test_meta_device_allocates_nothing_until_reset(method: str, budget: str | No
     here = build(configs, method, budget, optimizer="adagrad", seed=5)
     meta = EmbeddingTables(here.plan, seed=5, device="meta")
     assert all(t.device.type == "meta" for _, t, _ in meta.store.tensors())
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match="on the meta device, .* call to_empty"):
+            meta(torch.zeros(1, 2, dtype=torch.int64, device=device))
     assert counted_bytes(meta) == counted_bytes(here)
     meta.to_empty(device="cpu")
     meta.reset_parameters()

@@ -243,6 +243,7 @@ class EmbeddingBag(_OneTable):
 
         Raises:
             ValueError: for offsets or weights that do not fit.
+            TypeError: for ids or offsets that are not int32 or int64.
         """
         bags = self._bags(input, offsets)
         if per_sample_weights is not None:
@@ -276,6 +277,8 @@ class EmbeddingBag(_OneTable):
             return torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1]
         if ids.ndim != 1 or offsets is None or offsets.ndim != 1:
             raise ValueError(f"ids must be [B, N], or flat with 1-D offsets; they have shape {tuple(ids.shape)}")
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"offsets must be int32 or int64, not {offsets.dtype}")
         bags = offsets.long() if self.include_last_offset else F.pad(offsets.long(), (0, 1), value=ids.numel())
         return bags if bags.numel() else _check_bags(bags, ids.numel())
 

@@ -293,7 +293,7 @@ class Lookup(nn.Module):
     def _in_plain_pytorch(self, which: Sequence[int], ids: Sequence[FeatureIds], step: Step) -> list[BlockVectors]:
         """The vector of every id, for each of these blocks; one gather in all."""
         blocks = [self.blocks[i] for i in which]
-        with _without_autocast(self.store.device):
+        with without_autocast(self.store.device):
             parts = [
                 block.without_padding(block.block.address(found.ids, found.feature), found)
                 for block, found in zip(blocks, ids)
@@ -314,6 +314,6 @@ def _is_native(block: BlockLookup, store: Store) -> bool:
     return isinstance(block.block, RecipeBlock) and all(is_native(recipe, store) for recipe in block.block.recipes)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Tables compute in their own precision, whatever the layers around them do."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

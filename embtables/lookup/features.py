@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from embtables.config import TableConfig
 from embtables.hashing import hash_ids, seed_for
 from embtables.lookup.block import Block, Part
 from embtables.lookup.graphs import bag_sums, intervals
-from embtables.lookup.inputs import CONFIG, Input, PoolingLike
+from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec
 from embtables.lookup.regularization import Regularizer
 from embtables.ops.program import POLICIES, UNBOUNDED
@@ -332,10 +332,3 @@ class BlockLookup(nn.Module):
         if padded is not None:
             bags = F.pad((~padded).long().cumsum(0), (1, 0))[bags]
         return bags.diff().clamp(min=1)
-
-    def modes(self, pooling: PoolingLike) -> list[str | None]:
-        """The pooling of each lookup: as the call says, else its table's own."""
-        own = [table.pooling for table in self.tables]
-        if isinstance(pooling, Mapping):
-            return [pooling.get(feature, mode) for feature, mode in zip(self.features, own)]
-        return [mode if pooling == CONFIG else pooling for mode in own]

@@ -1,10 +1,17 @@
-"""What compiled and exported graphs hold instead of shapes that depend on data, which neither can have."""
+"""What graphs hold instead of shapes that depend on data, which they cannot have; and what transforms ask for."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or a forward-mode derivative is at work; graphs have none within them."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def intervals(ends: Tensor, size: int) -> Tensor:
@@ -32,9 +39,10 @@ def bag_sums(vectors: Tensor, bags: Tensor, weights: Tensor | None) -> Tensor:
     """The sums ``[M, D]`` of the vectors ``[N, D]`` of each bag, whose offsets are ``bags`` ``[M + 1]``.
 
     ``weights`` ``[N]``: a factor for each vector. Exported graphs add with an operator that every runtime has: ONNX
-    would take bags one by one, and none where there are none.
+    would take bags one by one, and none where there are none. So do transforms: ``F.embedding_bag`` has no
+    forward-mode derivative.
     """
-    if not torch.compiler.is_exporting():
+    if not (torch.compiler.is_exporting() or is_transformed()):
         index = torch.arange(vectors.shape[0], device=vectors.device)
         return F.embedding_bag(index, vectors, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
     if weights is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embtables import ops
 from embtables.formats import FP32, weight_name
+from embtables.lookup.graphs import is_transformed
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
@@ -112,8 +113,7 @@ class NativeLookup:
         suits = (
             all(t is None or (type(t) is Tensor and t.is_cpu) for t in given[:3])
             and not torch.jit.is_tracing()
-            and not torch._C._are_functorch_transforms_active()
-            and torch.autograd.forward_ad._current_level < 0
+            and not is_transformed()
         )
         return self.tensors() if suits else None
 
@@ -150,7 +150,11 @@ class NativeLookup:
         if given.offsets is not None:
             bounds = given.bounds(self.num_features)
             for i, (mode, column) in enumerate(zip(modes, self.columns)):
-                rows[i] = batch if mode is not None else bounds[column + 1] - bounds[column]
+                if mode is None:
+                    start, end = bounds[column : column + 2]
+                    if not 0 <= start <= end <= given.ids.numel():  # there is no such tensor to be filled
+                        raise ops.Refused(None, None)
+                    rows[i] = end - start
         sizes = [n * dim for n, dim in zip(rows, self.dims)]
         outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
         values = self._values(tensors, given, outputs, sum(sizes), step)

@@ -15,6 +15,7 @@ from embtables import ops
 from embtables.formats import FP32, weight_name
 from embtables.lookup.accumulation import accumulated_rows
 from embtables.lookup.block import Part
+from embtables.lookup.graphs import is_transformed
 from embtables.lookup.listening import listened_to
 from embtables.lookup.store import Store
 
@@ -57,8 +58,14 @@ class Step:
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> Step:
+        device = self.store.device
+        if device.type == "meta":
+            raise RuntimeError(
+                "these tables are on the meta device, where there are no values to look up: call to_empty(device=…) "
+                "and reset_parameters(), or load_state_dict(…, assign=True), first"
+            )
         if self.updates:
-            _refuse_what_fused_updates_cannot_do(self.store.device)
+            _refuse_what_fused_updates_cannot_do(device)
         if self._locks:
             ops.training_lock.acquire()
         if self.counts:
@@ -123,10 +130,8 @@ class Step:
             name = weight_name(FP32.name, width)
             if self.accumulation is not None:
                 return accumulated_rows(store, name, index, self.accumulation)
-            rows: Tensor = ops.fused_rows(
-                weight, store.state_for_step(name), index, store.hook, store.hyper, store.rule
-            )
-            return rows
+            state = store.state_for_step(name)
+            return self._watched(name, ops.fused_rows(weight, state, index, store.hook, store.hyper, store.rule))
         if store.sparse:
             return F.embedding(index, weight, sparse=True)
         if self.aliases is not None and weight.requires_grad and torch.is_grad_enabled():
@@ -134,6 +139,22 @@ class Step:
         if weight.requires_grad and torch.is_grad_enabled():
             return weight.index_select(0, index)
         return ops.gather(weight, index)
+
+    def _watched(self, name: str, values: Tensor) -> Tensor:
+        """Values of a weight or extra, by its attribute, whose backward refuses to update what is no longer stored."""
+        store = self.store
+        weight = store.tensor(name)
+
+        def check(gradient: Tensor) -> None:
+            if store.tensor(name) is not weight:
+                raise RuntimeError(
+                    "the tables were cast to another type, replaced or moved to another device between their lookup "
+                    "and its backward; call backward first"
+                )
+
+        if values.requires_grad and not torch.compiler.is_compiling():
+            values.register_hook(check)
+        return values
 
     def _rows_that_are(self, width: int, index: Tensor) -> Tensor:
         """``_rows``, and zeros for an index of −1, in shapes that do not depend on data, as graphs need them."""
@@ -160,7 +181,8 @@ class Step:
                 self._extras[name] = accumulated_rows(store, key, index, self.accumulation).view(weight.shape)
             else:
                 state = store.state_for_step(key)
-                self._extras[name] = ops.fused_dense(weight, state, store.hook, store.hyper, store.rule)
+                dense = ops.fused_dense(weight, state, store.hook, store.hyper, store.rule)
+                self._extras[name] = self._watched(key, dense)
         return self._extras[name]
 
 
@@ -188,7 +210,9 @@ class ViewSteps:
 
     def step(self, store: Store, trains: bool, stages: Sequence[Stage], *, shared: bool) -> Step:
         """A lookup of a view; ``shared`` says that the storage may hold tables of other views."""
-        aliases = self.aliases if shared and not torch.compiler.is_compiling() else None
+        # Graphs and transforms have weights of their own, which are gone after them.
+        in_place = not torch.compiler.is_compiling() and not is_transformed()
+        aliases = self.aliases if shared and in_place else None
         return Step(store, trains=trains, counts=not self.begun, stages=stages, aliases=aliases)
 
     def await_backward(self, output: Tensor) -> None:
@@ -225,7 +249,9 @@ class Aliases(dict[tuple[int, int], Tensor]):
     """
 
     def of(self, weight: Tensor) -> Tensor:
-        """The weight under its other name."""
+        """The weight under its other name; one that is frozen, which may change until backward, has none."""
+        if not weight.requires_grad:
+            return weight
         key = id(weight), weight.data_ptr()
         alias = self.get(key)  # another thread's backward may clear these names at any time
         if alias is None:

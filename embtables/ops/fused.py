@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from embtables.ops.ids import raise_for_id
-from embtables.ops.native import Library, LookupArgs, Refused, has_native_form
+from embtables.ops.native import Library, LookupArgs, Refused, fits, has_native_form
 from embtables.ops.program import ProgramTensors
 from embtables.ops.reference import training_lock, updating
 
@@ -202,15 +202,17 @@ class _Differentiated(torch.autograd.Function):
         ctx.saved = SavedLookup(program, tensors, args, rows)
         ctx.tensors, ctx.sparse = tensors, sparse
         if program.reads_weights:
-            ctx.save_for_backward(*parameters)  # has autograd notice where they are changed before backward
+            # Has autograd notice where they are changed before backward. ``parameters`` may be other names of them,
+            # which count their changes by themselves.
+            ctx.save_for_backward(*tensors.weights, *tensors.projections)
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018
-        saved = ctx.saved
-        tensors = saved.check(ctx.tensors)
+        saved, tensors = ctx.saved, ctx.tensors
+        saved.check(tensors if fits([*tensors.weights, *tensors.projections]) else None)
         gradients = _library[0].gradients(tensors, saved.args, saved.rows, grad.contiguous(), ctx.sparse)
         return None, None, None, None, *gradients
 

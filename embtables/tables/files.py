@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from embtables._util.files import replacing
 from embtables.lookup.features import BlockLookup
+from embtables.lookup.recipe import Coded, Listed
 from embtables.lookup.recipe_block import RecipeBlock
+from embtables.lookup.store import Store
 from embtables.plan.solver import Plan
 
 _KEY = "embtables"
@@ -56,21 +59,44 @@ def reading_file(path: Path | str) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
         raise ValueError(f"{path} holds no embedding tables that can be read: {reason}") from error
 
 
-def check_ranks(blocks: Sequence[BlockLookup], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for ranks out of range, in tensors that the store is about to take.
+def check_codes(blocks: Sequence[BlockLookup], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` for codes out of range, in tensors that the store is about to take.
 
-    A lookup goes where they say.
+    A lookup goes where they say. Codes that the tensors lack are not looked at.
     """
     for block in blocks:
         recipes = block.block.recipes if isinstance(block.block, RecipeBlock) else []
         for table, recipe in zip(block.tables, recipes):
-            if recipe.ranks is None or table.rows is None:
+            if table.rows is None:
                 continue
-            name, start = recipe.ranks
-            key = block.block.store.key(name)
-            ranks = tensors.get(key, torch.empty(0)).reshape(-1)[start : start + table.rows]
-            if ranks.numel() and not ranks.is_meta and not 0 <= ranks.min() <= ranks.max() < table.rows:
-                raise ValueError(
-                    f"table '{table.name}': '{name}' holds ranks {int(ranks.min())} … {int(ranks.max())}, but its "
-                    f"ids have the ranks 0 … {table.rows - 1}: the file or state dict is damaged"
-                )
+            check = _Codes(table.name, block.block.store, tensors)
+            if recipe.ranks is not None:
+                check.range("ranks", recipe.ranks.code, recipe.ranks.first, table.rows, table.rows)
+            for address in recipe.addresses:
+                if isinstance(address, Coded):
+                    rows = check.store.rows(address.slab)
+                    check.range("codes", address.code, address.first, table.rows, rows, address.column)
+                elif isinstance(address, Listed):
+                    length = check.store.code(address.values).shape[0]
+                    check.range("offsets", address.offsets, address.first, table.rows + 1, length + 1)
+                    check.range("rows", address.values, 0, length, check.store.rows(address.slab))
+
+
+class _Codes(NamedTuple):
+    """The codes of one table, in tensors that are about to be taken."""
+
+    table: str
+    store: Store
+    tensors: Mapping[str, Tensor]
+
+    def range(self, what: str, name: str, first: int, count: int, end: int, column: int = 0) -> None:
+        """Raises ``ValueError`` unless ``count`` elements of a column from ``first`` on are 0 … end − 1."""
+        given = self.tensors.get(self.store.key(name), torch.empty(0))
+        if not given.numel() or given.is_meta or given.shape != self.store.code(name).shape:
+            return
+        codes = given.reshape(given.shape[0], -1)[first : first + count, column]
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < end:
+            raise ValueError(
+                f"table '{self.table}': '{name}' holds {what} {int(codes.min())} … {int(codes.max())}, but there are "
+                f"only 0 … {end - 1}: the file or state dict is damaged"
+            )

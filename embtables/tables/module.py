@@ -14,7 +14,7 @@ from embtables.plan.solver import Plan
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
-from embtables.tables.files import check_ranks, reading_file, write_file
+from embtables.tables.files import check_codes, reading_file, write_file
 from embtables.tables.initialize import initialize
 from embtables.tables.looking_up import TableLookup
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
@@ -162,7 +162,7 @@ class EmbeddingTables(TableLookup):
         """
         with reading_file(path) as (plan, tensors):
             tables = cls._empty_served(plan, device)
-            check_ranks(tables.lookups.blocks, tensors)
+            check_codes(tables.lookups.blocks, tensors)
             tables.store.load_state_dict(tensors)
         return tables.eval()
 
@@ -184,7 +184,7 @@ class EmbeddingTables(TableLookup):
     ) -> None:
         store = f"{prefix}store."
         given = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
-        check_ranks(self.lookups.blocks, given)
+        check_codes(self.lookups.blocks, given)
         device = next((t.device for t in given.values() if isinstance(t, Tensor)), self.store.device)
         if metadata.get("assign_to_params_buffers") and self.store.device.type == "meta" != device.type:
             # What is assigned brings its device along; what no state dict holds has to be there too.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from embtables.lookup.engine import without_autocast
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.step import Step
 
@@ -38,7 +39,8 @@ def dense_rows(lookup: BlockLookup, number: int, rows: slice) -> Tensor:
         values = step.gather(block.address(chunk, of_chunk), may_skip=block.may_skip)
         return block.combine(values, chunk, of_chunk, step.extra)
 
-    dense = torch.cat([vectors(chunk) for chunk in ids.split(_CHUNK)])
+    with without_autocast(block.store.device):
+        dense = torch.cat([vectors(chunk) for chunk in ids.split(_CHUNK)])
     dense[ids == lookup.padding[feature]] = 0
     return dense
 
