@@ -281,6 +281,10 @@ class Lookup(nn.Module):
             self._explain(refused, given)
         return result, self._in_plain_pytorch(rest, ids, step) if rest else []
 
+    def check_range(self, ids: Tensor) -> None:
+        """Raises ``IndexError`` for ids ``[N]`` out of range, as a lookup of this view, and does nothing else."""
+        self.blocks[0].pick(Input(ids.unsqueeze(1)), self.only)
+
     def _explain(self, refused: Refused, given: Input) -> NoReturn:
         """Raises the error of a refusal, from what native code knows of it."""
         assert self.native is not None
