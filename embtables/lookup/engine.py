@@ -271,7 +271,9 @@ class Lookup(nn.Module):
                 check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
             ids = [self.blocks[i].pick(given, self.only) for i in rest]
-            if native is not None and tensors is not None and (rest or step.stages):
+            # In graphs its operator checks by itself, and nothing is changed before it.
+            first = (rest or step.stages) and not torch.compiler.is_compiling()
+            if native is not None and tensors is not None and first:
                 native.check(tensors, given)
             if step.stages:
                 step.begin(Touched(self.blocks, given, self.only))
