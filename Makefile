@@ -42,11 +42,19 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables
 	@$(call quietly,$(PIP) --no-deps torchrec fbgemm-gpu-cpu)
 	@$(call quietly,$(PIP) --no-deps --no-compile $(FRAMEWORKS)) || \
 		echo "FuxiCTR and DeepCTR-Torch cannot be installed for this Python; the tests that need them are skipped."
+	@$(call quietly,$(PIP) --no-deps --no-compile $(TRAINERS)) || \
+		echo "Lightning and Accelerate cannot be installed for this Python; the tests that need them are skipped."
+	@$(call quietly,$(PIP) --no-deps --no-compile $(ONNX)) || \
+		echo "ONNX Runtime cannot be installed for this Python; the tests that need it are skipped."
 	@touch $@
 
-# The frameworks of examples/compress_*.py, and all that they import, by name: nothing else is installed or changed.
+# What tests and examples use besides, and all that it imports there, by name: nothing else is installed or changed.
+# The frameworks of examples/compress_*.py:
 FRAMEWORKS := fuxictr deepctr-torch scikit-learn scipy joblib threadpoolctl narwhals h5py requests urllib3 idna certifi \
 	charset-normalizer ray click msgpack jsonschema jsonschema-specifications referencing rpds-py attrs
+# Those whose checkpoints resume a training, and what exported tables run in:
+TRAINERS := pytorch-lightning accelerate
+ONNX := onnxruntime onnxscript onnx onnx-ir ml_dtypes
 
 # 200,000 generated rows over 1.3 MB of tables; 34 cells. A second call shows the results again; `make clean` forgets them.
 DEMO := runs/demo

@@ -361,6 +361,45 @@ def test_bags_as_torch(mode: str, padding_idx: int | None, include_last_offset: 
     torch.testing.assert_close(parameter.grad[:100], stock.weight.grad)  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("how", "optimizer", "l2"),
+    [
+        ("eager", "adam", 0.0),
+        ("eager", "adam", 0.3),
+        ("eager", SGD(l2=0.3), 0.0),
+        ("eager", None, 0.3),
+        ("compiled", "adam", 0.3),
+        ("compiled", SGD(l2=0.3), 0.0),
+    ],
+)
+def test_ids_behind_the_last_bag_move_nothing(how: str, optimizer: SGD | str | None, l2: float) -> None:
+    """Nor do they count as occurrences: all is as if they had not been given, although they are checked."""
+    torch._dynamo.reset()
+    config = TableConfig("item", 300, 16, padding_idx=2, pooling="mean")
+    without = EmbeddingTables(plan([config], "hash", "50%", optimizer=optimizer))
+    without.regularize(l2, {"item": range(1, 301)})
+    given = copy.deepcopy(without)
+    bags, behind = (EmbeddingBag.of(tables, "item", include_last_offset=True) for tables in (without, given))
+    look_up = behind if how == "eager" else torch.compile(behind, backend="aot_eager")
+    dense = [torch.optim.SGD(tables.parameters(), 0.1) for tables in (without, given) if optimizer is None]
+    # The first step gives Adam momentum, by which a row that has no gradient would move in the others.
+    for ids, offsets in (
+        (torch.arange(12), torch.tensor([0, 3, 3, 12])),
+        (torch.arange(12).flip(0), torch.tensor([0, 3, 3, 6])),
+        (torch.tensor([5, 5, 7, 9, 9, 5]), torch.tensor([0, 1, 3, 3])),
+    ):
+        outputs = bags(ids[: offsets[-1]], offsets), look_up(ids, offsets)
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        for step in dense:
+            step.step()
+            step.zero_grad()
+    torch.testing.assert_close(given.state_dict(), without.state_dict())
+    with pytest.raises(IndexError, match="feature 'item' holds id 300"):
+        look_up(torch.tensor([1, 2, 300]), torch.tensor([0, 1, 1, 2]))
+
+
 def test_bad_bags() -> None:
     tables = EmbeddingTables(plan([TableConfig("t", 100, 8, pooling="mean")], "hash", 0.1, optimizer=None))
     bag = EmbeddingBag.of(tables, "t")

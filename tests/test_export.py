@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from embtables import EmbeddingTables, TableConfig, plan
 from embtables.faces.embedding import EmbeddingBag
-from embtables.methods import Method
+from embtables.methods import kinds
 
 # Two tables with a feature in common, every treatment of ids out of range, padding, both poolings.
 TABLES = [
@@ -37,9 +37,9 @@ def pruned(form: str) -> EmbeddingTables:
     return EmbeddingTables(plan(tables, "pruned", budget, optimizer=None)).eval()
 
 
-def make(method: Any, budget: str | None = "50%") -> EmbeddingTables:
+def make(method: str, budget: str | None = "50%") -> EmbeddingTables:
     counts = {table.name: shuffled_counts(table.num_embeddings or 0) for table in TABLES}
-    budget = None if getattr(method, "kind", method) == "full" else budget
+    budget = None if method == "full" else budget
     return EmbeddingTables(plan(TABLES, method, budget, frequencies=counts, optimizer=None)).eval()
 
 
@@ -70,28 +70,55 @@ def foreign(program: ExportedProgram) -> list[str]:
     return sorted({name for name in names if name not in ("aten", "prim", "prims")})
 
 
-@pytest.mark.parametrize("given", [columns, bags])
-@pytest.mark.parametrize("method", all_methods(), ids=method_id)
-def test_every_batch_size_is_as_in_the_module(method: Method, given: Any) -> None:
-    tables = make(method)
-    program = exported(tables, given(5))
+class EveryMethod(nn.Module):
+    """A table for each method and each form of what pruned serves, one column of ids each: exported once for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        counts = {"item": shuffled_counts(300)}
+        item = TableConfig("item", 300, 8, on_out_of_range="oov")
+        self.tables = nn.ModuleDict()
+        for method in all_methods():
+            budget = None if method.kind == "full" else "50%"
+            solved = plan([item], method, budget, frequencies=counts, optimizer=None)
+            self.tables[method_id(method).replace(".", ",")] = EmbeddingTables(solved)
+        for form, (budget, dim) in FORMS.items():
+            served = EmbeddingTables(plan([replace(item, embedding_dim=dim)], "pruned", budget, optimizer=None))
+            served.finalize()
+            assert [entry.variant for g in served.plan.groups for entry in g.layout.entries.values()] == [form]
+            self.tables[form] = served
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {name: tables(ids[:, i : i + 1]) for i, (name, tables) in enumerate(self.tables.items())}
+
+    def ids(self, batch: int) -> Tensor:
+        """Some of them out of range."""
+        return torch.randint(350, (batch, len(self.tables)), generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.fixture(scope="module")
+def every() -> tuple[EveryMethod, ExportedProgram]:
+    module = EveryMethod().eval()
+    return module, exported(module, (module.ids(5),))
+
+
+def test_every_method_exports_for_every_batch_size(every: tuple[EveryMethod, ExportedProgram]) -> None:
+    module, program = every
     assert foreign(program) == []
-    module = program.module()
+    graph = program.module()
     for batch in BATCHES:
-        torch.testing.assert_close(module(*given(batch)), tables(*given(batch)))
+        torch.testing.assert_close(graph(module.ids(batch)), module(module.ids(batch)), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("given", [columns, bags])
-@pytest.mark.parametrize("form", FORMS)
-def test_served_pruned_tables_in_each_form(form: str, given: Any) -> None:
-    tables = pruned(form)
+@pytest.mark.parametrize("method", [*kinds(), *FORMS])
+def test_bags_export_for_every_number_of_examples(method: str) -> None:
+    tables = pruned(method) if method in FORMS else make(method)
     tables.finalize()
-    assert {entry.variant for group in tables.plan.groups for entry in group.layout.entries.values()} == {form}
-    program = exported(tables, given(5))
+    program = exported(tables, bags(5))
     assert foreign(program) == []
     module = program.module()
     for batch in BATCHES:
-        torch.testing.assert_close(module(*given(batch)), tables(*given(batch)), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(module(*bags(batch)), tables(*bags(batch)), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("given", [columns, bags])
@@ -158,8 +185,8 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.tables = make("compositional")
-        single = plan([TableConfig("country", 60, 4)], "mixed_dimension", "50%", optimizer=None)
+        self.tables = make("mixed_dimension")
+        single = plan([TableConfig("country", 60, 4)], "compositional", "50%", optimizer=None)
         self.countries = EmbeddingTables(single).eval()
         self.top = nn.Linear(4 * 8 + 4 + 4, 1)
 
@@ -208,10 +235,9 @@ print("equal")
 """
 
 
-def run_without_this_package(model: nn.Module, file: Path, batches: list[int]) -> None:
+def run_without_this_package(model: nn.Module, file: Path, given: list[tuple[Tensor, ...]]) -> None:
     cases = []
-    for batch in batches:
-        inputs = inputs_of(batch)
+    for inputs in given:
         cases.append((inputs, model(*inputs).detach()))
     torch.save(cases, file.parent / "cases.pt")
     command = [sys.executable, "-c", _ALONE, str(file), str(file.parent / "cases.pt")]
@@ -221,17 +247,20 @@ def run_without_this_package(model: nn.Module, file: Path, batches: list[int]) -
 
 def test_a_saved_program_runs_where_this_package_is_not(model: Model, program: ExportedProgram, tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "model.pt2")
-    run_without_this_package(model, tmp_path / "model.pt2", BATCHES)
+    run_without_this_package(model, tmp_path / "model.pt2", [inputs_of(batch) for batch in BATCHES])
 
 
 @pytest.mark.slow
-def test_a_compiled_package_runs_where_this_package_is_not(
-    model: Model, program: ExportedProgram, tmp_path: Path
-) -> None:
+def test_a_compiled_package_runs_where_this_package_is_not(tmp_path: Path) -> None:
+    """One table of bags: compiling takes half a minute even so."""
+    bag = TableConfig("item", 300, 8, [f"history{i}" for i in range(FEATURES)], pooling="mean", on_out_of_range="oov")
+    tables = EmbeddingTables(plan([bag], "hash", "50%", optimizer=None)).eval()
     file = tmp_path / "model.pt2"
-    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    program = exported(tables, bags(5))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=quickly)
     file = file.rename(tmp_path / "model.pt2.aoti")
-    run_without_this_package(model, file, BATCHES)
+    run_without_this_package(tables, file, [bags(batch) for batch in BATCHES])
 
 
 def in_onnx(program: ExportedProgram, file: Path) -> Any:
@@ -257,14 +286,12 @@ def test_onnx_runtime_agrees(model: Model, program: ExportedProgram, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [columns, bags])
-@pytest.mark.parametrize("method", [*all_methods(), *FORMS], ids=lambda m: m if isinstance(m, str) else method_id(m))
-def test_onnx_runtime_agrees_on_every_method(method: Any, given: Any, tmp_path: Path) -> None:
-    tables = pruned(method) if method in FORMS else make(method)
-    if method in FORMS:
-        tables.finalize()
-    session = in_onnx(exported(tables, given(5)), tmp_path / "tables.onnx")
+def test_onnx_runtime_agrees_on_every_method(every: tuple[EveryMethod, ExportedProgram], tmp_path: Path) -> None:
+    module, program = every
+    session = in_onnx(program, tmp_path / "tables.onnx")
     for batch in BATCHES:
-        torch.testing.assert_close(
-            in_session(session, given(batch)), tables(*given(batch)).detach(), rtol=1e-6, atol=1e-6
-        )
+        expected = module(module.ids(batch))
+        found = session.run(None, {session.get_inputs()[0].name: module.ids(batch).numpy()})
+        assert len(found) == len(expected)
+        for (name, vectors), values in zip(expected.items(), found):
+            torch.testing.assert_close(torch.from_numpy(values), vectors.detach(), rtol=1e-6, atol=1e-6, msg=name)

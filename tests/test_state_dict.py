@@ -238,18 +238,20 @@ def test_sparse_and_dense_tables_have_the_same_keys_and_load_each_other(method: 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "accelerate"])
 def test_a_framework_resumes_in_a_new_process_bit_for_bit(framework: str, tmp_path: Path) -> None:
-    """Two epochs, its own checkpoint, two more in a new process: the same as four epochs, for each optimizer."""
+    """Two epochs, its own checkpoint, two more in a new process: the same as four epochs, with a state of each form."""
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
 
+    optimizers = ["rowwise_adagrad", "adam"]
+
     def run(*arguments: str) -> None:
-        command = [sys.executable, str(SCRIPT), framework, str(tmp_path), *arguments, *OPTIMIZERS]
+        command = [sys.executable, str(SCRIPT), framework, str(tmp_path), *arguments, *optimizers]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout + result.stderr
 
     run("begin")
     run("resume")
-    for optimizer in OPTIMIZERS:
+    for optimizer in optimizers:
         straight, resumed = (
             torch.load(tmp_path / f"{optimizer}-{which}.pt", weights_only=True) for which in ("straight", "resumed")
         )

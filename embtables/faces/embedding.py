@@ -259,10 +259,12 @@ class EmbeddingBag(_OneTable):
         # Ids behind the last bag belong to none; whether there are any is data, at which a graph cannot look.
         may_rest = self.include_last_offset and offsets is not None
         rest = may_rest and torch.compiler.is_compiling()
-        if may_rest and not rest and int(bags[-1]) != ids.numel():
-            # They are looked up as one more bag, which nobody gets, and so checked like all others.
-            bags = F.pad(_check_bags(bags, ids.numel()), (0, 1), value=ids.numel())
-            return self._look_up(Input(ids, bags, per_sample_weights), self.mode)[:-1]
+        if may_rest and not rest and (end := int(bags[-1])) != ids.numel():
+            # They are checked like all others, but no row may be updated for them.
+            _check_bags(bags, ids.numel())
+            self.tables.view(self.name)[0].check_range(ids[end:])
+            ids = ids[:end]
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights[:end]
         try:
             return self._look_up(Input(ids, bags, per_sample_weights, rest), self.mode)
         except ValueError:

@@ -272,7 +272,9 @@ class Lookup(nn.Module):
                 check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
             ids = [self.blocks[i].pick(given, self.only) for i in rest]
-            if native is not None and tensors is not None and (rest or step.stages):
+            # In graphs its operator checks by itself, and nothing is changed before it.
+            first = (rest or step.stages) and not torch.compiler.is_compiling()
+            if native is not None and tensors is not None and first:
                 native.check(tensors, given)
             if step.stages:
                 step.begin(Touched(self.blocks, given, self.only))
@@ -281,6 +283,10 @@ class Lookup(nn.Module):
         except Refused as refused:
             self._explain(refused, given)
         return result, self._in_plain_pytorch(rest, ids, step) if rest else []
+
+    def check_range(self, ids: Tensor) -> None:
+        """Raises ``IndexError`` for ids ``[N]`` out of range, as a lookup of this view, and does nothing else."""
+        self.blocks[0].pick(Input(ids.unsqueeze(1)), self.only)
 
     def _explain(self, refused: Refused, given: Input) -> NoReturn:
         """Raises the error of a refusal, from what native code knows of it."""

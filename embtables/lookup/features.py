@@ -197,7 +197,10 @@ class BlockLookup(nn.Module):
         if only is None and self.takes_all:
             return FeatureIds(self._in_range(ids.long(), feature), feature, offsets, weights, None)
         count, absent = layers.shape[0], feature < 0
-        feature, ids = feature.clamp(min=0), torch.where(absent, 0, ids.long().repeat(count))
+        if only is None:
+            feature, ids = feature.clamp(min=0), torch.where(absent, 0, ids.long().repeat(count))
+        else:  # those behind the last bag are checked like all others
+            feature, ids = torch.full_like(feature, only), ids.long()
         weights = None if weights is None else weights.repeat(count)
         bags = torch.cat([*(offsets[:-1] + layer * size for layer in range(count)), offsets[-1:] + (count - 1) * size])
         slots = self.slots if only is None else None

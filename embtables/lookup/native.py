@@ -118,8 +118,10 @@ class NativeLookup:
         return self.tensors() if suits else None
 
     def _updates_in_graphs(self, step: Step) -> bool:
+        # A stage may change weights before they are read, and the operator checks the ids that it reads by itself.
         return (
             step.accumulation is None
+            and not step.stages
             and not self.reads_weights
             and self.store.optimizer is not None
             and ops.has_native_form(self.store.optimizer.kind)

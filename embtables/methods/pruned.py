@@ -450,10 +450,12 @@ class BitmapBlock(SparseBlock):
         word = (first >> 6).unsqueeze(1) + torch.arange(number + 1, device=first.device)
         words = bitmap[word.clamp(max=len(bitmap) - 1)]
         # Aligned with the row: the upper bits of a word and the lower ones of the next. Shifts stay below 64.
+        # Shifts by tensors are named, since ONNX has no such operator for >> and <<.
         shift = (first & 63).unsqueeze(1)
-        upper = words[:, :-1] >> shift & ~(-1 << (63 - shift) << 1)
-        aligned = upper | (words[:, 1:] << (63 - shift) << 1)
-        bits = aligned.unsqueeze(2) >> torch.arange(min(64, self.embedding_dim), device=first.device) & 1
+        upper = torch.bitwise_right_shift(words[:, :-1], shift) & ~(-1 << (63 - shift) << 1)
+        aligned = upper | (torch.bitwise_left_shift(words[:, 1:], 63 - shift) << 1)
+        places = torch.arange(min(64, self.embedding_dim), device=first.device)
+        bits = torch.bitwise_right_shift(aligned.unsqueeze(2), places) & 1
         return bits.flatten(1)[:, : self.embedding_dim]
 
     def _set_before(self, bit: Tensor) -> Tensor:
@@ -463,7 +465,7 @@ class BitmapBlock(SparseBlock):
         starts = 64 * torch.arange(_WORDS, device=bit.device)
         before = ((bit - 64 * _WORDS * block).unsqueeze(1) - starts).clamp(0, 64)
         half = before >> 1
-        below = words & ~(-1 << half << (before - half))
+        below = words & ~torch.bitwise_left_shift(-1 << half, before - half)
         return self.code("directory").index_select(0, block) + _count_bits(below).sum(1)
 
     @classmethod
