@@ -76,7 +76,7 @@ test: $(STAMP) ## every test, ruff and mypy among them
 # Random programs for each build; 400 take about eight minutes on two cores.
 SEEDS ?= 200
 sanitize: $(STAMP) ## the native kernels alone, all instruction sets, under AddressSanitizer, UBSan and ThreadSanitizer
-	EMBTABLES_SANITIZE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/test_ops_sanitizers.py
+	EMBTABLES_SANITIZE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/ops/test_ops_sanitizers.py
 
 # BENCH_FLAGS="--quick" takes about two minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
 bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about 15 minutes

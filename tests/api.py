@@ -1,7 +1,7 @@
 """The public interface as text: every public name with its signature, and every command with its options.
 
-``python -m tests.api`` writes ``tests/data/api.txt`` anew; ``tests/test_api.py`` compares the file with the code.
-Parameters, defaults and annotations are given as the source spells them, so that the text is the same under every
+``python -m tests.api`` writes ``tests/data/api.txt`` anew; ``tests/project/test_api.py`` compares the file with the
+code. Parameters, defaults and annotations are given as the source spells them, so that the text is the same under every
 version of Python and of torch.
 """
 

@@ -3,7 +3,8 @@
     python -m tests.data.write_files        # from the root of the repository
 
 makes the folder ``tests/data/files-<version>``, once for each version of the format: it refuses to write over one that
-is there, since what matters is that the code of that time wrote it. ``tests/test_old_files.py`` reads all folders.
+is there, since what matters is that the code of that time wrote it. ``tests/tables/test_old_files.py`` reads all
+folders.
 
 A folder holds served tables of every method and variant, a plan as JSON, a state dict with its optimizer state of
 tables in training under that plan, and in ``expected.safetensors`` what each gives for fixed ids, and after one more

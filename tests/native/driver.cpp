@@ -1,5 +1,5 @@
 // Random programs through the kernels of the native library, against plain loops in float64: for sanitizers, without
-// Python and without PyTorch. Built and run by tests/test_ops_sanitizers.py:
+// Python and without PyTorch. Built and run by tests/ops/test_ops_sanitizers.py:
 //
 //     driver FIRST_SEED NUM_SEEDS
 //

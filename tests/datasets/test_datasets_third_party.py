@@ -21,7 +21,7 @@ import pytest
 
 from embtables.datasets import Block, PreparedDataset, Reader, Rejections, RowReader, Schema, readers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "third_party"
 ITEMS = ["tea", "salt", *(f"item{number}" for number in range(30))]
 

@@ -18,9 +18,9 @@ import pytest
 
 from embtables import ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "embtables" / "ops" / "csrc"
-DRIVER = Path(__file__).parent / "native" / "driver.cpp"
+DRIVER = Path(__file__).parents[1] / "native" / "driver.cpp"
 SEEDS = os.environ.get("EMBTABLES_SANITIZE_SEEDS")
 
 # As in setup.py, but for the optimization: sanitizers need lines, and compile several times faster without any.

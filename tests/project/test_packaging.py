@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("torchrec", "fbgemm_gpu", "pandas", "polars", "pyarrow", "tensorboard", "matplotlib", "typer", "rich")
 
 # Plans, builds and runs tables, so that "it imports" means "it works".

@@ -414,7 +414,7 @@ def test_refusals_name_the_culprit() -> None:
 def test_broken_torchrec_says_what_to_do(tmp_path: Path, error: str) -> None:
     (tmp_path / "torchrec").mkdir()
     (tmp_path / "torchrec" / "__init__.py").write_text(f"raise {error}\n")
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
     code = "import embtables.torchrec"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from embtables.methods import Method
 
 OPTIMIZERS = ["sgd", "rowwise_adagrad", "adagrad", "adam"]
 PREFIX = "optimizer_state."
-SCRIPT = Path(__file__).with_name("resume_script.py")
+SCRIPT = Path(__file__).parents[1] / "resume_script.py"
 
 
 def small(optimizer: str | None, method: Any = "full", seed: int = 0, device: str | None = None) -> EmbeddingTables:

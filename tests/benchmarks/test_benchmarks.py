@@ -552,7 +552,7 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
 
 # ---- what is published -----------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "docs" / "results" / "speed"
 
 

@@ -39,7 +39,7 @@ from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS
 from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

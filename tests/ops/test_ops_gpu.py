@@ -373,7 +373,7 @@ def test_in_the_interpreter() -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment = kept | {"TRITON_INTERPRET": "1", "EMBTABLES_OPS": "reference", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embtables import Compression, Embedding, EmbeddingTables, compress_
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def example(name: str, *packages: str) -> ModuleType:

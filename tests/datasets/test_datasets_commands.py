@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from embtables.cli.prepare import app
 from embtables.datasets import PreparedDataset
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embtables import EmbeddingTables, Plan, ops
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FOLDERS = sorted(DATA.glob("files-*"))
 FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.safetensors")) if path.stem != "expected"]
 

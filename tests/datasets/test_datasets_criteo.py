@@ -20,7 +20,7 @@ from embtables.datasets import PreparedDataset
 from embtables.datasets import text as text_module
 from embtables.datasets.readers.criteo import CATEGORIES, DENSE, Criteo, prepare_criteo
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def raw_rows(count: int, seed: int = 0) -> list[list[str]]:

@@ -18,7 +18,7 @@ from embtables.datasets.readers.s3rec import S3Rec, prepare_s3rec
 from embtables.datasets.vocabulary import MISSING
 from embtables.datasets.writing import prepare
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "s3rec"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "s3rec"
 
 
 def sequences(seed: int = 0) -> dict[int, list[int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str) -> None:
@@ -89,8 +89,8 @@ def helper():
 def test_test_modules_import_none_of_the_others() -> None:
     """What several of them need is in ``conftest.py`` or in a module of cases."""
     found = []
-    modules = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    for path in sorted((ROOT / "tests").glob("*.py")):
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

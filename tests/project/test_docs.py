@@ -20,7 +20,7 @@ import torch
 from embtables.cli.app import COMMANDS, build
 from embtables.methods import kinds
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/methods/*.md")) + sorted(ROOT.glob("*.md"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _REQUIRES = re.compile(r"<!-- requires: ([\w., ]+) -->\n\Z")

@@ -9,7 +9,7 @@ import yaml
 
 from embtables.training.config import RunConfig
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_fields_is_complete_and_right() -> None:
