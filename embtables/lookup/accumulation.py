@@ -50,7 +50,7 @@ class Accumulation:
         for name in dict.fromkeys(name for name, _, _ in self._parts):
             parts = [(rows, grad) for other, rows, grad in self._parts if other == name]
             rows, grads = (torch.cat(each) for each in zip(*parts))
-            ops.update(store.matrix(name), store.state_for_step(name), rows, grads, store.hyper, store.rule)
+            ops.update_once(store.matrix(name), store.state_for_step(name), rows, grads, store.hyper, store.rule)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Copies and files of tables are outside any block."""

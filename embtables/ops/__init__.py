@@ -42,6 +42,7 @@ from embtables.ops.reference import (
     gather,
     training_lock,
     update,
+    update_once,
     update_rows,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "training_lock",
     "update",
     "update_in_backward",
+    "update_once",
     "update_rows",
     "using",
 ]

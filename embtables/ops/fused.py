@@ -16,7 +16,7 @@ from torch import Tensor
 from embtables.ops.ids import raise_for_id
 from embtables.ops.native import Library, LookupArgs, Refused, fits, has_native_form
 from embtables.ops.program import ProgramTensors
-from embtables.ops.reference import training_lock, updating
+from embtables.ops.reference import training_lock
 
 _library: list[Library] = []
 # Takes the gradients of weights (sparse, of distinct rows) and projections (dense) of a lookup, in their order.
@@ -150,9 +150,13 @@ _waiting: weakref.WeakSet[SavedLookup] = weakref.WeakSet()
 
 
 def settle(changing: Sequence[Tensor]) -> None:
-    """Has the lookups that wait for their gradients note the rows they read in weights about to change."""
+    """Has the lookups that wait for their gradients note the rows they read in weights about to change.
+
+    It is called before the operators, which count the change as soon as they are called. Traced weights have no memory;
+    what a compiled graph changes is noticed by the backward of such a lookup, which then refuses.
+    """
     if _waiting:
-        places = {tensor.data_ptr() for tensor in changing}
+        places = {tensor.data_ptr() for tensor in changing if type(tensor) in (Tensor, torch.nn.Parameter)}
         for saved in list(_waiting):
             tensors = saved.program.tensors()
             if tensors is None or tensors.forms() != saved.forms:
@@ -378,7 +382,7 @@ def update_rows(
     """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), grad.numel(), rows.numel())
-    with updating([*weights, *projections]):
+    with training_lock:
         _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from embtables._util.allocator import keep_freed_memory
 from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
-from embtables.ops.reference import split_step, updating
+from embtables.ops.reference import split_step, training_lock
 from embtables.optimizers import rule_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -490,6 +490,6 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
         rows, step = split_step(state, rule)
         native = in_use() and rule in RULES and fits([weight]) and fits(rows)
         if native and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
-            with updating([weight]):
+            with training_lock:
                 return library.update(weight, rows, index, grad, hyper, rule, int(step))
         return plain_update(weight, state, index, grad, hyper, rule)

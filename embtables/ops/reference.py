@@ -7,8 +7,7 @@ Shapes: R rows, W width, N looked-up rows (duplicates included). Cost and memory
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +19,6 @@ from embtables.optimizers import rule_of
 _NO_STEP = torch.zeros((), dtype=torch.int64)
 # Held by whoever looks up in training or updates, so that of several threads each finds whole steps of the others.
 training_lock = threading.RLock()
-# Called with the weights that a fused update is about to change.
-before_updates: list[Callable[[Sequence[Tensor]], None]] = []
-
-
-@contextmanager
-def updating(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block, which no other thread's lookups and updates enter, a fused update changes the weights.
-
-    It is the operators that enter it, not the formulas of their gradients, which are traced without any memory.
-    """
-    with training_lock:
-        for prepare in before_updates:
-            prepare(weights)
-        yield
 
 
 def split_step(state: Sequence[Tensor], kind: str) -> tuple[list[Tensor], Tensor]:
@@ -87,7 +72,7 @@ def update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyp
         return
     rows, summed = coalesce(index, grad)
     kept, step = split_step(state, rule)
-    with updating([weight]):
+    with training_lock:  # by itself in graphs
         update_rows(weight, kept, rows, summed, hyper, rule, step)
 
 
@@ -111,8 +96,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.weight, ctx.state, ctx.index, _, ctx.hyper, ctx.rule = inputs
 
 
+# Called with the weights that a fused update is about to change.
+before_updates: list[Callable[[Sequence[Tensor]], None]] = []
+
+
+def update_once(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
+    """``update``, of which those are told first who have to know of a fused update."""
+    with training_lock:
+        for prepare in before_updates:
+            prepare([weight])
+        update(weight, state, index, grad, hyper, rule)
+
+
 def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
-    update(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
+    update_once(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
     return None, [None] * len(ctx.state), None, None, None, None
 
 
@@ -173,7 +170,10 @@ def _(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: T
 
 
 def _step_of_some(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
-    update_some(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
+    with training_lock:
+        for prepare in before_updates:
+            prepare([ctx.weight])
+        update_some(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
     return None, [None] * len(ctx.state), None, None, None, None
 
 
