@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -45,3 +46,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("FAKE", str(folder))
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Spares every garbage collection from now on the objects of all modules, which stay until the end anyway."""
+    gc.collect()
+    gc.freeze()

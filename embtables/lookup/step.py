@@ -210,9 +210,10 @@ class ViewSteps:
 
     def step(self, store: Store, trains: bool, stages: Sequence[Stage], *, shared: bool) -> Step:
         """A lookup of a view; ``shared`` says that the storage may hold tables of other views."""
-        # Graphs and transforms have weights of their own, which are gone after them.
+        # Graphs and transforms have weights of their own, which are gone after them; and PyTorch cannot add up sparse
+        # gradients of half precision.
         in_place = not torch.compiler.is_compiling() and not is_transformed()
-        aliases = self.aliases if shared and in_place else None
+        aliases = self.aliases if shared and in_place and not store.is_half() else None
         return Step(store, trains=trains, counts=not self.begun, stages=stages, aliases=aliases)
 
     def await_backward(self, output: Tensor) -> None:

@@ -120,6 +120,10 @@ class Weights(nn.Module):
         """Where the tensors are."""
         return self._place.device
 
+    def is_half(self) -> bool:
+        """Whether the weights are of half precision."""
+        return any(self.tensor(name).dtype.itemsize == 2 for name in self.weight_names[:1])
+
     # ---- a parameter for each slab --------------------------------------------------------------------------------
 
     def split(self) -> None:

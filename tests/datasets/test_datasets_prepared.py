@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import hashlib
 import json
 import multiprocessing
@@ -328,14 +329,13 @@ def test_a_changed_input_is_refused_and_a_touched_one_reused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("failing_file", [1, 3, 5])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_file: int) -> None:
-    written = 0
+    numbers = itertools.count(1)  # files are written by several threads
     original = writing_module._write_parquet
 
     def full(rows: pl.DataFrame, path: Path) -> None:
-        nonlocal written
-        written += 1
+        number = next(numbers)
         original(rows, path)
-        if written == failing_file:
+        if number == failing_file:
             raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
 
     monkeypatch.setattr(writing_module, "_write_parquet", full)

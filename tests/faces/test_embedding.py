@@ -494,3 +494,19 @@ def test_compiles() -> None:
         return next(table.parameters()).grad  # type: ignore[return-value]
 
     torch.testing.assert_close(gradient(compiled), gradient(table))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_views_of_half_precision_add_up(dtype: torch.dtype, backend: str) -> None:
+    """PyTorch cannot add up sparse gradients of these types, as those of several views would be."""
+    with ops.using(backend):
+        tables = joint().to(dtype)
+        ids = {name: torch.tensor([1, 2, 3, 2]) for name in ("item", "user", "city")}
+        sum(Embedding.of(tables, name)(values).sum() for name, values in ids.items()).backward()  # type: ignore[union-attr]
+        (found,) = (weight.grad for weight in tables.parameters())
+        twin = joint()
+        twin(torch.stack([*ids.values()], 1)).sum().backward()
+        (expected,) = (weight.grad for weight in twin.parameters())
+        assert found is not None and expected is not None and found.dtype == dtype
+        assert torch.equal(found.float(), expected)  # small integers, exact in any type

@@ -41,9 +41,9 @@ class Build(NamedTuple):
 
 
 BUILDS = {
-    "plain": Build("-O1", 300, ("baseline", "avx512")),
-    "address,undefined": Build("-O0 -fsanitize=address,undefined -fno-sanitize-recover=all", 120, ("baseline",)),
-    "thread": Build("-O0 -fsanitize=thread", 40, ("baseline",)),
+    "plain": Build("-O1", 150, ("baseline", "avx512")),
+    "address,undefined": Build("-O0 -fsanitize=address,undefined -fno-sanitize-recover=all", 50, ("baseline",)),
+    "thread": Build("-O0 -fsanitize=thread", 20, ("baseline",)),
 }
 
 

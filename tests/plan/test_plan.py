@@ -41,7 +41,7 @@ def own_bytes(solved: Plan) -> dict[str, int]:
 
 @pytest.mark.slow
 @given(cases(max_rows=2_000) | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"]), st.data())
-@settings(max_examples=2500)
+@settings(max_examples=1500)
 def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Case, data: st.DataObject) -> None:
     full = case.full_bytes
     small = data.draw(log_integers(1, full + 100))
