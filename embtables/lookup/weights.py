@@ -118,7 +118,9 @@ class Weights(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self._place.device
+        place = self._buffers["_place"]  # many times faster than by its name
+        assert place is not None
+        return place.device
 
     def is_half(self) -> bool:
         """Whether the weights are of half precision."""

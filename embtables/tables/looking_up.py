@@ -47,6 +47,7 @@ class TableLookup(nn.Module):
     def _look_up_in(self, store: Store, blocks: list[BlockLookup], order: Sequence[int], stages: list[Stage]) -> None:
         """Has lookups read a store from now on, those of views too; the arguments are as in ``Lookup``."""
         self.store = store
+        self.stages = stages
         self.blocks = nn.ModuleList(blocks).to(store.device)
         self.lookups = Lookup(store, blocks, order).to(store.device)
         views, self._views = list(self._views), {}
@@ -54,7 +55,8 @@ class TableLookup(nn.Module):
             self.view(table)
         self._view_steps = ViewSteps()
         self._add_regularizers()
-        self.stages = stages
+        # Python finds parts of a module by their names in several microseconds each.
+        self._in_reach = store, self.lookups
         self.optimizer_state = OptimizerState(store, stages)
 
     # ---- looking up ----------------------------------------------------------------------------------------------
@@ -94,10 +96,11 @@ class TableLookup(nn.Module):
         check_input(ids, offsets, per_sample_weights, self.feature_names)
         self.outputs.check_one_tensor(pooling)
         given = Input(ids, offsets, per_sample_weights)
+        lookups = self._in_reach[1]
         with self._step(training) as step:
             if pooling is None:
-                return self.lookups.in_input_order(given, step)
-            return self.lookups.side_by_side(given, self.outputs.modes(pooling), step)
+                return lookups.in_input_order(given, step)
+            return lookups.side_by_side(given, self.outputs.modes(pooling), step)
 
     def lookup(
         self,
@@ -139,15 +142,15 @@ class TableLookup(nn.Module):
         check_pooling(pooling, self.feature_names)
         with self._step(training) as step:
             given = Input(ids, offsets, per_sample_weights)
-            return dict(zip(self.output_names, self.lookups.one_by_one(given, self.outputs.modes(pooling), step)))
+            return dict(zip(self.output_names, self._in_reach[1].one_by_one(given, self.outputs.modes(pooling), step)))
 
     def _step(self, training: bool | None) -> Step:
         trains = self.trains(self.training if training is None else training)
-        return Step(self.store, trains=trains, stages=self.stages)
+        return Step(self._in_reach[0], trains=trains, stages=self.stages)
 
     def trains(self, training: bool) -> bool:
         """Whether a lookup of a module in training mode trains: not without gradients, served or frozen."""
-        return training and self.store.can_learn()
+        return training and self._in_reach[0].can_learn()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freezes the tables, or has them train again; frozen ones give outputs that require no gradient."""
