@@ -114,13 +114,14 @@ class BlockLookup(nn.Module):
         self.tables = list(tables)
         columns = [feature_names.index(feature) for feature in features]
         self.places = columns
+        self.seeds = [seed_for(hash_seed, table.name, "out_of_range") for table in self.tables]
         self.num_features = len(feature_names)
         self.takes_all = columns == list(range(self.num_features))
         for name, values in (
             ("columns", columns),
             ("size", [UNBOUNDED if t.num_embeddings is None else t.num_embeddings for t in self.tables]),
             ("policy", [-1 if t.num_embeddings is None else POLICIES[t.on_out_of_range] for t in self.tables]),
-            ("seed", [seed_for(hash_seed, t.name, "out_of_range") for t in self.tables]),
+            ("seed", self.seeds),
             ("padding", [-1 if t.padding_idx is None else t.padding_idx for t in self.tables]),
             ("has_padding", [t.padding_idx is not None for t in self.tables]),
             ("lookup", list(range(len(self.tables)))),
@@ -141,7 +142,7 @@ class BlockLookup(nn.Module):
         """How ids come to each of the lookups, for native code."""
         return [
             InputSpec(f, t.name, column, t.embedding_dim, t.num_embeddings, t.on_out_of_range, seed, t.padding_idx)
-            for f, column, t, seed in zip(self.features, self.places, self.tables, self.seed.tolist())
+            for f, column, t, seed in zip(self.features, self.places, self.tables, self.seeds)
         ]
 
     # ---- before the block ----------------------------------------------------------------------------------------

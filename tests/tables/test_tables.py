@@ -273,6 +273,23 @@ BUDGETS += [("compositional", "30%"), ("pruned", "30%"), ("robe", "30%"), ("drop
 BUDGETS = [(kind, budget) for kind, budget in BUDGETS if kind in kinds()]
 
 
+@pytest.mark.parametrize("optimizer", [None, "adagrad"])
+@pytest.mark.parametrize("method", kinds())
+def test_the_device_may_come_from_the_context(method: str, optimizer: str | None) -> None:
+    """Where it is the meta device, no constant of the plan can be read back from a tensor."""
+    configs = [TableConfig("a", 300, 8, on_out_of_range="hash"), TableConfig("b", 200, 8)]
+    counts = {table.name: np.arange(table.num_embeddings or 0, 0, -1) for table in configs}
+    solved = plan(configs, method, None if method == "full" else "60%", counts, optimizer)
+    with torch.device("meta"):
+        tables = EmbeddingTables(solved, seed=5)
+    assert all(tensor.device.type == "meta" for _, tensor, _ in tables.store.tensors())
+    tables.to_empty(device="cpu")
+    tables.reset_parameters()
+    here = EmbeddingTables(solved, seed=5)
+    ids = torch.tensor([[299, 3], [0, 199]])
+    assert torch.equal(tables(ids), here(ids))
+
+
 @pytest.mark.parametrize(("method", "budget"), BUDGETS)
 def test_meta_device_allocates_nothing_until_reset(method: str, budget: str | None) -> None:
     configs = [TableConfig("a", 200, 8), TableConfig("b", 100, 8, padding_idx=1)]
