@@ -21,6 +21,18 @@ def jagged(tables: EmbeddingTables, batch: int, seed: int) -> tuple[Tensor, Tens
     return torch.cat([ids[:n] for ids, n in zip(pool, per_feature)]), offsets
 
 
+def some_ids(tables: EmbeddingTables, batch: int, seed: int, padded: str = "city") -> Tensor:
+    """Few distinct ids, so that rows occur many times; some padding, and some out of range where that is allowed."""
+    ids = random_ids(tables, batch, seed)
+    ids[::3] = ids[0]
+    column = {name: i for i, name in enumerate(tables.feature_names)}
+    ids[1::7, column["user"]] = 3
+    ids[2::7, column["user"]] = -5
+    ids[3::7, column["item"]] = 10**12
+    ids[4::7, column[padded]] = 0
+    return ids
+
+
 def state(tables: EmbeddingTables) -> dict[str, Tensor]:
     # A module with the name of a weight holds it where its gradients are sparse.
     named = {name.removesuffix(".weight"): parameter for name, parameter in tables.named_parameters()}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
-from native_cases import assert_same, jagged, state, step
+from native_cases import assert_same, jagged, some_ids, state, step
 from torch import Tensor
 
 from embtables import EmbeddingTables, Plan, TableConfig, ops, plan
@@ -78,18 +78,6 @@ def planned(method: str, optimizer: Any) -> Plan:
 
 def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
     return EmbeddingTables(planned(json.dumps(method.to_dict()), optimizer), seed=3, std=0.5, **options)
-
-
-def some_ids(tables: EmbeddingTables, batch: int, seed: int) -> Tensor:
-    """Few distinct ids, so that rows occur many times; some padding, and some out of range where that is allowed."""
-    ids = random_ids(tables, batch, seed)
-    ids[::3] = ids[0]
-    column = {f: i for i, f in enumerate(tables.feature_names)}
-    ids[1::7, column["user"]] = 3
-    ids[2::7, column["user"]] = -5
-    ids[3::7, column["item"]] = 10**12
-    ids[4::7, column["city"]] = 0
-    return ids
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ The methods are those of other packages, in ``third_party``: nothing in here is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
+import native_cases
 import pytest
 import scalar
 import torch
@@ -65,16 +66,7 @@ def make(method: Method, optimizer: FusedOptimizer | None, **options: Any) -> Em
     return EmbeddingTables(plan(TABLES, method, None, optimizer=optimizer), seed=3, std=0.5, **options)
 
 
-def some_ids(tables: EmbeddingTables, batch: int, seed: int) -> Tensor:
-    """Ids of which one example is repeated, with padding, and others out of range where that is allowed."""
-    ids = random_ids(tables, batch, seed)
-    ids[::3] = ids[0]
-    column = {name: i for i, name in enumerate(tables.feature_names)}
-    ids[1::7, column["user"]] = 3
-    ids[2::7, column["user"]] = -5
-    ids[3::7, column["item"]] = 10**12
-    ids[4::7, column["history"]] = 0
-    return ids
+some_ids = partial(native_cases.some_ids, padded="history")
 
 
 # ---- one id at a time, in float64 ------------------------------------------------------------------------------------
