@@ -263,7 +263,7 @@ class Lookup(nn.Module):
         # Regularization works on the vectors of single ids, and stages may listen to the gradients of single rows:
         # native code shows neither.
         # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
-        unknown = None in modes and given.offsets is not None and torch.compiler.is_compiling()
+        unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
         tensors = None if native is None or regularizes or step.listeners or unknown else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         result = None

@@ -95,9 +95,11 @@ def check_offsets(ids: Tensor, offsets: Tensor | None, *, rest: bool = False) ->
 
 def check_pooling(pooling: PoolingLike, feature_names: Sequence[str]) -> None:
     """Raises ``ValueError``, naming the unknown feature or pooling."""
+    if pooling == CONFIG:
+        return
     given = pooling if isinstance(pooling, Mapping) else {"": pooling}
     for feature, mode in given.items():
         if feature and feature not in feature_names:
             raise ValueError(f"pooling names the feature '{feature}', which no table has")
-        if mode not in ("sum", "mean", None) and not (mode == CONFIG and not feature):
+        if mode not in ("sum", "mean", None):
             raise ValueError(f"pooling must be 'sum', 'mean' or None, not {mode!r}")

@@ -6,6 +6,7 @@ lookup of a small batch; in compiled graphs it is ``embtables::look_up`` with ``
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -29,12 +30,12 @@ def use(library: Library) -> None:
 
 
 def look_up_values(tensors: ProgramTensors, args: LookupArgs) -> Tensor:
-    """The values, flat, without a gradient.
+    """The values, without a gradient.
 
     Raises:
         Refused: see ``Library.forward``.
     """
-    return _library[0].forward(tensors, args)[0]
+    return _library[0].values(tensors, args)
 
 
 def check(tensors: ProgramTensors, args: LookupArgs) -> None:
@@ -229,7 +230,7 @@ def update_in_backward(
     step: int,
     collect: Collect | None = None,
 ) -> Tensor:
-    """The values, flat; backward updates the rows in place.
+    """The values; backward updates the rows in place.
 
     Args:
         program: what is looked up.
@@ -248,7 +249,7 @@ def update_in_backward(
 def differentiate(
     program: Source, tensors: ProgramTensors, args: LookupArgs, parameters: Sequence[Tensor], sparse: bool
 ) -> Tensor:
-    """The values, flat; backward gives the weights (sparse or dense) and projections gradients.
+    """The values; backward gives the weights (sparse or dense) and projections gradients.
 
     Raises:
         Refused: see ``Library.forward``.
@@ -287,7 +288,7 @@ def look_up(
     if offsets is not None:
         offsets = kept[1]  # what is checked is what backward will read
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
-    args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), num_values, num_rows)
+    args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (num_values,), num_rows)
     try:
         return *_library[0].forward(tensors, args), *kept
     except Refused as error:
@@ -299,7 +300,7 @@ def look_up(
 def look_up_in_graph(
     tensors: ProgramTensors, args: LookupArgs, step: Tensor, ranges: str, hook: Tensor | None
 ) -> Tensor:
-    """``look_up`` with the same arguments as the functions for eager calls; the values, flat."""
+    """``look_up`` with the same arguments as the functions for eager calls."""
     values: Tensor = look_up(
         tensors.words,
         args.ids,
@@ -313,13 +314,13 @@ def look_up_in_graph(
         tensors.projection_states,
         tensors.hyper,
         step,
-        args.num_values,
+        math.prod(args.shape),
         args.num_rows,
         tensors.rule,
         ranges,
         hook,
     )[0]
-    return values
+    return values.view(args.shape)
 
 
 def _copies(ids: Tensor, offsets: Tensor | None, id_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,7 +382,7 @@ def update_rows(
 ) -> None:
     """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
     tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
-    args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), grad.numel(), rows.numel())
+    args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (grad.numel(),), rows.numel())
     with training_lock:
         _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
 

@@ -35,43 +35,29 @@ _HUGE, _LARGE = 2**22, 2**24
 # ``Outcome`` of ``csrc/program.h``.
 _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
+_address = Tensor.data_ptr
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_Call = _struct(
-    "_Call",
-    program=_pointer,
-    ids=_pointer,
-    id_bytes=_int,
-    offsets=_pointer,
-    num_ids=_int,
-    id_weights=_pointer,
-    batch=_int,
-    weights=_pointer,
-    projections=_pointer,
-    codes=_pointer,
-    outputs=_pointer,
-    values=_pointer,
-    rows=_pointer,
-    dtype=_int,
-    state_dtype=_int,
-    num_threads=_int,
-    rule=_int,
-    hyper=_pointer,
-    num_hyper=_int,
-    step=_int,
-    states=_pointer,
-    projection_states=_pointer,
-    gradient_rows=_pointer,
-    num_gradient_rows=_pointer,
-    saved=_pointer,
-    refused=_pointer,
-)
-# The fields that only some calls have, at the end.
-_REST = (0,) * (ctypes.sizeof(_Call) // 8 - 22)
+# ``Call`` of ``csrc/program.h``, of 8 bytes each. It is written as a list of numbers, not as a structure, and what its
+# pointers to lists of pointers point at follows in the same memory: a small lookup takes no longer than its arguments.
+_CALL = (
+    "program ids id_bytes offsets num_ids id_weights batch weights projections codes outputs values rows dtype "
+    "state_dtype num_threads rule hyper num_hyper step states projection_states gradient_rows num_gradient_rows saved "
+    "refused"
+).split()
+_PLACE = {name: place for place, name in enumerate(_CALL)}
+_WEIGHTS, _PROJECTIONS, _CODES = _PLACE["weights"], _PLACE["projections"], _PLACE["codes"]
+_STATES, _PROJECTION_STATES = _PLACE["states"], _PLACE["projection_states"]
+_REFUSED = _PLACE["refused"]
+# The fields after ``projection_states``, and behind them the lookup and the id that are refused.
+_REST = (0,) * (len(_CALL) - _PROJECTION_STATES - 1 + 2)
+_LISTS = len(_CALL) + 2  # where the lists of pointers begin
+
 _Gather = _struct(
     "_Gather",
     weight=_pointer,
@@ -104,9 +90,9 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 4
-    structs = map(ctypes.sizeof, (_Call, _Gather, _RowUpdate))
-    for size in (*structs, 8 * LOOKUP_WORDS, 8 * PIECE_WORDS, 8 * CODE_WORDS):
+    version = 5
+    structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
+    for size in (8 * len(_CALL), *structs, 8 * LOOKUP_WORDS, 8 * PIECE_WORDS, 8 * CODE_WORDS):
         version = version * 1000 + size
     return version
 
@@ -175,8 +161,8 @@ class LookupArgs(NamedTuple):
     """The arguments of one lookup: the ids of ``batch`` examples, and where their vectors go.
 
     ``ids``: int32 or int64, ``[batch, F]``, or flat with ``offsets`` int64 ``[F·batch + 1]``; ``id_weights``: float32,
-    of the shape of ``ids``; ``outputs``: int64 ``[L, 3]``, as ``Output`` of ``csrc/program.h``; ``num_values`` and
-    ``num_rows``: how many scalars and addresses the lookup has room for.
+    of the shape of ``ids``; ``outputs``: int64 ``[L, 3]``, as ``Output`` of ``csrc/program.h``; ``shape``: of the values,
+    which lie as ``outputs`` says; ``num_rows``: how many addresses the lookup has.
     """
 
     ids: Tensor
@@ -184,7 +170,7 @@ class LookupArgs(NamedTuple):
     id_weights: Tensor | None
     outputs: Tensor
     batch: int
-    num_values: int
+    shape: tuple[int, ...]
     num_rows: int
 
 
@@ -193,26 +179,21 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        names = ("forward", "backward", "gather", "update")
+        names = ("forward", "backward", "keep_rows", "gather", "update")
         self._functions = {name: getattr(library, f"embtables_{name}") for name in names}
         self._keeps_blocks = False
         self.instructions: str = library.embtables_instructions().decode()
 
-    def run(self, function: str, *calls: ctypes.Structure) -> int:
-        """What the function returns.
+    def run(self, function: str, *calls: int) -> int:
+        """What the function returns, given the addresses of its arguments.
 
         Raises:
             MemoryError: where there was not enough for what it needs beside its arguments.
         """
-        outcome: int = self._functions[function](*map(ctypes.byref, calls))
+        outcome: int = self._functions[function](*calls)
         if outcome == _OUT_OF_MEMORY:
             raise MemoryError(f"not enough memory for the native {function} of this batch: take a smaller one")
         return outcome
-
-    def count(self, function: str, call: ctypes.Structure) -> int:
-        """What a function that counts returns."""
-        number: int = getattr(self._library, f"embtables_{function}")(ctypes.byref(call))
-        return number
 
     def huge_pages(self, fresh: Tensor) -> Tensor:
         """The tensor, whose memory nothing has been written to yet, on huge pages where it is large."""
@@ -243,7 +224,7 @@ class Library:
             num_ids=index.numel(),
             num_threads=threads(index.numel()),
         )
-        if self.run("gather", call) == _NO_SUCH_ROW:
+        if self.run("gather", ctypes.addressof(call)) == _NO_SUCH_ROW:
             raise _no_such_row(weight, index)
         return values
 
@@ -287,7 +268,7 @@ class Library:
             num_ids=num_ids,
             num_threads=threads(num_ids),
         )
-        if self.run("update", call) == _NO_SUCH_ROW:
+        if self.run("update", ctypes.addressof(call)) == _NO_SUCH_ROW:
             raise _no_such_row(weight, index)
 
     # ---- whole programs --------------------------------------------------------------------------------------------
@@ -296,35 +277,40 @@ class Library:
     # moved (FSDP, ``share_memory_``, ``.data = …``).
 
     def forward(self, tensors: ProgramTensors, args: LookupArgs) -> tuple[Tensor, Tensor]:
-        """The values, flat, and the addresses that backward needs.
+        """The values, and the addresses that backward needs.
 
         Raises:
             Refused: for an id out of range, or offsets that do not fit.
             MemoryError: see ``run``.
         """
-        values = torch.empty(args.num_values, dtype=tensors.weights[0].dtype)
-        self.keep_large_blocks(values.nbytes)
         rows = torch.empty(args.num_rows, dtype=torch.int64)
+        return self.values(tensors, args, rows), rows
+
+    def values(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor = _NO_ROWS) -> Tensor:
+        """The values; the addresses go to ``rows`` where there is room for them. It raises what ``forward`` does."""
+        values = torch.empty(args.shape, dtype=tensors.weights[0].dtype)
+        self.keep_large_blocks(values.nbytes)
         self._run_forward(self._call(tensors, args, rows, values))
-        return values, rows
+        return values
 
     def check(self, tensors: ProgramTensors, args: LookupArgs) -> None:
         """Raises ``Refused`` for what ``forward`` would refuse, and does nothing else."""
-        self._run_forward(self._call(tensors, args, torch.empty(0, dtype=torch.int64), None))
+        self._run_forward(self._call(tensors, args, _NO_ROWS, None))
 
-    def _run_forward(self, call: Any) -> None:
-        refused = (_int * 2)()
-        call.refused = ctypes.addressof(refused)
-        outcome = self.run("forward", call)
+    def _run_forward(self, call: array[int]) -> None:
+        address = call.buffer_info()[0]
+        call[_REFUSED] = address + 8 * len(_CALL)
+        outcome = self.run("forward", address)
         if outcome != _DONE:
-            raise Refused(*((None, None) if outcome == _BAD_OFFSETS else refused))
+            raise Refused(*((None, None) if outcome == _BAD_OFFSETS else call[len(_CALL) : _LISTS]))
 
     def keep_rows(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor) -> Tensor:
         """A copy of the rows that the gradient of a lookup depends on, as they are now."""
         call = self._call(tensors, args, rows, None)
-        kept = torch.empty(self.count("keep_rows", call), dtype=tensors.weights[0].dtype)
-        call.saved = kept.data_ptr()
-        self.count("keep_rows", call)
+        count = self._functions["keep_rows"]  # returns how many scalars they are, and writes none where it is told to
+        kept = torch.empty(count(call.buffer_info()[0]), dtype=tensors.weights[0].dtype)
+        call[_PLACE["saved"]] = kept.data_ptr()
+        count(call.buffer_info()[0])
         return kept
 
     def update_rows(
@@ -343,9 +329,10 @@ class Library:
             step: the number of the step.
             as_read: the rows that the lookup read, from ``keep_rows``, and its projections, where they have changed.
         """
-        call, target = self._call_as_read(tensors, args, rows, grad, as_read), self._call(tensors, args, rows, grad)
-        call.step = target.step = step
-        self.run("backward", call, target)
+        target = self._call(tensors, args, rows, grad)
+        call = target if as_read is None else self._call_as_read(tensors, args, rows, grad, as_read)
+        call[_PLACE["step"]] = target[_PLACE["step"]] = step
+        self.run("backward", call.buffer_info()[0], target.buffer_info()[0])
 
     def gradients(
         self,
@@ -363,7 +350,7 @@ class Library:
         shapes = [weight.shape for weight in tensors.weights]
         dtype = tensors.weights[0].dtype
         call = self._call_as_read(tensors, args, rows, grad, as_read)
-        call.rule = _GRADIENTS["sparse" if sparse else "dense"]
+        call[_PLACE["rule"]] = _GRADIENTS["sparse" if sparse else "dense"]
         into_projections = [torch.zeros_like(projection) for projection in tensors.projections]
         if sparse:
             # No weight has more distinct rows than there are addresses, which stand for blocks where the width is 1.
@@ -376,10 +363,11 @@ class Library:
             index = []
         counts = torch.zeros(len(shapes) if sparse else 0, dtype=torch.int64)
         target = self._call(tensors._replace(weights=into, projections=into_projections), args, rows, grad)
-        target.rule = call.rule
-        addresses = array("Q", [rows_of_weight.data_ptr() for rows_of_weight in index])
-        target.gradient_rows, target.num_gradient_rows = addresses.buffer_info()[0], counts.data_ptr()
-        self.run("backward", call, target)
+        target[_PLACE["rule"]] = call[_PLACE["rule"]]
+        addresses = array("q", [rows_of_weight.data_ptr() for rows_of_weight in index])
+        target[_PLACE["gradient_rows"]] = addresses.buffer_info()[0]
+        target[_PLACE["num_gradient_rows"]] = counts.data_ptr()
+        self.run("backward", call.buffer_info()[0], target.buffer_info()[0])
         if sparse:
             into = [
                 torch.sparse_coo_tensor(i[:n].unsqueeze(0), v[:n], shape, check_invariants=False)
@@ -394,58 +382,55 @@ class Library:
         rows: Tensor,
         grad: Tensor,
         as_read: tuple[Tensor, list[Tensor]] | None,
-    ) -> Any:
+    ) -> array[int]:
         """The call of a backward, with what the lookup read where that has changed since."""
         if as_read is None:
             return self._call(tensors, args, rows, grad)
         saved, projections = as_read
         call = self._call(tensors._replace(projections=projections), args, rows, grad)
-        call.saved = saved.data_ptr()
+        call[_PLACE["saved"]] = saved.data_ptr()
         return call
 
-    def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> Any:
-        """The arguments of a native function, which holds the list of addresses but not the tensors themselves."""
-        weights, projections, codes, states = tensors.weights, tensors.projections, tensors.codes, tensors.states
-        # One list of addresses, in which each kind of tensor has its place; empty tensors have the address 0.
-        each = [*weights, *projections, *codes, *states, *tensors.projection_states]
-        addresses = array("Q", [tensor.data_ptr() for tensor in each])
-        of_weights = addresses.buffer_info()[0]
-        of_projections = of_weights + 8 * len(weights)
-        of_codes = of_projections + 8 * len(projections)
-        of_states = of_codes + 8 * len(codes)
-        ids, offsets, id_weights = args.ids, args.offsets, args.id_weights
-        # The fields of ``_Call``, in their order; addresses of user space are far below 2**63.
-        fields = array(
-            "q",
+    def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> array[int]:
+        """A ``Call`` of ``csrc/program.h`` and its lists of pointers; it does not hold the tensors."""
+        words, weights, projections, codes, states, projection_states, hyper, rule = tensors
+        ids, offsets, id_weights, outputs, batch, _, num_rows = args
+        call = array(
+            "q",  # addresses of user space are far below 2**63
             (
-                tensors.words.data_ptr(),
+                words.data_ptr(),
                 ids.data_ptr(),
                 ids.element_size(),
                 0 if offsets is None else offsets.data_ptr(),
                 ids.numel(),
                 0 if id_weights is None else id_weights.data_ptr(),
-                args.batch,
-                of_weights,
-                of_projections,
-                of_codes,
-                args.outputs.data_ptr(),
+                batch,
+                0,
+                0,
+                0,
+                outputs.data_ptr(),
                 0 if values is None else values.data_ptr(),
                 rows.data_ptr(),
                 DTYPES[weights[0].dtype],
                 DTYPES[states[0].dtype],
-                threads(args.num_rows),
+                threads(num_rows),
                 # Only an update asks for it, and one without a native form is made in PyTorch.
-                RULES.get(tensors.rule, _GRADIENTS["sparse"]),
-                tensors.hyper.data_ptr(),
-                tensors.hyper.numel(),
+                RULES.get(rule, _GRADIENTS["sparse"]),
+                hyper.data_ptr(),
+                hyper.numel(),
                 0,
-                of_states,
-                of_states + 8 * len(states),
+                0,
+                0,
                 *_REST,
+                # Empty tensors have the address 0.
+                *map(_address, (*weights, *projections, *codes, *states, *projection_states)),
             ),
         )
-        call = _Call.from_buffer(fields)
-        call.addresses = addresses
+        call[_WEIGHTS] = place = call.buffer_info()[0] + 8 * _LISTS
+        call[_PROJECTIONS] = place = place + 8 * len(weights)
+        call[_CODES] = place = place + 8 * len(projections)
+        call[_STATES] = place = place + 8 * len(codes)
+        call[_PROJECTION_STATES] = place + 8 * len(states)
         return call
 
 
@@ -456,7 +441,7 @@ def _no_such_row(weight: Tensor, index: Tensor) -> IndexError:
 
 def threads(num_rows: int) -> int:
     """As many as PyTorch uses, but one for a few rows."""
-    return max(1, min(torch.get_num_threads(), num_rows // _ROWS_A_THREAD))
+    return 1 if num_rows < 2 * _ROWS_A_THREAD else min(torch.get_num_threads(), num_rows // _ROWS_A_THREAD)
 
 
 def fits(tensors: Sequence[Tensor]) -> bool:

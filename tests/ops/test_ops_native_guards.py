@@ -378,8 +378,7 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
 
 @NATIVE
 def test_a_library_with_other_structs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    longer = type("_Call", (native._Call,), {"_fields_": [("another", native._int)]})
-    monkeypatch.setattr(native, "_Call", longer)
+    monkeypatch.setattr(native, "_CALL", [*native._CALL, "another"])
     with pytest.raises(native.LibraryMissing, match="is of another version of embtables"):
         native.load()
 

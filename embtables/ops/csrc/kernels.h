@@ -692,11 +692,18 @@ inline bool offsets_fit(const Program& program, const Call& call) {
 }
 
 template <class T>
-Outcome forward(const Call& call) {
-    const Program program(call.program);
-    if (call.offsets != nullptr && !offsets_fit(program, call)) return BAD_OFFSETS;
+Outcome forward(const Call& given) {
+    const Program program(given.program);
+    if (given.offsets != nullptr && !offsets_fit(program, given)) return BAD_OFFSETS;
     std::vector<int64_t> starts(program.num_lookups + 1);
-    row_starts(program, call, starts.data());
+    row_starts(program, given, starts.data());
+    Call call = given;
+    std::unique_ptr<int64_t[]> rows;
+    if (call.rows == nullptr && call.values != nullptr) {
+        const bool in_bags = call.offsets != nullptr;
+        rows.reset(new int64_t[in_bags ? starts[program.num_lookups] : call.batch * program.rows_per_example]);
+        call.rows = rows.get();
+    }
     int64_t widest = 1;
     for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
     const int64_t scratch_size = 2 * widest + widest_inner(program);

@@ -124,7 +124,7 @@ struct Call {
     const void* const* codes;
     const Output* outputs;
     void* values;                // forward: the output; backward: its gradient
-    int64_t* rows;               // addresses: written forward, read backward
+    int64_t* rows;               // addresses: written forward, read backward; null where no backward follows
     int64_t dtype;
     int64_t state_dtype;
     int64_t num_threads;
