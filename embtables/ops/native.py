@@ -161,8 +161,8 @@ class LookupArgs(NamedTuple):
     """The arguments of one lookup: the ids of ``batch`` examples, and where their vectors go.
 
     ``ids``: int32 or int64, ``[batch, F]``, or flat with ``offsets`` int64 ``[F·batch + 1]``; ``id_weights``: float32,
-    of the shape of ``ids``; ``outputs``: int64 ``[L, 3]``, as ``Output`` of ``csrc/program.h``; ``shape``: of the values,
-    which lie as ``outputs`` says; ``num_rows``: how many addresses the lookup has.
+    of the shape of ``ids``; ``outputs``: int64 ``[L, 3]``, as ``Output`` of ``csrc/program.h``; ``shape``: of the
+    values, which lie as ``outputs`` says; ``num_rows``: how many addresses the lookup has.
     """
 
     ids: Tensor
