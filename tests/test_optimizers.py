@@ -252,7 +252,8 @@ def test_learning_rate_can_be_scheduled(optimizer: str) -> None:
     train(tables, 3)
     train(other, 3)
     assert torch.equal(tables.to_dense("a"), other.to_dense("a"))
-    for bad in (-1.0, float("nan"), float("inf"), True):
+    tables.set_learning_rate(np.float32(0.5))
+    for bad in (-1.0, float("nan"), float("inf"), True, "0.1", None, [0.1]):
         with pytest.raises(ValueError, match="learning rate"):
             tables.set_learning_rate(bad)
 

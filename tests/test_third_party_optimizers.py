@@ -237,3 +237,25 @@ def test_an_update_of_other_shapes_changes_nothing(
     with pytest.raises(ValueError, match=message):
         ops.update(weight, [state], torch.tensor([0, 2]), torch.ones(2, 4), hyper, "wrong")
     assert not weight.any() and not state.any()
+
+
+@pytest.mark.parametrize(
+    "returned", [None, torch.ones(2, 4), (torch.ones(2, 4),), (torch.ones(2, 4), torch.ones(2, 4))]
+)
+def test_an_update_that_returns_something_else_is_named_and_changes_nothing(returned: Any) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Odd(FusedOptimizer):
+        kind: ClassVar[str] = "odd"
+
+        @staticmethod
+        def update(
+            grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+        ) -> tuple[Tensor, Sequence[Tensor]]:
+            return returned  # type: ignore[no-any-return]
+
+    weight, hyper = torch.zeros(3, 4), torch.tensor(Odd().hyper_values(), dtype=torch.float64)
+    with pytest.raises(
+        TypeError, match="the update of the optimizer odd must return what is subtracted and a sequence"
+    ):
+        ops.update(weight, [], torch.tensor([0, 2]), torch.ones(2, 4), hyper, "odd")
+    assert not weight.any()

@@ -160,8 +160,8 @@ class Lookup(nn.Module):
 
     @property
     def _natives(self) -> list[int]:
-        """The blocks that native code can look up."""
-        if ops.instructions() is None or self.store.device.type != "cpu":
+        """The blocks that native code can look up where the tables are on the CPU, where they may move at any time."""
+        if ops.instructions() is None:
             return []
         return [i for i, block in enumerate(self.blocks) if block.may_be_native and _is_native(block, self.store)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -130,9 +131,9 @@ class Store(Weights):
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:
             raise ValueError("these tables have no fused optimizer: set the learning rate on the torch.optim optimizer")
-        if isinstance(lr, bool) or not 0 <= lr < float("inf"):
+        if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 <= lr < float("inf"):
             raise ValueError(f"the learning rate must be a non-negative number, not {lr!r}")
-        self._hyper[0] = lr
+        self._hyper[0] = float(lr)
 
     # ---- optimizer state -------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ def update_rows(
 
     Raises:
         ValueError: for an unknown rule, hyper-parameters of another one, or an ``update`` that returns other shapes.
+        TypeError: for an ``update`` that returns anything but a tensor and a sequence of tensors.
     """
     rule = rule_of(kind)
     named = rule.hyper_by_name(hyper)
@@ -52,7 +53,13 @@ def update_rows(
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad = grad * (most / norm.clamp(min=most)).to(grad.dtype)
     grad = grad + named["l2"] * old
-    change, after = rule.update(grad, old, before, named, step)
+    result: object = rule.update(grad, old, before, named, step)
+    if not isinstance(result, tuple) or len(result) != 2 or isinstance(result[1], Tensor):
+        raise TypeError(
+            f"the update of the optimizer {kind} must return what is subtracted and a sequence of its new state, "
+            f"not a {type(result).__name__}"
+        )
+    change, after = result
     expected, found = ([list(t.shape) for t in tensors] for tensors in ((old, *before), (change, *after)))
     if found != expected:
         raise ValueError(f"the update of the optimizer {kind} gives tensors of shapes {found}, not {expected}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ class TableLookup(nn.Module):
 
             tables.regularize(0.01, frequencies={"item": item_counts, "user": user_counts})
         """
-        if isinstance(l2, bool) or not 0 <= l2 < float("inf"):
+        if isinstance(l2, bool) or not isinstance(l2, Real) or not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be a non-negative number, not {l2!r}")
         if self.served:
             raise ValueError("served tables are not trained, so there is nothing to regularize")
@@ -221,7 +222,11 @@ class TableLookup(nn.Module):
                 block.regularizer = Regularizer(l2, block.tables, counts).to(self.store.device)
 
     def set_learning_rate(self, lr: float) -> None:
-        """Sets the fused optimizer's learning rate; a schedule calls it before each step."""
+        """Sets the fused optimizer's learning rate; a schedule calls it before each step.
+
+        Raises:
+            ValueError: for what is no non-negative number, and tables without a fused optimizer.
+        """
         self.store.set_learning_rate(lr)
 
     def accumulate(self) -> AbstractContextManager[None]:

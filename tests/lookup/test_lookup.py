@@ -10,7 +10,7 @@ import torch
 from core_cases import all_methods, falling_counts, method_id, trained_methods
 from torch import Tensor
 
-from embtables import SGD, EmbeddingTables, TableConfig, plan
+from embtables import SGD, EmbeddingTables, TableConfig, ops, plan
 from embtables.methods import Method
 
 pytestmark = pytest.mark.core
@@ -251,6 +251,14 @@ def test_weights_get_the_gradient_of_their_vectors() -> None:
                 0.0 if table is None else float(tables.to_dense(table)[min(id_, 90 if table == "brand" else 400)].sum())
             )
     torch.testing.assert_close(weights.grad, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(ops.instructions() is None, reason="no native code")
+def test_tables_that_come_to_the_cpu_are_looked_up_natively() -> None:
+    tables = EmbeddingTables(plan(TABLES, "full"), device="meta")
+    assert tables.lookups.ops == "reference"
+    tables.store.to_empty(device="cpu")  # as a move from a GPU, which builds nothing anew
+    assert tables.lookups.ops == "native"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -324,6 +324,7 @@ def test_bytes_of_the_counts() -> None:
     [
         (-0.1, None, "l2 must be a non-negative number, not -0.1"),
         (float("nan"), None, "l2 must be a non-negative number, not nan"),
+        ("0.1", None, "l2 must be a non-negative number, not '0.1'"),
         (float("inf"), None, "not inf"),
         (True, None, "not True"),
         (0.1, {"shop": [1]}, "frequencies name 'shop', which is not a table"),
