@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,12 +157,19 @@ def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def work(rank: int, folder: Path, job: Callable[[int, Path], dict[str, Any]]) -> None:
+    """A process does its part of the job and ends, together with the others."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
     found = job(rank, folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    # FSDP keeps the group, so that threads of gloo outlive destroy_process_group. One that meets the interpreter while it
+    # is taken down can abort the process (pytorch/pytorch#179291), whose work is done by now: it leaves without that.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(job: Callable[[int, Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
