@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from embtables._util.numbers import as_int
 from embtables.formats import FP32
 
 Pooling = Literal["sum", "mean"]
@@ -32,8 +33,8 @@ class TableConfig:
             it into the range, though not onto ``padding_idx``, ``"oov"`` sends it to one more row, which counts in the
             bytes.
         padding_idx: an id that yields zeros and receives no gradient.
-        init_fn: initializes a tensor in place, as in torchrec. Tables stored in full use it as it is, compressed ones
-            take its spread (root mean square), about 0.
+        init_fn: initializes a tensor in place, as in torchrec: the table ``[num_embeddings, D]`` where it is stored in
+            full. A compressed table takes its spread (root mean square), about 0.
 
     Raises:
         ValueError: naming the table and the field.
@@ -51,12 +52,15 @@ class TableConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"TableConfig.name must be a non-empty string, not {self.name!r}")
+        for name in ("num_embeddings", "embedding_dim", "padding_idx"):
+            if (number := as_int(getattr(self, name))) is not None:
+                object.__setattr__(self, name, number)
         n = self.num_embeddings
-        if n is not None and (not _is_int(n) or not 1 <= n <= MAX_NUM_EMBEDDINGS):
+        if n is not None and (as_int(n) is None or not 1 <= n <= MAX_NUM_EMBEDDINGS):
             raise ValueError(
                 f"table '{self.name}': num_embeddings must be an integer from 1 to 2**40, or None, not {n!r}"
             )
-        if not _is_int(self.embedding_dim) or not 1 <= self.embedding_dim <= 65536:
+        if as_int(self.embedding_dim) is None or not 1 <= self.embedding_dim <= 65536:
             raise ValueError(
                 f"table '{self.name}': embedding_dim must be an integer from 1 to 65536, not {self.embedding_dim!r}"
             )
@@ -77,7 +81,7 @@ class TableConfig:
                 f"table '{self.name}': on_out_of_range has no meaning without num_embeddings; leave it out"
             )
         p = self.padding_idx
-        if p is not None and (not _is_int(p) or p < 0 or (n is not None and p >= n)):
+        if p is not None and (as_int(p) is None or p < 0 or (n is not None and p >= n)):
             raise ValueError(
                 f"table '{self.name}': padding_idx {p!r} is not an id of the table (0 … num_embeddings - 1)"
             )
@@ -100,10 +104,6 @@ class TableConfig:
         """Plain data for JSON. ``init_fn`` is code, and is left out."""
         fields = ("name", "num_embeddings", "embedding_dim", "pooling", "on_out_of_range", "padding_idx")
         return {f: getattr(self, f) for f in fields} | {"feature_names": list(self.feature_names)}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _one_of(table: TableConfig, field: str, value: object, allowed: tuple[str, ...]) -> None:

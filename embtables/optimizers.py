@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from embtables._util.names import did_you_mean
+from embtables._util.numbers import is_non_negative
 from embtables.plugins import load
 
 GROUP = "embtables.optimizers"
@@ -59,8 +61,10 @@ class FusedOptimizer:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if not is_non_negative(value):
                 raise ValueError(f"{type(self).__name__}.{field.name} must be a non-negative number, not {value!r}")
+            if not isinstance(value, (int, float)):  # those of NumPy go into no JSON
+                object.__setattr__(self, field.name, float(value))
 
     # ---- the rule --------------------------------------------------------------------------------------------------
 
@@ -261,7 +265,10 @@ def optimizer_from_config(config: str | dict[str, Any] | FusedOptimizer | None) 
     kind = values.pop("kind", config)
     cls = _BUILT_IN.get(kind) or _third_party().get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ValueError(f"unknown optimizer {kind!r}: choose one of {', '.join(kinds())}, or None for torch.optim")
+        guess = did_you_mean(kind, kinds())
+        raise ValueError(
+            f"unknown optimizer {kind!r}{guess}: choose one of {', '.join(kinds())}, or None for torch.optim"
+        )
     known = {field.name for field in fields(cls)}
     for name in values:
         if name not in known:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from embtables._util.numbers import as_int
 from embtables.config import OutOfRange, Pooling, TableConfig
 from embtables.faces.view import View
 from embtables.lookup.inputs import Input
@@ -122,6 +124,21 @@ class _OneTable(View):
         self.tables.reset_parameters()
         self._clear_padding()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """What modules of torch.nn saved, a ``weight``, is taken where the table is stored in full."""
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None:
+            errors: list[str] = arguments[4]
+            if not stored_in_full(self.tables, self.name):
+                errors.append(f"{prefix}weight: table '{self.name}' is not stored in full, so it cannot take a weight")
+            elif weight.shape != (slab := self.tables.store.slab(self.name)[: self.num_embeddings]).shape:
+                errors.append(f"size mismatch for {prefix}weight: {list(weight.shape)}, not {list(slab.shape)}")
+            else:
+                with torch.no_grad():
+                    slab.copy_(weight)
+            state_dict.update(self.tables.state_dict(prefix=f"{prefix}tables."))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     @torch.no_grad()
     def _clear_padding(self) -> None:
         """Padding gives zeros whatever is stored; zeros are stored, so that ``weight`` says the same."""
@@ -158,10 +175,13 @@ class Embedding(_OneTable):
         frequencies: how often each id occurs, ``[num_embeddings]``.
         on_out_of_range: what an id outside the range does, as in ``TableConfig``.
         sparse: with ``optimizer=None``, whether gradients are sparse (for SGD, Adagrad, SparseAdam).
-        std: standard deviation of the initial vectors; 1, as of ``nn.Embedding``, by default.
-        seed: of the initial weights.
+        std: standard deviation of the initial vectors; 1/√D by default, from where models that multiply vectors learn.
+            That of ``nn.Embedding`` is 1, from where they hardly do.
+        init_fn: fills the initial vectors in place instead, as in ``TableConfig``.
+        seed: of the initial weights; by default one is drawn from PyTorch's generator, as ``nn.Embedding`` does.
         hash_seed: of the hashes.
-        name: of the table, in messages and as a part of the hashes' seeds.
+        name: of the table, in messages and as a part of the hashes' seeds: tables of one name, size and ``hash_seed``
+            have the same hashes, so tables that stand side by side need names of their own.
         device: where to allocate.
 
     Shapes: ids, int32 or int64, ``[...]`` → vectors ``[..., D]``.
@@ -191,21 +211,56 @@ class Embedding(_OneTable):
         on_out_of_range: OutOfRange = "error",
         sparse: bool = False,
         std: float | None = None,
-        seed: int = 0,
+        init_fn: Callable[[Tensor], object] | None = None,
+        seed: int | None = None,
         hash_seed: int = 0,
         name: str = "embedding",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(padding_idx, int) and isinstance(num_embeddings, int) and -num_embeddings <= padding_idx < 0:
-            padding_idx += num_embeddings
+        padding_idx = _from_the_end(padding_idx, num_embeddings)
         table = TableConfig(
-            name, num_embeddings, embedding_dim, padding_idx=padding_idx, on_out_of_range=on_out_of_range
+            name,
+            num_embeddings,
+            embedding_dim,
+            padding_idx=padding_idx,
+            on_out_of_range=on_out_of_range,
+            init_fn=init_fn,
         )
         counts = None if frequencies is None else {name: frequencies}
         solved = plan([table], method, budget, counts, optimizer, hash_seed=hash_seed)
-        std = 1.0 if std is None else std
+        std = embedding_dim**-0.5 if std is None else std
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         self._hold(EmbeddingTables(solved, seed=seed, device=device, std=std, sparse=sparse), name)
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, **options: Any
+    ) -> Self:
+        """An ``Embedding`` of vectors that are trained already, as that of ``nn.Embedding``.
+
+        Args:
+            embeddings: ``[num_embeddings, D]``, which are copied.
+            freeze: whether they stay as they are.
+            padding_idx: as of ``Embedding``.
+            options: the other arguments of ``Embedding``.
+
+        Raises:
+            ValueError: for a tensor of another shape, and methods that cannot take trained vectors as they are.
+        """
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+            shape = list(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise ValueError(f"embeddings must be a tensor [num_embeddings, D], not {shape}")
+        num_embeddings, embedding_dim = embeddings.shape
+        module = cls(
+            num_embeddings, embedding_dim, padding_idx, init_fn=lambda weight: weight.copy_(embeddings), **options
+        )
+        if not stored_in_full(module.tables, module.name):
+            method = module.tables.plan.groups[0].method.kind
+            raise ValueError(
+                f"method {method} cannot take trained vectors as they are: use the method 'full', or train it anew"
+            )
+        return module.requires_grad_(False) if freeze else module
 
     def forward(self, input: Tensor) -> Tensor:
         """Vectors ``[..., D]`` of ids ``[...]``."""
@@ -217,8 +272,19 @@ class Embedding(_OneTable):
 class EmbeddingBag(_OneTable):
     """Takes the place of ``nn.EmbeddingBag``: a view of one table, with the bags' vectors summed or averaged.
 
-    It is made by ``EmbeddingBag.of(tables, name)``. What ``Embedding`` says of
-    ``weight`` and of fused optimizers holds here too.
+    What ``Embedding`` says of ``weight`` and of fused optimizers holds here too. ``EmbeddingBag.of(tables, name)`` is a
+    view of a table that others share.
+
+    Args:
+        num_embeddings: as of ``Embedding``.
+        embedding_dim: D.
+        mode: ``"sum"`` or ``"mean"``, the default as in ``nn.EmbeddingBag``.
+        include_last_offset: whether offsets end with the end of the last bag.
+        padding_idx: as of ``Embedding``.
+        options: the other arguments of ``Embedding``.
+
+    Raises:
+        ValueError: for another mode, and as ``Embedding``.
 
     Shapes: ids ``[B, N]``, or flat ``[M]`` with ``offsets`` ``[B]`` (``[B + 1]`` where ``include_last_offset``) →
     ``[B, D]``. ``per_sample_weights``, of the shape of the ids, for sums alone.
@@ -227,6 +293,36 @@ class EmbeddingBag(_OneTable):
     mode: Pooling
     include_last_offset: bool
 
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        *,
+        mode: Pooling = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.mode, self.include_last_offset = _checked_mode(mode), include_last_offset
+        table = Embedding(num_embeddings, embedding_dim, padding_idx, **options)
+        self._hold(table.tables, table.name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        mode: Pooling = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """An ``EmbeddingBag`` of vectors that are trained already; see ``Embedding.from_pretrained``."""
+        table = Embedding.from_pretrained(embeddings, False, padding_idx, **options)
+        module = cls.of(table.tables, table.name, mode, include_last_offset)
+        return module.requires_grad_(False) if freeze else module
+
     @classmethod
     def of(
         cls, tables: EmbeddingTables, name: str, mode: Pooling | None = None, include_last_offset: bool = False
@@ -234,7 +330,7 @@ class EmbeddingBag(_OneTable):
         """A view of a table of existing tables; ``mode`` is by default the table's own pooling."""
         view = super().of(tables, name)
         own: Pooling = next(table.pooling for table in tables.plan.tables if table.name == name)
-        view.mode = own if mode is None else mode
+        view.mode = own if mode is None else _checked_mode(mode)
         view.include_last_offset = include_last_offset
         return view
 
@@ -286,6 +382,18 @@ class EmbeddingBag(_OneTable):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+def _from_the_end(padding_idx: Any, num_embeddings: Any) -> Any:
+    """A negative index counts from the end, as in torch.nn; what is no integer is left for others to refuse."""
+    index, count = as_int(padding_idx), as_int(num_embeddings)
+    return index + count if index is not None and count is not None and -count <= index < 0 else padding_idx
+
+
+def _checked_mode(mode: Any) -> Pooling:
+    if mode not in get_args(Pooling):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Pooling))}, not {mode!r}")
+    return cast(Pooling, mode)
 
 
 def _check_bags(bags: Tensor, num_ids: int) -> Tensor:

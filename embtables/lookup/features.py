@@ -218,6 +218,10 @@ class BlockLookup(nn.Module):
                 torch._assert_async(~wrong.any(), self._refusal)
             elif torch.compiler.is_compiling():
                 ids = ops.refuse_ids(ids, feature, wrong, self._ranges)
+            elif torch.jit.is_tracing():
+                # A trace keeps neither what Python decides nor assertions, whose results nobody uses: where an id is
+                # wrong, PyTorch itself refuses to read the second of one element.
+                ids = ids + ids.new_zeros(1)[wrong.long()]
             elif wrong.any():
                 ops.raise_for_ids(ids, feature, wrong, self._ranges)
         if "hash" in self.policies:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from embtables import ops
+from embtables._util.numbers import is_non_negative
 from embtables.formats import DTYPES, FP32
 from embtables.lookup.accumulation import Accumulation
 from embtables.lookup.weights import Weights
@@ -93,9 +93,8 @@ class Store(Weights):
 
     @property
     def rule(self) -> str:
-        """The kind of the fused optimizer."""
-        assert self.optimizer is not None
-        return self.optimizer.kind
+        """The kind of the fused optimizer; empty without one."""
+        return "" if self.optimizer is None else self.optimizer.kind
 
     @property
     def hyper(self) -> Tensor:
@@ -131,7 +130,7 @@ class Store(Weights):
     def set_learning_rate(self, lr: float) -> None:
         if self.optimizer is None:
             raise ValueError("these tables have no fused optimizer: set the learning rate on the torch.optim optimizer")
-        if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 <= lr < float("inf"):
+        if not is_non_negative(lr):
             raise ValueError(f"the learning rate must be a non-negative number, not {lr!r}")
         self._hyper[0] = float(lr)
 

@@ -11,6 +11,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
+from embtables._util.names import did_you_mean
 from embtables.methods.base import Method
 from embtables.plugins import load
 
@@ -53,7 +54,7 @@ def from_config(config: str | dict[str, Any] | Method) -> Method:
     kind = values.pop("kind", None)
     cls = _built_in().get(kind) or _third_party().get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ValueError(f"unknown method {config!r}: choose one of {', '.join(kinds())}")
+        raise ValueError(f"unknown method {config!r}{did_you_mean(kind, kinds())}: choose one of {', '.join(kinds())}")
     return cls(**values)
 
 
@@ -62,6 +63,10 @@ def __getattr__(name: str) -> Any:
         if cls.__name__ == name:
             return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *sorted(cls.__name__ for cls in _built_in().values())]
 
 
 __all__ = ["GROUP", "Method", "from_config", "kinds"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -40,10 +40,23 @@ class TableEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Initializer:
-    """The one standard deviation of the model, and a generator for every tensor, keyed by its name."""
+    """Standard deviations of outputs, and a generator for every tensor, keyed by its name.
+
+    Args:
+        std: of what several tables share: the root mean square of their own.
+        seed: of the random numbers.
+        own: of the outputs of each table, by its name.
+    """
 
     std: float
     seed: int
+    own: Mapping[str, float] = field(default_factory=dict)
+
+    def std_of(self, name: str) -> float:
+        """The standard deviation of the outputs that a slab is for, named as its table or ``table/…``."""
+        while name not in self.own and "/" in name:
+            name = name.rpartition("/")[0]
+        return self.own.get(name, self.std)
 
     def generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_for(self.seed, "init", name) & (2**63 - 1))
@@ -175,12 +188,12 @@ class Method(BaseModel):
         return self.block(entries, group, store)
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
-        """Fills the trained form's tensors so that every output has mean 0 and the model's standard deviation."""
+        """Fills the trained form's tensors so that every output has mean 0 and its table's standard deviation."""
         for slab in layout.training.slabs:
             self.initialize_slab(slab, store, init)
 
     def initialize_slab(self, slab: Slab, store: Store, init: Initializer) -> None:
-        init.uniform_(store.slab(slab.name), slab.name, init.std)
+        init.uniform_(store.slab(slab.name), slab.name, init.std_of(slab.name))
 
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
         """Takes over trained full tables, ``[num_embeddings, D]`` by name, where the trained form has room for them.
@@ -189,7 +202,7 @@ class Method(BaseModel):
         """
         kept = [name for name in weights if layout.entries[name].variant == FULL]
         for name in kept:
-            store.slab(name).copy_(weights[name])
+            store.slab(name)[: len(weights[name])] = weights[name]
         return kept
 
     def serve(self, layout: Layout, group: Group, trained: Store, served: Store) -> None:

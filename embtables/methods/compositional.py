@@ -123,7 +123,7 @@ class Compositional(Method):
         for table in group.tables:
             entry = layout.entries[table.name]
             if entry.variant == FULL:
-                init.uniform_(store.slab(table.name), table.name, init.std)
+                init.uniform_(store.slab(table.name), table.name, init.std_of(table.name))
                 continue
             rows: list[int] = entry.values["rows"]
             # With "mult" the largest partition carries the spread, the others start near 1: a product of k factors
@@ -138,7 +138,7 @@ class Compositional(Method):
                 if self.operation == "mult" and j != rows.index(max(rows)):
                     init.uniform_(store.slab(name), name, _NOISE, mean=1.0)
                 else:
-                    init.uniform_(store.slab(name), name, init.std * scale)
+                    init.uniform_(store.slab(name), name, init.std_of(table.name) * scale)
 
 
 # ---- the arithmetic of sizes, in integers throughout -----------------------------------------------------------------

@@ -28,7 +28,7 @@ class FrequencyCutoff(RankedMethod):
             if counts is None:
                 raise ValueError(
                     f"table '{table.name}': method frequency_cutoff needs to know how often ids occur: "
-                    "give plan(..., frequencies={table: counts})"
+                    "give its counts as frequencies={table: counts}, or to an Embedding as frequencies=counts"
                 )
 
     def floor(self, group: Group) -> Floor:

@@ -91,5 +91,5 @@ class MultiHash(Method):
         scale = {"sum": 1 / sqrt(self.num_hashes), "mean": sqrt(self.num_hashes), "concat": 1.0}[self.operation]
         full = {name for name, entry in layout.entries.items() if entry.variant == FULL}
         for slab in layout.training.slabs:
-            std = init.std if slab.name in full else init.std * scale
+            std = init.std_of(slab.name) * (1.0 if slab.name in full else scale)
             init.uniform_(store.slab(slab.name), slab.name, std)

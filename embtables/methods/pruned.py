@@ -113,7 +113,7 @@ class Pruned(Method):
         for name in weights.keys() - kept:
             table = next(t for t in group.tables if t.name == name)
             first = int(layout.entries[name].values["first_row"])
-            store.slab(_name(group, table.embedding_dim))[first : first + (table.rows or 0)] = weights[name]
+            store.slab(_name(group, table.embedding_dim))[first : first + len(weights[name])] = weights[name]
         return list(weights)
 
     def stage(self, layout: Layout, group: Group, store: Store) -> Stage | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from embtables._util.numbers import as_int
 from embtables.config import TableConfig
 from embtables.formats import FP32, row_format
 from embtables.methods import Method, from_config
-from embtables.optimizers import FusedOptimizer, optimizer_from_config
+from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
 from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
 from embtables.sizes.memory import format_bytes
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MethodLike = Method | str | dict[str, Any]
+DEFAULT_OPTIMIZER = "default"
 FORMAT_VERSION = 1
 
 
@@ -38,7 +41,7 @@ class GroupPlan:
     layout: Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Tables × method × budget, solved into exact sizes: data, printable, serializable.
 
@@ -155,6 +158,15 @@ class Plan:
                 lines.append(line | {"shared_by": g.group.name})
         return lines
 
+    def __repr__(self) -> str:
+        methods = ", ".join(dict.fromkeys(g.method.kind for g in self.groups))
+        return f"<Plan of {len(self.tables)} tables, {methods}: {self.inference_bytes:,} bytes>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the table of ``to_pandas``, and the sums."""
+        table: str = self.to_pandas().to_html(index=False, na_rep="", max_rows=60)
+        return f"{table}<p>{'<br>'.join(map(html.escape, self._sums()))}</p>"
+
     def __str__(self) -> str:
         lines = self.lines()
         header = ("table", "ids", "dim", "method", "stored as", "full", "inference")
@@ -179,6 +191,10 @@ class Plan:
         ]
         if len(shown) < len(lines):
             text.insert(51, f"… {len(lines) - len(shown)} more tables")
+        return "\n".join([*text, *self._sums()])
+
+    def _sums(self) -> list[str]:
+        """The lines below the tables: bytes of serving and of training."""
         full = self.full_bytes
         ratio = f", {self.inference_bytes / full:.2%} of the full {format_bytes(full)}" if full else ""
         budget = f" (budget {self.budget_bytes:,} B)" if self.budget_bytes is not None else ""
@@ -189,9 +205,10 @@ class Plan:
         )
         kinds = self.bytes_by_kind()
         split = ": " + ", ".join(f"{kind} {n:,} B" for kind, n in kinds.items()) if set(kinds) - {"weights"} else ""
-        text.append(f"inference {self.inference_bytes:,} B{budget}{ratio}{split}")
-        text.append(f"training  {self.training_bytes:,} B ({training})")
-        return "\n".join(text)
+        return [
+            f"inference {self.inference_bytes:,} B{budget}{ratio}{split}",
+            f"training  {self.training_bytes:,} B ({training})",
+        ]
 
 
 def owner_of(item: str, tables: Iterable[str]) -> str | None:
@@ -238,7 +255,7 @@ def plan(
     method: MethodLike | Mapping[str, MethodLike],
     budget: Budget | None = None,
     frequencies: Mapping[str, Any] | None = None,
-    optimizer: str | dict[str, Any] | FusedOptimizer | None = "rowwise_adagrad",
+    optimizer: str | dict[str, Any] | FusedOptimizer | None = DEFAULT_OPTIMIZER,
     training_budget: Budget | None = None,
     *,
     hash_seed: int = 0,
@@ -254,7 +271,8 @@ def plan(
         frequencies: ``{table name: counts}``, one count an id. They steer the split of the budget towards the tables
             where it avoids most collisions, if all tables of a method have them, and are what frequency-based methods
             rank ids by.
-        optimizer: the fused optimizer: ``"sgd"``, ``"rowwise_adagrad"``, ``"adagrad"``, ``"adam"``, one of another
+        optimizer: the fused optimizer, by default row-wise Adagrad, or Adagrad where a method shares single scalars,
+            which have no rows: ``"sgd"``, ``"rowwise_adagrad"``, ``"adagrad"``, ``"adam"``, one of another
             package, ``{"kind": "adam", "lr": 0.01}``, or a config of ``embtables.optimizers``; ``None`` for ordinary
             parameters under any ``torch.optim`` optimizer.
         training_budget: a bound on the training bytes as well.
@@ -276,12 +294,21 @@ def plan(
     return plan_apart([tables], method, budget, frequencies, optimizer, training_budget, hash_seed=hash_seed)
 
 
+def _default_optimizer(pairs: Sequence[tuple[Group, Method]]) -> FusedOptimizer:
+    try:
+        for group, chosen in pairs:
+            chosen.check(group, RowWiseAdagrad())
+    except ValueError:
+        return Adagrad()
+    return RowWiseAdagrad()
+
+
 def plan_apart(
     units: Sequence[Sequence[TableConfig]],
     method: MethodLike | Mapping[str, MethodLike],
     budget: Budget | None = None,
     frequencies: Mapping[str, Any] | None = None,
-    optimizer: str | dict[str, Any] | FusedOptimizer | None = "rowwise_adagrad",
+    optimizer: str | dict[str, Any] | FusedOptimizer | None = DEFAULT_OPTIMIZER,
     training_budget: Budget | None = None,
     *,
     hash_seed: int = 0,
@@ -289,10 +316,11 @@ def plan_apart(
     """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
     tables = tuple(table for unit in units for table in unit)
     _check_tables(tables)
-    fused = optimizer_from_config(optimizer)
-    if isinstance(hash_seed, bool) or not isinstance(hash_seed, int):
+    if (seed := as_int(hash_seed)) is None:
         raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
+    hash_seed = seed
     pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed)
+    fused = _default_optimizer(pairs) if optimizer == DEFAULT_OPTIMIZER else optimizer_from_config(optimizer)
     for group, chosen in pairs:
         chosen.check(group, fused)
     full = _full_bytes(tables)

@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from embtables._util.numbers import as_float, as_int
 from embtables.config import TableConfig
 from embtables.sizes.layout import Counts, Group
 from embtables.sizes.memory import format_bytes
@@ -17,10 +18,10 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Budget = int | float | str
 
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("kMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
-    _UNITS |= {f"{_letter.upper()}iB": 1024**_power}
+_UNITS = {"": 1, "b": 1}  # in any case
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+_WRITTEN = r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?|\.[0-9]+)\s*(%|[A-Za-z]*)\s*"
 
 # Without frequencies every table gets rows in proportion to its size, but at least this share of an average table's:
 # it keeps tiny tables, which cost next to nothing, in full.
@@ -43,9 +44,10 @@ class InfeasibleBudget(ValueError):
 
 
 def infeasible(budget: int, floor: int, why: str, *, phase: str = "inference") -> InfeasibleBudget:
+    share = f'. A share of the full tables has a percent sign: "{budget}%"' if 0 < budget <= 100 else ""
     return InfeasibleBudget(
         f"the {phase} budget of {budget:,} bytes is too small: the floor is {floor:,} bytes ({format_bytes(floor)}), "
-        f"set by {why}. Give at least that, or choose a method with a lower floor",
+        f"set by {why}. Give at least that, or choose a method with a lower floor{share}",
         floor,
         why,
     )
@@ -55,34 +57,35 @@ def parse_budget(budget: Budget, full_bytes: int | None) -> int:
     """Bytes that a budget stands for.
 
     An integer is bytes; a float in (0, 1] or ``"10%"`` a share of ``full_bytes``; ``"64MB"`` is 64·10⁶ and ``"64MiB"``
-    64·2²⁰ bytes.
+    64·2²⁰ bytes, in upper or lower case; ``"1e6"`` is 10⁶ bytes.
 
     Raises:
         ValueError: for anything else, with the forms that are understood.
     """
     forms = 'a number of bytes (67_108_864, "64MB", "64MiB") or a share of the full tables (0.1, "10%")'
     share: Fraction | None = None
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
-        raise ValueError(f"budget {budget!r} is not {forms}")
-    if isinstance(budget, int):
-        num_bytes = budget
-    elif isinstance(budget, float):
-        if not 0 < budget <= 1:
+    if (integer := as_int(budget)) is not None:
+        num_bytes = integer
+    elif (number_given := as_float(budget)) is not None:
+        if not 0 < number_given <= 1:
             raise ValueError(f"budget {budget!r} is a float, thus a share of the full tables, and must lie in (0, 1]")
-        share = Fraction(repr(budget))
+        share = Fraction(repr(number_given))
+    elif not isinstance(budget, str):
+        raise ValueError(f"budget {budget!r} is not {forms}")
     else:
-        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)\s*(%|[A-Za-z]*)\s*", budget)
-        if not match or match[2] not in (*_UNITS, "%"):
+        match = re.fullmatch(_WRITTEN, budget)
+        unit = match[2].lower() if match else ""
+        if not match or unit not in (*_UNITS, "%"):
             raise ValueError(f"budget {budget!r} is not {forms}")
         number = Fraction(match[1].replace("_", ""))
-        if match[2] == "%":
+        if unit == "%":
             share = number / 100
             if not 0 < share <= 1:
                 raise ValueError(f"budget {budget!r} must lie above 0% and be at most 100%")
-        elif match[2] == "" and "." in match[1]:
+        elif unit == "" and "." in match[1] and "e" not in match[1].lower():
             return parse_budget(float(number), full_bytes)
         else:
-            num_bytes = int(number * _UNITS[match[2]])
+            num_bytes = int(number * _UNITS[unit])
     if share is not None:
         if full_bytes is None:
             raise ValueError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from embtables._util.numbers import is_non_negative
 from embtables.config import TableConfig
 from embtables.lookup.accumulation import accumulating
 from embtables.lookup.engine import Lookup
@@ -199,7 +199,7 @@ class TableLookup(nn.Module):
 
             tables.regularize(0.01, frequencies={"item": item_counts, "user": user_counts})
         """
-        if isinstance(l2, bool) or not isinstance(l2, Real) or not 0 <= l2 < float("inf"):
+        if not is_non_negative(l2):
             raise ValueError(f"l2 must be a non-negative number, not {l2!r}")
         if self.served:
             raise ValueError("served tables are not trained, so there is nothing to regularize")

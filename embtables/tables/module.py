@@ -30,8 +30,8 @@ class EmbeddingTables(TableLookup):
         plan: what ``embtables.plan`` returned.
         seed: of the initial weights. Addresses depend on the plan alone.
         device: where to allocate; ``"meta"`` allocates nothing until ``to_empty`` and ``reset_parameters``.
-        std: standard deviation of every initial output. By default what the tables' ``init_fn`` yields, else
-            1/√(3·n) for the n ids of the largest table.
+        std: standard deviation of the initial outputs of tables without ``init_fn``; by default 1/√(3·n) for the n ids
+            of the largest table.
         sparse: with ``optimizer=None``, whether the slabs' gradients are sparse (for SGD, Adagrad, SparseAdam).
 
     With a fused optimizer the weights are updated inside ``backward``, once for each forward (``accumulate`` makes one
@@ -53,6 +53,11 @@ class EmbeddingTables(TableLookup):
         std: float | None = None,
         sparse: bool = False,
     ) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(
+                f"EmbeddingTables takes a plan, not a {type(plan).__name__}: "
+                "EmbeddingTables(embtables.plan(tables, method, budget))"
+            )
         if sparse and plan.optimizer is not None:
             raise ValueError(
                 "sparse gradients need plan(..., optimizer=None): a fused optimizer makes no gradient at all"

@@ -767,3 +767,14 @@ def test_nothing_of_the_call_stays_behind() -> None:
     compress_(model, "hash", 0.1)
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o).__name__ in ("Holders", "Swap", "Unit", "Site")]
+
+
+@pytest.mark.parametrize("method", ["full", "pruned"])
+def test_ids_out_of_range_do_what_the_call_says(method: str) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4))
+    old = model[0].weight.detach().clone()
+    compress_(model, method, None if method == "full" else "90%", on_out_of_range="oov")
+    assert torch.equal(model(torch.arange(9)), old)
+    assert torch.equal(model(torch.tensor([9, 100])), model[0].to_dense()[[9, 9]])
+    with pytest.raises(ValueError, match="on_out_of_range must be one of"):
+        compress_(nn.Sequential(nn.Embedding(9, 4)), "full", on_out_of_range="clip")  # type: ignore[arg-type]

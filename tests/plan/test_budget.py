@@ -45,14 +45,39 @@ FULL = 1_000_003
         ("1.5GB", 1_500_000_000),
         ("1.5GiB", 1_610_612_736),
         ("2TB", 2_000_000_000_000),
+        ("64mb", 64_000_000),
+        ("64mib", 67_108_864),
+        ("1e6", 1_000_000),
+        ("2.5e3 kB", 2_500_000),
+        (np.int64(4), 4),
+        (np.float64(0.1), 100_000),
+        (np.float32(0.5), 500_001),
     ],
 )
 def test_forms_of_a_budget(budget: Any, expected: int) -> None:
     assert parse_budget(budget, FULL) == expected
 
 
-BAD = [0, -1, -5_000, 0.0, -0.1, 1.5, float("nan"), float("inf"), True, False, None, [1], b"1", np.int64(4)]
-BAD += ["", "abc", "0", "0%", "101%", "-5MB", "5 MB MB", "1.5", "1_", "_1", "1__0", "5XB", "%", "nan", "1e3", "64M B"]
+BAD = [0, -1, -5_000, 0.0, -0.1, 1.5, float("nan"), float("inf"), True, False, None, [1], b"1", np.True_]
+BAD += [
+    "",
+    "abc",
+    "0",
+    "0%",
+    "101%",
+    "-5MB",
+    "5 MB MB",
+    "1.5",
+    "1_",
+    "_1",
+    "1__0",
+    "5XB",
+    "%",
+    "nan",
+    "1e",
+    "64M B",
+    "1e6%",
+]
 
 
 @pytest.mark.parametrize("budget", BAD, ids=repr)

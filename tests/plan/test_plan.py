@@ -12,7 +12,7 @@ from core_cases import Case, all_methods, cases, counted_bytes, falling_counts, 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from embtables import Adam, EmbeddingTables, InfeasibleBudget, Plan, RowWiseAdagrad, TableConfig, plan
+from embtables import SGD, Adam, EmbeddingTables, InfeasibleBudget, Plan, RowWiseAdagrad, TableConfig, methods, plan
 from embtables.methods import Method, kinds
 
 pytestmark = pytest.mark.core
@@ -279,7 +279,7 @@ def test_other_bad_arguments() -> None:
     with pytest.raises(ValueError, match="hash needs a budget"):
         plan(TABLES, "hash")
     with pytest.raises(ValueError, match="robe.*rowwise_adagrad.*adagrad"):
-        plan(TABLES, "robe", "10%")
+        plan(TABLES, "robe", "10%", optimizer="rowwise_adagrad")
     with pytest.raises(ValueError, match="table 'user'.*frequency_cutoff.*frequencies"):
         plan(TABLES, "frequency_cutoff", "10%")
 
@@ -339,6 +339,60 @@ def test_names_that_look_like_parts_of_the_storage_work_or_are_refused(method: M
         assert counted_bytes(built.finalize()) == solved.inference_bytes
         with torch.no_grad():
             assert built(torch.zeros(2, len(tables), dtype=torch.int64)).shape == (2, 8 * len(tables))
+
+
+def test_the_default_optimizer_suits_the_methods() -> None:
+    for method, kind in (("hash", "rowwise_adagrad"), ("robe", "adagrad"), ({"user": "robe", "*": "hash"}, "adagrad")):
+        optimizer = plan(TABLES, method, "20%").optimizer
+        assert optimizer is not None and optimizer.kind == kind
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    ids = np.array([3, 9, 4], dtype=np.int16)
+    config = TableConfig("user", ids.max() + 1, np.int32(16), padding_idx=np.uint8(2))
+    assert config == TableConfig("user", 10, 16, padding_idx=2)
+    assert TableConfig("user", torch.tensor(10), 16, padding_idx=2) == config  # type: ignore[arg-type]
+    solved = plan([config], "hash", np.int64(320), optimizer={"kind": "sgd", "lr": np.float32(0.5)}, hash_seed=ids[0])
+    assert Plan.from_dict(json.loads(json.dumps(solved.to_dict()))) == solved
+    assert solved == plan([config], "hash", 320, optimizer=SGD(lr=0.5), hash_seed=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "guess"),
+    [
+        ("Hash", "hash"),
+        ("multi-hash", "multi_hash"),
+        ("mixed dimension", "mixed_dimension"),
+        ("compositonal", "compositional"),
+    ],
+)
+def test_a_method_that_is_nearly_right_is_guessed(method: str, guess: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown method '{method}' \(did you mean '{guess}'\?\): choose one of"):
+        plan(TABLES, method, "10%")
+    with pytest.raises(ValueError, match=r"unknown optimizer 'Row-wise_Adagrad' \(did you mean 'rowwise_adagrad'\?\)"):
+        plan(TABLES, "hash", "10%", optimizer="Row-wise_Adagrad")
+    with pytest.raises(ValueError, match="unknown method 'xyz': choose one of"):
+        plan(TABLES, "xyz", "10%")
+
+
+def test_a_budget_without_its_percent_sign_is_guessed() -> None:
+    with pytest.raises(InfeasibleBudget, match='of 10 bytes is too small.*A share .* has a percent sign: "10%"'):
+        plan(TABLES, "hash", "10")
+    with pytest.raises(InfeasibleBudget) as caught:
+        plan(TABLES, "full", 101)
+    assert "percent" not in str(caught.value)
+
+
+def test_a_plan_is_short_in_a_console_and_a_table_in_a_notebook() -> None:
+    solved = plan([TableConfig(f"<t{i}>", 1000, 16) for i in range(26)], "hash", "10%")
+    assert repr(solved) == f"<Plan of 26 tables, hash: {solved.inference_bytes:,} bytes>"
+    html = solved._repr_html_()
+    assert html.count("<tr") == 27 and "&lt;t25&gt;" in html and "<t25>" not in html
+    assert f"inference {solved.inference_bytes:,} B" in html
+
+
+def test_completion_knows_the_methods() -> None:
+    assert {"Hash", "Full", "Pruned", "from_config"} <= set(dir(methods))
 
 
 def test_bytes_by_kind_are_printed_and_add_up() -> None:

@@ -165,7 +165,7 @@ def work(rank: int, folder: Path, job: Callable[[int, Path], dict[str, Any]]) ->
         torch.save(found, folder / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # FSDP keeps the group, so that threads of gloo outlive destroy_process_group. One that meets the interpreter while it
+    # FSDP keeps the group, so that threads of gloo outlive destroy_process_group. One that meets an interpreter which
     # is taken down can abort the process (pytorch/pytorch#179291), whose work is done by now: it leaves without that.
     sys.stdout.flush()
     sys.stderr.flush()

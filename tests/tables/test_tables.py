@@ -246,7 +246,57 @@ def test_init_fn_is_used_as_it_is_for_full_tables_and_by_its_spread_for_others()
     assert share == pytest.approx(0.0455, abs=0.005)
     hashed = build([config], "hash", "50%")
     assert float(hashed.to_dense("a").std()) == pytest.approx(0.3, rel=0.02)
-    assert float(build([config], std=0.01).to_dense("a").abs().max()) < 0.02
+    assert torch.equal(build([config], std=0.01).to_dense("a"), full.to_dense("a"))
+
+
+def test_init_fn_may_copy_trained_vectors_and_decides_nothing_for_other_tables() -> None:
+    trained = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    configs = [TableConfig("item", 50, 4, init_fn=lambda w: w.copy_(trained)), TableConfig("user", 3000, 4)]
+    alone = build([TableConfig("user", 3000, 4)]).to_dense("user")
+    for std in (None, 0.5):
+        assert torch.equal(build(configs, std=std).to_dense("item"), trained)
+    assert torch.equal(build(configs).to_dense("user"), alone)
+    with_oov = TableConfig("item", 50, 4, on_out_of_range="oov", init_fn=lambda w: w.copy_(trained))
+    assert torch.equal(build([with_oov]).to_dense("item")[:50], trained)
+
+
+@pytest.mark.parametrize("method", ["hash", "multi_hash", "compositional", "mixed_dimension"])
+def test_compressed_tables_take_the_spread_of_their_own_init_fn(method: str) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def wide(weight: Tensor) -> None:
+        seen.append(tuple(weight.shape))
+        torch.nn.init.uniform_(weight, -3, 3)
+
+    configs = [TableConfig("a", 20_000, 8, init_fn=wide), TableConfig("b", 20_000, 8)]
+    counts = {name: np.arange(20_000, 0, -1) for name in "ab"}
+    tables = EmbeddingTables(plan(configs, method, "30%", frequencies=counts))
+    assert set(seen) == {(20_000, 8)}
+    # That of U(-3, 3) is √3; the default is 1/√(3·n).
+    assert float(tables.to_dense("a").square().mean().sqrt()) == pytest.approx(3**0.5, rel=0.05)
+    assert float(tables.to_dense("b").square().mean().sqrt()) == pytest.approx(60_000**-0.5, rel=0.05)
+
+
+def test_what_tables_share_takes_the_root_mean_square_of_their_spreads() -> None:
+    configs = [TableConfig("a", 20_000, 8, init_fn=lambda w: w.fill_(0.3)), TableConfig("b", 20_000, 8)]
+    tables = EmbeddingTables(plan(configs, "unified", "30%"), std=0.4)
+    for name in "ab":
+        assert float(tables.to_dense(name).std()) == pytest.approx(((0.3**2 + 0.4**2) / 2) ** 0.5, rel=0.05)
+
+
+def test_an_init_fn_that_fails_is_named() -> None:
+    def copy(weight: Tensor) -> None:
+        weight.copy_(torch.zeros(7, 4))
+
+    with pytest.raises(ValueError, match=r"table 'item': its init_fn failed on a tensor \[50, 4\] with: The size"):
+        build([TableConfig("item", 50, 4, init_fn=copy)])
+    with pytest.raises(ValueError, match=r"a tensor \[4194304, 4\], a part of the table, which is compressed, with"):
+        build([TableConfig("item", 5_000_000, 4, init_fn=copy)], "hash", "1%")
+
+
+def test_tables_are_built_of_a_plan() -> None:
+    with pytest.raises(TypeError, match=r"EmbeddingTables takes a plan, not a list: EmbeddingTables\(embtables.plan"):
+        EmbeddingTables([TableConfig("a", 9, 4)])  # type: ignore[arg-type]
 
 
 def test_the_seed_alone_decides_the_weights() -> None:

@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
+from embtables.config import OutOfRange
 from embtables.faces.compress.discovery import Finding, Unit, find, is_bag_collection, refuse_wrappers
 from embtables.faces.compress.optimizers import Swap, check, containers, move
 from embtables.faces.compress.partition import cut, part
@@ -43,6 +45,7 @@ def compress_(
     std: float | None = None,
     seed: int = 0,
     hash_seed: int = 0,
+    on_out_of_range: OutOfRange = "error",
 ) -> Compression:
     """Swaps the embedding tables inside any model for compressed ones, in place, under one joint budget.
 
@@ -69,6 +72,7 @@ def compress_(
             device, where there are none.
         seed: of the initial weights.
         hash_seed: of all hashes.
+        on_out_of_range: what ids outside a table's range do from now on, as in ``TableConfig``.
 
     Returns:
         What was swapped, left alone and moved; ``print`` it.
@@ -90,7 +94,10 @@ def compress_(
     patterns = by_pattern(method)
     finding = find(model, list(patterns))
     _check_patterns(finding, patterns)
-    units = finding.units
+    units = [
+        replace(unit, configs=[replace(config, on_out_of_range=on_out_of_range) for config in unit.configs])
+        for unit in finding.units
+    ]
     solved = plan_apart(_apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed)
     _check_devices(units, std)
     built = _build(units, solved, sparse, std, seed)

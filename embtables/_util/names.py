@@ -1,0 +1,15 @@
+"""Words that users write, and those that they may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """``" (did you mean 'multi_hash'?)"`` for a word close to a known one, as ``multi-hash`` is; else nothing."""
+    if not isinstance(word, str):
+        return ""
+    plain = {name.lower().replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(word.strip().lower().replace("-", "_").replace(" ", "_"), plain, n=1)
+    return f" (did you mean {plain[close[0]]!r}?)" if close else ""
