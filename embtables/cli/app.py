@@ -48,12 +48,10 @@ COMMANDS = (
 
 EPILOG = """Examples:
 
+\b
   embtables prepare synthetic - data/demo
-
   embtables plan data/demo --method hash --budget 10%
-
   embtables sweep data/demo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/demo
-
   embtables report runs/demo
 
 EMBTABLES_TRACEBACK=1 shows where an error was raised."""
@@ -85,6 +83,7 @@ def build(wanted: str | None) -> typer.Typer:
         add_completion=False,
         no_args_is_help=True,
         epilog=EPILOG,
+        rich_markup_mode=None,  # examples hold square brackets, which markup swallows
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)

@@ -38,6 +38,7 @@ def plan(
 
     Example:
 
+    \b
       embtables plan data/globo --method compositional --budget 10%
     """
     from embtables.cli.train import names_of
@@ -68,7 +69,8 @@ def sweep(
     data: Data,
     out: Annotated[Path, typer.Option(help="The sweep's folder. An unfinished sweep in it is gone on with.")],
     methods: Annotated[
-        str, typer.Option(help="Kinds separated by commas; with options as {kind: compositional, operation: add}.")
+        str,
+        typer.Option(help="Kinds separated by commas, or all; with options as {kind: compositional, operation: add}."),
     ] = "full",
     budgets: Annotated[
         str | None, typer.Option(help="Separated by commas, such as 50%,10%,1% or 64MB,8MB. Not needed for full.")
@@ -115,12 +117,11 @@ def sweep(
 
     Examples:
 
+    \b
       embtables sweep data/globo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/globo
-
       embtables sweep data/globo --methods robe --budgets 64MB --learning-rates 0.02,0.05,0.1 --out runs/robe
-
-      embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}'
-      --variant 'DIN: {model.name: din}' --out runs/din
+      embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}' \\
+        --variant 'DIN: {model.name: din}' --out runs/din
     """
     from embtables.cli.train import names_of
     from embtables.sweeps.cells import parse_budgets, parse_methods, parse_variants, with_baselines
@@ -183,6 +184,7 @@ def report(
 
     Example:
 
+    \b
       embtables report runs/globo
     """
     import sys

@@ -78,12 +78,10 @@ def train(
 
     Examples:
 
+    \b
       embtables train data/demo --method hash --budget 10% --out runs/hash
-
       embtables train data/demo --config run.yaml --set model.hyperparameters.top_units=[256,128] --out runs/wide
-
       embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
-
       embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
     """
     flags: dict[str, Any] = {
@@ -132,6 +130,7 @@ def export(
 
     Example:
 
+    \b
       embtables export runs/hash models/hash
     """
     status = _status(run)

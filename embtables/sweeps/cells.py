@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from embtables.methods import kinds
 from embtables.training.planning import method_label
 
 MethodSpec = str | dict[str, Any]
@@ -79,6 +80,8 @@ def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 def parse_methods(text: str) -> dict[str, MethodSpec]:
     """``"full,hash,{kind: compositional, operation: add}"`` as {label: specification}, in the order given.
 
+    ``all`` stands for every method that is there, those of other packages too.
+
     Raises:
         ValueError: the text is empty, is no such list, or an entry is neither a kind nor a mapping with a kind.
     """
@@ -91,6 +94,7 @@ def parse_methods(text: str) -> dict[str, MethodSpec]:
         ) from None
     if not entries:
         raise ValueError("no methods given: name at least one, such as --methods hash")
+    entries = [each for entry in entries for each in (kinds() if entry == "all" else [entry])]
     for entry in entries:
         if not isinstance(entry, (str, dict)):
             raise ValueError(f"method {entry!r} is neither a kind, such as hash, nor a mapping such as {{kind: hash}}")

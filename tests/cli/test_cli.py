@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import typer
 from pydantic import BaseModel, ConfigDict, Field
 
 import embtables
@@ -51,6 +54,36 @@ def test_every_command_has_help_with_an_example(command: str, capfd: pytest.Capt
     assert "Usage: embtables " + command in text
     if command != "prepare":  # a group: the examples are its commands' own
         assert f"embtables {command} " in text.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize("command", [c.name for c in COMMANDS if not c.is_group])
+def test_examples_can_be_pasted(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """They are shown in whole lines, brackets and all, and hold arguments that the command knows."""
+    run([command, "--help"])
+    examples = capfd.readouterr().out.split("Example", 1)[1].split("\n\n")[1].replace("\\\n", " ")
+    own = typer.main.get_command(cli.build(command)).commands[command]  # type: ignore[attr-defined]
+    for line in examples.splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["embtables", command], line
+        parser = own.make_parser(click.Context(own))
+        found, rest, _ = parser.parse_args(words[2:])
+        assert not rest and all(value != "" for value in found.values()), line
+    if command == "sweep":
+        assert "{model.name: mlp, data.leave_out: [history]}" in examples
+
+
+def test_without_the_extra_of_the_command_one_sentence_says_which(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for script in (["-m", "embtables"], ["-c", "from embtables.__main__ import main; main()"]):
+        done = subprocess.run(
+            [sys.executable, *script, "--help"], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == (
+            "Error: the embtables command needs typer, which the library alone does not install: "
+            "pip install 'embtables[train]'\n"
+        )
 
 
 @pytest.mark.core

@@ -21,6 +21,7 @@ import embtables.sweeps.sweep as sweep_module
 from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
 from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
+from embtables.methods import kinds
 from embtables.sweeps.cells import Cell, parse_budgets, parse_methods, parse_variants, points, with_baselines
 from embtables.sweeps.report import markdown
 from embtables.sweeps.runner import Job, last_line, run_jobs, threads_per_job
@@ -69,6 +70,12 @@ def test_methods_and_budgets_of_the_command_line() -> None:
             parse_methods(text)
     with pytest.raises(ValueError, match="empty entry"):
         parse_budgets("50%,,1%")
+
+
+def test_all_methods_can_be_asked_for_by_one_word() -> None:
+    assert list(parse_methods("all")) == kinds()
+    methods = parse_methods("hash, all, {kind: compositional, operation: add}")
+    assert list(methods)[0] == "hash" and len(methods) == len(kinds()) + 1
 
 
 def test_the_command_of_a_cell(data: Path) -> None:
