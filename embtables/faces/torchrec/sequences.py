@@ -59,6 +59,9 @@ class EmbeddingCollection(Collection[EmbeddingConfig], EmbeddingCollectionInterf
     stored in another way, the parameters and the state dict of all tables have the names of the storage, such as
     ``tables.store.weight_<D>``, which several tables share.
 
+    torchrec's planner, ``DistributedModelParallel`` and ``quantize_embeddings`` pass this module by: it is replicated
+    like the dense part, and every process has to plan with the same arguments.
+
     A symbolic trace holds the lookup as one node. TorchScript is not supported.
 
     Raises:
