@@ -140,9 +140,10 @@ class FusedOptimizer:
 
 @dataclass(frozen=True)
 class SGD(FusedOptimizer):
-    """w ← w − lr·g."""
+    """w ← w − lr·g. A row's gradient is a small part of that of a mean over the batch, so the rate is large."""
 
     kind: ClassVar[str] = "sgd"
+    lr: float = 1.0
 
     @staticmethod
     def update(
@@ -156,6 +157,7 @@ class RowWiseAdagrad(FusedOptimizer):
     """s ← s + mean(g²) over the row; w ← w − lr·g / (√s + eps). One state scalar per row, as FBGEMM's."""
 
     kind: ClassVar[str] = "rowwise_adagrad"
+    lr: float = 0.05
     eps: float = 1e-8
 
     @classmethod
@@ -175,6 +177,7 @@ class Adagrad(FusedOptimizer):
     """s ← s + g²; w ← w − lr·g / (√s + eps) (Duchi et al. 2011)."""
 
     kind: ClassVar[str] = "adagrad"
+    lr: float = 0.05
     eps: float = 1e-8
 
     @classmethod
@@ -198,7 +201,7 @@ class Adam(FusedOptimizer):
 
     kind: ClassVar[str] = "adam"
     counts_steps: ClassVar[bool] = True
-    lr: float = 0.001
+    lr: float = 0.01
     # By name only: optimizer states that were saved hold the numbers in this order.
     _: KW_ONLY
     eps: float = 1e-8

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_positive, join, pooled
+from embtables.models.blocks import MLP, check_choice, check_positive, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -18,11 +18,14 @@ __all__ = ["DLRM"]
 
 
 class DLRM(nn.Module):
-    """Dot products of all pairs of vectors, and an MLP over them.
+    """Dot products of all pairs of vectors, and an MLP over them; or the vectors themselves, and an MLP over them.
 
     The dense features pass a bottom MLP and become one more vector, x of size D. With vectors v_1 … v_m (x first, if
     there is one), the top MLP sees x and the m(m - 1)/2 dot products v_i · v_j, i > j (row by row of the lower
     triangle), and ends in one logit. Without dense features x is absent.
+
+    With ``interaction="cat"`` the top MLP sees v_1 … v_m in place of x and the dot products, as the ``interaction_op``
+    of the same name does elsewhere.
 
     Args:
         embeddings: the tables; all their ``embedding_dims`` must be equal.
@@ -30,6 +33,8 @@ class DLRM(nn.Module):
         bottom_units: hidden units of the bottom MLP, whose last layer, of size D, is added.
         top_units: hidden units of the top MLP, whose last layer, of size 1, is added.
         dropout: dropout after every hidden layer of the top MLP.
+        interaction: ``"dot"`` or ``"cat"``.
+        batch_norm: batch normalization before every activation of the top MLP.
 
     Raises:
         ValueError: vectors of different sizes; fewer than two vectors; hyperparameters out of range.
@@ -48,10 +53,13 @@ class DLRM(nn.Module):
         bottom_units: Sequence[int] = (64, 32),
         top_units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
+        interaction: str = "dot",
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         check_positive("bottom_units", bottom_units)
         check_positive("top_units", top_units)
+        check_choice("interaction", interaction, ("dot", "cat"))
         dims = list(embeddings.embedding_dims)
         if len(set(dims)) > 1:
             listed = ", ".join(f"{name}={dim}" for name, dim in zip(embeddings.output_names, dims))
@@ -68,8 +76,12 @@ class DLRM(nn.Module):
                 f"{num_dense_features} dense features; use --model mlp"
             )
         self.bottom = MLP(num_dense_features, [*bottom_units, self.embedding_dim]) if num_dense_features else None
+        self.interaction = interaction
         num_pairs = self.num_vectors * (self.num_vectors - 1) // 2
-        self.top = MLP(num_pairs + (self.embedding_dim if self.bottom else 0), top_units, dropout)
+        num_inputs = num_pairs + (self.embedding_dim if self.bottom else 0)
+        if interaction == "cat":
+            num_inputs = self.num_vectors * self.embedding_dim
+        self.top = MLP(num_inputs, top_units, dropout, batch_norm=batch_norm)
         self.output = nn.Linear(self.top.num_outputs, 1)
         self.pairs: Tensor
         rows, columns = torch.tril_indices(self.num_vectors, self.num_vectors, offset=-1)
@@ -81,7 +93,11 @@ class DLRM(nn.Module):
         dense = [self.bottom(batch.dense)] if self.bottom is not None else []
         # Under autocast the bottom MLP gives bfloat16: the vectors become that too, once for all that follows.
         flat = flat.to(dense[0].dtype) if dense else flat
-        vectors = join([*dense, flat]).unflatten(1, (self.num_vectors, self.embedding_dim))
+        joined = join([*dense, flat])
+        if self.interaction == "cat":
+            chosen: Tensor = self.output(self.top(joined))
+            return chosen.squeeze(1)
+        vectors = joined.unflatten(1, (self.num_vectors, self.embedding_dim))
         products = _PairwiseDots.apply(vectors, self.pairs)
         logits: Tensor = self.output(self.top(join([*dense, products])))
         return logits.squeeze(1)

@@ -19,6 +19,7 @@ from embtables.methods import Method
 from embtables.ops import coalesce
 from embtables.optimizers import FusedOptimizer
 from embtables.tables.reading import block_of
+from embtables.training import load_config
 
 pytestmark = pytest.mark.core
 
@@ -238,6 +239,13 @@ def test_parameters_are_what_is_not_fused(method: Method) -> None:
     assert total == sum(t.numel() * 4 for _, t, is_code in free.store.tensors() if not is_code)
     with pytest.raises(ValueError, match="no fused optimizer"):
         free.set_learning_rate(0.1)
+
+
+@pytest.mark.parametrize("optimizer", NAMES)
+def test_the_command_line_has_the_defaults_of_the_library(optimizer: str) -> None:
+    default = plan([TableConfig("a", 9, 4)], "full", optimizer=optimizer).optimizer
+    assert default is not None
+    assert load_config(overrides=[f"tables.optimizer={optimizer}"]).tables.learning_rate == default.lr
 
 
 @pytest.mark.parametrize("optimizer", NAMES)

@@ -111,12 +111,13 @@ def train(
     ratio = f" ({result['ratio']:.2%} of full)" if result["ratio"] is not None else ""
     typer.echo(
         f"test AUC {_number(result['test_auc'])}  log loss {_number(result['test_logloss'])}  "
-        f"validation AUC {result['valid_auc']:.4f} (epoch {result['best_epoch']})\n"
+        f"validation AUC {_number(result['valid_auc'])} (epoch {result['best_epoch']})\n"
         f"tables {result['inference_bytes']:,} bytes{ratio}  {_speed(result)}\n"
         f"{out}"
     )
-    if result.get("overfitting"):
-        typer.echo(f"Note: {result['overfitting']}")
+    for remark in (result.get("overfitting"), *result.get("remarks", ())):
+        if remark:
+            typer.echo(f"Note: {remark}")
 
 
 def export(

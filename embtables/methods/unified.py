@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import gcd
 from typing import ClassVar
 
@@ -33,6 +34,12 @@ class Unified(Method):
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
         width = self._width(group)
+        if self.width is None and all(table.embedding_dim == width > 1 for table in group.tables):
+            warnings.warn(
+                f"method unified looks up a single row for each id of embedding_dim {width}, which is odd, so that ids "
+                "which collide share their whole vector: take an even embedding_dim, or give a width that divides it",
+                stacklevel=2,
+            )
         for table in group.tables:
             if table.embedding_dim % width:
                 raise ValueError(

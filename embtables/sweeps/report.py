@@ -34,6 +34,7 @@ _RIGHT = {"bytes", "of full", "test AUC", "difference to full", "95 % ≠ 0", "l
 
 DETAIL = {
     "valid_auc": "valid AUC",
+    "test_normalized_entropy": "norm. entropy",
     "test_auc_head": "AUC head",
     "test_auc_torso": "torso",
     "test_auc_tail": "tail",
@@ -135,6 +136,9 @@ def note(point: Point, summary: Summary) -> str:
         notes.append(f"infeasible: floor {point.floor_bytes:,} bytes")
     if point.below_drop:
         notes.append(f"WORSE than {DROP} ({point.to_drop:+.4f})")
+    entropy = point.mean("test_normalized_entropy")
+    if entropy >= 1:
+        notes.append(f"NO BETTER than the base rate (normalized entropy {entropy:.2f})")
     if point.num_failed:
         notes.append(f"{point.num_failed} failed: {point.message}")
     if summary.config.learning_rates and point.num_ok:
@@ -267,7 +271,7 @@ def _measured(name: str, value: float) -> str:
         return format_bytes(int(value))
     if name == "collision_share":
         return _percent(value)
-    return f"{value:.4f}" if "auc" in name else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:.4f}" if "auc" in name or "entropy" in name else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

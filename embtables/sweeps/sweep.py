@@ -312,7 +312,8 @@ class _Sweep:
         row = self.row(cell)
         if row is not None and row["status"] == "ok":
             results.write_hparams(row, self.folder / "tensorboard" / cell.name)
-            return f"test AUC {row['test_auc']:.4f}"
+            area = row["test_auc"]
+            return "test AUC undefined" if area is None or area != area else f"test AUC {area:.4f}"
         return str(metrics["status"])
 
 

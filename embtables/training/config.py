@@ -37,9 +37,6 @@ __all__ = [
 
 Bytes = StrictInt | StrictFloat | StrictStr
 
-DEFAULT_LEARNING_RATE = {"sgd": 1.0, "rowwise_adagrad": 0.05, "adagrad": 0.05, "adam": 0.01}
-"""What ``tables.learning_rate: null`` means, by optimizer; of others the default of their ``lr``."""
-
 TORCH_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 """The optimizers of ordinary parameters."""
 
@@ -76,7 +73,9 @@ class TablesConfig(_Section):
     optimizer: StrictStr | dict[str, Any] = Field(
         default="adam", description="a kind, or with fields of its own {kind: adam, beta2: 0.99}"
     )
-    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="null: by optimizer")
+    learning_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="null: the optimizer's own"
+    )
     l2: float = Field(
         default=0.0,
         ge=0,
@@ -127,7 +126,7 @@ class TablesConfig(_Section):
         if self.learning_rate is None:
             rule = optimizer_from_config(self.optimizer)
             assert rule is not None  # as the field was checked
-            self.learning_rate = DEFAULT_LEARNING_RATE.get(kind, rule.lr)
+            self.learning_rate = rule.lr
         return self
 
 

@@ -109,16 +109,17 @@ def main_metrics(scored: Scored) -> dict[str, float | None]:
 
 def all_metrics(scored: Scored, data: PreparedDataset) -> dict[str, float | None]:
     """Every metric of a split, ``None`` where it is not defined on these rows."""
-    labels, logits = scored.labels, scored.logits
+    entropy = metrics.normalized_entropy(scored.labels, metrics.sigmoid(scored.logits))
+    return {**main_metrics(scored), **_defined({"normalized_entropy": entropy}), **slice_metrics(scored, data)}
+
+
+def slice_metrics(scored: Scored, data: PreparedDataset) -> dict[str, float | None]:
+    """The AUC of each slice of ids by their frequency in training, ``None`` where it is not defined on these rows."""
     sliced = dict.fromkeys(metrics.SLICES, math.nan)
     sliced_by = slice_feature(data)
     if sliced_by is not None and scored.slice_ids is not None:
-        sliced = metrics.slice_auc(labels, logits, scored.slice_ids, data.frequencies[sliced_by])
-    return {
-        **main_metrics(scored),
-        **_defined({"normalized_entropy": metrics.normalized_entropy(labels, metrics.sigmoid(logits))}),
-        **_defined({f"auc_{name}": value for name, value in sliced.items()}),
-    }
+        sliced = metrics.slice_auc(scored.labels, scored.logits, scored.slice_ids, data.frequencies[sliced_by])
+    return _defined({f"auc_{name}": value for name, value in sliced.items()})
 
 
 def _defined(values: dict[str, float]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from embtables._util.files import replacing, write_text
 
-__all__ = ["COLUMNS", "Row", "draw_curve", "overfitting", "value_of", "write_curve"]
+__all__ = ["COLUMNS", "Row", "draw_curve", "overfitting", "remarks", "value_of", "write_curve"]
 
 Row: TypeAlias = dict[str, Any]
 """One evaluation, by column; ``None`` where a metric is not defined on the validation rows."""
@@ -23,6 +23,7 @@ COLUMNS = (
     "valid_auc",
     "valid_gauc_weighted",
     "valid_gauc_mean",
+    "valid_auc_tail",
     "learning_rate_tables",
     "learning_rate_dense",
 )
@@ -31,6 +32,8 @@ COLUMNS = (
 _LABELS = {"auc": "AUC", "gauc_weighted": "gauc_weighted", "gauc_mean": "gauc_mean", "logloss": "log loss"}
 _LEAST_LOSS = 0.0005
 """A monitor that ends this far behind its best has fallen; closer is noise."""
+_LEAST_LEARNED = 0.005
+"""A validation AUC that never was this far from 0.5 says that nothing has been learned."""
 
 
 def value_of(row: Row, monitor: str) -> float:
@@ -74,6 +77,33 @@ def overfitting(rows: Sequence[Row], monitor: str) -> str | None:
         f"training loss fell from {best['train_loss']:.4f} to {last['train_loss']:.4f}: {kind}; the model of epoch "
         f"{best['epoch']} is kept. Try {', '.join(advice[:-1])} or {advice[-1]}."
     )
+
+
+def remarks(rows: Sequence[Row], monitor: str, *, out_of_patience: bool) -> list[str]:
+    """What a curve shows besides over-fitting, a sentence each: nothing learned, rare ids still improving.
+
+    Args:
+        rows: the evaluations.
+        monitor: what chose the best one.
+        out_of_patience: whether training ended before its last epoch.
+    """
+    found = []
+    areas = [row["valid_auc"] for row in rows if row["valid_auc"] is not None]
+    if areas and all(abs(area - 0.5) < _LEAST_LEARNED for area in areas):
+        found.append(
+            f"validation AUC never left 0.5 ({min(areas):.4f} to {max(areas):.4f}): the model has learned nothing. Try "
+            "a higher tables.init_std, a lower tables.l2 or other learning rates."
+        )
+    values = [value_of(row, monitor) for row in rows]
+    best, last = rows[values.index(max(values))], rows[-1]
+    before, after = best.get("valid_auc_tail"), last.get("valid_auc_tail")
+    if out_of_patience and before is not None and after is not None and after - before >= _LEAST_LOSS:
+        found.append(
+            f"training stopped for want of a better {_LABELS[monitor]}, but the validation AUC of rare ids still rose, "
+            f"from {before:.4f} at epoch {best['epoch']} to {after:.4f} at epoch {last['epoch']}: their rows pay off "
+            "late. Try a higher training.patience, or tables.regularization for the frequent ones."
+        )
+    return found
 
 
 def draw_curve(rows: Sequence[Row], monitor: str, path: Path) -> None:

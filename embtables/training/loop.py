@@ -30,10 +30,11 @@ from embtables.training.evaluation import (
     main_metrics,
     score,
     share_of_colliding_ids,
+    slice_metrics,
     to_device,
 )
 from embtables.training.export import Served, copy_served, dense_state, load_served, save_served
-from embtables.training.learning_curve import Row, draw_curve, overfitting, value_of, write_curve
+from embtables.training.learning_curve import Row, draw_curve, overfitting, remarks, value_of, write_curve
 from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
@@ -211,6 +212,7 @@ class Run:
         with _serving(self.model, self.tables, served), uncompiled():
             scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
         measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
+        measured["valid_auc_tail"] = slice_metrics(scored, self.data)["auc_tail"]
         value = value_of(measured, monitor)
         if value > progress.best:
             progress.best, progress.best_step, progress.stale = value, progress.step, 0
@@ -344,6 +346,9 @@ class Run:
             "collision_share": share_of_colliding_ids(self.tables),
             "lookup_latency_us": latency,
             "overfitting": overfitting(progress.curve, training.monitor),
+            "remarks": remarks(
+                progress.curve, training.monitor, out_of_patience=progress.epoch < (training.epochs or 0)
+            ),
         }
 
 

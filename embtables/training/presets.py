@@ -53,7 +53,12 @@ PRESETS: dict[str, Preset] = {
             "training.clip_norm": 10.0,
             "training.seed": 2021,
         },
-        hyperparameters={"units": [400, 400, 400], "top_units": [400, 400, 400], "batch_norm": True},
+        hyperparameters={
+            "units": [400, 400, 400],
+            "top_units": [400, 400, 400],
+            "batch_norm": True,
+            "interaction": "cat",  # of DLRM: with dot products nothing is learned from vectors of 1e-4
+        },
     ),
 }
 

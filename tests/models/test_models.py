@@ -104,7 +104,27 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(batch), model(batch))
 
 
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_dlrm_that_concatenates_is_its_formula(num_dense):
+    rows = [5, 7, 4]
+    tables = FakeTables(rows, [4, 4, 4])
+    model = DLRM(tables, num_dense, bottom_units=(6,), top_units=(8, 5), interaction="cat")
+    batch = batch_of(rows, num_dense)
+    logits = model(batch)
+    for b in range(6):
+        vectors = [tables.weights[f][batch.ids[b, f]].numpy() for f in range(3)]
+        if num_dense:
+            vectors.insert(0, relu_layers(batch.dense[b].numpy(), layers_of(model.bottom)))
+        hidden = relu_layers(np.concatenate(vectors), layers_of(model.top))
+        ((weight, bias),) = layers_of(model.output)
+        assert float(logits[b]) == pytest.approx((weight @ hidden + bias).item(), abs=1e-5)
+    normalized = DLRM(tables, num_dense, top_units=(8, 5), interaction="cat", batch_norm=True)
+    assert sum(isinstance(module, nn.BatchNorm1d) for module in normalized.top.modules()) == 2
+
+
 def test_dlrm_refuses():
+    with pytest.raises(ValueError, match="interaction"):
+        DLRM(FakeTables([5, 5], [4, 4]), 0, interaction="sum")
     with pytest.raises(ValueError, match="f0=4, f1=2"):
         DLRM(FakeTables([5, 5], [4, 2]), 0)
     with pytest.raises(ValueError, match="two vectors"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,15 @@ def test_the_default_optimizer_suits_the_methods() -> None:
     for method, kind in (("hash", "rowwise_adagrad"), ("robe", "adagrad"), ({"user": "robe", "*": "hash"}, "adagrad")):
         optimizer = plan(TABLES, method, "20%").optimizer
         assert optimizer is not None and optimizer.kind == kind
+
+
+def test_unified_says_where_it_is_a_plain_hash() -> None:
+    with pytest.warns(UserWarning, match="unified looks up a single row for each id of embedding_dim 17, which is odd"):
+        plan([TableConfig("user", 1000, 17), TableConfig("item", 1000, 17)], "unified", "20%")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan([TableConfig("user", 1000, 16)], "unified", "20%")
+        plan([TableConfig("user", 1000, 17)], {"kind": "unified", "width": 17}, "20%")
 
 
 def test_integers_of_numpy_are_integers() -> None:

@@ -25,8 +25,8 @@ from embtables.datasets.readers.interactions import Interactions, prepare_intera
 from embtables.models import MLP, build_model
 from embtables.models.blocks import bags
 from embtables.training import Trainer, load_config, load_served, loop, metrics
-from embtables.training.evaluation import slice_feature, to_device
-from embtables.training.learning_curve import draw_curve, overfitting
+from embtables.training.evaluation import score, slice_feature, to_device
+from embtables.training.learning_curve import draw_curve, overfitting, remarks
 from embtables.training.lookup_hooks import intercept
 from embtables.training.nan_guard import NonFiniteError, Watch
 from embtables.training.optimization import clip_gradients
@@ -441,6 +441,45 @@ def test_over_fitting_in_words():
     assert overfitting(rows_of([0.6, 0.7], [2, 1], [1, 2]), "auc") is None
     assert overfitting(rows_of([0.7, 0.6], [1, 2], [1, 2]), "auc") is None  # diverges, which is something else
     assert overfitting(rows_of([0.7001, 0.7], [2, 1], [1, 2]), "auc") is None
+
+
+def test_a_run_that_learned_nothing_is_told():
+    flat = rows_of([0.5, 0.5021, 0.4996], [0.7, 0.69, 0.69], [1, 2, 3])
+    (sentence,) = remarks(flat, "auc", out_of_patience=True)
+    assert sentence.startswith("validation AUC never left 0.5 (0.4996 to 0.5021): the model has learned nothing. Try")
+    assert remarks(rows_of([0.5, 0.51], [0.7, 0.6], [1, 2]), "auc", out_of_patience=True) == []
+    assert remarks(rows_of([0.5, 0.45], [0.7, 0.6], [1, 2]), "auc", out_of_patience=True) == []
+
+
+def test_rare_ids_that_still_improve_at_an_early_stop_are_told():
+    rows = [
+        {**row, "valid_auc_tail": tail}
+        for row, tail in zip(rows_of([0.70, 0.74, 0.72], [0.6, 0.5, 0.4], [1, 2, 3]), [0.5, 0.52, 0.55])
+    ]
+    (sentence,) = remarks(rows, "auc", out_of_patience=True)
+    assert "training stopped for want of a better AUC" in sentence
+    assert "of rare ids still rose, from 0.5200 at epoch 2 to 0.5500 at epoch 3" in sentence
+    assert remarks(rows, "auc", out_of_patience=False) == []
+    rows[-1]["valid_auc_tail"] = None
+    assert remarks(rows, "auc", out_of_patience=True) == []
+
+
+def test_remarks_are_printed_and_the_preset_learns(log, tmp_path, monkeypatch, capsys):
+    flags = ["--preset", "bars", "--epochs", "2", "--quiet", "--batch-size", "200", "--set", "training.patience=null"]
+    monkeypatch.setattr(loop, "remarks", lambda rows, monitor, out_of_patience: [f"{len(rows)}, {out_of_patience}"])
+    assert main(["train", str(log.path), *flags, "--out", str(tmp_path / "run")]) == 0
+    assert "Note: 2, False\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["remarks"] == ["2, False"]
+    assert max(row["valid_auc"] for row in curve_of(tmp_path / "run")) > 0.55
+
+
+def test_the_tail_is_in_the_curve(log, tmp_path):
+    Trainer(config_of("model.name=mlp", "training.epochs=1"), log, tmp_path / "run").run()
+    model = load_served(tmp_path / "run" / "served")
+    scored = score(model, log, "valid", 4096, torch.device("cpu"))
+    counts = log.frequencies[slice_feature(log)]
+    area = metrics.slice_auc(scored.labels, scored.logits, scored.slice_ids, counts)["tail"]
+    assert curve_of(tmp_path / "run")[-1]["valid_auc_tail"] == pytest.approx(area, rel=1e-6)
 
 
 def test_over_fitting_is_said_at_the_end_of_train(toy, tmp_path, capsys):

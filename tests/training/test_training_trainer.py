@@ -391,11 +391,23 @@ def test_a_dense_feature_that_is_not_finite(data, tmp_path, monkeypatch):
         Trainer(config_of(), data, tmp_path / "run").run()
 
 
-def test_one_class_validation_is_refused(tmp_path):
+def test_what_one_class_leaves_undefined_chooses_nothing_and_is_printed_as_such(tmp_path, capsys):
     config = Synthetic(rows=1000, cardinalities=(5, 4), bias=30.0)
     data = prepare_synthetic(tmp_path / "data", config)
     with pytest.raises(ValueError, match="split 'valid' holds one class only"):
         Trainer(config_of(), data, tmp_path / "run").run()
+    flags = ["--epochs", "1", "--monitor", "logloss", "--model", "mlp", "--quiet"]
+    assert main(["train", str(data.path), *flags, "--out", str(tmp_path / "other")]) == 0
+    printed = capsys.readouterr().out
+    assert "test AUC undefined" in printed and "validation AUC undefined (epoch 1)" in printed
+    found = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    assert found["valid_auc"] is None and found["test_normalized_entropy"] is None and 0 < found["test_logloss"] < 1
+    settings = ["--set", "training.monitor=logloss", "--set", "training.epochs=1", "--model", "mlp", "--seeds", "1"]
+    sweep = ["sweep", str(data.path), "--methods", "full,hash", "--budgets", "50%", *settings, "--no-baselines"]
+    assert main([*sweep, "--out", str(tmp_path / "sweep")]) == 0
+    assert "test AUC undefined" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    assert "| hash " in (tmp_path / "sweep" / "report.md").read_text()
 
 
 # ---- serving and export ----------------------------------------------------------------------------------------------
