@@ -10,9 +10,11 @@ from embtables.models.dcn import DCNv2
 from embtables.models.deepfm import DeepFM
 from embtables.models.din import DIN
 from embtables.models.dlrm import DLRM
+from embtables.models.fm import FM
+from embtables.models.lr import LR
 from embtables.models.mlp import MLP
 from embtables.models.neumf import NeuMF
 from embtables.models.registry import build_model, find_model
 from embtables.models.wide_deep import WideDeep
 
-__all__ = ["DIN", "DLRM", "MLP", "DCNv2", "DeepFM", "NeuMF", "WideDeep", "build_model", "find_model"]
+__all__ = ["DIN", "DLRM", "FM", "LR", "MLP", "DCNv2", "DeepFM", "NeuMF", "WideDeep", "build_model", "find_model"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_positive, first_and_rest, join, pooled
+from embtables.models.blocks import MLP, check_positive, join
+from embtables.models.fm import Factors
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["DeepFM"]
 
 
-class DeepFM(nn.Module):
+class DeepFM(Factors):
     """A factorization machine and an MLP on the same vectors, their logits added.
 
     The first component of every vector is the feature's first-order weight w, the other D − 1 are its latent vector v.
@@ -55,41 +55,13 @@ class DeepFM(nn.Module):
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(embeddings, num_dense_features)
         check_positive("units", units)
-        self.dims = list(embeddings.embedding_dims)
-        if not self.dims:
-            raise ValueError("DeepFM needs at least one embedding; use --model mlp")
-        if len(set(self.dims)) > 1:
-            listed = ", ".join(f"{name}={dim}" for name, dim in zip(embeddings.output_names, self.dims))
-            raise ValueError(
-                f"DeepFM takes dot products, so all embedding_dims must be equal, not {listed}; "
-                "give the tables one embedding_dim or use --model wide_deep"
-            )
-        if self.dims[0] < 2:
-            raise ValueError(
-                "DeepFM takes a first-order weight and a latent vector from each embedding, so embedding_dim must be 2 "
-                "at least, not 1"
-            )
-        self.embeddings = embeddings
-        self.latent_dim = self.dims[0] - 1
-        self.dense_weight = nn.Linear(num_dense_features, 1, bias=False) if num_dense_features else None
-        self.dense_latent = (
-            nn.Parameter(torch.empty(num_dense_features, self.latent_dim).normal_(std=0.01))
-            if num_dense_features
-            else None
-        )
         self.hidden = MLP(len(self.dims) * self.latent_dim + num_dense_features, units, dropout, activation, batch_norm)
         self.output = nn.Linear(self.hidden.num_outputs, 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        weights, latent = first_and_rest(pooled(self.embeddings, batch), self.dims)
-        logits: Tensor = self.output(self.hidden(join([latent, batch.dense]))).squeeze(1) + weights.sum(1)
-        vectors = latent.unflatten(1, (-1, self.latent_dim))
-        total, squares = vectors.sum(1), vectors.square().sum(1)
-        if self.dense_weight is not None and self.dense_latent is not None:
-            logits = logits + self.dense_weight(batch.dense).squeeze(1)
-            total = total + batch.dense @ self.dense_latent
-            squares = squares + batch.dense.square() @ self.dense_latent.square()
-        return logits + 0.5 * (total.square() - squares).sum(1)
+        weights, latent = self.looked_up(batch)
+        deep: Tensor = self.output(self.hidden(join([latent, batch.dense]))).squeeze(1)
+        return deep + self.factorized(weights, latent, batch.dense)

@@ -15,6 +15,8 @@ from embtables.models.dcn import DCNv2
 from embtables.models.deepfm import DeepFM
 from embtables.models.din import DIN
 from embtables.models.dlrm import DLRM
+from embtables.models.fm import FM
+from embtables.models.lr import LR
 from embtables.models.mlp import MLP
 from embtables.models.neumf import NeuMF
 from embtables.models.wide_deep import WideDeep
@@ -32,6 +34,8 @@ _OURS: dict[str, type[nn.Module]] = {
     "deepfm": DeepFM,
     "wide_deep": WideDeep,
     "neumf": NeuMF,
+    "fm": FM,
+    "lr": LR,
 }
 
 

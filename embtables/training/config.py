@@ -56,7 +56,7 @@ class ModelConfig(_Section):
     """What is trained over the tables."""
 
     name: str = Field(
-        default="dlrm", description="dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf or package.module:Class"
+        default="dlrm", description="dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf, fm, lr or package.module:Class"
     )
     hyperparameters: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
 

@@ -158,7 +158,7 @@ def test_find_model(tmp_path, monkeypatch):
     for name, message in [
         (
             "dlmr",
-            "model 'dlmr' is unknown: give dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf or package.module:Class",
+            "model 'dlmr' is unknown: give dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf, fm, lr or package.mod",
         ),
         ("nowhere:Model", "cannot import 'nowhere'"),
         ("my_own_model:Yours", "has no 'Yours'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_cases import COLUMNS, array, count, layers, make_batch, make_tables, relu_mlp, sigmoid, weights
 
-from embtables.models import MLP, DCNv2, DeepFM, NeuMF, WideDeep, build_model
+from embtables.models import FM, LR, MLP, DCNv2, DeepFM, NeuMF, WideDeep, build_model
 from embtables.models.blocks import bag, bags, first_and_rest, pooled
 from embtables.models.dcn import CrossLayer, MixtureCrossLayer
 
@@ -131,6 +131,32 @@ def test_deepfm_is_its_formula(num_dense):
         return first + second + last(model, deep)
 
     check(model, make_batch(COLUMNS, num_dense=num_dense), formula)
+
+
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_fm_and_lr_are_their_formulas(num_dense):
+    model = FM(make_tables(COLUMNS, dim=5), num_dense)
+    linear = LR(make_tables(COLUMNS, dim=1), num_dense)
+    for each in (model, linear):
+        torch.nn.init.constant_(each.bias, 0.3)
+    if num_dense:
+        model.dense_latent.data.normal_(generator=torch.Generator().manual_seed(0))
+
+    def factorized(vectors, dense):
+        fields = [(1.0, v[0], v[1:]) for v in vectors.values()]
+        if num_dense:
+            fields += list(zip(dense, array(model.dense_weight.weight)[0], array(model.dense_latent)))
+        first = sum(x * w for x, w, _ in fields)
+        return 0.3 + first + sum(x * y * np.dot(v, u) for (x, _, v), (y, _, u) in combinations(fields, 2))
+
+    def regression(vectors, dense):
+        weights = array(linear.dense_weight.weight)[0] if num_dense else np.zeros(0)
+        return 0.3 + sum(v[0] for v in vectors.values()) + np.dot(weights, dense)
+
+    batch = make_batch(COLUMNS, num_dense=num_dense)
+    check(model, batch, factorized)
+    check(linear, batch, regression)
+    assert count(model) == 1 + num_dense * 5 and count(linear) == 1 + num_dense
 
 
 @pytest.mark.parametrize("num_dense", [0, 3])
@@ -295,6 +321,8 @@ def test_pooled_is_the_mean_of_each_list():
         ("dcnv2", 8, 0, {"dropout": -0.1}, "dropout must lie in"),
         ("mlp", 8, 0, {"dropout": "1e-1"}, "dropout must lie in"),
         ("mlp", 8, 0, {"batch_norm": "off "}, "batch_norm must be true or false, not 'off '"),
+        ("fm", 1, 0, {}, "FM takes a first-order weight and a latent vector from each embedding"),
+        ("lr", 8, 0, {}, "LR has one weight for each id, so embedding_dim must be 1, not user=8, item=8"),
         ("deepfm", 1, 0, {}, "a latent vector from each embedding, so embedding_dim must be 2"),
         ("deepfm", (8, 4), 0, {}, "must be equal, not user=8, item=4; give .* or use --model wide_deep"),
         ("deepfm", 8, 0, {"activation": "gelu"}, "activation must be one of"),

@@ -11,7 +11,7 @@ from torch import nn
 from embtables.models import build_model
 from embtables.models.blocks import bags
 
-MODELS = ["dlrm", "mlp", "din", "dcnv2", "deepfm", "wide_deep", "neumf"]
+MODELS = ["dlrm", "mlp", "din", "dcnv2", "deepfm", "wide_deep", "neumf", "fm"]
 METHODS = ["full", "hash", "compositional", "unified", "mixed_dimension", "pruned", "robe"]
 KINDS = {"columns": COLUMNS, "lists": LISTS}
 OPTIMIZERS = {"robe": "sgd"}
