@@ -156,11 +156,14 @@ def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def work(rank: int, folder: Path, job: Callable[[int, Path], dict[str, Any]]) -> None:
-    """A process does its part of the job and ends, together with the others."""
+JOBS = (replicated, sharded, checkpoints)
+
+
+def work(rank: int, folder: Path) -> None:
+    """A process does its part of all jobs and ends, together with the others."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
-    found = job(rank, folder)
+    found = {job.__name__: job(rank, folder) for job in JOBS}
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()
@@ -172,9 +175,15 @@ def work(rank: int, folder: Path, job: Callable[[int, Path], dict[str, Any]]) ->
     os._exit(0)
 
 
-def run(job: Callable[[int, Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What the job finds in the first of the processes."""
-    context = torch.multiprocessing.start_processes(work, (folder, job), WORLD, join=False, start_method="spawn")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each job finds in the first of the processes, which take seconds to start and so do them all."""
+    context = torch.multiprocessing.start_processes(work, (folder,), WORLD, join=False, start_method="spawn")
     end = time.monotonic() + 300
     try:
         while not context.join(timeout=1):
@@ -186,31 +195,31 @@ def run(job: Callable[[int, Path], dict[str, Any]], folder: Path) -> dict[str, A
 
 
 @pytest.mark.slow
-def test_replicated_tables_are_those_of_one_process_with_the_joint_batch(tmp_path: Path) -> None:
-    found = run(replicated, tmp_path)
-    assert len(found) == 2 * len(METHODS) + 2
-    for key, (off, moved) in found.items():
+def test_replicated_tables_are_those_of_one_process_with_the_joint_batch(found: dict[str, dict[str, Any]]) -> None:
+    distances = found["replicated"]
+    assert len(distances) == 2 * len(METHODS) + 2
+    for key, (off, moved) in distances.items():
         assert off < 1e-6 and moved > 0.01, key
 
 
 @pytest.mark.slow
-def test_sharded_tables_are_those_of_one_process_with_the_joint_batch(tmp_path: Path) -> None:
-    found = run(sharded, tmp_path)
-    assert "register_fsdp_forward_method(module, 'lookup')" in found.pop("outside of forward")
-    assert "train them under DistributedDataParallel" in found.pop("pruned")
-    for key, value in found.items():
+def test_sharded_tables_are_those_of_one_process_with_the_joint_batch(found: dict[str, dict[str, Any]]) -> None:
+    distances = dict(found["sharded"])
+    assert "register_fsdp_forward_method(module, 'lookup')" in distances.pop("outside of forward")
+    assert "train them under DistributedDataParallel" in distances.pop("pruned")
+    for key, value in distances.items():
         assert value[0] < 1e-6 and value[1] > 0.01, key
-    assert len(found) == len(SHARDED) * len(CALLS)
+    assert len(distances) == len(SHARDED) * len(CALLS)
 
 
 @pytest.mark.slow
-def test_distributed_checkpoints(tmp_path: Path) -> None:
+def test_distributed_checkpoints(folder: Path, found: dict[str, dict[str, Any]]) -> None:
     """Of sharded and replicated tables, read into sharded ones and by one process."""
-    for name, (vectors, wanted) in run(checkpoints, tmp_path).items():
+    for name, (vectors, wanted) in found["checkpoints"].items():
         assert torch.equal(vectors, wanted), name
         alone = Tables(tables("mixed_dimension", seed=2), "ids")
         state = alone.state_dict()
-        dcp.load(state, checkpoint_id=tmp_path / name, no_dist=True)
+        dcp.load(state, checkpoint_id=folder / name, no_dist=True)
         alone.load_state_dict(state)
         assert torch.equal(alone(torch.arange(20).view(10, 2)), wanted), name
 
