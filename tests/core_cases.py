@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,11 @@ def all_methods() -> list[Method]:
 def trained_methods() -> list[Method]:
     """``all_methods`` but the one that without a budget stores nothing, and so has nothing to train."""
     return [method for method in all_methods() if method.kind != "drop_feature"]
+
+
+def examples(number: int) -> int:
+    """How many random examples a long test takes: ``EMBTABLES_EXAMPLES`` times the number, once where it is not set."""
+    return number * int(os.environ.get("EMBTABLES_EXAMPLES", "1"))
 
 
 def method_id(method: Method) -> str:

@@ -24,6 +24,7 @@ on_device = pytest.mark.skipif(
 )
 
 RULES = ["sgd", "rowwise_adagrad", "adagrad", "adam"]
+STORED = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 3, 8, 16, 33, 64]
 LR, EPS, BETA1, BETA2, STEP = 0.1, 1e-3, 0.9, 0.99, 3
 
@@ -109,7 +110,7 @@ def assert_step(kernels: object, rule: str, weight: Tensor, index: Tensor, l2: f
 
 @on_device
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", STORED)
 def test_rows_are_gathered(kernels: object, dtype: torch.dtype) -> None:
     for number, width in enumerate([*WIDTHS, 600]):
         weight = torch.randn(50, width).to(dtype)
@@ -124,12 +125,18 @@ def test_rows_are_gathered(kernels: object, dtype: torch.dtype) -> None:
 
 @on_device
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_equals_float64(kernels: object, rule: str, dtype: torch.dtype) -> None:
-    """Duplicates, a row that fills more than a window, clipping and decay, for all widths."""
+    """Duplicates, a row that fills more than a window, clipping and decay, for all widths.
+
+    The interpreter takes each width with one of the four ways to clip and decay: every two of rule, type of numbers,
+    width and way meet.
+    """
+    ways = ((0.0, 0.0), (0.1, 0.0), (0.0, 0.7), (0.1, 0.7))
+    turn = RULES.index(rule) + STORED.index(dtype)
     for number, width in enumerate(WIDTHS):
-        for l2, clip in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.7), (0.1, 0.7)):
+        for l2, clip in [ways[(number + turn) % len(ways)]] if INTERPRETED else ways:
             weight = torch.randn(23, width, generator=torch.Generator().manual_seed(width)).to(dtype)
             index = index_of(10, 20, width, hot=31, dtype=[torch.int32, torch.int64][number % 2])
             assert_step(kernels, rule, weight, index, l2, clip)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import Case, all_methods, cases, counted_bytes, falling_counts, log_integers, method_id
+from core_cases import Case, all_methods, cases, counted_bytes, examples, falling_counts, log_integers, method_id
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +42,7 @@ def own_bytes(solved: Plan) -> dict[str, int]:
 
 @pytest.mark.slow
 @given(cases(max_rows=2_000) | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"]), st.data())
-@settings(max_examples=1500)
+@settings(max_examples=examples(400))
 def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Case, data: st.DataObject) -> None:
     full = case.full_bytes
     small = data.draw(log_integers(1, full + 100))
@@ -66,7 +66,7 @@ def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Cas
 
 
 @given(cases(max_rows=300), st.floats(0.02, 1.1), st.sampled_from(["sgd", "adagrad", "adam", None]))
-@settings(max_examples=250)
+@settings(max_examples=examples(150))
 def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, optimizer: str | None) -> None:
     budget = max(1, int(share * case.full_bytes))
     try:

@@ -354,20 +354,22 @@ def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) 
     command = [sys.executable, "-m", "embtables", "sweep", str(tmp_path / "data"), "--methods", "full,hash"]
     command += ["--budgets", "10%", "--seeds", "1", "--no-baselines", "--jobs", "2"]
     command += ["--set", "training.epochs=3", "--set", "training.batch_size=128"]
-    command += ["--set", "training.checkpoint_seconds=0", "--set", "training.threads=1"]
+    command += ["--set", "training.threads=1"]
+    # A checkpoint after each step, so that the sweep is killed in the midst of its cells.
+    often = ["--set", "training.checkpoint_seconds=0"]
 
-    def results(name: str) -> list[tuple[str, ...]]:
-        done = subprocess.run([*command, "--out", str(tmp_path / name)], capture_output=True, text=True)
+    def results(name: str, *more: str) -> list[tuple[str, ...]]:
+        done = subprocess.run([*command, *more, "--out", str(tmp_path / name)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("2 ok, 0 infeasible, 0 failed")
         return [(r["method"], r["budget"], r["test_auc"], r["valid_auc"]) for r in read(tmp_path / name)]
 
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, *often, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
     wait_until(lambda: bool(list((tmp_path / "killed").glob("cells/*/checkpoint/*"))))
     process.kill()
     process.wait()
     assert not list((tmp_path / "killed").glob("cells/*/metrics.json"))
-    killed = results("killed")
+    killed = results("killed", *often)
     assert killed == results("whole")
     assert [row[:2] for row in killed] == [("full", ""), ("hash", "10%")] and float(killed[0][2]) > 0.6
     log = (tmp_path / "killed" / "cells" / "full-s0.log").read_text()
