@@ -70,8 +70,9 @@ demo: $(STAMP) ## the main job on generated data: accuracy of each method at 10 
 check: lint ## ruff, mypy and the core of the tests, in less than a minute
 	$(BIN)/python -m pytest -n $(JOBS) -m "core and not slow" $(PYTEST_FLAGS) $$(grep -rl --include='test_*.py' 'mark\.core' tests)
 
+# Files in the order of tests/conftest.py, not by how many tests they hold.
 test: $(STAMP) ## every test, ruff and mypy among them
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # Random programs for each build; 400 take about eight minutes on two cores.
 SEEDS ?= 200
