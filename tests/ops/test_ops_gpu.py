@@ -373,6 +373,7 @@ def test_tables_train_as_on_the_reference() -> None:
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @needs_triton
 def test_in_the_interpreter() -> None:
@@ -438,6 +439,7 @@ for architecture, dtype, width in (80, torch.float32, 16), (90, torch.bfloat16, 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing to compile in the interpreter")
 @needs_triton
 def test_the_kernels_compile(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_every_folder_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
+@pytest.mark.slow
 def test_wheel_and_source_archive_hold_every_file(tmp_path: Path) -> None:
     """Every file of the package, with models/ and datasets/ inside it, and as many bytes of each as there are here."""
     expected = {}
