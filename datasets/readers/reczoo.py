@@ -22,12 +22,12 @@ import yaml
 
 from embtables.datasets.options import MaxRejected, Seed
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.raw_bytes import read_unpacked
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT
 from embtables.datasets.split_table import Columns, write_splits
 from embtables.datasets.splits import SPLITS
 from embtables.datasets.tabular import open_table
-from embtables.datasets.text import read_unpacked
 from embtables.datasets.vocabulary import Vocabulary
 from embtables.datasets.writing import Writer
 
