@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from embtables.datasets.key_lists import KeyLists
 from embtables.datasets.prepared import GROUP, LABEL
 from embtables.datasets.rejections import Rejections
 from embtables.datasets.string_keys import StringKeys
@@ -56,13 +57,6 @@ class Schema:
     @property
     def list_columns(self) -> tuple[str, ...]:
         return (*self.lists, *self.histories)
-
-
-class KeyLists(NamedTuple):
-    """Lists of keys, one after another: list ``i`` is ``values[offsets[i] : offsets[i + 1]]``."""
-
-    values: np.ndarray  # int64
-    offsets: np.ndarray  # int64, one more than there are lists
 
 
 class KeyedRows(NamedTuple):

@@ -11,11 +11,11 @@ import polars as pl
 
 from embtables.datasets.derived import DERIVED
 from embtables.datasets.histories import ranges
+from embtables.datasets.key_lists import KeyLists
 from embtables.datasets.prepared import GROUP, MOST_ENTRIES
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.row_keys import (
     KeyedRows,
-    KeyLists,
     RowKeys,
     Schema,
     check_columns,

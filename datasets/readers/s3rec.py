@@ -91,6 +91,7 @@ def _fill(writer: Writer, inputs: list[Path], config: S3Rec) -> None:
         items=np.concatenate([line[1:] for line in lines]),
         times=np.concatenate([np.arange(length) for length in lengths]),
         rows=np.arange(lengths.sum()),
+        timed=False,
     )
     if len(inputs) > 1:
         log.items_known = _known(inputs[1], np.unique(log.items), writer)

@@ -343,7 +343,7 @@ def test_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     prepare_reczoo(folder, tmp_path / "more", progress=True)
     shown = capsys.readouterr().err
     assert "test: 50 rows, published are 51" in shown and f"{sum(ids)} ids in all, BARS has 7" in shown
-    assert "city" not in shown
+    assert "city:" not in shown
     content = (folder / "test.csv").read_bytes()
     (folder / "test.csv").unlink()
     (folder / "test.csv.gz").write_bytes(gzip.compress(content))  # what is packed counts
@@ -399,7 +399,11 @@ def test_published_facts_add_up() -> None:
             "train.csv: no column 'seen'; there are",
         ),
         ({"train.csv": b"a,b,c\n\0"}, Reczoo(columns=MINE), "train.csv: no column 'clicked'"),
-        ({"train.csv": b"a,a\n1,2\n"}, Reczoo(columns=MINE), "train.csv:1: column 'a' occurs twice"),
+        (
+            {"train.csv": b"clicked,x,user,item,seen,seen\n1,2,3,4,5,6\n"},
+            Reczoo(columns=MINE),
+            "train.csv:1: column 'seen' occurs twice",
+        ),
         ({"test.csv": b"PAR1 and so on"}, Reczoo(columns=MINE), "test.csv: the Parquet file is truncated or damaged"),
         ({"test.csv": b"clicked,x,user,item,seen\n1,2,3,4,5\n1,2"}, Reczoo(columns=MINE), "ends inside a row"),
     ],
