@@ -231,7 +231,13 @@ class _SplitRows:
                 faults[f"no valid time in '{reader.time}'"] = times.is_null()
                 rejections.hints[f"no valid time in '{reader.time}'"] = READ_AS
             good, rows = self.keys.of(
-                block.frame, block.lines, rejections, lambda line: f"{source}:{line}", where, faults
+                block.frame,
+                block.lines,
+                rejections,
+                lambda line: f"{source}:{line}",
+                where,
+                faults,
+                {reason: block.frame[str(reader.time)] for reason in faults},
             )
             if times is not None:
                 self._times.append(times.filter(pl.Series(good)).to_numpy())

@@ -321,7 +321,10 @@ class _LogReader:
         if label is not None and self.config.leave_out:
             left_out = (
                 good
-                & numbers_of_labels(frame[str(self.label)]).is_in(self.config.leave_out).fill_null(False).to_numpy()
+                & numbers_of_labels(frame[str(self.label)])
+                .is_in(list(map(float, self.config.leave_out)))
+                .fill_null(False)
+                .to_numpy()
             )
             self.left_out += int(left_out.sum())
             good = good & ~left_out

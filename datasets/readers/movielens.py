@@ -230,7 +230,7 @@ def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
         if timed:
             shown["no valid timestamp"] = block.frame[TIME]
         good = rejections.passing(faults, block.lines, lambda line: f"{release.ratings}:{line}", shown)
-        unwanted = good & parsed[RATING].is_in(config.leave_out).fill_null(False).to_numpy()
+        unwanted = good & parsed[RATING].is_in(list(map(float, config.leave_out))).fill_null(False).to_numpy()
         left_out += int(unwanted.sum())
         good &= ~unwanted
         kept = parsed.filter(pl.Series(good))

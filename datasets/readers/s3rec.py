@@ -18,7 +18,7 @@ import typer
 
 from embtables.datasets.interaction_log import ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
@@ -154,6 +154,7 @@ def _from_options(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
+    without: Without = (),
 ) -> S3Rec:
-    options = LogOptions(split, shares, history, min_count, seed, min_history)
+    options = LogOptions(split, shares, history, min_count, seed, min_history, without)
     return S3Rec(max_rejected, Negatives(negatives, "uniform", None), options)
