@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import polars as pl
 
+from embtables.datasets.dense_scale import SCALES, Scale
 from embtables.datasets.histories import EventHistories, Events, Histories, ranges
 from embtables.datasets.key_column import KeyColumn
+from embtables.datasets.key_lists import KeyLists
 from embtables.datasets.negatives import ABSENT, Negatives, draw_negatives
 from embtables.datasets.prepared import GROUP, LABEL, MOST_ENTRIES
 from embtables.datasets.splits import DEFAULT_SHARES, SPLITS, check_shares, leave_last_out, random_split, time_split
+from embtables.datasets.times import say
 from embtables.datasets.vocabulary import MISSING, Vocabulary
 from embtables.datasets.writing import Contents, Writer, list_column
 
 USER, ITEM, HISTORY = "user_id", "item_id", "history"
+T = TypeVar("T")
 CLICKS_AT_ONCE = 2**17
 NO_NEGATIVES = Negatives(per_click=0)
 
@@ -55,11 +59,14 @@ class Log:
     rows: np.ndarray  # row numbers in the file: the random split hashes them
     labels: np.ndarray | None = None  # 0 or 1
     context: dict[str, np.ndarray] = field(default_factory=dict)  # further features, as keys
+    dense: dict[str, np.ndarray] = field(default_factory=dict)  # numbers, float64, NaN where one is missing
+    lists: dict[str, KeyLists] = field(default_factory=dict)  # multi-valued features
     items_known: ItemFeatures | None = None
     users_known: ItemFeatures | None = None  # the same of users
     splits: np.ndarray | None = None  # index into SPLITS, int8, where the reader knows better than LogOptions.split
     remembered: np.ndarray | None = None  # bool: rows that histories hold; without it those with label 1
     events: Events | None = None  # histories hold these, and no rows of the log
+    timed: bool = True  # without, times are places in an order, or all the same
 
     def take(self, rows: np.ndarray) -> Log:
         """The log with the given rows only. Features of users and items, and events, stay as they are."""
@@ -71,6 +78,8 @@ class Log:
             rows=self.rows[rows],
             labels=None if self.labels is None else self.labels[rows],
             context={name: keys[rows] for name, keys in self.context.items()},
+            dense={name: numbers[rows] for name, numbers in self.dense.items()},
+            lists={name: lists.take(rows) for name, lists in self.lists.items()},
             splits=None if self.splits is None else self.splits[rows],
             remembered=None if self.remembered is None else self.remembered[rows],
         )
@@ -81,7 +90,8 @@ class LogOptions:
     """How a log becomes examples.
 
     A history holds at most the latest ``history`` items of its user; with 0 there are no histories. A row with fewer
-    than ``min_history`` earlier items does not become an example, but later histories hold it.
+    than ``min_history`` earlier items does not become an example, but later histories hold it. Features in ``without``
+    are not written, nor are their histories. ``Scale`` explains ``dense_scale``, the scale of dense features.
     """
 
     split: Literal["random", "time", "leave-last-out"] = "random"
@@ -90,6 +100,8 @@ class LogOptions:
     min_count: int = 1
     seed: int = 0
     min_history: int = 0
+    without: tuple[str, ...] = ()
+    dense_scale: Literal["standard", "log", "none"] = "standard"
 
     def __post_init__(self) -> None:
         if self.split not in ("random", "time", "leave-last-out"):
@@ -105,6 +117,8 @@ class LogOptions:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed}: it cannot be negative")
+        if self.dense_scale not in SCALES:
+            raise ValueError(f"dense_scale '{self.dense_scale}': one of {', '.join(SCALES)} is needed")
 
 
 def write_log(
@@ -127,6 +141,7 @@ def write_log(
     Raises:
         ValueError: no user has enough rows for ``min_history``.
     """
+    log = _without(log, options.without)
     examples = _Examples.of(log.take(np.argsort(log.times, kind="stable")), options)
     lengths = examples.histories.lengths
     writer.extra |= {
@@ -137,16 +152,22 @@ def write_log(
     writer.extra |= examples.draw(negatives, options.seed)
     ids = _Ids(examples, options)
     published = {**ids.vocabularies, **ids.list_vocabularies}
+    if ids.scales:
+        writer.extra["dense"] = {name: asdict(scale) for name, scale in ids.scales.items()}
     writer.declare(
         Contents(
             ids.vocabularies,
+            list(ids.scales),
             lists=ids.list_vocabularies,
             histories=ids.of_history,
             group_feature=USER,
             slice_feature=ITEM,
-            published={name: column.values(published[name].keys) for name, column in columns.items()},
+            published={
+                name: column.values(published[name].keys) for name, column in columns.items() if name in published
+            },
         )
     )
+    writer.extra |= examples.summary()
     writer.progress.update(task, description="Writing rows", total=len(examples.rows))
     for start in range(0, len(examples.rows), CLICKS_AT_ONCE):
         part = examples.rows[start : start + CLICKS_AT_ONCE]
@@ -196,6 +217,14 @@ class _Examples:
         none = np.full((len(items), 0), ABSENT, np.int64)
         return _Examples(log, user_keys, users, item_keys, items, histories, rows, split, none)
 
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says about the log."""
+        log, labels = self.log, self.log.labels
+        facts: dict[str, Any] = {"users": len(self.user_keys), "items": len(self.item_keys)}
+        if log.timed:
+            facts |= {"first_time": say(log.times[0]), "last_time": say(log.times[-1])}
+        return facts if labels is None else facts | {"positives": int((labels > 0).sum())}
+
     def draw(self, negatives: Negatives, seed: int) -> dict[str, int]:
         """Draws negatives where the log has no labels. Returns what the manifest says about them."""
         if self.log.labels is not None:
@@ -229,7 +258,13 @@ class _Ids:
             **self.of_user.vocabularies,
             **self.known.vocabularies,
         }
-        self.list_vocabularies = {**self.of_user.list_vocabularies, **self.known.list_vocabularies}
+        self.scales = {name: Scale.of(numbers[train], options.dense_scale) for name, numbers in log.dense.items()}
+        self.dense = {name: scale.apply(log.dense[name]) for name, scale in self.scales.items()}
+        self.list_vocabularies = {
+            **{name: _list_vocabulary(lists.take(train), shown_with, min_count) for name, lists in log.lists.items()},
+            **self.of_user.list_vocabularies,
+            **self.known.list_vocabularies,
+        }
         in_history = [ITEM, *self.known.values] if log.events is None else list(log.events.values)
         self.of_history = {_history_name(name): name for name in in_history} if options.history else {}
         self.of_item = {ITEM: self.vocabularies[ITEM].ids(examples.item_keys), **self.known.values}
@@ -247,9 +282,13 @@ class _Ids:
             LABEL: (place == 0) if log.labels is None else log.labels[source],
             USER: self.vocabularies[USER].ids(log.users[source]),
         }
+        frame |= {name: numbers[source] for name, numbers in self.dense.items()}
         frame |= {name: ids[item] for name, ids in self.of_item.items()}
         frame |= {name: self.vocabularies[name].ids(keys[source]) for name, keys in log.context.items()}
         frame |= {name: ids[user] for name, ids in self.of_user.values.items()}
+        for name, rows in log.lists.items():
+            keys, offsets = rows.take(source)
+            frame[name] = list_column(self.list_vocabularies[name].ids(keys), offsets)
         for lists, rows_of in ((self.of_user.lists, user), (self.known.lists, item)):
             frame |= {
                 name: _lists(values, offsets[rows_of], offsets[rows_of + 1])
@@ -300,6 +339,37 @@ class _Known:
             times = np.repeat(counts, end - begin)
             self.list_vocabularies[name] = _vocabulary(keys[chosen][times > 0], times[times > 0], min_count)
             self.lists[name] = self.list_vocabularies[name].ids(keys[chosen]), starts
+
+
+def _without(log: Log, names: Sequence[str]) -> Log:
+    """The log without the given features, which must be there."""
+    sides = [known for known in (log.users_known, log.items_known) if known is not None]
+    holders = [log.context, log.dense, log.lists, *(of for known in sides for of in (known.values, known.lists))]
+    there = [name for holder in holders for name in holder]
+    for name in names:
+        if name not in there:
+            raise ValueError(f"without '{name}': no such feature; there are {', '.join(there) or 'none'}")
+
+    def kept(holder: Mapping[str, T]) -> dict[str, T]:
+        return {name: of for name, of in holder.items() if name not in names}
+
+    known = [
+        None if of is None else replace(of, values=kept(of.values), lists=kept(of.lists))
+        for of in (log.users_known, log.items_known)
+    ]
+    return replace(
+        log,
+        context=kept(log.context),
+        dense=kept(log.dense),
+        lists=kept(log.lists),
+        users_known=known[0],
+        items_known=known[1],
+    )
+
+
+def _list_vocabulary(lists: KeyLists, times: np.ndarray, min_count: int) -> Vocabulary:
+    """Of the values of lists, each of which is shown the given number of times."""
+    return _vocabulary(lists.values, np.repeat(times, np.diff(lists.offsets)), min_count)
 
 
 def _lists(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> pl.Series:

@@ -21,6 +21,8 @@ History = Annotated[int, typer.Option(help="Most items kept of a user's history,
 MinCount = Annotated[int, typer.Option(help="Values rarer than this in training share id 1 with the unseen.")]
 MaxRejected = Annotated[float, typer.Option(help="Share of malformed rows above which reading stops.")]
 Shares = Annotated[tuple[float, ...], typer.Option(help="Shares of train, valid and test.")]
+LeaveOut = Annotated[tuple[float, ...], typer.Option(help="Rows with one of these labels are left out, e.g. 3.")]
+Without = Annotated[tuple[str, ...], typer.Option(help="Features that are not written, e.g. zip_code.")]
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:

@@ -17,10 +17,11 @@ import typer
 from embtables.datasets.options import LogSplit, MaxRejected, MinCount, Out, Seed, Shares, Split, numbers
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
-from embtables.datasets.row_keys import RowKeys, Schema
+from embtables.datasets.row_keys import RowKeys, Schema, check_columns
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, leave_last_out, random_split, time_split
 from embtables.datasets.streaming import write_streaming
 from embtables.datasets.text import Block
+from embtables.datasets.times import READ_AS, Clock
 from embtables.datasets.writing import Writer
 from embtables.datasets.writing import prepare as prepare_folder
 
@@ -121,7 +122,7 @@ def command(reader: type[Reader]) -> Callable[..., None]:
 
 
 def _split_by_commas(name: str, text: str, element: type) -> tuple[Any, ...]:
-    if element is str:
+    if element is str or not text:
         return tuple(part for part in text.split(",") if part)
     return tuple(map(element, numbers(f"--{name.replace('_', '-')}", text)))
 
@@ -216,6 +217,7 @@ class _SplitRows:
         self._times: list[np.ndarray] = []
         self._users: list[np.ndarray] = []
         self._codes: np.ndarray | None = None
+        self._clock: Clock | None = None
 
     def keyed(self, blocks: Iterator[Block], source: Path, rejections: Rejections) -> Iterator[Block]:
         reader, by_time = self.reader, self.reader.split != "random"
@@ -225,10 +227,17 @@ class _SplitRows:
             times = None
             if by_time:
                 assert reader.time is not None
-                times = _times(block.frame, reader.time, where)
+                times = self._times_of(block.frame, reader.time, where)
                 faults[f"no valid time in '{reader.time}'"] = times.is_null()
+                rejections.hints[f"no valid time in '{reader.time}'"] = READ_AS
             good, rows = self.keys.of(
-                block.frame, block.lines, rejections, lambda line: f"{source}:{line}", where, faults
+                block.frame,
+                block.lines,
+                rejections,
+                lambda line: f"{source}:{line}",
+                where,
+                faults,
+                {reason: block.frame[str(reader.time)] for reason in faults},
             )
             if times is not None:
                 self._times.append(times.filter(pl.Series(good)).to_numpy())
@@ -254,16 +263,29 @@ class _SplitRows:
             self._times, self._users = [], []
         return self._codes[block.frame[_ROW].to_numpy()]
 
+    def _times_of(self, frame: pl.DataFrame, name: str, where: str) -> pl.Series:
+        """Numbers in the order of time, null where there is no time."""
+        check_columns(frame.columns, [name], where)
+        values = frame[name]
+        if values.dtype == pl.Date or isinstance(values.dtype, pl.Datetime):
+            return values.cast(pl.Datetime("us")).cast(pl.Int64)
+        if values.dtype == pl.String:
+            numbers = values.cast(pl.Float64, strict=False)
+            if self._clock is None and numbers.count() < 0.5 * values.count():
+                self._clock = Clock()
+            if self._clock is not None:
+                return self._of_clock(self._clock, values, where)
+            values = numbers
+        if not values.dtype.is_numeric():
+            raise ValueError(f"{where}: column '{name}' is of type {values.dtype}, where numbers or dates are needed")
+        return values if values.dtype.is_integer() else values.fill_nan(None)
 
-def _times(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
-    """Numbers in the order of time, null where there is no time."""
-    if name not in frame.columns:
-        raise ValueError(f"{where}: no column '{name}'; there are {', '.join(frame.columns)[:200]}")
-    values = frame[name]
-    if values.dtype == pl.Date or isinstance(values.dtype, pl.Datetime):
-        return values.cast(pl.Datetime("us")).cast(pl.Int64)
-    if values.dtype == pl.String:
-        values = values.cast(pl.Float64, strict=False)
-    if not values.dtype.is_numeric():
-        raise ValueError(f"{where}: column '{name}' is of type {values.dtype}, where numbers or dates are needed")
-    return values if values.dtype.is_integer() else values.fill_nan(None)
+    def _of_clock(self, clock: Clock, values: pl.Series, where: str) -> pl.Series:
+        moments = clock.read(values)
+        unsettled = moments.filter(pl.col("time") != pl.col("swapped"))
+        if len(unsettled):
+            raise ValueError(
+                f"{where}: the times in '{values.name}' may be day/month or month/day, which the reader must settle: "
+                "let it yield dates"
+            )
+        return moments["time"]

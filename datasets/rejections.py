@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import polars as pl
@@ -27,12 +28,28 @@ class Rejections:
         self.lines_read = 0  # of a text: rows, blank lines and the header
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
+        self.values: dict[str, str] = {}  # of the first row of a reason, where it is a value that is malformed
+        self.hints: dict[str, str] = {}  # what would be well-formed, by reason
+        self.skipped: dict[str, int] = {}  # lines that are no rows, by what they are
 
-    def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str]) -> None:
-        """Counts the rows with these numbers; ``place`` turns a number into words, e.g. "train.txt:17"."""
+    def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str], values: pl.Series | None = None) -> None:
+        """Counts the rows with these numbers; ``place`` turns a number into words, e.g. "train.txt:17".
+
+        Args:
+            values: the malformed value of each row.
+        """
         if len(rows):
             self.counts[reason] = self.counts.get(reason, 0) + len(rows)
-            self.first.setdefault(reason, place(int(rows[0])))
+            if reason not in self.first:
+                self.first[reason] = place(int(rows[0]))
+                if values is not None and values[0] is not None:
+                    self.values[reason] = repr(values[0])[:80]
+
+    def skip(self, what: str, lines: int) -> None:
+        """Counts lines that were taken for rows and are none, such as a header that is repeated."""
+        if lines:
+            self.rows_read -= lines
+            self.skipped[what] = self.skipped.get(what, 0) + lines
 
     def reject(self, reason: str, place: str) -> None:
         """Counts one malformed row. ``place`` is where it stands, e.g. "train.txt:17".
@@ -44,13 +61,23 @@ class Rejections:
         self.first.setdefault(reason, place)
         self.check()
 
-    def passing(self, faults: Mapping[str, pl.Series], rows: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
-        """Which of the rows have none of the faults (bool); a row counts once, under its first fault."""
+    def passing(
+        self,
+        faults: Mapping[str, pl.Series],
+        rows: np.ndarray,
+        place: Callable[[int], str],
+        values: Mapping[str, pl.Series] = MappingProxyType({}),
+    ) -> np.ndarray:
+        """Which of the rows have none of the faults (bool); a row counts once, under its first fault.
+
+        Args:
+            values: by reason, the column whose value is malformed.
+        """
         good = np.ones(len(rows), bool)
         for reason, fault in faults.items():
             if fault.any():
                 bad = fault.fill_null(False).to_numpy() & good
-                self.add(reason, rows[bad], place)
+                self.add(reason, rows[bad], place, values[reason].filter(pl.Series(bad)) if reason in values else None)
                 good &= ~bad
         self.check()
         return good
@@ -64,13 +91,17 @@ class Rejections:
         enough = final or self.rows_read >= PATIENCE
         if enough and self.total > self.limit * self.rows_read:
             reason = max(self.counts, key=lambda name: self.counts[name])
+            value = f" ({self.values[reason]})" if reason in self.values else ""
             raise ValueError(
-                f"{self.first[reason]}: {reason}; {self.total:,} of {self.rows_read:,} rows read are malformed, "
-                f"more than the allowed {self.limit:.3%}: wrong kind of file, or allow more with --max-rejected"
+                f"{self.first[reason]}: {reason}{value}; {self.total:,} of {self.rows_read:,} rows read are malformed, "
+                f"more than the allowed {self.limit:.3%}: {self.hints.get(reason, 'wrong kind of file')}, "
+                "or allow more with --max-rejected"
             )
 
     def lines(self) -> list[str]:
         """One line per reason, for the person who runs the command."""
-        return [
-            f"{count:,} rows rejected: {reason} (first {self.first[reason]})" for reason, count in self.counts.items()
-        ]
+        lines = []
+        for reason, count in self.counts.items():
+            value = f": {self.values[reason]}" if reason in self.values else ""
+            lines.append(f"{count:,} rows rejected: {reason} (first {self.first[reason]}{value})")
+        return lines + [f"{count:,} lines skipped: {what}" for what, count in self.skipped.items()]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
+from embtables.datasets.key_lists import KeyLists
 from embtables.datasets.prepared import GROUP, LABEL
 from embtables.datasets.rejections import Rejections
 from embtables.datasets.string_keys import StringKeys
@@ -58,13 +60,6 @@ class Schema:
         return (*self.lists, *self.histories)
 
 
-class KeyLists(NamedTuple):
-    """Lists of keys, one after another: list ``i`` is ``values[offsets[i] : offsets[i + 1]]``."""
-
-    values: np.ndarray  # int64
-    offsets: np.ndarray  # int64, one more than there are lists
-
-
 class KeyedRows(NamedTuple):
     """Well-formed rows with keys in place of raw values."""
 
@@ -101,6 +96,7 @@ class RowKeys:
         place: Callable[[int], str],
         where: str,
         more_faults: Mapping[str, pl.Series] | None = None,
+        shown: Mapping[str, pl.Series] = MappingProxyType({}),
     ) -> tuple[np.ndarray, KeyedRows]:
         """Which of the rows are well-formed (bool), and these rows with keys.
 
@@ -108,6 +104,7 @@ class RowKeys:
             numbers: of the rows; ``place`` turns one into words.
             where: the file or the reader, which begins the message about a column that cannot be used.
             more_faults: further reasons to reject rows, true where a row has the fault.
+            shown: by such a reason, the column whose value is malformed.
 
         Raises:
             ValueError: a column is missing or of a type that cannot be used, or too many rows are malformed.
@@ -127,9 +124,13 @@ class RowKeys:
         values = {name: raw[name] for name in schema.categorical}
         for name, value in values.items():
             if value.dtype.is_float():
-                faults[f"'{name}' is neither text nor a whole number"] = (value % 1 == 0).not_()
                 values[name] = value.cast(pl.Int64, strict=False)
-        good = rejections.passing(faults, numbers, place)
+                faults[f"'{name}' is neither text nor a whole number"] = (values[name] == value).not_() | (
+                    value.is_not_null() & values[name].is_null()
+                )
+        shown = {**shown, **{f"'{name}' is not a number": raw[name] for name in schema.dense}}
+        shown |= {f"the label '{schema.label}' is not 0 or 1": raw[schema.label]}
+        good = rejections.passing(faults, numbers, place, shown)
         kept = pl.Series(good)
         filled = {name: number.fill_nan(None).fill_null(0) for name, number in dense.items()}
         return good, KeyedRows(

@@ -12,6 +12,7 @@ from embtables.datasets.interaction_log import ItemFeatures
 from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.rejections import Rejections
 from embtables.datasets.text import Format, read_text
+from embtables.datasets.vocabulary import MISSING
 from embtables.datasets.writing import Writer
 
 
@@ -70,5 +71,6 @@ def read_side(
 
 
 def integers(column: str) -> pl.Expr:
-    """The column's integers, null where there is none."""
-    return pl.col(column).cast(pl.Int64, strict=False)
+    """The column's integers, null where there is none, and where it is the one that stands for a missing value."""
+    number = pl.col(column).cast(pl.Int64, strict=False)
+    return pl.when(number != MISSING).then(number).name.keep()

@@ -11,11 +11,12 @@ import polars as pl
 
 from embtables.datasets.derived import DERIVED
 from embtables.datasets.histories import ranges
+from embtables.datasets.key_lists import KeyLists
+from embtables.datasets.missing import MissingValues
 from embtables.datasets.prepared import GROUP, MOST_ENTRIES
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.row_keys import (
     KeyedRows,
-    KeyLists,
     RowKeys,
     Schema,
     check_columns,
@@ -37,6 +38,7 @@ class Columns(Schema):
         separator: what stands between the values of a list in text.
         max_history: the most values that are kept of a list; ``None`` keeps all.
         keep: which values of a longer list are kept.
+        missing: text that means a missing value, as empty text does.
         min_count: values that training shows fewer times share an id with values that it never shows.
     """
 
@@ -45,6 +47,7 @@ class Columns(Schema):
     max_history: int | None = None
     keep: Literal["first", "latest"] = "latest"
     min_count: int = 1
+    missing: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +84,9 @@ def _keyed(
     """The well-formed rows of a table as keys."""
     sources, where = columns.sources(), str(table.path)
     check_columns(table.names, sources, where)
+    words = MissingValues(columns.missing)
     for rows in table.rows(sources, rejections, writer.progress, title):
+        rows = rows._replace(frame=rows.frame.select(words.removed(values) for values in rows.frame))
         lists = [rows.frame[name] for name in columns.list_columns if rows.frame[name].dtype == pl.String]
         derived = [
             single_values(rows.frame[source], where)

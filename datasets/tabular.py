@@ -1,8 +1,9 @@
-"""A table in CSV with a header (plain or gzipped) or in Parquet, read in frames of chosen columns."""
+"""A table in delimited text (plain or packed) or in Parquet, read in frames of chosen columns."""
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from embtables.datasets.rejections import Rejections
-from embtables.datasets.text import Format, read_header, read_text
+from embtables.datasets.text import Format, read_start, read_text
 
 RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # RecBole's headers: name:type
+SEPARATORS = ("\t", ",", ";", "|", "::", "\x01", " ")  # of those that the header shows most often, the first
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 
 
 class Rows(NamedTuple):
-    """Columns of CSV are text (null where empty), those of Parquet as they are."""
+    """Columns of text are text (null where empty), those of Parquet as they are."""
 
     frame: pl.DataFrame
     numbers: np.ndarray  # of the rows: lines of a text from 1, rows of Parquet from 0
@@ -31,19 +34,28 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A file and the names of its columns; without ``separator`` it is Parquet."""
+    """A file and the names of its columns; without ``layout`` it is Parquet."""
 
     path: Path
     names: list[str]
-    separator: str | None
+    layout: Format | None = None
+    header: tuple[str, ...] = ()  # the fields of the header, as they stand there
+
+    @property
+    def without_header(self) -> bool:
+        """Whether what should be the header looks like a row."""
+        return any(NUMBER.fullmatch(name) for name in self.header)
 
     def rows(
         self, columns: Sequence[str], rejections: Rejections, progress: Progress, title: str = "Reading"
     ) -> Iterator[Rows]:
-        """The well-formed rows, of which ``rejections`` counts all."""
-        if self.separator is None:
+        """The well-formed rows, of which ``rejections`` counts all. A header that is repeated is skipped."""
+        for name in columns:
+            if self.names.count(name) > 1:
+                raise ValueError(f"{self.path}:1: column '{name}' occurs twice")
+        if self.layout is None:
             return self._of_parquet(columns, rejections, progress, title)
-        return self._of_text(self.separator, columns, rejections, progress, title)
+        return self._of_text(self.layout, columns, rejections, progress, title)
 
     def _of_parquet(
         self, columns: Sequence[str], rejections: Rejections, progress: Progress, title: str
@@ -67,32 +79,77 @@ class Table:
             start += len(frame)
             progress.advance(task, len(frame))
 
+    def _repeats_header(self, frame: pl.DataFrame) -> pl.Series:
+        """Which rows are the header, as files that were joined have it."""
+        same = pl.Series([bool(self.header)] * len(frame), dtype=pl.Boolean)
+        for name, field in zip(frame.columns, self.header):
+            if not same.any():
+                break
+            same &= frame[name].eq_missing(pl.Series([field or None], dtype=pl.String))
+        return same
+
     def _of_text(
-        self, separator: str, columns: Sequence[str], rejections: Rejections, progress: Progress, title: str
+        self, layout: Format, columns: Sequence[str], rejections: Rejections, progress: Progress, title: str
     ) -> Iterator[Rows]:
         task = progress.add_task(title, total=self.path.stat().st_size)
-        layout = Format(separator, tuple(self.names), header_lines=1, quoted=separator != "\t")
         for block in read_text(self.path, layout, rejections, lambda size: progress.advance(task, size)):
-            yield Rows(block.frame.select(columns), block.lines, lambda line: f"{self.path}:{line}")
+            frame, lines = block.frame, block.lines
+            again = self._repeats_header(frame)
+            if again.any():
+                rejections.skip("the header again", int(again.sum()))
+                frame, lines = frame.filter(~again), lines[~again.to_numpy()]
+            yield Rows(frame.select(columns), lines, lambda line: f"{self.path}:{line}")
 
 
-def open_table(path: Path, separator: str | None = None) -> Table:
-    """Opens CSV or Parquet, which it tells apart by their content. Without ``separator``, the header shows it."""
+def open_table(
+    path: Path,
+    separator: str | None = None,
+    *,
+    names: Sequence[str] = (),
+    encoding: str = "utf-8",
+    stripped: bool = False,
+) -> Table:
+    """Opens delimited text or Parquet, which it tells apart by their content.
+
+    Args:
+        separator: by default recognized in the first line.
+        names: of the columns of a text that has no header.
+        stripped: spaces at the ends of the fields of a text are no part of them.
+    """
     with open(path, "rb") as file:
         start = file.read(4)
     if not start:
         raise ValueError(f"{path}: the file is empty")
     if start == b"PAR1":
-        return Table(path, list(_parquet(path).schema_arrow.names), None)
-    header = read_header(path)
-    separator = separator or max("\t,;|", key=header.count)
-    quoted = separator != "\t" and len(separator) == 1
-    fields = next(csv.reader([header], delimiter=separator), []) if quoted else header.split(separator)
-    names = [RECBOLE_TYPE.sub("", name.strip().strip('"')) for name in fields]
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"{path}:1: column '{repeated[0]}' occurs twice")
-    return Table(path, names, separator)
+        return Table(path, list(_parquet(path).schema_arrow.names))
+    text = read_start(path, encoding)
+    before = len(text) - len(text.lstrip("\n"))
+    declared = re.match(r"sep=(.)\n", text)  # a line of Excel's before the header
+    if declared is not None:
+        text, before, separator = text[declared.end() :], 1, separator or declared[1]
+    first = text.lstrip("\n").partition("\n")[0]
+    unquoted = re.sub('"[^"]*"', "", first)
+    separator = separator or max(
+        SEPARATORS, key=lambda of: unquoted.count(of) if of != " " else unquoted.count(of) / 100
+    )
+    found, header_lines = _fields(text.lstrip("\n"), separator)
+    if names:
+        found, header_lines = list(names), 0
+    header = tuple(field.strip(" ") for field in found)
+    columns = [RECBOLE_TYPE.sub("", name.strip()) for name in found]
+    distinct = tuple(name if name not in columns[:place] else f"{name} {place}" for place, name in enumerate(columns))
+    layout = Format(separator, distinct, before + header_lines, encoding, quoted=True, stripped=stripped)
+    return Table(path, columns, layout, () if names else header)
+
+
+def _fields(text: str, separator: str) -> tuple[list[str], int]:
+    """The fields of the first row, and its number of lines."""
+    one = separator if len(separator.encode()) == 1 else "\x1f"
+    reader = csv.reader(io.StringIO(text.replace(separator, one), newline="\n"), delimiter=one)
+    try:
+        return [field.replace(one, separator) for field in next(reader)], reader.line_num
+    except csv.Error:
+        return text.partition("\n")[0].split(separator), 1
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

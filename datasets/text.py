@@ -1,79 +1,70 @@
-"""Delimited text, plain or gzipped, in blocks of rows that have the right number of columns."""
+"""Delimited text, plain or packed, in blocks of rows that have the right number of columns."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
 
 from embtables.datasets.prefetch import read_ahead
+from embtables.datasets.quotes import read_quoted
+from embtables.datasets.raw_bytes import BLOCK_BYTES, WrongEncoding, read_normalized
 from embtables.datasets.rejections import Rejections
 
-BLOCK_BYTES = 2**24
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a text file is laid out. A separator of several characters is allowed."""
+    """How a text file is laid out. A separator of several characters is allowed.
+
+    A field that is ``quoted`` stands in double quotes and may hold separators and line breaks; a line whose quotes are
+    not well-formed is read as if they were ordinary characters. A byte order mark tells the encoding in any case.
+    """
 
     separator: str
     columns: tuple[str, ...]
     header_lines: int = 0
     encoding: str = "utf-8"
-    quoted: bool = False  # CSV: fields may stand in double quotes (line breaks inside them are not supported)
+    quoted: bool = False  # CSV: fields may stand in double quotes
+    stripped: bool = False  # spaces at the ends of a field, in quotes or not, are no part of it
 
 
 @dataclass(frozen=True)
 class Block:
     """Some rows of a file, and the number of each row.
 
-    ``read_text`` yields strings (an empty field is null) and line numbers that begin at 1.
+    ``read_text`` yields strings (an empty field is null) and the numbers of the lines in which rows begin, from 1.
     """
 
     frame: pl.DataFrame
     lines: np.ndarray
 
 
-def open_raw(path: Path) -> tuple[BinaryIO, BinaryIO]:
-    """Returns the bytes of a text, unpacked where gzipped, and the file itself, whose position is the progress."""
-    raw = open(path, "rb")
-    start = raw.read(4)
-    raw.seek(0)
-    if start[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=raw), raw  # type: ignore[return-value]
-    packed = {b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file", b"(\xb5/\xfd": "zstd-compressed"}
-    if start in packed or start[:3] == b"BZh":
-        raw.close()
-        raise ValueError(
-            f"{path}: this is {packed.get(start, 'bzip2-compressed')}, where text or gzipped text is needed"
-        )
-    return raw, raw
-
-
 def read_text(
     path: Path, layout: Format, rejections: Rejections, advance: Callable[[int], None] = lambda size: None
 ) -> Iterator[Block]:
-    """Yields the well-formed rows of a file. Blank lines are skipped; lines with a wrong number of fields are rejected.
+    """Yields the well-formed rows of a file. Blank lines are skipped; rows with a wrong number of fields are rejected.
 
     Raises ValueError naming file and line where the file is binary, empty, not of the encoding, or ends inside a row.
     """
-    line, any_rows = 1, False
-    for content, complete in read_ahead(_blocks(path, advance, BLOCK_BYTES)):
-        num_lines = _count(content, b"\n")
-        content = _as_utf8(content, path, line, layout.encoding)
+    line, any_rows, rest = 1, False, b""
+    for (content, complete), last in _with_last(read_ahead(_blocks(path, layout.encoding, advance, BLOCK_BYTES))):
+        _check_utf8(content, path, line + rest.count(b"\n"))
+        content = rest + content
         if b"\r" in content:
             content = content.replace(b"\r\n", b"\n")
+        num_lines = _count(content, b"\n")
         skipped = min(num_lines, max(0, layout.header_lines - (line - 1)))
         for _ in range(skipped):
             content = content[content.index(b"\n") + 1 :]
-        block = _parse(content, path, line + skipped, layout, rejections, complete)
+        end = _End(complete, last, any_rows)
+        block, rest = _parse(content, path, line + skipped, layout, rejections, end)
+        num_lines -= rest.count(b"\n")
         if block is not None:
             any_rows = True
             yield block
@@ -85,11 +76,17 @@ def read_text(
         raise ValueError(f"{path}: the file holds no rows")
 
 
+def read_start(path: Path, encoding: str = "utf-8") -> str:
+    """The first lines, some tens of thousands of characters."""
+    for content, _ in _blocks(path, encoding, lambda size: None, 2**16):
+        _check_utf8(content, path, 1)
+        return content.decode().replace("\r\n", "\n")
+    raise ValueError(f"{path}: the file is empty")
+
+
 def read_header(path: Path, encoding: str = "utf-8") -> str:
     """The first line."""
-    for content, _ in _blocks(path, lambda size: None, 2**16):
-        return _as_utf8(content, path, 1, encoding).decode().splitlines()[0].lstrip("\ufeff")
-    raise ValueError(f"{path}: the file is empty")
+    return read_start(path, encoding).partition("\n")[0]
 
 
 def read_columns(path: Path, needed: Sequence[str], separator: str = ",") -> tuple[str, ...]:
@@ -112,38 +109,21 @@ def read_lines(
     Raises ValueError naming file and line where the file is binary, damaged or not UTF-8 text.
     """
     number = 1
-    for content, _ in _blocks(path, advance, BLOCK_BYTES):
-        text = _as_utf8(content, path, number, "utf-8").decode()
-        for line in text.split("\n")[:-1]:
+    for content, _ in _blocks(path, "utf-8", advance, BLOCK_BYTES):
+        _check_utf8(content, path, number)
+        for line in content.decode().split("\n")[:-1]:
             if line.strip():
                 rejections.rows_read += 1
                 yield number, line
             number += 1
 
 
-def read_unpacked(
-    path: Path, advance: Callable[[int], None] = lambda size: None, size: int = BLOCK_BYTES
-) -> Generator[bytes, None, None]:
-    """The text's bytes, unpacked where gzipped, a block at a time. ValueError where the gzip file is damaged."""
-    stream, raw = open_raw(path)
-    position = 0
-    with raw, stream:
-        while True:
-            try:
-                content = stream.read(size)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path}: the gzip file is truncated or damaged ({error}); fetch it again") from error
-            advance(raw.tell() - position)
-            position = raw.tell()
-            if not content:
-                break
-            yield content
-
-
-def _blocks(path: Path, advance: Callable[[int], None], size: int) -> Generator[tuple[bytes, bool], None, None]:
+def _blocks(
+    path: Path, encoding: str, advance: Callable[[int], None], size: int
+) -> Generator[tuple[bytes, bool], None, None]:
     """Whole lines; False beside a last line that has no end."""
     rest = b""
-    for content in read_unpacked(path, advance, size):
+    for content in read_normalized(path, encoding, advance, size):
         end = content.rfind(b"\n") + 1
         if end:
             yield b"".join((rest, memoryview(content)[:end])), True
@@ -156,32 +136,57 @@ def _blocks(path: Path, advance: Callable[[int], None], size: int) -> Generator[
         yield rest + b"\n", False
 
 
-def _as_utf8(content: bytes, path: Path, line: int, encoding: str) -> bytes:
+def _check_utf8(content: bytes, path: Path, line: int) -> None:
     nul = content.find(b"\0")
     if nul >= 0:
         line += content.count(b"\n", 0, nul)
         raise ValueError(f"{path}:{line}: a NUL byte: this is a binary file, not text")
-    if encoding == "utf-8" and content.isascii():
-        return content
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: not {encoding} text (byte {content[error.start]:#04x})") from error
-    return content if encoding == "utf-8" else text.encode()
+    if not content.isascii():
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            line += content.count(b"\n", 0, error.start)
+            raise WrongEncoding(f"{path}:{line}: not utf-8 text (byte {content[error.start]:#04x})") from error
+
+
+@dataclass(frozen=True)
+class _End:
+    """What is known of the end of a part of a file."""
+
+    complete: bool  # its last line has an end
+    last: bool  # of the file
+    any_rows: bool  # there were well-formed rows before it
+
+    def may_be_cut(self, good: np.ndarray, rejections: Rejections) -> bool:
+        """Whether a last row of a wrong width tells a truncated file, and not one where no row has the right width."""
+        return self.any_rows or bool(good.any()) or not rejections.total and np.sum(~good) == 1
 
 
 def _parse(
-    content: bytes, path: Path, line: int, layout: Format, rejections: Rejections, complete: bool
-) -> Block | None:
-    width = len(layout.columns)
+    content: bytes, path: Path, line: int, layout: Format, rejections: Rejections, end: _End
+) -> tuple[Block | None, bytes]:
+    """The well-formed rows of whole lines, and the lines of a row that goes on behind them."""
     if not content.strip(b"\n"):
-        return None
+        return None, b""
     separator = layout.separator
-    if len(separator) > 1:  # an ASCII control character that separates units, absent from text
+    if len(separator.encode()) > 1:  # an ASCII control character that separates units, absent from text
         content, separator = content.replace(separator.encode(), b"\x1f"), "\x1f"
     if layout.quoted and b'"' in content:
-        return _parse_quoted(content, path, line, layout, rejections, complete)
+        block, rest = _parse_quoted(content, separator, path, line, layout, rejections, end)
+        if separator != layout.separator:
+            rest = rest.replace(separator.encode(), layout.separator.encode())
+    else:
+        block, rest = _parse_plain(content, separator, path, line, layout, rejections, end), b""
+    if block is not None and layout.stripped and b" " in content:
+        stripped = block.frame.select(pl.all().str.strip_chars(" "))
+        block = Block(stripped.select(pl.when(pl.all() != "").then(pl.all())), block.lines)
+    return block, rest
+
+
+def _parse_plain(
+    content: bytes, separator: str, path: Path, line: int, layout: Format, rejections: Rejections, end: _End
+) -> Block | None:
+    width = len(layout.columns)
     num_rows = _count(content, b"\n")
     frame = _regular(content, separator, layout.columns, num_rows)
     if frame is not None:
@@ -196,7 +201,7 @@ def _parse(
     rejections.rows_read += num_rows - int(blank.sum())
     if not good.all():
         bad = np.flatnonzero(~good & ~blank)
-        if not complete and not good[-1] and not blank[-1]:
+        if not end.complete and not good[-1] and not blank[-1] and end.may_be_cut(good | blank, rejections):
             raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
         _reject(path, lines[bad], fields[bad], width, rejections)
         starts = np.r_[0, ends[:-1] + 1]
@@ -237,34 +242,28 @@ def _regular(content: bytes, separator: str, columns: Sequence[str], num_rows: i
 
 
 def _parse_quoted(
-    content: bytes, path: Path, line: int, layout: Format, rejections: Rejections, complete: bool
-) -> Block | None:
+    content: bytes, separator: str, path: Path, line: int, layout: Format, rejections: Rejections, end: _End
+) -> tuple[Block | None, bytes]:
     width = len(layout.columns)
-    texts = content.decode().split("\n")[:-1]
-    rows: list[Sequence[str]] = []
-    lines, bad_lines, bad_fields = [], [], []
-    for number, text in enumerate(texts, line):
-        if not text:
-            continue
-        rejections.rows_read += 1
-        try:
-            fields = next(csv.reader([text], delimiter=layout.separator, strict=True))
-        except csv.Error:
-            fields = []
-        if len(fields) == width:
-            rows.append(fields)
-            lines.append(number)
-        else:
-            if not complete and number == line + len(texts) - 1:
-                raise _truncated(path, number, len(fields), width)
-            bad_lines.append(number)
-            bad_fields.append(len(fields))
-    _reject(path, np.array(bad_lines, np.int64), np.array(bad_fields, np.int64), width, rejections)
-    if not rows:
-        return None
+    read = read_quoted(content.decode(), separator, line, last=end.last)
+    fields, lines = np.array([len(row) for row in read.rows], np.int64), np.array(read.lines, np.int64)
+    rejections.rows_read += len(lines)
+    good = fields == width
+    if not good.all():
+        if not end.complete and not good[-1] and end.may_be_cut(good, rejections):
+            raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
+        _reject(path, lines[~good], fields[~good], width, rejections)
+    if not end.complete and read.open_quote:
+        raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
+    rest = read.rest.encode()
+    if not good.any():
+        return None, rest
+    rows = (row for row, fits in zip(read.rows, good) if fits)
     columns = {name: [value or None for value in values] for name, values in zip(layout.columns, zip(*rows))}
     frame = pl.DataFrame(columns, schema={name: pl.String for name in layout.columns})
-    return Block(frame, np.array(lines))
+    if separator != layout.separator:
+        frame = frame.select(pl.all().str.replace_all(separator, layout.separator, literal=True))
+    return Block(frame, lines[good]), rest
 
 
 def _reject(path: Path, lines: np.ndarray, fields: np.ndarray, width: int, rejections: Rejections) -> None:
@@ -278,3 +277,13 @@ def _truncated(path: Path, line: int, fields: int, width: int) -> ValueError:
     return ValueError(
         f"{path}:{line}: the file ends inside a row ({fields} of {width} columns): it is truncated; fetch it again"
     )
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """The items, each with whether it is the last one."""
+    iterator = iter(items)
+    for held in iterator:
+        for item in iterator:
+            yield held, False
+            held = item
+        yield held, True

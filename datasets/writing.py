@@ -37,6 +37,13 @@ from embtables.datasets.splits import SPLITS
 from embtables.datasets.vocabulary import Vocabulary
 
 ROWS_PER_SHARD = 2**18
+ADDED = {
+    *("dense", "lists", "list_separator", "dense_scale", "missing", "keep_missing_words", "time_format", "columns"),
+    *("encoding", "leave_out", "without"),
+}
+"""Options that data prepared by version 0.1 do not name."""
+ADDED_AS: tuple[Any, ...] = ([], None, False, "standard", "utf-8", "auto")
+"""What these options are where they are not given, as the manifest has it."""
 SHARDS_AT_ONCE = 2
 """How many shards are compressed and written in threads while further rows are made; they stay in memory meanwhile."""
 
@@ -290,10 +297,29 @@ def _prepare_locked(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     dataset = PreparedDataset(out)
-    rejected = sum(writer.rows_rejected.values())
-    rows = ", ".join(f"{dataset.num_rows(split):,} {split}" for split in SPLITS)
-    console.print(f"{out}: {rows} rows; {writer.rows_read:,} rows read, {rejected:,} rejected", soft_wrap=True)
+    for line in _summary(dataset):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     return dataset
+
+
+def _summary(dataset: PreparedDataset) -> list[str]:
+    """What was prepared, in words."""
+    manifest = dataset.manifest
+    rejected = sum(manifest["rows_rejected"].values())
+    rows = ", ".join(f"{dataset.num_rows(split):,} {split}" for split in SPLITS)
+    lines = [f"{dataset.path}: {rows} rows; {manifest['rows_read']:,} rows read, {rejected:,} rejected"]
+    facts = [f"{manifest[name]:,} {name}" for name in ("users", "items", "positives") if name in manifest]
+    if "first_time" in manifest:
+        facts.append(f"from {manifest['first_time']} to {manifest['last_time']}")
+    if facts:
+        lines.append(", ".join(facts))
+    names = [*dataset.feature_names, *dataset.list_features]
+    lines.append("ids: " + ", ".join(f"{name} {dataset.num_embeddings[name]:,}" for name in names))
+    if dataset.dense_features:
+        lines.append("dense features: " + ", ".join(dataset.dense_features))
+    if dataset.histories:
+        lines.append("histories: " + ", ".join(f"{name} (of {of})" for name, of in dataset.histories.items()))
+    return lines
 
 
 def _check_same(out: Path, kind: str, config: dict[str, Any], inputs: Sequence[Path]) -> None:
@@ -304,6 +330,7 @@ def _check_same(out: Path, kind: str, config: dict[str, Any], inputs: Sequence[P
     if manifest.kind != kind:
         raise ValueError(f"{out} holds a prepared data set of kind '{manifest.kind}', not '{kind}': {remedy}")
     before, now = _flat(manifest.config), _flat(config)
+    before = {**{name: now[name] for name in ADDED & now.keys() if now[name] in ADDED_AS}, **before}
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old != new:

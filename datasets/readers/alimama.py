@@ -23,7 +23,7 @@ import typer
 from embtables.datasets.histories import Events, LatestEvents
 from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
@@ -66,6 +66,7 @@ class Alimama(Reader):
     min_count: MinCount = 1
     seed: Seed = 0
     max_rejected: MaxRejected = DEFAULT_LIMIT
+    without: Without = ()
 
     def __post_init__(self) -> None:
         if self.history_of not in ("clicks", "views"):
@@ -79,7 +80,7 @@ class Alimama(Reader):
         self.log_options()
 
     def log_options(self) -> LogOptions:
-        return LogOptions("time", history=self.history, min_count=self.min_count, seed=self.seed)
+        return LogOptions("time", history=self.history, min_count=self.min_count, seed=self.seed, without=self.without)
 
     def inputs(self, source: Path) -> list[Path]:
         names = ["raw_sample", "ad_feature", "user_profile", *(["behavior_log"] if self.history_of == "views" else [])]

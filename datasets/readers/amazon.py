@@ -31,7 +31,7 @@ import typer
 from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
@@ -230,6 +230,7 @@ def _from_options(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
+    without: Without = (),
 ) -> Amazon:
-    options = LogOptions(split, shares, history, min_count, seed, min_history)
+    options = LogOptions(split, shares, history, min_count, seed, min_history, without)
     return Amazon(max_rejected, Negatives(negatives, "uniform", None), options, metadata)

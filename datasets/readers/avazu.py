@@ -136,7 +136,8 @@ def _rows(writer: Writer, path: Path, rejections: Rejections, days: set[int]) ->
             kind, form = ("8 hex digits", "^[0-9a-f]{8}$") if name in HEX else ("an integer", r"^-?\d{1,18}$")
             wrong[f"{name} is not {kind}"] = pl.col(name).str.contains(form).not_()
         faults = raw.select(fault.alias(reason) for reason, fault in wrong.items())
-        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}")
+        shown = dict(zip(faults.columns, raw.select("click", "hour", *CATEGORIES)))
+        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}", shown)
         parsed = parsed.with_columns(pl.col(LABEL).cast(pl.Float32))
         if not good.all():
             parsed = parsed.filter(pl.Series(good))

@@ -1,4 +1,4 @@
-"""Criteo's click logs, as published: tab-separated text without a header.
+"""Criteo's click logs: tab-separated text without a header, as published, or with commas, or with a header.
 
 A row is a label, 13 integers (may be negative or empty) and 26 categories of 8 hex digits (may be empty). Dense
 features are ln(1 + max(x, 0)), and 0 where x is empty. A category's raw value is the number that its digits write.
@@ -22,13 +22,13 @@ from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.row_keys import Schema
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
 from embtables.datasets.streaming import write_streaming
-from embtables.datasets.text import Block, Format, read_text
+from embtables.datasets.text import Block, Format, read_header, read_text
 from embtables.datasets.writing import Writer
 
 DENSE = [f"I{number}" for number in range(1, 14)]
 CATEGORIES = [f"C{number}" for number in range(1, 27)]
 SCHEMA = Schema(LABEL, DENSE, CATEGORIES)
-LAYOUT = Format("\t", (LABEL, *DENSE, *CATEGORIES))
+COLUMNS = (LABEL, *DENSE, *CATEGORIES)
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,29 @@ def _split(lines: np.ndarray, num_lines: int, config: Criteo) -> np.ndarray:
     return np.where(lines <= first, 0, np.where(lines <= test, 2, 1))
 
 
+def _layout(path: Path) -> Format:
+    """The published layout, or that of a copy with commas, or with the columns' names, in any order, in its first line.
+
+    Raises:
+        ValueError: the first line begins with a word, but does not name the columns.
+    """
+    first = read_header(path) if path.stat().st_size else ""
+    separator = "," if first.count(",") == len(COLUMNS) - 1 else "\t"
+    names = [name.strip(' "').lower() for name in first.split(separator)]
+    if len(names) != len(COLUMNS) or not any(name in names for name in ("label", "i1", "c26")):
+        return Format(separator, COLUMNS)
+    known = {name.lower(): name for name in COLUMNS}
+    if sorted(names) != sorted(known):
+        raise ValueError(
+            f"{path}:1: a header must name {LABEL}, I1 … I13 and C1 … C26, which {', '.join(names)[:80]} … does not"
+        )
+    return Format(separator, tuple(known[name] for name in names), header_lines=1, quoted=separator == ",")
+
+
 def _rows(writer: Writer, path: Path, rejections: Rejections) -> Iterator[Block]:
     """Well-formed rows: float32 label and dense features, 32-bit keys of the categories."""
     advance = writer.meter(path)
-    for block in read_text(path, LAYOUT, rejections, advance):
+    for block in read_text(path, _layout(path), rejections, advance):
         parsed = block.frame.select(
             pl.col(LABEL).cast(pl.Int8, strict=False),
             pl.col(DENSE).cast(pl.Int64, strict=False),
@@ -111,7 +130,8 @@ def _rows(writer: Writer, path: Path, rejections: Rejections) -> Iterator[Block]
             *(_unparsed(name, parsed).alias(f"{name} is not an integer") for name in DENSE),
             *(_not_hex(name, parsed).alias(f"{name} is not 8 hex digits") for name in CATEGORIES),
         )
-        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}")
+        shown = dict(zip(faults.columns, block.frame.select(COLUMNS)))
+        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}", shown)
         parsed = parsed.select(
             pl.col(LABEL).cast(pl.Float32),
             pl.col(DENSE).clip(0).fill_null(0).cast(pl.Float32).log1p(),

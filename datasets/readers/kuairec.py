@@ -21,7 +21,7 @@ import polars as pl
 import typer
 
 from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
@@ -174,6 +174,7 @@ def _from_options(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
+    without: Without = (),
 ) -> KuaiRec:
-    options = LogOptions(split, shares, history, min_count, seed)
+    options = LogOptions(split, shares, history, min_count, seed, without=without)
     return KuaiRec(positive_from, test_on, max_rejected, options)

@@ -19,13 +19,14 @@ import typer
 
 from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split
+from embtables.datasets.options import History, LeaveOut, MaxRejected, MinCount, Seed, Shares, Split, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
 from embtables.datasets.side_tables import Side, read_side
 from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import Format, read_header, read_text
+from embtables.datasets.times import Clock
 from embtables.datasets.writing import Writer
 
 RATING, TIME, GENRES, YEAR = "rating", "timestamp", "genres", "release_year"
@@ -41,15 +42,21 @@ FLAGS_100K = (
 class MovieLens(Reader):
     """MovieLens ratings with what is known of users and films.
 
-    Ratings of ``positive_from`` and more are label 1. With ``genres`` "list" the genres of a film are a multi-valued
+    Ratings of ``positive_from`` and more are label 1; those of ``leave_out`` are left out. Without times, the ratings
+    can be split at random, without histories. With ``genres`` "list" the genres of a film are a multi-valued
     feature; with "set" each combination of genres is one value.
     """
 
     kind: ClassVar[str] = "movielens"
     input_help: ClassVar[str] = "Folder: 100K, 1M, latest …, or RecBole's files."
-    example: ClassVar[str] = "Example: embtables prepare movielens ml-1m data/ml-1m --split leave-last-out"
+    example: ClassVar[str] = (
+        "Examples:\n\n"
+        "embtables prepare movielens ml-1m data/ml-1m --split leave-last-out\n\n"
+        "embtables prepare movielens ml-1m data/ml-1m --leave-out 3 --history 0 --without zip_code"
+    )
 
     positive_from: float = 4.0
+    leave_out: tuple[float, ...] = ()
     genres: Literal["list", "set"] = "list"
     max_rejected: float = DEFAULT_LIMIT
     log: LogOptions = field(default_factory=LogOptions)
@@ -117,20 +124,21 @@ def find_release(folder: Path) -> Release:
             _side(folder / "u.item", layout, ITEM, {YEAR: year}, genres),
         )
     if (folder / "ratings.dat").is_file():
+        fields = read_header(folder / "ratings.dat").count("::") + 1 if (folder / "ratings.dat").stat().st_size else 0
         user_columns = (USER, "gender", "age", "occupation", "zip_code")
         layout = Format("::", (ITEM, "title", GENRES), encoding="latin-1")
         return Release(
             folder / "ratings.dat",
-            Format("::", rating_columns),
+            Format("::", rating_columns[:3] if fields == 3 else rating_columns),
             _side(folder / "users.dat", Format("::", user_columns), USER, _plain(user_columns)),
             _side(folder / "movies.dat", layout, ITEM, {YEAR: year}, genres),
         )
     if (folder / "ratings.csv").is_file():
-        _expect_header(folder / "ratings.csv", "userId,movieId,rating,timestamp")
+        timed = _is_timed(folder / "ratings.csv")
         layout = Format(",", (ITEM, "title", GENRES), header_lines=1, quoted=True)
         return Release(
             folder / "ratings.csv",
-            Format(",", rating_columns, header_lines=1, quoted=True),
+            Format(",", rating_columns if timed else rating_columns[:3], header_lines=1, quoted=True),
             None,
             _side(folder / "movies.csv", layout, ITEM, {YEAR: year}, genres),
         )
@@ -143,7 +151,7 @@ def find_release(folder: Path) -> Release:
 def _find_atomic(ratings: Path) -> Release:
     """RecBole's atomic files: tab-separated, with a header of name:type."""
     columns = _atomic_columns(ratings)
-    for name in (USER, ITEM, RATING, TIME):
+    for name in (USER, ITEM, RATING):
         if name not in columns:
             raise ValueError(f"{ratings}:1: no column '{name}'; there are {', '.join(columns)}")
     users, items = ratings.with_suffix(".user"), ratings.with_suffix(".item")
@@ -164,10 +172,13 @@ def _atomic_columns(path: Path) -> tuple[str, ...]:
     return tuple(name.split(":")[0] for name in read_header(path).split("\t"))
 
 
-def _expect_header(path: Path, expected: str) -> None:
+def _is_timed(path: Path) -> bool:
+    """Whether ratings.csv has times, which some copies of it lack."""
+    expected = "userId,movieId,rating,timestamp"
     found = read_header(path).strip()
-    if found.replace('"', "") != expected:
+    if found.replace('"', "") not in (expected, expected.removesuffix(",timestamp")):
         raise ValueError(f"{path}:1: the header is {found[:80]!r}, not {expected!r}")
+    return found.endswith(("timestamp", 'timestamp"'))
 
 
 def _side(
@@ -197,32 +208,46 @@ def _with_sets(side: Side) -> Side:
 
 def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
     rejections = Rejections(config.max_rejected)
-    advance = writer.meter(release.ratings, title="Reading ratings")
-    users, items = KeyColumn(), KeyColumn()
-    ratings, times, lines = [], [], []
-    for block in read_text(release.ratings, release.layout, rejections, advance):
-        parsed = block.frame.select(
-            pl.col(USER, ITEM),
-            pl.col(RATING).cast(pl.Float64, strict=False),
-            pl.col(TIME).cast(pl.Float64, strict=False).cast(pl.Int64, strict=False) * 1000,
+    timed = TIME in release.layout.columns
+    if not timed and not (config.log.split == "random" and config.log.history == 0):
+        raise ValueError(
+            f"{release.ratings}: the ratings have no times, so that only --split random --history 0 is possible"
         )
+    advance = writer.meter(release.ratings, title="Reading ratings")
+    users, items, clock = KeyColumn(), KeyColumn(), Clock("s")
+    ratings, times, lines = [], [], []
+    left_out = 0
+    for block in read_text(release.ratings, release.layout, rejections, advance):
+        parsed = block.frame.select(pl.col(USER, ITEM), pl.col(RATING).cast(pl.Float64, strict=False))
+        moments = clock.read(block.frame[TIME])["time"] if timed else pl.Series([0] * len(parsed), dtype=pl.Int64)
         faults = {
             "no user": parsed[USER].is_null(),
             "no film": parsed[ITEM].is_null(),
             "no valid rating": ~parsed[RATING].is_between(0, 10).fill_null(False),
-            "no valid timestamp": parsed[TIME].is_null(),
+            "no valid timestamp": moments.is_null(),
         }
-        good = rejections.passing(faults, block.lines, lambda line: f"{release.ratings}:{line}")
+        shown = {"no valid rating": block.frame[RATING]}
+        if timed:
+            shown["no valid timestamp"] = block.frame[TIME]
+        good = rejections.passing(faults, block.lines, lambda line: f"{release.ratings}:{line}", shown)
+        unwanted = good & parsed[RATING].is_in(list(map(float, config.leave_out))).fill_null(False).to_numpy()
+        left_out += int(unwanted.sum())
+        good &= ~unwanted
         kept = parsed.filter(pl.Series(good))
         users.add(kept[USER])
         items.add(kept[ITEM])
         ratings.append(kept[RATING].to_numpy())
-        times.append(kept[TIME].to_numpy())
+        times.append(moments.filter(pl.Series(good)).to_numpy())
         lines.append(block.lines[good])
     writer.record(rejections)
+    if config.leave_out:
+        writer.extra["rows_left_out"] = left_out
+        writer.report([f"{left_out:,} ratings left out"])
+    if not sum(map(len, lines)):
+        raise ValueError(f"{release.ratings}: --leave-out leaves no rating")
 
     labels = (np.concatenate(ratings) >= config.positive_from).astype(np.int8)
-    log = Log(users.take_keys(), items.take_keys(), np.concatenate(times), np.concatenate(lines), labels)
+    log = Log(users.take_keys(), items.take_keys(), np.concatenate(times), np.concatenate(lines), labels, timed=timed)
     columns = {USER: users, ITEM: items}
     if release.users is not None:
         log.users_known, known = _look_up(release.users, users, config, writer)
@@ -245,6 +270,7 @@ def _from_options(
     split: Split = "random",
     shares: Shares = DEFAULT_SHARES,
     positive_from: Annotated[float, typer.Option(help="Ratings from here on are label 1.")] = 4.0,
+    leave_out: LeaveOut = (),
     genres: Annotated[
         Literal["list", "set"], typer.Option(help="Multi-valued, or a film's set of genres as one value.")
     ] = "list",
@@ -252,6 +278,7 @@ def _from_options(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
+    without: Without = (),
 ) -> MovieLens:
-    options = LogOptions(split, shares, history, min_count, seed)
-    return MovieLens(positive_from, genres, max_rejected, options)
+    options = LogOptions(split, shares, history, min_count, seed, without=without)
+    return MovieLens(positive_from, leave_out, genres, max_rejected, options)

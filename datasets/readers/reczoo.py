@@ -20,14 +20,15 @@ from typing import Annotated, Any, ClassVar
 import typer
 import yaml
 
+from embtables.datasets.missing import WORDS
 from embtables.datasets.options import MaxRejected, Seed
 from embtables.datasets.prepared import PreparedDataset
+from embtables.datasets.raw_bytes import read_unpacked
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT
 from embtables.datasets.split_table import Columns, write_splits
 from embtables.datasets.splits import SPLITS
 from embtables.datasets.tabular import open_table
-from embtables.datasets.text import read_unpacked
 from embtables.datasets.vocabulary import Vocabulary
 from embtables.datasets.writing import Writer
 
@@ -252,6 +253,11 @@ def _from_options(
     separator: Annotated[
         str, typer.Option(help="Of any other set: what stands between values of a list in text.")
     ] = "^",
+    missing: Annotated[tuple[str, ...], typer.Option(help="Of any other set: further words for a missing value.")] = (),
+    keep_missing_words: Annotated[
+        bool,
+        typer.Option("--keep-missing-words", help="Of any other set: NULL, None, NA, nan and the like are values."),
+    ] = False,
     min_count: Annotated[
         int | None, typer.Option(help="Values rarer than this in training share id 1; by default BARS', or 1.")
     ] = None,
@@ -276,8 +282,9 @@ def _from_options(
             group=group,
             item=item,
             separator=separator,
+            missing=(*([] if keep_missing_words else WORDS), *missing),
         )
-    elif any((categorical, dense, lists, sequence, group, item)):
+    elif any((categorical, dense, lists, sequence, group, item, missing, keep_missing_words)):
         raise ValueError("columns of a set that is not BARS': its --label is needed as well")
     return Reczoo(name, columns, min_count, max_history, valid_share, md5, seed, max_rejected)
 

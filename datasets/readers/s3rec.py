@@ -18,7 +18,7 @@ import typer
 
 from embtables.datasets.interaction_log import ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
@@ -91,6 +91,7 @@ def _fill(writer: Writer, inputs: list[Path], config: S3Rec) -> None:
         items=np.concatenate([line[1:] for line in lines]),
         times=np.concatenate([np.arange(length) for length in lengths]),
         rows=np.arange(lengths.sum()),
+        timed=False,
     )
     if len(inputs) > 1:
         log.items_known = _known(inputs[1], np.unique(log.items), writer)
@@ -153,6 +154,7 @@ def _from_options(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
+    without: Without = (),
 ) -> S3Rec:
-    options = LogOptions(split, shares, history, min_count, seed, min_history)
+    options = LogOptions(split, shares, history, min_count, seed, min_history, without)
     return S3Rec(max_rejected, Negatives(negatives, "uniform", None), options)

@@ -20,7 +20,7 @@ import typer
 
 from embtables.datasets.interaction_log import ITEM, USER, ItemFeatures, Log, LogOptions, write_log
 from embtables.datasets.negatives import Negatives
-from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, parse_duration
+from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, Without, parse_duration
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
 from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
@@ -138,11 +138,12 @@ def _from_options(
     min_count: MinCount = 1,
     seed: Seed = 0,
     max_rejected: MaxRejected = DEFAULT_LIMIT,
+    without: Without = (),
 ) -> Taobao:
     return Taobao(
         behaviors=behaviors,
         users=users,
         max_rejected=max_rejected,
         negatives=Negatives(negatives, negative_sampling, parse_duration(negative_window)),
-        log=LogOptions(split, shares, history, min_count, seed),
+        log=LogOptions(split, shares, history, min_count, seed, without=without),
     )

@@ -132,7 +132,9 @@ def test_malformed_rows_are_counted_by_reason(tmp_path: Path, capsys: pytest.Cap
         "C14 is not an integer": 2,
         "C1 is not an integer": 1,
     }
-    assert f"1 rows rejected: C1 is not an integer (first {source}:14)" in capsys.readouterr().err
+    assert (
+        f"1 rows rejected: C1 is not an integer (first {source}:14: '99999999999999999999')" in capsys.readouterr().err
+    )
     assert data.read("train")["label"].to_pylist() == [float(row[1]) for row in good[13:180]]
     assert data.read("train")["site_id"][20 - 13].as_py() == 0 and data.read("train")["C14"][20 - 13].as_py() == 0
 

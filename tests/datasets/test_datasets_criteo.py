@@ -145,7 +145,7 @@ def test_malformed_rows_are_counted_by_reason_and_the_others_stay_where_they_are
     }
     shown = capsys.readouterr().err
     assert f"2 rows rejected: not 40 columns (first {source}:4 (39 columns))" in shown
-    assert f"4 rows rejected: C7 is not 8 hex digits (first {source}:8)" in shown
+    assert f"4 rows rejected: C7 is not 8 hex digits (first {source}:8: 'xyz')" in shown
     # the vocabulary is built without them, the other rows keep their split
     kept = [row for number, row in enumerate(good) if number not in range(3, 12)]
     assert data.num_rows("train") == 240 - 9 and data.num_rows("test") == data.num_rows("valid") == 20
@@ -233,3 +233,41 @@ def test_a_million_rows_in_less_than_one_gib() -> None:
     measured = json.loads(result.stdout)
     assert measured["rows"] == 1_000_000 and measured["ids"] > 1_000_000
     assert measured["peak_rss_mib"] < 1024
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("header", [False, True])
+def test_copies_with_commas_or_a_header(tmp_path: Path, separator: str, header: bool) -> None:
+    rows = raw_rows(280)
+    reference = prepare_criteo(write(tmp_path / "train.txt", rows), tmp_path / "reference", Criteo(split="random"))
+    lines = [separator.join(row) for row in rows]
+    if header:
+        order = [0, *range(39, 0, -1)]  # the names tell the order
+        names = ["label", *DENSE, *CATEGORIES]
+        lines = [separator.join(row[place] for place in order) for row in [names, *rows]]
+    (tmp_path / "copy.csv").write_text("\n".join(lines))  # no line end behind the last row
+    data = prepare_criteo(tmp_path / "copy.csv", tmp_path / "out", Criteo(split="order"))
+    assert data.manifest["rows_read"] == 280 and data.manifest["rows_rejected"] == {}
+    found = [row for split in ("train", "test", "valid") for row in data.read(split, DENSE).to_pylist()]
+    whole = [[math.log(1 + max(int(value), 0)) if value else 0.0 for value in row[1:14]] for row in rows]
+    np.testing.assert_allclose([list(row.values()) for row in found], whole, rtol=1e-6)
+    assert sum(map(data.num_rows, ("train", "valid", "test"))) == sum(
+        map(reference.num_rows, ("train", "valid", "test"))
+    )
+
+
+def test_a_header_that_does_not_name_the_columns(tmp_path: Path) -> None:
+    names = ["label", *DENSE, *CATEGORIES[:-1], "C27"]
+    write(tmp_path / "train.txt", [names, *raw_rows(5)])
+    with pytest.raises(
+        ValueError, match="train.txt:1: a header must name label, I1 … I13 and C1 … C26, which label, i1"
+    ):
+        prepare_criteo(tmp_path / "train.txt", tmp_path / "out")
+
+
+def test_another_separator_is_no_truncated_file(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("\n".join(";".join(row) for row in raw_rows(20)))
+    with pytest.raises(
+        ValueError, match=r"train.txt:1 \(1 columns\): not 40 columns; 20 of 20 rows read are malformed"
+    ):
+        prepare_criteo(tmp_path / "train.txt", tmp_path / "out")

@@ -222,7 +222,7 @@ def test_labels_and_thresholds(tmp_path: Path) -> None:
     assert Counter(row["label"] for row in rows) == {1.0: 60, 0.0: 60}
     items = raw(data, "item_id")
     assert {items[i] for row in rows for i in row["history"]} == {"0", "2", "5"}  # only positives are history
-    with pytest.raises(ValueError, match=r"log.csv:2: no valid label in 'stars'; 100 of 120 rows"):
+    with pytest.raises(ValueError, match=r"log.csv:2: no valid label in 'stars' \('5'\); 100 of 120 rows"):
         prepare_interactions(source, tmp_path / "out2", Interactions(**columns, label="stars"))
 
 
@@ -296,7 +296,11 @@ def damaged_parquet(path: Path) -> None:
         ("user,item,time\n1,2,3\n1,\0,3\n", {}, "log:3: a NUL byte"),
         ("user,item,time\n1,2,3\n", {"user": "item"}, "column 'item' cannot be both the user and the item"),
         ("user,item,time\n1,2,3\n", {"start": "inf"}, "from 'inf': a number or an ISO date"),
-        ("user,item,time\n1,2,noon\n", {}, "log:2: no valid time in 'time'"),
+        (
+            "user,item,time\n1,2,noon\n",
+            {},
+            r"log:2: no valid time in 'time' \('noon'\); .*: times that are read are seconds",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, options: dict, sentence: str) -> None:

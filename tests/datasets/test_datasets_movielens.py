@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 from decoded import all_decoded, decoded, train_din
 
+from embtables.datasets import PreparedDataset
 from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.readers.movielens import FLAGS_100K, MovieLens, find_release, prepare_movielens
 
@@ -209,3 +211,64 @@ def test_a_model_trains(tmp_path: Path) -> None:
     source.mkdir()
     write_1m(source)
     assert 0 < train_din(prepare_movielens(source, tmp_path / "out"), tmp_path / "run") < 1
+
+
+def test_ratings_left_out_and_features_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_1m(source)
+    options = LogOptions(without=("zip_code", "release_year"))
+    data = prepare_movielens(source, tmp_path / "out", MovieLens(leave_out=(3.0,), log=options))
+    assert data.feature_names == ["user_id", "item_id", "gender", "age", "occupation"]
+    assert list(data.histories) == ["history"] and data.list_features == ["genres"]
+    found = Counter((row["user_id"], row["item_id"], row["label"]) for row in all_decoded(data))
+    assert found == Counter(
+        (str(user), str(film), float(rating >= 4)) for user, film, rating, _ in RATINGS if rating != 3
+    )
+    assert data.manifest["rows_left_out"] == sum(rating == 3 for _, _, rating, _ in RATINGS)
+    with pytest.raises(
+        ValueError, match="without 'zipcode': no such feature; there are gender, age, occupation, zip_code"
+    ):
+        prepare_movielens(source, tmp_path / "other", MovieLens(log=LogOptions(without=("zipcode",))))
+    with pytest.raises(ValueError, match="ratings.dat: --leave-out leaves no rating"):
+        prepare_movielens(source, tmp_path / "other", MovieLens(leave_out=(1, 2, 3, 4, 5)))
+
+
+@pytest.mark.parametrize("form", ["1m", "latest", "atomic"])
+def test_ratings_without_times(tmp_path: Path, form: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    FORMS[form](source)
+    timed = prepare_movielens(source, tmp_path / "timed", MovieLens(log=LogOptions(history=0)))
+    (path,) = (source / name for name in ("ratings.dat", "ratings.csv", "ml.inter") if (source / name).is_file())
+    separator = {"1m": "::", "latest": ",", "atomic": "\t"}[form]
+    lines = [line.rpartition(separator)[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    data = prepare_movielens(source, tmp_path / "out", MovieLens(log=LogOptions(history=0)))
+    assert "first_time" in timed.manifest and "first_time" not in data.manifest
+
+    def rows(of: PreparedDataset) -> Counter[tuple[str, str, str, float]]:
+        return Counter(
+            (split, row["user_id"], row["item_id"], row["label"])
+            for split in ("train", "valid", "test")
+            for row in decoded(of, split)
+        )
+
+    assert rows(data) == rows(timed)
+    for options in (LogOptions(), LogOptions("time", history=0)):
+        with pytest.raises(ValueError, match="the ratings have no times, so that only --split random --history 0 is"):
+            prepare_movielens(source, tmp_path / "other", MovieLens(log=options))
+
+
+def test_dates_in_place_of_seconds(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_latest(source)
+    seconds = prepare_movielens(source, tmp_path / "seconds", MovieLens(log=LogOptions("time")))
+    ratings = [
+        f"{user},{film},{rating}.0,{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M:%S}\n"
+        for user, film, rating, time in RATINGS
+    ]
+    (source / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(ratings))
+    dates = prepare_movielens(source, tmp_path / "dates", MovieLens(log=LogOptions("time")))
+    assert all_decoded(dates) == all_decoded(seconds)

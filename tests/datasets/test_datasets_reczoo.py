@@ -281,10 +281,10 @@ def test_parquet_gives_the_same(tmp_path: Path) -> None:
         (
             "clicked",
             [0.5, 2],
-            r"train.parquet, row 1: the label 'clicked' is not 0 or 1; 2 of 2 rows read are malformed",
+            r"train.parquet, row 1: the label 'clicked' is not 0 or 1 \(0.5\); 2 of 2 rows read are malformed",
         ),
         ("item", [1.5, float("inf")], r"row 1: 'item' is neither text nor a whole number; 2 of 2 rows"),
-        ("x", ["a", "inf"], r"row 1: 'x' is not a number; 2 of 2 rows"),
+        ("x", ["a", "inf"], r"row 1: 'x' is not a number \('a'\); 2 of 2 rows"),
     ],
 )
 def test_parquet_of_wrong_types(tmp_path: Path, column: str, values: list[Any], sentence: str) -> None:
@@ -316,7 +316,7 @@ def test_malformed_rows_are_counted_in_every_file(tmp_path: Path, capsys: pytest
         "not 5 columns": 1,
     }
     assert [data.num_rows(split) for split in SPLITS] == [297, 47, 47]
-    assert f"rejected: 'x' is not a number (first {tmp_path / 'in' / 'train.csv'}:5)" in capsys.readouterr().err
+    assert f"rejected: 'x' is not a number (first {tmp_path / 'in' / 'train.csv'}:5: '1,5')" in capsys.readouterr().err
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, folder: Path, **facts: Any) -> None:
@@ -343,7 +343,7 @@ def test_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     prepare_reczoo(folder, tmp_path / "more", progress=True)
     shown = capsys.readouterr().err
     assert "test: 50 rows, published are 51" in shown and f"{sum(ids)} ids in all, BARS has 7" in shown
-    assert "city" not in shown
+    assert "city:" not in shown
     content = (folder / "test.csv").read_bytes()
     (folder / "test.csv").unlink()
     (folder / "test.csv.gz").write_bytes(gzip.compress(content))  # what is packed counts
@@ -399,7 +399,11 @@ def test_published_facts_add_up() -> None:
             "train.csv: no column 'seen'; there are",
         ),
         ({"train.csv": b"a,b,c\n\0"}, Reczoo(columns=MINE), "train.csv: no column 'clicked'"),
-        ({"train.csv": b"a,a\n1,2\n"}, Reczoo(columns=MINE), "train.csv:1: column 'a' occurs twice"),
+        (
+            {"train.csv": b"clicked,x,user,item,seen,seen\n1,2,3,4,5,6\n"},
+            Reczoo(columns=MINE),
+            "train.csv:1: column 'seen' occurs twice",
+        ),
         ({"test.csv": b"PAR1 and so on"}, Reczoo(columns=MINE), "test.csv: the Parquet file is truncated or damaged"),
         ({"test.csv": b"clicked,x,user,item,seen\n1,2,3,4,5\n1,2"}, Reczoo(columns=MINE), "ends inside a row"),
     ],
@@ -485,3 +489,20 @@ def test_text_keys_are_one_to_one() -> None:
     large = pl.Series([2**40, 5, 2**63], dtype=pl.UInt64)
     assert keys.keys_of(large).tolist() == [found[13], found[0], found[16]]
     assert keys.keys_of(pl.Series([], dtype=pl.String)).tolist() == []
+
+
+def test_words_for_missing_values_of_a_set_of_one_s_own(tmp_path: Path) -> None:
+    rows = "".join(f"{row % 2},{'NULL' if row % 3 else 'ann'},{'-' if row % 5 else 'tea'}\n" for row in range(200))
+    for split in SPLITS:
+        (tmp_path / f"{split}.csv").write_text("clicked,user,item\n" + rows)
+
+    def values(out: str, *options: str) -> list[set[str]]:
+        arguments = ["reczoo", str(tmp_path), str(tmp_path / out), "--label", "clicked", "--categorical", "user,item"]
+        result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        data = PreparedDataset(tmp_path / out)
+        return [set(raw_values(data, name)) & {"ann", "NULL", "tea", "-"} for name in ("user", "item")]
+
+    assert values("plain") == [{"ann"}, {"tea", "-"}]
+    assert values("more", "--missing=-") == [{"ann"}, {"tea"}]
+    assert values("kept", "--keep-missing-words") == [{"ann", "NULL"}, {"tea", "-"}]

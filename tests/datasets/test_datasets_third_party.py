@@ -140,15 +140,17 @@ def test_prepared_and_trained_from_the_command_line(site: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("line", "reason", "value"),
     [
-        ("1709251200 u1>item1 [t1] 3 maybe", "not a line of the shop"),
-        ("yesterday u1>item1 [t1] 3 ok", "no valid time in 'time'"),
-        ("1709251200 u1>item1 [t1] cheap ok", "'price' is not a number"),
-        ("1709251200 u1>item1 [t1] 2000 ok", "too dear"),
+        ("1709251200 u1>item1 [t1] 3 maybe", "not a line of the shop", ""),
+        ("yesterday u1>item1 [t1] 3 ok", "no valid time in 'time'", " ('yesterday')"),
+        ("1709251200 u1>item1 [t1] cheap ok", "'price' is not a number", " ('cheap')"),
+        ("1709251200 u1>item1 [t1] 2000 ok", "too dear", ""),
     ],
 )
-def test_malformed_rows_are_counted_and_too_many_stop(site: Path, tmp_path: Path, line: str, reason: str) -> None:
+def test_malformed_rows_are_counted_and_too_many_stop(
+    site: Path, tmp_path: Path, line: str, reason: str, value: str
+) -> None:
     from odd_log import OddLog
 
     log = tmp_path / "shop.log"
@@ -156,7 +158,7 @@ def test_malformed_rows_are_counted_and_too_many_stop(site: Path, tmp_path: Path
     log.write_text(log.read_text() + f"{line}\n")
     reader = OddLog(split="time", dearest=1000)
     assert reader.prepare(log, tmp_path / "a").manifest["rows_rejected"] == {reason: 1}
-    with pytest.raises(ValueError, match=re.escape(f"{log}:601: {reason}; 1 of 601 rows")):
+    with pytest.raises(ValueError, match=re.escape(f"{log}:601: {reason}{value}; 1 of 601 rows")):
         replace(reader, max_rejected=0).prepare(log, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -282,3 +284,23 @@ def test_a_bad_entry_point_is_named(site: Path, value: str, message: str) -> Non
     result = embtables(site, "prepare", "--help")
     assert result.returncode == 2 and message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M:%S", "%a %b %d %H:%M:%S +0000 %Y"])
+def test_times_in_text_order_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from odd_log import OddLog
+
+    class InWords(OddLog):
+        def blocks(self, source: Path, rejections: Rejections, advance: Callable[[int], None]) -> Iterator[Block]:
+            for block in super().blocks(source, rejections, advance):
+                seconds = block.frame["time"].cast(pl.Float64).cast(pl.Int64)
+                words = pl.from_epoch(seconds, "s").dt.strftime(form)
+                yield Block(block.frame.with_columns(words.alias("time")), block.lines)
+
+    write_log(tmp_path / "shop.log")
+    words = InWords(split="time").prepare(tmp_path / "shop.log", tmp_path / "words")
+    numbers = OddLog(split="time").prepare(tmp_path / "shop.log", tmp_path / "numbers")
+    for split in ("train", "valid", "test"):
+        assert words.num_rows(split) == numbers.num_rows(split) > 0
+        assert words.read(split).equals(numbers.read(split))
