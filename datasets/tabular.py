@@ -85,6 +85,8 @@ def open_table(path: Path, separator: str | None = None) -> Table:
     if start == b"PAR1":
         return Table(path, list(_parquet(path).schema_arrow.names), None)
     header = read_header(path)
+    if separator == "":
+        raise ValueError("separator '' separates nothing: give what stands between the fields, or leave it out")
     separator = separator or max("\t,;|", key=header.count)
     quoted = separator != "\t" and len(separator) == 1
     fields = next(csv.reader([header], delimiter=separator), []) if quoted else header.split(separator)

@@ -314,7 +314,7 @@ def _from_options(
         label=label,
         positive_from=positive_from,
         context=context,
-        separator=separator.replace("\\t", "\t") if separator else None,
+        separator=None if separator is None else separator.replace("\\t", "\t"),
         time_unit=time_unit,
         start=start,
         end=end,
