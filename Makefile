@@ -1,6 +1,6 @@
 # `make help` lists the targets. Any Python 3.10–3.14 with venv will do; PYTHON=… names one.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test sanitize bench docs lint format clean distclean
+.PHONY: help venv demo check test sanitize fuzz kill bench docs lint format clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -78,6 +78,16 @@ test: $(STAMP) ## every test, ruff and mypy among them
 SEEDS ?= 200
 sanitize: $(STAMP) ## the native kernels alone, all instruction sets, under AddressSanitizer, UBSan and ThreadSanitizer
 	EMBTABLES_SANITIZE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/ops/test_ops_sanitizers.py
+
+# INPUTS for each of 33 kinds of files: 200 take about ten minutes on one core.
+INPUTS ?= 200
+fuzz: $(STAMP) ## damage every kind of file at random: a clean sentence, or the meaning that it had
+	EMBTABLES_FUZZ_INPUTS=$(INPUTS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_fuzz.py
+
+# KILLS for each of six commands: 50 take about ten minutes on one core.
+KILLS ?= 50
+kill: $(STAMP) ## kill every command at random moments: the next start ends as if nothing had been
+	EMBTABLES_KILLS=$(KILLS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_kill.py
 
 # BENCH_FLAGS="--quick" takes about two minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
 bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about 15 minutes

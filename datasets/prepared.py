@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
@@ -19,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import track
 
+from embtables._util.files import check_seal
+from embtables._util.reading import inside, read_json
 from embtables.datasets.batch import Batch, Lists, Rows
 from embtables.datasets.prefetch import read_ahead
 from embtables.datasets.splits import SPLITS
@@ -30,6 +31,8 @@ FORMAT, VERSION = "embtables-prepared", 1
 MANIFEST, FREQUENCIES = "manifest.json", "frequencies.parquet"
 LABEL, GROUP = "label", "_group"
 MOST_ENTRIES = 2**31 - 1  # of one list
+MOST_SHARD_ROWS = 2**24
+"""More rows than any shard has that ``prepare`` writes: memory is taken for so many before they are read."""
 WINDOW_BYTES = 2**31
 """A split of up to this many bytes is shuffled as a whole and stays in memory; a larger one by windows."""
 BATCHES_AHEAD = 2
@@ -42,7 +45,7 @@ class File(BaseModel):
 
 
 class Shard(File):
-    rows: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MOST_SHARD_ROWS)
     bytes: int = Field(ge=0)
     list_values: dict[str, int] = {}  # ids in all lists of a column
 
@@ -86,6 +89,11 @@ class Manifest(BaseModel):
     slice_feature: str | None
     splits: dict[str, Split]
     frequencies: File
+
+    def files(self) -> list[File]:
+        """All files but the manifest itself."""
+        vocabularies = [feature.vocabulary for feature in self.features if feature.vocabulary is not None]
+        return [self.frequencies, *vocabularies, *(shard for split in self.splits.values() for shard in split.shards)]
 
 
 class PreparedDataset:
@@ -167,18 +175,20 @@ class PreparedDataset:
     def frequencies(self) -> dict[str, np.ndarray]:
         """Training counts per id, int64[num_embeddings], by feature."""
         if self._frequencies is None:
-            table = pq.read_table(io.BytesIO(self._read(self._manifest.frequencies)))
-            counts = table.column("counts")
-            self._frequencies = {
-                name: counts[row].values.to_numpy()
-                for row, name in enumerate(table.column("feature").to_pylist())
-                if name in self.num_embeddings
-            }
+            path = self.path / self._manifest.frequencies.file
+            try:
+                table = pq.read_table(io.BytesIO(self._read(self._manifest.frequencies)))
+                counts = table.column("counts")
+                self._frequencies = {
+                    name: counts[row].values.to_numpy()
+                    for row, name in enumerate(table.column("feature").to_pylist())
+                    if name in self.num_embeddings
+                }
+            except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}: not a readable table of counts: {error}") from error
             for name, size in self.num_embeddings.items():
                 if name not in self._frequencies or len(self._frequencies[name]) != size:
-                    raise ValueError(
-                        f"{self.path / self._manifest.frequencies.file}: no {size} counts for feature '{name}'"
-                    )
+                    raise ValueError(f"{path}: no {size} counts for feature '{name}', as {MANIFEST} says")
         return self._frequencies
 
     def num_rows(self, split: str) -> int:
@@ -198,10 +208,7 @@ class PreparedDataset:
 
     def verify(self, progress: bool = False) -> None:
         """Compares every file with its checksum. Raises ValueError naming the first that differs."""
-        files: list[File] = [self._manifest.frequencies]
-        files += [feature.vocabulary for feature in self._manifest.features if feature.vocabulary is not None]
-        files += [shard for split in self._manifest.splits.values() for shard in split.shards]
-        for file in track(files, "Checking", disable=not progress):
+        for file in track(self._manifest.files(), "Checking", disable=not progress):
             self._checked.discard(file.file)
             self._read(file)
 
@@ -313,7 +320,9 @@ class PreparedDataset:
         listed = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         if not listed or not pa.types.is_integer(column.type.value_type) or column.null_count:
             found = "empty in some rows" if listed and column.null_count else f"of type {column.type}"
-            raise ValueError(f"{self.path / shard.file}: column '{name}' is {found}, where lists of ids are needed")
+            raise ValueError(
+                f"{self.path / shard.file}: column '{name}' is {found}, where {MANIFEST} says lists of ids"
+            )
         lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
         values = pc.list_flatten(column)
         most = self.num_embeddings[self.histories.get(name, name)] - 1
@@ -333,7 +342,7 @@ class PreparedDataset:
             allowed = pa.types.is_floating(column.type) if name == LABEL else pa.types.is_integer(column.type)
             if not allowed or column.null_count:
                 found = f"of type {column.type}" if not allowed else "empty in some rows"
-                raise ValueError(f"{self.path / shard.file}: column '{name}' is {found}")
+                raise ValueError(f"{self.path / shard.file}: column '{name}' is {found}, unlike {MANIFEST} says")
             values = column.to_numpy()
             wrong = ~np.isin(values, (0, 1)) if name == LABEL else (values < 0) | (values > most)
             if wrong.any():
@@ -348,13 +357,13 @@ class PreparedDataset:
             parquet = pq.ParquetFile(io.BytesIO(self._read(shard)))
             missing = [name for name in columns or [] if name not in parquet.schema_arrow.names]
             if missing:
-                raise ValueError(f"{self.path / shard.file}: no column '{missing[0]}'")
-            table = parquet.read(columns, use_threads=False)  # other cores are for the training that goes on
-        except pa.ArrowException as error:
+                raise ValueError(f"{self.path / shard.file}: no column '{missing[0]}', which {MANIFEST} names")
+            num_rows = parquet.metadata.num_rows  # looked at first: a small file may claim any number
+            if num_rows != shard.rows:
+                raise ValueError(f"{self.path / shard.file}: {num_rows} rows where {MANIFEST} says {shard.rows}")
+            return parquet.read(columns, use_threads=False)  # other cores are for the training that goes on
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path / shard.file}: not a readable Parquet file: {error}") from error
-        if table.num_rows != shard.rows:
-            raise ValueError(f"{self.path / shard.file}: {table.num_rows} rows where {MANIFEST} says {shard.rows}")
-        return table
 
     def _read(self, file: File) -> bytes:
         """The file's bytes, compared with the checksum when it is read for the first time."""
@@ -366,7 +375,8 @@ class PreparedDataset:
         if file.file not in self._checked:
             if hashlib.sha256(content).hexdigest() != file.sha256:
                 raise ValueError(
-                    f"{path}: the content does not match its checksum: damaged; prepare the data set again"
+                    f"{path}: the content does not match its checksum in {MANIFEST}: damaged; "
+                    "prepare the data set again"
                 )
             self._checked.add(file.file)
         return content
@@ -423,9 +433,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
             f"{folder}: no prepared data set here ({MANIFEST} is missing); make one with `embtables prepare`"
         )
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(inside(folder, MANIFEST))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); prepare the data set again") from error
+        raise ValueError(f"{error}; prepare the data set again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise ValueError(f"{path}: field 'format' is not '{FORMAT}': not a prepared data set")
     if raw.get("version") != VERSION:
@@ -455,4 +465,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
             raise ValueError(f"{path}: field 'splits': '{split}' is missing")
         if manifest.splits[split].rows != sum(shard.rows for shard in manifest.splits[split].shards):
             raise ValueError(f"{path}: field 'splits.{split}.rows' is not the sum of its shards' rows")
+    for file in manifest.files():
+        inside(folder, file.file)
+    check_seal(raw, path)
     return raw, manifest

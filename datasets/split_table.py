@@ -54,6 +54,8 @@ class Columns(Schema):
         for name, (function, _) in self.derived.items():
             if name not in self.categorical or function not in DERIVED:
                 raise ValueError(f"derived column '{name}': {function}(…) of {', '.join(DERIVED)} is needed")
+        if not self.separator:
+            raise ValueError("separator '' separates nothing: give what stands between the values of a list")
         if self.min_count < 1:
             raise ValueError(f"min_count {self.min_count}: at least 1 is needed")
         if self.max_history is not None and not 1 <= self.max_history <= MOST_ENTRIES:

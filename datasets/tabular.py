@@ -122,6 +122,8 @@ def open_table(
         raise ValueError(f"{path}: the file is empty")
     if start == b"PAR1":
         return Table(path, list(_parquet(path).schema_arrow.names))
+    if separator == "":
+        raise ValueError("separator '' separates nothing: give what stands between the fields, or leave it out")
     text = read_start(path, encoding)
     before = len(text) - len(text.lstrip("\n"))
     declared = re.match(r"sep=(.)\n", text)  # a line of Excel's before the header

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +16,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from embtables._util.files import sha256
+from embtables._util.files import followed, naming, remove_leftovers, replacing_folder, sealed, sha256
+from embtables._util.lock import only_one
 from embtables.datasets.prepared import (
     FORMAT,
     FREQUENCIES,
@@ -227,7 +226,7 @@ class Writer:
             "frequencies": {"file": FREQUENCIES, "sha256": sha256(self.folder / FREQUENCIES)},
             **self.extra,
         }
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (self.folder / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
 
 
 def prepare(
@@ -245,7 +244,7 @@ def prepare(
     works on an ``out`` at a time, others wait. Rows go to a hidden folder beside ``out``, renamed at the end and
     removed on any failure.
     """
-    out = Path(os.path.abspath(out))
+    out = followed(os.path.abspath(out))
     console = Console(stderr=True, quiet=not progress)
     config = json.loads(json.dumps(config))  # as the manifest will give it back
     for path in inputs:
@@ -255,16 +254,9 @@ def prepare(
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{out}: its parent is not a folder") from error
-    lock = FileLock(out.parent / f".{out.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.print(f"another process is preparing {out}; waiting for it")
-        lock.acquire()
-    try:
+    with naming(out), only_one(out, lambda: console.print(f"another process is preparing {out}; waiting for it")):
+        remove_leftovers(out.parent)
         return _prepare_locked(out, kind, config, inputs, fill, console)
-    finally:
-        lock.release()
 
 
 def _prepare_locked(
@@ -280,22 +272,16 @@ def _prepare_locked(
         dataset = PreparedDataset(out)
         console.print(f"{out} was prepared from the same input with the same options: reused", soft_wrap=True)
         return dataset
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    described = [describe_input(path) for path in inputs]
     try:
-        described = [describe_input(path) for path in inputs]
-        partial.mkdir()
-        with Writer(partial, console, ROWS_PER_SHARD) as writer, writer.progress:
+        with replacing_folder(out) as partial, Writer(partial, console, ROWS_PER_SHARD) as writer, writer.progress:
             fill(writer)
             writer.finish(kind, out.name, config, described)
-        os.replace(partial, out)
     except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(partial)):
+        if error.filename in (None, str(out)):
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(f"{out}: {reason}; nothing was written") from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     dataset = PreparedDataset(out)
     for line in _summary(dataset):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

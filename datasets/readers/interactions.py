@@ -455,7 +455,7 @@ def _from_options(
         missing=missing,
         keep_missing_words=keep_missing_words,
         columns=columns,
-        separator=separator.replace("\\t", "\t") if separator else None,
+        separator=None if separator is None else separator.replace("\\t", "\t"),
         encoding=encoding,
         time_unit=time_unit,
         time_format=time_format,

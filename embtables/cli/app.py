@@ -7,24 +7,33 @@ dependency of one sub-command breaks that one alone.
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+
+from embtables._util.interrupts import interruptible
+
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: what the overview says of it, and where its function (or typer app) is defined."""
+    """A sub-command: what the overview says of it, and where its function (or typer app) is defined.
+
+    ``interrupted``: what is there after an interrupt, and what to do then.
+    """
 
     name: str
     help: str
     module: str
     attribute: str
+    interrupted: str = ""
     is_group: bool = False
 
     def load(self) -> object:
@@ -37,13 +46,38 @@ COMMANDS = (
         "Turn raw files into prepared data: Parquet shards and a manifest.",
         "embtables.cli.prepare",
         "app",
+        "Nothing was written.",
         is_group=True,
     ),
     Command("plan", "Show the tables a method makes of a byte budget.", "embtables.cli.sweep", "plan"),
-    Command("train", "Train one model with one method at one budget.", "embtables.cli.train", "train"),
-    Command("sweep", "Train method × budget × seed; resumes.", "embtables.cli.sweep", "sweep"),
-    Command("report", "Table and figure of a sweep.", "embtables.cli.sweep", "report"),
-    Command("export", "Write the served tables and the model of a run.", "embtables.cli.train", "export"),
+    Command(
+        "train",
+        "Train one model with one method at one budget.",
+        "embtables.cli.train",
+        "train",
+        "The same command goes on from the last checkpoint in OUT, where there is one.",
+    ),
+    Command(
+        "sweep",
+        "Train method × budget × seed; resumes.",
+        "embtables.cli.sweep",
+        "sweep",
+        "Finished cells are kept: the same command goes on.",
+    ),
+    Command(
+        "report",
+        "Table and figure of a sweep.",
+        "embtables.cli.sweep",
+        "report",
+        "The sweep is as it was; the same command makes what is missing of the report.",
+    ),
+    Command(
+        "export",
+        "Write the served tables and the model of a run.",
+        "embtables.cli.train",
+        "export",
+        "The run is as it was; OUT holds a whole export or none.",
+    ),
 )
 
 EPILOG = """Examples:
@@ -100,13 +134,16 @@ def build(wanted: str | None) -> typer.Typer:
 
 def main() -> NoReturn:
     """The console script: runs ``sys.argv`` and ends the process with its exit code."""
-    code = run(sys.argv[1:])
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        pass
+    with interruptible() as received:
+        code = run(sys.argv[1:])
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BrokenPipeError:
+            pass
+        except KeyboardInterrupt:  # the work was done, or is cleared away
+            code = code or received.code
     # Not sys.exit: pyarrow's threads, where they have only just started, abort the process in the destructors of C++
     # ("terminate called without an active exception"), and its exit code is lost.
     os._exit(code)
@@ -116,25 +153,42 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code.
 
     Wrong input (`ValueError`, `OSError`, a missing dependency, a NaN) is one sentence on stderr and code 2;
-    an interrupt is code 130.
+    SIGINT is code 130, SIGTERM 143.
     """
     wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    with interruptible() as received:
+        try:
+            code = _run(arguments, wanted)
+        except Exception:
+            if received.number is None:
+                raise
+            code = _INTERRUPTED
+    # What an interrupt meets may make another error of it.
+    if code == _INTERRUPTED or (code and received.number is not None):
+        kept = next((command.interrupted for command in COMMANDS if command.name == wanted), "")
+        fail(f"Interrupted. {kept}".rstrip())
+        return received.code
+    return code
+
+
+def _run(arguments: Sequence[str], wanted: str | None) -> int:
     try:
         command = typer.main.get_command(build(wanted))
+        _keep_end_of_file(command)
         # With standalone_mode=False an interrupt comes back as the number 130, an Exit as its code.
         code = command.main(args=list(arguments), prog_name="embtables", standalone_mode=False)
-        code = code if isinstance(code, int) else 0
+        return code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
-        code = 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone: nobody is left to tell.
         return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("EMBTABLES_TRACEBACK"):
             raise
-        return fail(sentence(error))
+        return fail(sentence(error, arguments))
     except MemoryError as error:
-        return fail(f"not enough memory: {' '.join(str(error).split())}")
+        return fail(": ".join(filter(None, ["not enough memory", " ".join(str(error).split())])))
     except Exception as error:
         # Usage errors: typer's own class moved between its releases; all of them can show themselves.
         show, usage_code = getattr(error, "show", None), getattr(error, "exit_code", None)
@@ -142,9 +196,24 @@ def run(arguments: Sequence[str]) -> int:
             raise
         show()
         return int(usage_code)
-    if code == 130:
-        fail("Interrupted. What is finished is kept: start the same command again to resume.")
-    return code
+
+
+def _keep_end_of_file(command: Any) -> None:
+    """Has a file that ends too early be an error as others are: typer takes ``EOFError`` for the user's."""
+    for inner in getattr(command, "commands", {}).values():
+        _keep_end_of_file(inner)
+    callback = command.callback
+    if callback is None:
+        return
+
+    @functools.wraps(callback)
+    def calling(*arguments: Any, **options: Any) -> Any:
+        try:
+            return callback(*arguments, **options)
+        except EOFError as error:
+            raise ValueError(f"a file ends too early: {error}") from error
+
+    command.callback = calling
 
 
 def fail(message: str) -> int:
@@ -152,13 +221,18 @@ def fail(message: str) -> int:
     return 2
 
 
-def sentence(error: Exception) -> str:
-    """What went wrong in one line."""
+def sentence(error: Exception, arguments: Sequence[str] = ()) -> str:
+    """What went wrong in one line; an error of the system that names no file is of one of the command's."""
     problems = getattr(error, "errors", None)
     if callable(problems):  # pydantic.ValidationError, without importing pydantic
         return "; ".join(_field_problem(problem) for problem in problems())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename2 or error.filename}: {error.strerror}"  # of two, the second is the one to write
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        paths = [argument for argument in arguments if os.path.exists(argument)]
+        return f"{error.strerror}, at {' or '.join(paths)}" if paths else error.strerror
+    if isinstance(error, UnicodeError):
+        return f"a text is not in the encoding that was expected: {error}"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError):
         return f"a part that this command needs cannot be imported: {text}"

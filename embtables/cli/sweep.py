@@ -41,23 +41,19 @@ def plan(
     \b
       embtables plan data/globo --method compositional --budget 10%
     """
-    from embtables.cli.train import names_of
+    from embtables.cli.train import names_of, value_of
     from embtables.datasets import PreparedDataset
-    from embtables.training.config import load_config, parse_value
+    from embtables.training.config import load_config
     from embtables.training.planning import plan_tables, selected
 
     flags = {
-        "tables.method": parse_value(method, "method"),
-        "tables.budget": parse_value(budget, "budget") if budget is not None else None,
+        "tables.method": value_of(method, "--method"),
+        "tables.budget": value_of(budget, "--budget"),
         "tables.embedding_dim": embedding_dim,
-        "tables.training_budget": (
-            parse_value(training_budget, "training budget") if training_budget is not None else None
-        ),
+        "tables.training_budget": value_of(training_budget, "--training-budget"),
         "data.leave_out": names_of(leave_out),
         **(
-            {"tables.fused": False}
-            if optimizer == "none"
-            else {"tables.optimizer": None if optimizer is None else parse_value(optimizer, "optimizer")}
+            {"tables.fused": False} if optimizer == "none" else {"tables.optimizer": value_of(optimizer, "--optimizer")}
         ),
     }
     config = load_config(flags=flags)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from embtables._util.files import check_seal, followed, remove_leftovers
+from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
 from embtables.training.config import load_config, parse_value
-from embtables.training.export import MODEL, TABLES, WEIGHTS, copy_served, load_served
+from embtables.training.export import MODEL, TABLES, WEIGHTS, check_served, copy_served
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
 
-__all__ = ["LEAVE_OUT_HELP", "MAX_HISTORY_HELP", "PRESET_HELP", "export", "names_of", "train"]
+__all__ = ["LEAVE_OUT_HELP", "MAX_HISTORY_HELP", "PRESET_HELP", "export", "names_of", "train", "value_of"]
 
 PRESET_HELP = "Named defaults: " + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()) + "."
 LEAVE_OUT_HELP = "Features and histories to leave out, separated by commas; with a feature go its histories."
@@ -88,10 +89,10 @@ def train(
         "data.leave_out": names_of(leave_out),
         "data.max_history": max_history,
         "model.name": model,
-        "tables.method": method if method is None else parse_value(method, "tables.method"),
-        "tables.budget": budget if budget is None else parse_value(budget, "tables.budget"),
+        "tables.method": value_of(method, "--method"),
+        "tables.budget": value_of(budget, "--budget"),
         "tables.embedding_dim": embedding_dim,
-        "tables.optimizer": optimizer if optimizer is None else parse_value(optimizer, "tables.optimizer"),
+        "tables.optimizer": value_of(optimizer, "--optimizer"),
         "tables.learning_rate": learning_rate,
         "dense.optimizer": dense_optimizer,
         "dense.learning_rate": dense_learning_rate,
@@ -125,7 +126,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another export at OUT.")] = False,
 ) -> None:
-    """Write the served tables and the model of a run.
+    """Write the served tables and the model of a run, which is checked, not built: no code of the run is executed.
 
     OUT holds tables.safetensors, model.safetensors and model.json; embtables.training.load_served(OUT) reads them.
 
@@ -137,8 +138,9 @@ def export(
     status = _status(run)
     if status != "ok":
         raise ValueError(f"{run} has no model to export: its status is {status!r}")
-    source = run / "served"
-    load_served(source)
+    source, out = inside(run, "served"), followed(out)
+    check_served(source)
+    remove_leftovers(out.parent)
     if out.exists():
         if out.is_dir() and all(_same(source / name, out / name) for name in (TABLES, WEIGHTS, MODEL)):
             typer.echo(f"{out} holds this export already")
@@ -147,10 +149,21 @@ def export(
             raise ValueError(f"{out} exists and is not an export of {run}: give another OUT, or --overwrite")
         if not out.is_dir() or {entry.name for entry in out.iterdir()} - {TABLES, WEIGHTS, MODEL}:
             raise ValueError(f"{out} holds more than an export, so it is not overwritten: give another OUT")
-    out.parent.mkdir(parents=True, exist_ok=True)
     copy_served(source, out)
     size = sum((out / name).stat().st_size for name in (TABLES, WEIGHTS, MODEL))
     typer.echo(f"{out}: {size:,} bytes in {TABLES}, {WEIGHTS} and {MODEL}")
+
+
+def value_of(text: str | None, flag: str) -> Any:
+    """What a flag says, as YAML; ``None`` where it was not given.
+
+    Raises:
+        ValueError: for null, which would be the same as no flag at all.
+    """
+    value = None if text is None else parse_value(text, flag)
+    if text is not None and value is None:
+        raise ValueError(f"{flag} {text}: a value is needed; for the default leave {flag} out")
+    return value
 
 
 def names_of(text: str | None) -> list[str] | None:
@@ -167,10 +180,11 @@ def _status(run: Path) -> str:
     path = run / "metrics.json"
     if not path.is_file():
         raise ValueError(f"{run} is not a finished run: it has no metrics.json")
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["status"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged") from None
+    content = read_json(inside(run, "metrics.json"))
+    if not isinstance(content, dict) or not isinstance(content.get("status"), str):
+        raise ValueError(f"{path} is damaged: it has no status")
+    check_seal(content, path)
+    return str(content["status"])
 
 
 def _same(one: Path, other: Path) -> bool:

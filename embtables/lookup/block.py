@@ -71,3 +71,10 @@ class Block(nn.Module):
         """int64 ``[..., S]``: ids with equal signatures have equal vectors, whatever the weights."""
         parts = self.address(ids, feature)
         return torch.cat([part.rows.reshape(*ids.shape, -1) for part in parts], dim=-1)
+
+    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
+        """Raises ``ValueError`` for codes by which ``combine`` would read what is not there.
+
+        Args:
+            given: a code's new content by its name, before the store takes it; ``None`` where it stays as it is.
+        """

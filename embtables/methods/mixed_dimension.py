@@ -40,17 +40,20 @@ class MixedDimension(RankedMethod):
     block_growth: int = Field(default=4, ge=2)
 
     def floor(self, group: Group) -> Floor:
-        return Floor(min(step.num_bytes for step in self._steps(group)), "one scalar per id, and the projection")
+        return Floor(min(self._path(group).num_bytes), "one scalar per id, and the projection")
 
     def fit(self, group: Group, limit: int) -> Layout:
-        chosen = next(step for step in self._steps(group) if step.num_bytes <= limit)
-        if all(w == b.widest for w, b in zip(chosen.widths, chosen.blocks)):
+        path = self._path(group)
+        number = next(number for number, num_bytes in enumerate(path.num_bytes) if num_bytes <= limit)
+        if number == 0:
             return full_layout(group)
+        chosen: list[list[tuple[_Block, int]]] = [[] for _ in group.tables]
+        for block, width in zip(path.blocks, path.widths(number)):
+            chosen[block.table].append((block, width))
         starts = remapped(group)
         entries: dict[str, Entry] = {}
         slabs: list[Slab] = []
-        for i, table in enumerate(group.tables):
-            own = [(b, w) for b, w in zip(chosen.blocks, chosen.widths) if b.table == i]
+        for table, own in zip(group.tables, chosen):
             if table.name not in starts and all(w == table.embedding_dim for _, w in own):
                 entries[table.name], slab = full_entry(group, table)
                 slabs.append(slab)
@@ -61,7 +64,7 @@ class MixedDimension(RankedMethod):
                 entries[table.name] = Entry("mixed_by_rank", values | {"ranks_from": starts[table.name]})
             else:
                 entries[table.name] = Entry("mixed", values)
-        narrow = sorted({(b.widest, w) for b, w in zip(chosen.blocks, chosen.widths) if w < b.widest})
+        narrow = sorted({(b.widest, w) for own in chosen for b, w in own if w < b.widest})
         extras = tuple(_extra(group, widest, w) for widest, w in narrow)
         return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
 
@@ -89,42 +92,52 @@ class MixedDimension(RankedMethod):
         popularity = np.minimum.accumulate((traffic + 1) / rows) / (counts.sum() + 1)
         return [(int(n), float(p)) for n, p in zip(rows, popularity)]
 
-    def _steps(self, group: Group) -> list[_Step]:
+    def _path(self, group: Group) -> _Path:
+        return group.once(f"path of {self!r}", lambda: self._walk(group))
+
+    def _walk(self, group: Group) -> _Path:
         """All width assignments that the power law passes through, from everything at D to the narrowest."""
         blocks = self._blocks(group)
         top = max(b.popularity for b in blocks)
+        ladders = {b.widest: _widths(b.widest) for b in blocks}
         events = sorted(
             (_time(b, wide, narrow, top), i)
             for i, b in enumerate(blocks)
-            for wide, narrow in zip(_widths(b.widest), _widths(b.widest)[1:])
+            for wide, narrow in zip(ladders[b.widest], ladders[b.widest][1:])
         )
-        widths = [b.widest for b in blocks]
-        tables = range(len(group.tables))
-        blocks_of = [[i for i, b in enumerate(blocks) if b.table == t] for t in tables]
         starts = remapped(group)
+        # Of each table's blocks the bytes, of those that are narrow the number, and of the whole table what it takes.
+        parts, narrow = [0] * len(group.tables), [0] * len(group.tables)
+        for b in blocks:
+            parts[b.table] += group.format.slab_bytes(b.rows, b.widest)
+        whole = [None if t.name in starts else group.table_bytes(t) or 0 for t in group.tables]
 
         def own_bytes(t: int) -> int:
-            table = group.tables[t]
-            if table.name not in starts and all(widths[i] == table.embedding_dim for i in blocks_of[t]):
-                return group.table_bytes(table) or 0
-            return sum(group.format.slab_bytes(blocks[i].rows, widths[i]) for i in blocks_of[t])
+            undivided = None if narrow[t] else whole[t]
+            return parts[t] if undivided is None else undivided
 
-        weights = sum(own_bytes(t) for t in tables)
+        weights = sum(map(own_bytes, range(len(group.tables))))
         remap = sum(code.num_bytes for code in rank_code(group))
+        projections = 0
         used: dict[tuple[int, int], int] = {}
-        steps = [_Step(blocks, tuple(widths), group.full_bytes)]
+        steps = [0] * len(blocks)
+        num_bytes = [group.full_bytes]
         for _, i in events:
-            widest, old = blocks[i].widest, widths[i]
-            new = _widths(widest)[_widths(widest).index(old) + 1]
-            weights -= own_bytes(blocks[i].table)
-            widths[i] = new
-            weights += own_bytes(blocks[i].table)
-            used[widest, new] = used.get((widest, new), 0) + 1
-            if old < widest:
-                used[widest, old] -= 1
-            projections = sum(_extra(group, d, w).num_bytes for (d, w), times in used.items() if times)
-            steps.append(_Step(blocks, tuple(widths), weights + projections + remap))
-        return steps
+            b, ladder = blocks[i], ladders[blocks[i].widest]
+            old, new = ladder[steps[i]], ladder[steps[i] + 1]
+            weights -= own_bytes(b.table)
+            parts[b.table] += group.format.slab_bytes(b.rows, new) - group.format.slab_bytes(b.rows, old)
+            narrow[b.table] += steps[i] == 0
+            weights += own_bytes(b.table)
+            steps[i] += 1
+            for width, more in ((new, 1), (old, -1)):
+                if width < b.widest:
+                    before = used.get((b.widest, width), 0)
+                    used[b.widest, width] = before + more
+                    if (before > 0) != (before + more > 0):
+                        projections += more * _extra(group, b.widest, width).num_bytes
+            num_bytes.append(weights + projections + remap)
+        return _Path(blocks, np.array([i for _, i in events], dtype=np.int64), num_bytes)
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
@@ -155,10 +168,18 @@ class _Block(NamedTuple):
     popularity: float
 
 
-class _Step(NamedTuple):
+class _Path(NamedTuple):
+    """Which block becomes narrower with each step, and the bytes before the first step and after each."""
+
     blocks: list[_Block]
-    widths: tuple[int, ...]
-    num_bytes: int
+    narrowed: Counts
+    num_bytes: list[int]
+
+    def widths(self, number: int) -> list[int]:
+        """The widths of the blocks after so many steps."""
+        steps = np.bincount(self.narrowed[:number], minlength=len(self.blocks)).tolist()
+        ladders = {widest: _widths(widest) for widest in {block.widest for block in self.blocks}}
+        return [ladders[block.widest][step] for block, step in zip(self.blocks, steps)]
 
 
 def _widths(widest: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import exp, gcd, isqrt, log
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -404,6 +404,11 @@ class SparseBlock(Block):
         vectors.view(-1)[row * self.embedding_dim + column] = values
         return vectors
 
+    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
+        columns = given(f"{self.name}/columns")
+        if columns is not None:
+            _check_range(f"{self.name}/columns", columns, self.embedding_dim)
+
     @classmethod
     def fill(cls, name: str, slab: Tensor, kept: int, store: Store) -> None:
         """Writes the ``kept`` largest entries of ``slab`` [rows, D] into the codes of ``name``."""
@@ -468,6 +473,19 @@ class BitmapBlock(SparseBlock):
         below = words & ~torch.bitwise_left_shift(-1 << half, before - half)
         return self.code("directory").index_select(0, block) + _count_bits(below).sum(1)
 
+    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
+        """The directory follows from the bitmap, and the bits are as many as the values."""
+        bitmap, directory = given(f"{self.name}/bitmap"), given(f"{self.name}/directory")
+        if bitmap is None or directory is None:
+            return
+        counts = _count_bits(bitmap).view(-1, _WORDS).sum(1)
+        ends = counts.cumsum(0)
+        if int(ends[-1]) != len(self.code("values")) or not torch.equal(ends - counts, directory.long()):
+            raise ValueError(
+                f"'{self.name}/bitmap' and '{self.name}/directory' do not say where {len(self.code('values')):,} "
+                "values are: the file or state dict is damaged"
+            )
+
     @classmethod
     def write(
         cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
@@ -483,6 +501,18 @@ class BitmapBlock(SparseBlock):
 
 class RowsBlock(SparseBlock):
     """Compressed rows: the column of every entry, and where each row's entries begin."""
+
+    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
+        super().check_codes(given)
+        pointers = given(f"{self.name}/pointers")
+        if pointers is None:
+            return
+        _check_sorted(f"{self.name}/pointers", pointers)
+        if int(pointers[0]) != 0 or int(pointers[-1]) != len(self.code("values")):
+            raise ValueError(
+                f"'{self.name}/pointers' goes from {int(pointers[0])} to {int(pointers[-1])}, but there are "
+                f"{len(self.code('values'))} values: the file or state dict is damaged"
+            )
 
     def decode(self, rows: Tensor) -> Tensor:
         pointers, flat = self.code("pointers"), rows.reshape(-1)
@@ -525,6 +555,12 @@ class RowsBlock(SparseBlock):
 class EntriesBlock(RowsBlock):
     """Sorted entries, each with its row and column; a row's are found by bisection."""
 
+    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
+        SparseBlock.check_codes(self, given)
+        ids = given(f"{self.name}/ids")
+        if ids is not None:
+            _check_sorted(f"{self.name}/ids", ids)
+
     def decode(self, rows: Tensor) -> Tensor:
         ids = self.code("ids")
         wanted = rows.reshape(-1).to(ids.dtype)
@@ -544,6 +580,19 @@ class EntriesBlock(RowsBlock):
     @classmethod
     def finish(cls, name: str, store: Store) -> None:
         pass
+
+
+def _check_range(name: str, codes: Tensor, end: int) -> None:
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < end:
+        raise ValueError(
+            f"'{name}' holds {int(codes.min())} … {int(codes.max())}, but there are only 0 … {end - 1}: "
+            "the file or state dict is damaged"
+        )
+
+
+def _check_sorted(name: str, codes: Tensor) -> None:
+    if codes.numel() and (int(codes[0]) < 0 or bool((codes[1:] < codes[:-1]).any())):
+        raise ValueError(f"'{name}' does not rise: the file or state dict is damaged")
 
 
 _SERVED: dict[str, type[SparseBlock]] = {

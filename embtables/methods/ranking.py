@@ -44,6 +44,10 @@ def counts_by_rank(counts: Counts) -> Counts:
 
 def remapped(group: Group) -> dict[str, int]:
     """The tables of a group that need the remap, and where each one's ranks begin in it."""
+    return group.once("remapped", lambda: _remapped(group))
+
+
+def _remapped(group: Group) -> dict[str, int]:
     starts, end = {}, 0
     for table, counts in zip(group.tables, group.counts):
         if counts is not None and not is_ranked(counts):

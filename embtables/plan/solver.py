@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MethodLike = Method | str | dict[str, Any]
 DEFAULT_OPTIMIZER = "default"
 FORMAT_VERSION = 1
+CHECKSUM = "sha256"
+"""What a file adds to the plan in it: the checksum of plan and tensors, which is no part of the plan."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,33 @@ class Plan:
             raise ValueError(f"this is not a plan of format version {FORMAT_VERSION} (found {found!r})")
         try:
             tables = tuple(TableConfig(**t) for t in data["tables"])
+            _check_tables(tables)
             by_name = {table.name: table for table in tables}
+            hash_seed, budget = _checked_hash_seed(data["hash_seed"]), data["budget_bytes"]
+            if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
+                raise ValueError(f"budget_bytes must be a number of bytes or null, not {budget!r}")
             groups = []
             for g in data["groups"]:
                 members = tuple(by_name[name] for name in g["tables"])
                 rows_in = row_format(g.get("format", FP32.name))
-                group = Group(g["name"], members, (None,) * len(members), data["hash_seed"], rows_in)
-                groups.append(GroupPlan(group, from_config(g["method"]), Layout.from_dict(g["layout"])))
-            optimizer = optimizer_from_config(data["optimizer"])
-            return Plan(tables, tuple(groups), data["budget_bytes"], optimizer, data["hash_seed"])
-        except (KeyError, TypeError) as error:
+                group = Group(g["name"], members, (None,) * len(members), hash_seed, rows_in)
+                layout = Layout.from_dict(g["layout"])
+                if list(layout.entries) != g["tables"] and set(layout.entries) != set(g["tables"]):
+                    raise ValueError(f"the group {g['name']!r} has entries for other tables than its own")
+                groups.append(GroupPlan(group, from_config(g["method"]), layout))
+            if Counter(table.name for g in groups for table in g.group.tables) != Counter(list(by_name)):
+                raise ValueError("its groups do not hold each table once")
+            solved = Plan(tables, tuple(groups), budget, optimizer_from_config(data["optimizer"]), hash_seed)
+            _check_names(solved)
+            lost = _lost({k: v for k, v in data.items() if k != CHECKSUM}, solved.to_dict())
+            if lost is not None:
+                raise ValueError(f"a plan has no {lost}")
+            return solved
+        except ValueError as error:
+            raise ValueError(f"the plan's data is damaged: {error}") from error
+        except RecursionError:
+            raise ValueError("the plan's data is damaged: it is nested too deeply") from None
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"the plan's data is damaged: {type(error).__name__} {error}") from error
 
     @property
@@ -211,9 +230,28 @@ class Plan:
         ]
 
 
-def owner_of(item: str, tables: Iterable[str]) -> str | None:
+def _lost(given: Any, understood: Any, where: str = "") -> str | None:
+    """The first place in which plain data say something that was not understood; what they leave out is a default."""
+    if isinstance(given, Mapping) and isinstance(understood, Mapping):
+        inner = ((f"{where}.{name}" if where else str(name), name) for name in given)
+        found = (_lost(given[name], understood.get(name, _NOTHING), path) for path, name in inner)
+        return next((path for path in found if path is not None), None)
+    if isinstance(given, (list, tuple)) and isinstance(understood, (list, tuple)) and len(given) == len(understood):
+        found = (_lost(one, other, f"{where}[{i}]") for i, (one, other) in enumerate(zip(given, understood)))
+        return next((path for path in found if path is not None), None)
+    return None if given == understood else f"{where} {_short(given)!r}"
+
+
+_NOTHING = object()
+
+
+def owner_of(item: str, tables: Container[str]) -> str | None:
     """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
-    return max((t for t in tables if item == t or item.startswith(t + "/")), key=len, default=None)
+    while item not in tables:
+        item, slash, _ = item.rpartition("/")
+        if not slash:
+            return None
+    return item
 
 
 def _line(name: str, table: TableConfig | None, method: str, stored: str, full: int | None, own: int) -> dict[str, Any]:
@@ -316,9 +354,7 @@ def plan_apart(
     """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
     tables = tuple(table for unit in units for table in unit)
     _check_tables(tables)
-    if (seed := as_int(hash_seed)) is None:
-        raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
-    hash_seed = seed
+    hash_seed = _checked_hash_seed(hash_seed)
     pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed)
     fused = _default_optimizer(pairs) if optimizer == DEFAULT_OPTIMIZER else optimizer_from_config(optimizer)
     for group, chosen in pairs:
@@ -335,10 +371,7 @@ def plan_apart(
             GroupPlan(group, chosen, chosen.fit(group, share))
             for (group, chosen), share in zip(pairs, _shares(pairs, floors, bytes_))
         )
-        codes = {k: v for g in solved for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
-        # What the counts decided is in the layouts and codes; a plan does not hold on to them.
-        settled = tuple(replace(g, group=replace(g.group, counts=(None,) * len(g.group.counts))) for g in solved)
-        return Plan(tables, settled, limit, fused, hash_seed, codes)
+        return Plan(tables, solved, limit, fused, hash_seed)
 
     if limit is None:
         # Without a budget only what the method needs anyway is allocated: the floor, and for Full that is everything.
@@ -353,7 +386,10 @@ def plan_apart(
         if result.training_bytes > bound:
             result = _under_training_budget(solve, floor, limit or floor, bound)
     _check_names(result)
-    return result
+    codes = {k: v for g in result.groups for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
+    # What the counts decided is in the layouts and codes; a plan does not hold on to them.
+    settled = tuple(replace(g, group=replace(g.group, counts=(None,) * len(g.group.counts))) for g in result.groups)
+    return replace(result, groups=settled, codes=codes)
 
 
 def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, bound: int) -> Plan:
@@ -391,6 +427,12 @@ def _check_tables(tables: tuple[TableConfig, ...]) -> None:
         if table.name in seen:
             raise ValueError(f"two tables are named '{table.name}'")
         seen.add(table.name)
+
+
+def _checked_hash_seed(hash_seed: object) -> int:
+    if (seed := as_int(hash_seed)) is None:
+        raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
+    return seed
 
 
 def _check_names(solved: Plan) -> None:

@@ -145,6 +145,10 @@ def collision_weights(group: Group) -> Floats:
     Σ T_i·(1 − Σp²)/m_i under Σ m_i·d_i = budget is least for m_i ∝ √(T_i·(1 − Σp²)/d_i), by Lagrange. Without
     counts: the same share of every table, but never less than a small share of the average.
     """
+    return group.once("collision weights", lambda: _collision_weights(group))
+
+
+def _collision_weights(group: Group) -> Floats:
     if group.tables and all(counts is not None for counts in group.counts):
         weights = [_colliding(counts) / t.embedding_dim for counts, t in zip(group.counts, group.tables)]
         return np.sqrt(np.maximum(np.array(weights), 1e-12))

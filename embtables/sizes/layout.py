@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,19 @@ from embtables.formats import DTYPES, FP32, RowFormat, row_format
 
 Kind = Literal["weights", "codes", "index", "scales", "padding"]
 Counts = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+# Addresses and sizes in bytes are int64.
+_MOST = 2**62
+
+
+def _check_sizes(name: object, *sizes: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a part of the storage is named {name!r}")
+    whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and size >= 0]
+    if len(whole) < len(sizes) or prod(whole) * 8 >= _MOST:
+        raise ValueError(f"'{name}' has the shape {list(sizes)}, which cannot be allocated")
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,11 @@ class Slab:
     def num_bytes(self) -> int:
         return row_format(self.format).slab_bytes(self.rows, self.width)
 
+    def check(self) -> None:
+        """Raises ``ValueError`` unless this can be allocated."""
+        row_format(self.format)
+        _check_sizes(self.name, self.rows, self.width)
+
 
 @dataclass(frozen=True)
 class Extra:
@@ -44,6 +62,10 @@ class Extra:
     @property
     def num_bytes(self) -> int:
         return FP32.row_bytes(prod(self.shape))
+
+    def check(self) -> None:
+        """Raises ``ValueError`` unless this can be allocated."""
+        _check_sizes(self.name, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,12 @@ class Code:
     @property
     def num_bytes(self) -> int:
         return DTYPES[self.dtype].itemsize * prod(self.shape)
+
+    def check(self) -> None:
+        """Raises ``ValueError`` unless this can be allocated."""
+        _check_sizes(self.name, *self.shape)
+        if self.dtype not in DTYPES or self.kind not in get_args(Kind):
+            raise ValueError(f"'{self.name}' is stored as {self.dtype!r} of kind {self.kind!r}, which there is not")
 
 
 @dataclass(frozen=True)
@@ -97,11 +125,24 @@ class Form:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Form:
-        return Form(
+        """The form that ``to_dict`` described.
+
+        Raises:
+            ValueError: where a part of it cannot be allocated, or is named twice.
+        """
+        form = Form(
             tuple(Slab(**s) for s in data["slabs"]),
-            tuple(Extra(e["name"], tuple(e["shape"])) for e in data["extras"]),
-            tuple(Code(c["name"], tuple(c["shape"]), c["dtype"], c["kind"]) for c in data["codes"]),
+            tuple(Extra(**(e | {"shape": tuple(e["shape"])})) for e in data["extras"]),
+            tuple(Code(**(c | {"shape": tuple(c["shape"])})) for c in data["codes"]),
         )
+        for item in form.items():
+            item.check()
+        names = [item.name for item in form.items()]
+        if len(set(names)) < len(names):
+            raise ValueError("two parts of the storage have one name")
+        if set(data) != {"slabs", "extras", "codes"}:
+            raise ValueError(f"a form has slabs, extras and codes, not {', '.join(map(str, data))}")
+        return form
 
 
 FULL = "full"
@@ -117,6 +158,15 @@ class Entry:
 
     variant: str
     values: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, table: str) -> None:
+        """Raises ``ValueError`` unless this says of a table how it is stored."""
+        if not isinstance(self.variant, str) or not isinstance(self.values, dict):
+            raise ValueError(f"table '{table}' has an entry that does not say how it is stored")
+        for name, value in self.values.items():
+            parts = value if isinstance(value, list) else [value]
+            if not all(isinstance(part, str) or (isinstance(part, int) and 0 <= part < _MOST) for part in parts):
+                raise ValueError(f"table '{table}' has the entry '{name}' {value!r}, which is neither sizes nor a word")
 
 
 @dataclass(frozen=True)
@@ -141,9 +191,17 @@ class Layout:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Layout:
+        """The layout that ``to_dict`` described.
+
+        Raises:
+            ValueError: where a part of it cannot be allocated, or an entry says something else than sizes.
+        """
         training = Form.from_dict(data["training"])
         serving = Form.from_dict(data["serving"]) if "serving" in data else training
-        return Layout({name: Entry(**e) for name, e in data["entries"].items()}, training, serving)
+        entries = {name: Entry(**e) for name, e in data["entries"].items()}
+        for name, entry in entries.items():
+            entry.check(name)
+        return Layout(entries, training, serving)
 
 
 @dataclass(frozen=True)
@@ -159,6 +217,18 @@ class Group:
     counts: tuple[Counts | None, ...] = field(compare=False)
     hash_seed: int
     format: RowFormat = FP32
+    _found: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def once(self, name: str, find: Callable[[], T]) -> T:
+        """What ``find`` returns, which is called the first time alone: plans ask for the same things again and again.
+
+        Args:
+            name: of what is found, with all that it depends on beside the group.
+        """
+        if name not in self._found:
+            self._found[name] = find()
+        found: T = self._found[name]
+        return found
 
     def slab(self, name: str, rows: int, width: int) -> Slab:
         """A slab in the group's format."""
@@ -180,8 +250,15 @@ class Group:
     @property
     def num_rows(self) -> Counts:
         """Rows of each full table; 2**40 where the number of ids is unknown."""
-        return np.array([t.rows or 2**40 for t in self.tables], dtype=np.int64)
+        return self.once("num_rows", lambda: _constant([t.rows or 2**40 for t in self.tables]))
 
     @property
     def dims(self) -> Counts:
-        return np.array([t.embedding_dim for t in self.tables], dtype=np.int64)
+        """Columns of each table."""
+        return self.once("dims", lambda: _constant([t.embedding_dim for t in self.tables]))
+
+
+def _constant(values: list[int]) -> Counts:
+    array = np.array(values, dtype=np.int64)
+    array.setflags(write=False)
+    return array

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from embtables._util.reading import NotYaml, parse_yaml
 from embtables.methods import kinds
+from embtables.sizes.budget import parse_budget
+from embtables.training.config import parse_value
 from embtables.training.planning import method_label
 
 MethodSpec = str | dict[str, Any]
@@ -19,6 +21,10 @@ Place = tuple[str, str, str]
 
 #: Rows without which a sweep cannot be read: the upper mark, and two things that cost nothing to try.
 BASELINES = ("full", "drop_feature", "frequency_cutoff")
+
+
+# Names get endings such as .failed.json, and most file systems end at 255 bytes.
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,11 @@ class Cell:
 
 
 def file_name(*parts: str) -> str:
-    """The parts that are not empty, with dashes between them, of characters that every file system takes."""
-    return "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts if part)
+    """The parts that are not empty, with dashes between them, of characters and a length that file systems take."""
+    name = "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts if part)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -60,8 +69,8 @@ def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {}
     for text in texts:
         try:
-            found = yaml.safe_load(text)
-        except yaml.YAMLError:
+            found = parse_yaml(text)
+        except NotYaml:
             found = None
         if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
             raise ValueError(
@@ -86,8 +95,8 @@ def parse_methods(text: str) -> dict[str, MethodSpec]:
         ValueError: the text is empty, is no such list, or an entry is neither a kind nor a mapping with a kind.
     """
     try:
-        entries = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        entries = parse_yaml(f"[{text}]")
+    except NotYaml:
         raise ValueError(
             f"methods {text!r} cannot be read: give kinds separated by commas, such as full,hash, "
             "or mappings such as {kind: compositional, operation: add}"
@@ -116,11 +125,27 @@ def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
 
 
 def parse_budgets(text: str) -> list[str]:
-    """``"50%,10%"`` as its parts, once each. What a part means is for the planner to say."""
+    """``"50%,10%"`` as its parts, once each: of several spellings of one budget the first counts.
+
+    What a part means for the tables, if anything, is for the planner to say.
+    """
     budgets = [part.strip() for part in text.split(",")]
     if not all(budgets):
         raise ValueError(f"budgets {text!r} has an empty entry: give for example --budgets 50%,10%,1%")
-    return list(dict.fromkeys(budgets))
+    found: dict[tuple[str, object], str] = {}
+    for budget in budgets:
+        found.setdefault(_meaning(budget), budget)
+    return list(found.values())
+
+
+def _meaning(budget: str) -> tuple[str, object]:
+    """What spellings of one budget have in common: its bytes, or its share of some tables."""
+    try:
+        value = parse_value(budget, "budget")
+        shares = [parse_budget(value, full_bytes) for full_bytes in (10**15, 10**18)]
+    except (ValueError, TypeError):
+        return "text", budget
+    return ("bytes", shares[0]) if shares[0] == shares[1] else ("share", shares[1])
 
 
 def points(methods: Mapping[str, MethodSpec], budgets: Sequence[str]) -> list[tuple[str, str]]:

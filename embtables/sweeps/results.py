@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embtables._util.files import write_text
+from embtables._util.files import check_seal, unsealed, write_text
+from embtables._util.reading import inside, read_json
 from embtables.sweeps.cells import Cell
 
 #: The columns of results.csv. A column is only ever added at the end of its part.
@@ -66,17 +66,25 @@ _OF_THE_SWEEP = (
 )
 
 
+#: Columns whose values are those of the runs' metrics.json.
+MEASURED = tuple(name for name in COLUMNS if name not in (*_OF_THE_SWEEP, "floor_bytes"))
+
+
 def read_metrics(run: Path) -> dict[str, Any] | None:
     """The metrics of a finished run; None while there are none. A run writes them last, and whole."""
     try:
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_json(inside(run, "metrics.json"))
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("status"), str):
+            raise ValueError(f"{run / 'metrics.json'} has no status")
+        check_seal(metrics, run / "metrics.json")
+        for name in COLUMNS:
+            if name not in _OF_THE_SWEEP and not isinstance(metrics.get(name), (int, float, type(None))):
+                raise ValueError(f"{run / 'metrics.json'} has {metrics[name]!r} as {name}, which is no number")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise ValueError(f"{run / 'metrics.json'} is damaged ({error}): delete {run} to train it again") from None
-    if not isinstance(metrics, dict) or "status" not in metrics:
-        raise ValueError(f"{run / 'metrics.json'} has no status: delete {run} to train it again")
-    return metrics
+        raise ValueError(f"{error}: delete {run} to train it again") from None
+    return unsealed(metrics)
 
 
 def row(cell: Cell, status: str, dataset: str, model: str, values: Mapping[str, Any]) -> dict[str, Any]:

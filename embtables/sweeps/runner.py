@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import IO
+
+from embtables._util.interrupts import interruptible
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
@@ -74,7 +73,7 @@ def threads_per_job(jobs: int) -> int:
 
 
 def run_jobs(
-    jobs: Iterable[Job], parallel: int, on_start: Callable[[Job], None] = lambda job: None, lock: IO[str] | None = None
+    jobs: Iterable[Job], parallel: int, on_start: Callable[[Job], None] = lambda job: None, lock: int | None = None
 ) -> Iterator[Ended]:
     """Run `jobs`, `parallel` at a time, and yield each as it ends.
 
@@ -84,7 +83,7 @@ def run_jobs(
     environment = _environment(threads_per_job(parallel))
     waiting = iter(jobs)
     running: list[_Running] = []
-    with _sigterm_as_interrupt():
+    with interruptible():
         try:
             while True:
                 while len(running) < parallel and (job := next(waiting, None)) is not None:
@@ -105,7 +104,7 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **{name: str(threads) for name in names}, "PYTHONUNBUFFERED": "1"}
 
 
-def _start(job: Job, environment: dict[str, str], lock: IO[str] | None) -> subprocess.Popen[bytes]:
+def _start(job: Job, environment: dict[str, str], lock: int | None) -> subprocess.Popen[bytes]:
     with job.log.open("wb") as log:
         return subprocess.Popen(
             [*_dying_with_parent(), *job.command],
@@ -113,7 +112,7 @@ def _start(job: Job, environment: dict[str, str], lock: IO[str] | None) -> subpr
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            pass_fds=() if lock is None else (lock.fileno(),),
+            pass_fds=() if lock is None else (lock,),
             # A group of its own: Ctrl-C in the terminal reaches this process alone, which then ends the group.
             start_new_session=True,
         )
@@ -142,21 +141,3 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in processes):
             time.sleep(POLL_SECONDS)
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a sweep as Ctrl-C does. (Signals can be set in the main thread only.)"""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
-import json
+import io
 import math
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import yaml
 from rich.progress import track
 
-from embtables._util.files import write_text
-from embtables.sweeps.cells import takes_budget
-from embtables.sweeps.results import COLUMNS
-from embtables.sweeps.sweep import SweepConfig, read_config
+from embtables._util.files import check_seal, remove_leftovers, sealed, sha256, unsealed, write_json
+from embtables._util.reading import inside, read_array, read_json, read_text, read_yaml
+from embtables.sweeps.cells import Cell, takes_budget
+from embtables.sweeps.results import COLUMNS, MEASURED, read_metrics
+from embtables.sweeps.sweep import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.training.metrics import bootstrap_auc_difference
 
 DROP = "drop_feature"
@@ -155,8 +156,10 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
     Raises:
         ValueError: `folder` is not a sweep, or has no results yet.
     """
+    remove_leftovers(folder)
     config = read_config(folder)
-    frame = _read_results(folder / "results.csv")
+    frame = _read_results(inside(folder, "results.csv"))
+    _check_cells(folder, frame)
     points = [_point(config, *place, frame) for place in config.points]
     summary = Summary(
         folder,
@@ -174,14 +177,56 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
 def _read_results(file: Path) -> pd.DataFrame:
     if not file.is_file():
         raise ValueError(f"{file} is missing: the sweep has not begun to train; start it again first")
-    frame = pd.read_csv(file, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=True)
+    try:
+        text = read_text(file)
+        # Of rows of any other lengths pandas would make something, at length.
+        lengths = {len(row) for row in csv.reader(io.StringIO(text), strict=True) if row}
+        if len(lengths) > 1 or max(lengths, default=0) > 2 * len(COLUMNS):
+            raise ValueError(f"its rows have {min(lengths):,} to {max(lengths):,} fields")
+        frame = pd.read_csv(io.StringIO(text), dtype=dict.fromkeys(_TEXTS, str), keep_default_na=True)
+    except (ValueError, csv.Error) as error:  # what cannot be parsed, what is empty, what is not UTF-8
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged ({reason}): start the sweep again, which writes it anew") from None
     if "variant" not in frame.columns:  # a sweep from before there were variants
         frame = frame.reindex(columns=[*frame.columns, *(c for c in _SINCE_VARIANTS if c not in frame.columns)])
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]!r}: start the sweep again, which writes it anew")
+    for column in COLUMNS:
+        if column not in (*_TEXTS, "dataset", "model", "status"):
+            try:
+                frame[column] = pd.to_numeric(frame[column])
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"{file} holds something else than numbers in {column}: start the sweep again, which writes it anew"
+                ) from None
+    known = frame["status"].isin(["ok", "infeasible", "failed"]) & frame["cell"].notna() & frame["seed"].notna()
+    if not known.all() or frame.duplicated("cell").any():
+        raise ValueError(f"{file} has rows that no sweep writes: start the sweep again, which writes it anew")
     frame[["budget", "message", "variant"]] = frame[["budget", "message", "variant"]].fillna("")
     return frame
+
+
+def _check_cells(folder: Path, frame: pd.DataFrame) -> None:
+    """Raises ``ValueError`` where results.csv says something else than the cells that it was collected from."""
+    for _, row in frame.iterrows():
+        rate = None if pd.isna(row["learning_rate"]) else float(row["learning_rate"])
+        cell = Cell(str(row["method"]), row["budget"], int(row["seed"]), rate, row["variant"])
+        if row["cell"] != cell.name:
+            raise ValueError(
+                f"{folder / 'results.csv'} calls the cell {cell.name} {row['cell']!r}: start the sweep again, which "
+                "writes it anew"
+            )
+    for _, row in frame[frame["status"] == "ok"].iterrows():
+        metrics = read_metrics(inside(folder / "cells", row["cell"]))
+        for name in MEASURED if metrics is not None else ():
+            said, measured = row[name], (metrics or {}).get(name)
+            same = pd.isna(said) if measured is None else said == measured
+            if not same and not (pd.isna(said) and measured != measured):
+                raise ValueError(
+                    f"{folder / 'results.csv'} has {said} as {name} of cell {row['cell']}, whose metrics.json says "
+                    f"{measured}: start the sweep again, which writes it anew"
+                )
 
 
 def _point(config: SweepConfig, variant: str, method: str, budget: str, frame: pd.DataFrame) -> Point:
@@ -224,16 +269,16 @@ def _compare_to_full(summary: Summary, resamples: int, progress: bool) -> None:
     ]
     if not pairs or not labels_file.is_file():
         return
-    labels = np.load(labels_file)
+    labels = _labels(summary.folder)
     file = summary.folder / "differences.json"
-    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kept: dict[str, Any] = {}
+    known = _read_cache(file)
+    kept: dict[str, list[float]] = {}
     cache: dict[str, npt.NDArray[np.float32]] = {}
     for point, row, other in track(pairs, "comparing to full", disable=not progress, transient=True):
         scores = _scores(summary.folder, row["cell"], len(labels))
         if other["cell"] not in cache:
             cache = {other["cell"]: _scores(summary.folder, other["cell"], len(labels))}
-        key = _fingerprint(scores, cache[other["cell"]], labels, resamples)
+        key = _fingerprint(scores, cache[other["cell"]], labels, resamples, int(row["seed"]))
         if key not in known:
             # The seed of the resampling is the cell's, and the rows drawn are the same for every method.
             found = bootstrap_auc_difference(
@@ -242,16 +287,46 @@ def _compare_to_full(summary: Summary, resamples: int, progress: bool) -> None:
             known[key] = [found.difference, found.low, found.high]
         kept[key] = known[key]
         point.differences.append(Difference(point.variant, point.method, point.budget, int(row["seed"]), *kept[key]))
-    write_text(file, json.dumps(kept))
+    write_json(file, sealed({"differences": kept}))
+
+
+def _read_cache(file: Path) -> dict[str, list[float]]:
+    """The differences that an earlier report computed; none where the file is damaged, or not of this release."""
+    try:
+        known = read_json(inside(file.parent, file.name))
+        check_seal(known, file)
+        content = unsealed(known)
+    except (OSError, ValueError, TypeError, AttributeError):  # it need not even be a mapping
+        return {}
+    # Without a checksum nobody knows what the numbers are made from.
+    found = content.get("differences") if len(content) < len(known) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _labels(folder: Path) -> npt.NDArray[np.uint8]:
+    file = inside(folder, "test_labels.npy")
+    labels = read_array(file, np.uint8)
+    if labels.size and labels.max() > 1:
+        raise ValueError(f"{file} is damaged: it holds labels other than 0 and 1")
+    wanted = read_yaml(folder / "sweep.yaml").get(LABELS_CHECKSUM)
+    if wanted is not None and sha256(file) != wanted:
+        raise ValueError(f"{file} does not match its checksum in sweep.yaml: it is damaged")
+    return labels
 
 
 def _scores(folder: Path, cell: str, rows: int) -> npt.NDArray[np.float32]:
-    file = folder / "cells" / cell / "test_scores.npy"
-    scores: npt.NDArray[np.float32] = np.load(file)
+    run = inside(folder / "cells", cell)
+    file = inside(run, "test_scores.npy")
+    scores = read_array(file, np.float32)
+    wanted = (read_metrics(run) or {}).get("test_scores_sha256")
+    if wanted is not None and sha256(file) != wanted:
+        raise ValueError(f"{file} does not match its checksum in metrics.json: delete {run} to train it again")
     if scores.shape != (rows,):
         raise ValueError(
             f"{file} holds {scores.shape} scores for {rows:,} test rows: delete the cell and train it again"
         )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{file} is damaged: it holds scores that are no numbers")
     return scores
 
 
@@ -266,10 +341,14 @@ def _learning_rates(folder: Path, frame: pd.DataFrame) -> dict[str, dict[str, li
     """{field: {value: methods trained with it}}, from the configurations of the finished cells."""
     found: dict[str, dict[str, list[str]]] = {}
     for _, row in frame[frame["status"] == "ok"].iterrows():
-        file = folder / "cells" / row["cell"] / "config.yaml"
-        if not file.is_file():
+        run = inside(folder / "cells", row["cell"])
+        if not (run / "config.yaml").is_file():
             continue
-        for name, value in _flat(yaml.safe_load(file.read_text(encoding="utf-8"))):
+        content = read_yaml(inside(run, "config.yaml"))
+        if not isinstance(content, dict) or not all(isinstance(content.get(s), dict) for s in ("tables", "dense")):
+            raise ValueError(f"{run / 'config.yaml'} is not the configuration of a run: delete {run} to train it again")
+        check_seal(content, run / "config.yaml")
+        for name, value in _flat(content):
             if name.rsplit(".", 1)[-1] in ("lr", "learning_rate"):
                 methods = found.setdefault(name, {}).setdefault(str(value), [])
                 label = f"{row['variant']}: {row['method']}" if row["variant"] else row["method"]

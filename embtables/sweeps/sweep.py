@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +34,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from embtables._util.files import sha256, write_bytes, write_text
+from embtables._util.files import (
+    check_seal,
+    followed,
+    remove_leftovers,
+    sealed,
+    sha256,
+    unsealed,
+    write_bytes,
+    write_text,
+)
 from embtables._util.lock import locked
+from embtables._util.reading import inside, read_json, read_yaml
 from embtables.datasets import PreparedDataset
-from embtables.models.registry import check_hyperparameters
+from embtables.models.registry import check_hyperparameters, is_built_in
 from embtables.sweeps import results
 from embtables.sweeps.cells import Cell, MethodSpec, Place, file_name, points, takes_budget
 from embtables.sweeps.planning import cell_config, plan_points
@@ -45,6 +55,11 @@ from embtables.sweeps.runner import Ended, Job, run_jobs, threads_per_job
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 from embtables.training.learning_curve import value_of
+from embtables.training.loop import CHECKPOINT
+
+#: The entry of sweep.yaml with the checksum of test_labels.npy.
+LABELS_CHECKSUM = "test_labels_sha256"
+MOST_SEEDS = 100_000
 
 #: {(variant, method, budget): bytes of the plan, or floor_bytes and message where it is infeasible}
 Plans = Mapping[Place, Mapping[str, Any]]
@@ -64,6 +79,14 @@ class SweepConfig(BaseModel):
     learning_rates: list[float] = []
     train: RunConfig
     variants: dict[str, RunConfig] = {}
+
+    def check(self) -> None:
+        """Raises ``ValueError`` where a method is given in a form that no command line gives."""
+        if self.seeds > MOST_SEEDS or not self.methods:
+            raise ValueError(f"seeds must be at most {MOST_SEEDS:,}, and there must be methods")
+        for label, spec in self.methods.items():
+            if isinstance(spec, dict) and "kind" not in spec and not all(_is_method(part) for part in spec.values()):
+                raise ValueError(f"methods.{label} is no method")
 
     @property
     def trains(self) -> dict[str, RunConfig]:
@@ -85,6 +108,10 @@ class SweepConfig(BaseModel):
         ]
 
 
+def _is_method(spec: object) -> bool:
+    return isinstance(spec, str) or (isinstance(spec, dict) and "kind" in spec)
+
+
 def train_file(variant: str) -> str:
     """The name of the file with a variant's training configuration."""
     return f"{file_name('train', variant)}.yaml"
@@ -101,6 +128,9 @@ def train_command(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
     command += ["--method", spec if isinstance(spec, str) else json.dumps(spec)]
     command += ["--budget", cell.budget] if cell.budget else []
     command += ["--seed", str(cell.seed)]
+    model = config.trains[cell.variant].model.name
+    if not is_built_in(model):  # the name in the file is not looked for in the working directory
+        command += ["--model", model]
     if cell.learning_rate is not None:
         command += ["--set", f"tables.learning_rate={cell.learning_rate!r}"]
     return command
@@ -182,7 +212,10 @@ def run_sweep(
         ValueError: wrong configuration, damaged data, or a folder that is in use, of another sweep, or of no sweep.
     """
     console = console or Console(stderr=True)
+    folder = followed(folder)
     dataset = PreparedDataset(Path(config.data))
+    _refuse_links(folder)
+    _remove_leftovers(folder)
     _refuse_other(config, folder)
     dataset.verify(progress=console.is_terminal)
     plans = _plans(config, dataset)
@@ -194,6 +227,19 @@ def run_sweep(
         sweep = _Sweep(config, folder, plans)
         _run_cells(sweep, jobs, console, command, lock)
         return sweep.collect()
+
+
+def _refuse_links(folder: Path) -> None:
+    """Nothing is written, or removed, behind a link that stands in the place of a part of the sweep."""
+    for part in (folder / "cells", folder / "tensorboard", *folder.glob("cells/*")):
+        if part.is_symlink():
+            raise ValueError(f"{part} is a link, and a sweep writes into its own folder: give another --out")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What processes that were killed were writing, here and in the cells."""
+    cells = [cell for cell in folder.glob("cells/*") if cell.is_dir()]
+    remove_leftovers(folder, folder / "cells", *cells, *(cell / CHECKPOINT for cell in cells))
 
 
 def _plans(config: SweepConfig, dataset: PreparedDataset) -> Plans:
@@ -272,7 +318,9 @@ class _Sweep:
         if metrics is not None:
             return results.row(cell, str(metrics["status"]), name, model, {**planned, **metrics, **rate})
         if self.failure(cell).exists():
-            failure = json.loads(self.failure(cell).read_text(encoding="utf-8"))
+            failure = read_json(self.failure(cell))
+            if not isinstance(failure, dict):
+                raise ValueError(f"{self.failure(cell)} is damaged: delete it to try the cell again")
             return results.row(cell, "failed", name, model, {**planned, **failure, **rate})
         return None
 
@@ -317,7 +365,7 @@ class _Sweep:
         return str(metrics["status"])
 
 
-def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, lock: IO[str]) -> None:
+def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, lock: int) -> None:
     (sweep.folder / "cells").mkdir(exist_ok=True)
     sweep.collect()
     config = sweep.config
@@ -379,9 +427,8 @@ def _record(config: SweepConfig, folder: Path, plans: Plans, dataset: PreparedDa
         np.save(data, np.concatenate(labels) if labels else np.empty(0, np.uint8))
         write_bytes(folder / "test_labels.npy", data.getvalue())
     # Last: a folder with a sweep.yaml has the rest.
-    write_text(
-        folder / "sweep.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    )
+    content = {**config.model_dump(mode="json"), LABELS_CHECKSUM: sha256(folder / "test_labels.npy")}
+    write_text(folder / "sweep.yaml", yaml.safe_dump(sealed(content), sort_keys=False, allow_unicode=True))
 
 
 def read_config(folder: Path) -> SweepConfig:
@@ -390,8 +437,15 @@ def read_config(folder: Path) -> SweepConfig:
     if not file.is_file():
         raise ValueError(f"{folder} is not the directory of a sweep: it has no sweep.yaml")
     try:
-        return SweepConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (ValueError, yaml.YAMLError) as error:
+        content = read_yaml(inside(folder, "sweep.yaml"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no fields")
+        check_seal(content, file)
+        fields = {name: value for name, value in unsealed(content).items() if name != LABELS_CHECKSUM}
+        config = SweepConfig.model_validate(fields)
+        config.check()
+        return config
+    except ValueError as error:
         raise ValueError(f"{file} is damaged ({' '.join(str(error).split())}): give another --out") from None
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embtables._util.files import replacing
+from embtables._util.files import followed, replacing
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.recipe import Coded, Listed
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.store import Store
-from embtables.plan.solver import Plan
+from embtables.lookup.weights import Weights
+from embtables.plan.solver import CHECKSUM, Plan
 
 _KEY = "embtables"
 
@@ -26,13 +28,18 @@ _KEY = "embtables"
 def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> None:
     """Writes the tensors of a served store, ``stored``; the file is there whole or not at all.
 
+    A symbolic link stays: the file that it stands for is replaced.
+
     Raises:
         OSError: where it cannot be written.
     """
     tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
-    with replacing(path) as temporary:
+    described = plan.to_dict()
+    # In one entry with the plan: safetensors writes several of them in an order of chance.
+    metadata = {_KEY: json.dumps(described | {CHECKSUM: _checksum(described, tensors)})}
+    with replacing(followed(path)) as temporary:
         try:
-            save_file(tensors, temporary, metadata={_KEY: json.dumps(plan.to_dict())})
+            save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
 
@@ -41,6 +48,8 @@ def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> No
 def reading_file(path: Path | str) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """The plan and the tensors of a file; what does not fit, here or inside the ``with`` block, is said of the file.
 
+    Files that embtables 0.1.0 wrote have no checksum; their sizes and codes are checked as those of others.
+
     Raises:
         FileNotFoundError: where there is no such file.
         ValueError: naming the file, where it is damaged or no such file.
@@ -48,15 +57,85 @@ def reading_file(path: Path | str) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
+        described, tensors = _read(path)
+        plan = Plan.from_dict(described)
+        _check_sizes(plan, tensors)
+        if CHECKSUM in described and described.pop(CHECKSUM) != _checksum(described, tensors):
+            raise ValueError("its contents do not match its checksum: it is damaged")
+        yield plan, tensors
+    except OSError:
+        raise
+    except Exception as error:
+        # A plan that no solver made may fail anywhere on its way to tables.
+        reason = " ".join(str(error).split()) if isinstance(error, ValueError) else ""
+        reason = reason or f"its plan and its tensors do not fit together ({type(error).__name__} {error})"
+        raise ValueError(f"{path} holds no embedding tables that can be read: {' '.join(reason.split())}") from error
+
+
+def read_plan(path: Path | str) -> Plan:
+    """The plan in a file, whose tensors are not looked at.
+
+    Raises:
+        ValueError: naming the file, where it holds none.
+    """
+    try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata is None:
-            raise ValueError("it holds no plan")
-        yield Plan.from_dict(json.loads(metadata)), tensors
-    except (SafetensorError, ValueError, RuntimeError) as error:
+            return Plan.from_dict(_described(file.metadata()))
+    except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} holds no embedding tables that can be read: {reason}") from error
+
+
+def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plan as plain data, with the checksum, and the tensors."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _described(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _described(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(_KEY)
+    if text is None:
+        raise ValueError("it holds no plan")
+    try:
+        described = json.loads(text)
+    except RecursionError:
+        raise ValueError("the brackets of its plan are nested too deeply") from None
+    if not isinstance(described, dict):
+        raise ValueError("it holds no plan")
+    return described
+
+
+def _checksum(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal, over the plan and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(plan).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _check_sizes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` unless the tensors are those of the plan's served form, before anything is allocated.
+
+    Weights of half precision, which the tables had when they were saved, are taken for those of the plan.
+    """
+    wanted = Weights([g.layout.serving for g in plan.groups], as_parameters=False, device="meta").stored()
+    if set(tensors) != set(wanted):
+        name = sorted(set(tensors) ^ set(wanted))[0]
+        raise ValueError(
+            f"it lacks the tensor '{name}' of its plan" if name in wanted else f"its plan has no tensor '{name}'"
+        )
+    for name, tensor in tensors.items():
+        plans = wanted[name]
+        same = tensor.dtype == plans.dtype or (tensor.is_floating_point() and plans.is_floating_point())
+        if not same or tensor.shape != plans.shape:
+            raise ValueError(
+                f"its tensor '{name}' holds {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                f"but its plan says {plans.dtype} of shape {tuple(plans.shape)}"
+            )
 
 
 def check_codes(blocks: Sequence[BlockLookup], tensors: Mapping[str, Tensor]) -> None:
@@ -66,6 +145,7 @@ def check_codes(blocks: Sequence[BlockLookup], tensors: Mapping[str, Tensor]) ->
     """
     for block in blocks:
         recipes = block.block.recipes if isinstance(block.block, RecipeBlock) else []
+        block.block.check_codes(lambda name, store=block.block.store: _given(name, store, tensors))  # type: ignore[misc]
         for table, recipe in zip(block.tables, recipes):
             if table.rows is None:
                 continue
@@ -91,8 +171,8 @@ class _Codes(NamedTuple):
 
     def range(self, what: str, name: str, first: int, count: int, end: int, column: int = 0) -> None:
         """Raises ``ValueError`` unless ``count`` elements of a column from ``first`` on are 0 … end − 1."""
-        given = self.tensors.get(self.store.key(name), torch.empty(0))
-        if not given.numel() or given.is_meta or given.shape != self.store.code(name).shape:
+        given = _given(name, self.store, self.tensors)
+        if given is None:
             return
         codes = given.reshape(given.shape[0], -1)[first : first + count, column]
         if codes.numel() and not 0 <= codes.min() <= codes.max() < end:
@@ -100,3 +180,10 @@ class _Codes(NamedTuple):
                 f"table '{self.table}': '{name}' holds {what} {int(codes.min())} … {int(codes.max())}, but there are "
                 f"only 0 … {end - 1}: the file or state dict is damaged"
             )
+
+
+def _given(name: str, store: Store, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """A code in tensors that are about to be taken; ``None`` where it is not there, or not of the store's shape."""
+    found = tensors.get(store.key(name), torch.empty(0))
+    there = found.numel() and not found.is_meta and found.shape == store.code(name).shape
+    return found if there else None

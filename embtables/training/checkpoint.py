@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from embtables._util.files import replacing
+from embtables._util.reading import check_archive
 
 __all__ = ["load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
 
@@ -39,15 +39,23 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             entry that differs.
     """
     try:
+        check_archive(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it to start again") from None
+    try:
         # weights_only: tensors and plain values, never code.
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged pickle leads to is of any type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}): delete it to start again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of embtables")
     if content.get("version") != VERSION:
         raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
+    if not isinstance(content.get("identity"), dict) or not isinstance(content.get("state"), dict):
+        raise ValueError(f"{path} is damaged (it says of no run how far it is): delete it to start again")
     check_identity(str(path), content["identity"], identity)
     state: dict[str, Any] = content["state"]
     return state
@@ -88,10 +96,17 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Sets the generators as they were.
+
+    Raises:
+        ValueError: the state is none that ``random_state`` gave.
+    """
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    if keys.shape != (624,):
+        raise ValueError(f"the state of numpy's generator has {keys.numel():,} words")
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-    name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, python_gauss = state["python"]
     random.setstate((version, tuple(words), python_gauss))

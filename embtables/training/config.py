@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from embtables._util.reading import NotYaml, parse_yaml, read_yaml
+from embtables.models import find_model
 from embtables.optimizers import kinds, optimizer_from_config
 from embtables.training.presets import preset_named
 
@@ -185,6 +188,11 @@ class TrainingConfig(_Section):
     )
     keep_checkpoint: bool = Field(default=True, description="false: delete the checkpoint when the run is finished")
 
+    @field_validator("threads")
+    @classmethod
+    def _threads_that_can_be_had(cls, threads: int | None) -> int | None:
+        return threads if threads is None else check_threads(threads)
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -197,6 +205,18 @@ class TrainingConfig(_Section):
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device on this machine")
         return device
+
+
+def check_threads(number: int) -> int:
+    """The number, where so many threads can be had.
+
+    Raises:
+        ValueError: where the system would end the process for it.
+    """
+    most = max(256, 4 * (os.cpu_count() or 1))
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+        raise ValueError(f"give a number from 1 to {most}")
+    return number
 
 
 class RunConfig(_Section):
@@ -235,6 +255,8 @@ def load_config(
         overrides: ``"training.batch_size=4096"``; the value is read as YAML.
         fields: ``{"training.batch_size": 4096}``; ``None`` is a value here.
 
+    A model of one's own that ``flags``, ``overrides`` or ``fields`` name is imported, from the working directory too.
+
     Raises:
         ValueError: one sentence that names the file or the field.
         OSError: the file cannot be read.
@@ -260,6 +282,11 @@ def load_config(
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
         raise ValueError(where + _sentence(error)) from None
+    asked = [name for name, value in (flags or {}).items() if value is not None]
+    asked += [override.partition("=")[0].strip() for override in overrides] + list(fields or {})
+    if "model.name" in asked:
+        # Whoever writes a name into this call may have the module in the working directory; a file may not.
+        find_model(config.model.name, beside=Path.cwd())
     if chosen is not None:
         model = config.model
         model.hyperparameters = {**chosen.hyperparameters_for(model.name), **model.hyperparameters}
@@ -271,22 +298,15 @@ def parse_value(text: str, name: str) -> Any:
     if not text.strip():
         raise ValueError(f"{name}: the value is empty; for none write null")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except NotYaml:
         raise ValueError(
             f"{name}: the value {text!r} is not valid YAML; quote it, or check brackets and braces"
         ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{path}:{line} is not valid YAML ({getattr(error, 'problem', error)})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file") from None
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):

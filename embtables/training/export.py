@@ -7,24 +7,26 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, StrictStr, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from embtables._util.files import sha256
+from embtables._util.files import check_seal, replacing_folder, sealed, sha256
+from embtables._util.reading import inside, read_json
 from embtables.models import build_model
+from embtables.models.registry import is_built_in
 from embtables.tables import EmbeddingTables
+from embtables.tables.files import read_plan
 
-__all__ = ["Served", "copy_served", "dense_state", "load_served", "save_served"]
+__all__ = ["Served", "check_served", "copy_served", "dense_state", "load_served", "save_served"]
 
 FORMAT, VERSION = "embtables-served", 1
 TABLES, WEIGHTS, MODEL = "tables.safetensors", "model.safetensors", "model.json"
@@ -48,6 +50,21 @@ class Served:
     max_history: int | None = None
 
 
+class _Description(BaseModel):
+    """What model.json must hold; further entries are allowed."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    hyperparameters: dict[str, Any]
+    feature_names: list[StrictStr]
+    dense_features: list[StrictStr]
+    list_features: list[StrictStr] = []
+    histories: dict[str, StrictStr] = {}
+    max_history: int | None = None
+    sha256: dict[str, StrictStr]
+
+
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's state dict without its tables, which are kept in a file of their own."""
     return {name: value for name, value in model.state_dict().items() if not name.startswith(_TABLES_PREFIX)}
@@ -66,95 +83,138 @@ def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: 
         "histories": served.histories,
         "max_history": served.max_history,
     }
-    with _replacing_folder(folder) as temporary:
+    with replacing_folder(folder) as temporary:
         tables.save(temporary / TABLES)
         try:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
         except SafetensorError as error:
             raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
         description["sha256"] = {name: sha256(temporary / name) for name in (TABLES, WEIGHTS)}
-        (temporary / MODEL).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (temporary / MODEL).write_text(json.dumps(sealed(description), indent=2) + "\n", encoding="utf-8")
 
 
 def copy_served(source: Path, target: Path) -> None:
     """Copy the three files in one step; a folder of the target's name is replaced."""
-    with _replacing_folder(target) as temporary:
+    with replacing_folder(target) as temporary:
         for name in (TABLES, WEIGHTS, MODEL):
             shutil.copyfile(source / name, temporary / name)
 
 
-def load_served(folder: str | Path, device: torch.device | str | None = None) -> nn.Module:
+def check_served(folder: Path) -> None:
+    """Checks a served folder without building its model: nothing in it is imported or run.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged, a link out of the folder, or does not fit the others.
+    """
+    _read(folder)
+
+
+def load_served(
+    folder: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    model: type[nn.Module] | None = None,
+    allow_import: bool = False,
+) -> nn.Module:
     """The model of a served folder (``RUN/served``, or what ``embtables export`` wrote), ready for inference.
 
     Its ``forward`` takes a :class:`embtables.datasets.Batch` and returns logits ``[B]``; model.json says what the batch
-    must hold (see :class:`Served`). A model of one's own must be importable under the name that it was trained with.
+    must hold (see :class:`Served`).
+
+    Args:
+        model: the class of a model of one's own. Models of this package need none.
+        allow_import: whether to import instead what model.json names, which runs code of that name. Only for folders
+            that you trust.
 
     Raises:
-        ValueError: naming the file that is missing, damaged or does not fit.
+        ValueError: naming the file that is missing, damaged or does not fit, or a model that is not of this package.
 
     Example::
 
-        model = load_served("runs/demo/served")
+        served = load_served("runs/demo/served")
         with torch.no_grad():
-            clicks = model(batch).sigmoid()
+            clicks = served(batch).sigmoid()
     """
     folder = Path(folder)
     description = _read(folder)
-    for name in (TABLES, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if sha256(folder / name) != description["sha256"].get(name):
-            raise ValueError(f"{folder / name} does not match its checksum in {MODEL}: it is damaged")
+    name = description.model
+    if model is None and not is_built_in(name) and not allow_import:
+        raise ValueError(
+            f"{folder / MODEL} names the model {name!r}, which is not of this package, and loading runs no other code: "
+            "give its class as load_served(…, model=Class), or allow_import=True where you trust the folder"
+        )
+    if model is None and is_built_in(name):
+        _check_sizes(description, folder)
     tables = EmbeddingTables.load(folder / TABLES, device)
     # The constructor draws weights that are overwritten: the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
-        model = build_model(
-            description["model"], tables, len(description["dense_features"]), description["hyperparameters"]
-        )
-    model.to(device)
+        try:
+            built = build_model(model or name, tables, len(description.dense_features), description.hyperparameters)
+        except (ValueError, RuntimeError, AssertionError, ArithmeticError, LookupError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{folder / MODEL} describes no model that can be built: {reason}") from error
+    built.to(device)
     try:
         weights = load_file(folder / WEIGHTS, device=str(device or "cpu"))
-        found = model.load_state_dict(weights, strict=False)
+        found = built.load_state_dict(weights, strict=False)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / WEIGHTS} does not fit model {description['model']!r}: {reason}") from error
-    missing = [name for name in found.missing_keys if not name.startswith(_TABLES_PREFIX)]
+        raise ValueError(f"{folder / WEIGHTS} does not fit model {name!r} of {MODEL}: {reason}") from error
+    missing = [key for key in found.missing_keys if not key.startswith(_TABLES_PREFIX)]
     if missing or found.unexpected_keys:
         raise ValueError(
-            f"{folder / WEIGHTS} does not fit model {description['model']!r}: "
+            f"{folder / WEIGHTS} does not fit model {name!r} of {MODEL}: "
             f"{'it lacks ' + missing[0] if missing else 'it has ' + found.unexpected_keys[0] + ' besides'}"
         )
-    return model.eval()
+    return built.eval()
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> _Description:
+    """What model.json says, which fits the other two files."""
     path = folder / MODEL
     if not path.is_file():
         raise ValueError(f"{folder} holds no served model: {MODEL} is missing")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    content = read_json(inside(folder, MODEL))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a served model")
-    if description.get("version") != VERSION:
-        raise ValueError(f"{path} has version {description.get('version')!r}; this release reads version {VERSION}")
-    absent = {"model", "hyperparameters", "feature_names", "dense_features", "sha256"} - set(description)
-    if absent:
-        raise ValueError(f"{path}: field '{sorted(absent)[0]}' is missing")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
+    try:
+        description = _Description.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        reason = "is missing" if problem["type"] == "missing" else f"is damaged ({problem['msg'].lower()})"
+        raise ValueError(f"{path}: field '{field}' {reason}") from None
+    for name in (TABLES, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if sha256(inside(folder, name)) != description.sha256.get(name):
+            raise ValueError(f"{folder / name} does not match its checksum in {MODEL}: it is damaged")
+    check_seal(content, path)
+    _check_features(description, folder)
     return description
 
 
-@contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``folder``; when the block ends well it becomes ``folder``, else it is removed."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _check_sizes(description: _Description, folder: Path) -> None:
+    """No hyperparameter asks for more than the weights hold, so that building the model cannot fill the memory."""
+    most = max(2**16, (folder / WEIGHTS).stat().st_size)
+    left: list[Any] = [description.hyperparameters]
+    while left:
+        value = left.pop()
+        if isinstance(value, (dict, list)):
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"{folder / MODEL}: the hyperparameter {value!r} is larger than {WEIGHTS} can be of")
+
+
+def _check_features(description: _Description, folder: Path) -> None:
+    """The features of the model are those of its tables, which the checksum of the tables vouches for."""
+    named = {*description.feature_names, *description.list_features, *description.histories}
+    looked_up = {feature for table in read_plan(folder / TABLES).tables for feature in table.feature_names}
+    if named != looked_up:
+        wrong = sorted(named ^ looked_up)[0]
+        raise ValueError(
+            f"{folder / MODEL} {'names' if wrong in named else 'leaves out'} the feature '{wrong}', "
+            f"which {TABLES} {'does not look up' if wrong in named else 'looks up'}: it is damaged"
+        )

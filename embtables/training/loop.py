@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
-from embtables._util.files import replacing, write_json
+from embtables._util.files import replacing, sealed, sha256, write_json
 from embtables.datasets import Batch, PreparedDataset
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from embtables.training.compilation import Compilation, uncompiled
-from embtables.training.config import RunConfig
+from embtables.training.config import RunConfig, check_threads
 from embtables.training.environment import peak_rss_bytes
 from embtables.training.evaluation import (
     all_metrics,
@@ -34,7 +35,7 @@ from embtables.training.evaluation import (
     to_device,
 )
 from embtables.training.export import Served, copy_served, dense_state, load_served, save_served
-from embtables.training.learning_curve import Row, draw_curve, overfitting, remarks, value_of, write_curve
+from embtables.training.learning_curve import COLUMNS, Row, draw_curve, overfitting, remarks, value_of, write_curve
 from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
@@ -64,6 +65,27 @@ class _Progress:
     loss_examples: int = 0
     curve: list[Row] = field(default_factory=list)
     finished: bool = False
+
+    def check(self, epochs: int, steps_per_epoch: int) -> None:
+        """``ValueError`` where no run of so many epochs and steps can be so far."""
+        steps = self.epoch * steps_per_epoch + self.batch
+        within = 0 <= self.batch < steps_per_epoch and 0 <= self.epoch <= epochs
+        if self.step != steps or not within:
+            raise ValueError(f"step {self.step} is not in batch {self.batch} of epoch {self.epoch}")
+        if min(self.stale, self.best_step, self.examples, self.loss_examples) < 0:
+            raise ValueError("something was counted below 0")
+        if [row.get("step") for row in self.curve] != sorted({row.get("step", 0) for row in self.curve}):
+            raise ValueError("its evaluations are not in order")
+        columns = [(set(row), *map(type, row.values())) for row in self.curve]
+        if any(names != set(COLUMNS) or not {*types} <= {int, float, type(None)} for names, *types in columns):
+            raise ValueError("an evaluation has other columns than numbers of this release")
+        if self.curve and self.best_step not in [row["step"] for row in self.curve]:
+            raise ValueError(f"there was no evaluation at its best step {self.best_step}")
+        if self.finished and not self.curve:
+            raise ValueError("it is finished without an evaluation")
+
+
+_PROGRESS = TypeAdapter(_Progress)
 
 
 class Run:
@@ -97,6 +119,7 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         self._resume()
+        self._remove_stale()
         events = Events(self.out / "tensorboard", self.progress.step)
         try:
             if not self.progress.finished:
@@ -104,7 +127,7 @@ class Run:
             result = self._finish(events)
         finally:
             events.close()
-        write_json(self.out / "metrics.json", result)
+        write_json(self.out / "metrics.json", sealed(result))
         if not self.config.training.keep_checkpoint:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         return result
@@ -287,7 +310,11 @@ class Run:
         save_checkpoint(folder / "last.pt", self.identity, state)
         write_curve(self.progress.curve, self.out / "validation.csv")
         # Only now does no checkpoint refer to an earlier best.
-        for other in folder.glob("best-*"):
+        self._remove_stale()
+
+    def _remove_stale(self) -> None:
+        """Best models that the checkpoint does not refer to, such as those of a run that was killed before its save."""
+        for other in self.checkpoint.glob("best-*"):
             if other != self._best():
                 shutil.rmtree(other)
 
@@ -296,13 +323,18 @@ class Run:
         if not path.exists():
             return
         state = load_checkpoint(path, self.identity)
-        self.progress = _Progress(**state["progress"])
-        if self.config.training.threads is None:
-            # The order of sums depends on the number of threads.
-            torch.set_num_threads(state["threads"])
-        self.model.load_state_dict(state["model"])
-        self.optimization.load_state_dict(state["optimization"])
-        restore_random_state(state["random"], self.device)
+        try:
+            self.progress = _PROGRESS.validate_python(state["progress"])
+            self.progress.check(self.config.training.epochs, self.steps_per_epoch)
+            if self.config.training.threads is None:
+                # The order of sums depends on the number of threads.
+                torch.set_num_threads(check_threads(state["threads"]))
+            self.model.load_state_dict(state["model"])
+            self.optimization.load_state_dict(state["optimization"])
+            restore_random_state(state["random"], self.device)
+        except Exception as error:  # values of any type may stand in the place of others
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"{path} is damaged ({reason}): delete it to start again") from error
 
     def _peak_rss(self) -> int:
         return max(self.progress.peak_rss_bytes, peak_rss_bytes() or 0)
@@ -313,7 +345,7 @@ class Run:
         """The numbers of the best model, taken from its served files; the only place where the test split is read."""
         progress, training = self.progress, self.config.training
         copy_served(self._best(), self.out / "served")
-        model = load_served(self.out / "served", self.device)
+        model = load_served(self.out / "served", self.device, model=type(self.model))
         tables = model.embeddings
         assert isinstance(tables, EmbeddingTables)
         valid = score(model, self.data, "valid", training.evaluation_batch_size, self.device)
@@ -349,6 +381,7 @@ class Run:
             "remarks": remarks(
                 progress.curve, training.monitor, out_of_patience=progress.epoch < (training.epochs or 0)
             ),
+            "test_scores_sha256": sha256(self.out / "test_scores.npy"),
         }
 
 

@@ -12,9 +12,7 @@ A run is one folder::
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +23,18 @@ import torch
 import yaml
 
 from embtables._util.allocator import keep_freed_memory
-from embtables._util.files import sha256, write_json, write_text
+from embtables._util.files import (
+    check_seal,
+    followed,
+    remove_leftovers,
+    sealed,
+    sha256,
+    unsealed,
+    write_json,
+    write_text,
+)
 from embtables._util.lock import locked
+from embtables._util.reading import inside, read_json, read_yaml
 from embtables.datasets import PreparedDataset
 from embtables.models import build_model
 from embtables.plan.solver import Plan
@@ -56,9 +64,10 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, data: PreparedDataset, out: Path, *, show_progress: bool = False) -> None:
-        self.config, self.data, self.out, self.show_progress = config, selected(config, data), out, show_progress
+        self.config, self.data, self.show_progress = config, selected(config, data), show_progress
+        self.out = followed(out)
         self.device = torch.device(config.training.device)
-        self.checkpoint = out / CHECKPOINT
+        self.checkpoint = self.out / CHECKPOINT
 
     # ---- the whole run -------------------------------------------------------------------------------------------
 
@@ -73,6 +82,9 @@ class Trainer:
             FloatingPointError: a loss, gradient or weight became NaN or infinite; the sentence names step and tensor.
         """
         identity = self._identity()
+        self._refuse_links()
+        # What a killed run was writing when it died.
+        remove_leftovers(self.out, self.checkpoint)
         self._refuse_other(identity)
         if (self.out / "metrics.json").exists():
             return self._metrics()
@@ -109,7 +121,6 @@ class Trainer:
                 self._refuse_other(identity)  # again: another process may have been here meanwhile
                 if (self.out / "metrics.json").exists():
                     return self._metrics()
-                self._remove_leftovers()
                 self._write_start(identity, plan)
                 run = Run(self.config, self.data, self.out, identity, tables, model, show_progress=self.show_progress)
                 return run.run()
@@ -117,18 +128,21 @@ class Trainer:
     def _metrics(self) -> dict[str, Any]:
         path = self.out / "metrics.json"
         try:
-            done = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            done = None
-        if not isinstance(done, dict) or "status" not in done:
-            raise ValueError(f"{path} is damaged: delete it to go on from the checkpoint")
-        return done
+            done = read_json(path)
+            if not isinstance(done, dict) or "status" not in done:
+                raise ValueError("it has no status")
+            check_seal(done, path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: delete it to go on from the checkpoint ({error})") from None
+        return unsealed(done)
 
-    def _remove_leftovers(self) -> None:
-        """What a killed run was writing when it died."""
-        for folder in (self.out, self.checkpoint):
-            for path in folder.glob(".*.tmp"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _refuse_links(self) -> None:
+        """Nothing is written, or removed, behind a link that stands in the place of a part of the run."""
+        for part in (CHECKPOINT, "served", "tensorboard"):
+            if (self.out / part).is_symlink():
+                raise ValueError(
+                    f"{self.out / part} is a link, and a run writes into its own folder: give another --out"
+                )
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two starts to be the same run."""
@@ -146,20 +160,22 @@ class Trainer:
                 )
             return
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = read_yaml(inside(self.out, "config.yaml"))
+            check_seal(content, path)
             found = RunConfig.model_validate({name: content[name] for name in RunConfig.model_fields}).flat()
-        except (yaml.YAMLError, ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             raise ValueError(
                 f"{path} is not the configuration of a run: give another --out, or delete that folder"
             ) from None
         found = {name: value for name, value in found.items() if name not in _FREE}
-        check_identity(str(self.out), {"data": content.get("data_sha256"), **found}, identity)
+        check_identity(str(path), {"data": content.get("data_sha256"), **found}, identity)
 
     def _write_start(self, identity: dict[str, Any], plan: Plan | None) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         # First, so that a folder that holds anything says whose it is.
-        header = f"# the prepared data: {self.data.name}\ndata_sha256: {identity['data']}\n"
-        write_text(self.out / "config.yaml", header + self.config.to_yaml())
+        content = sealed({"data_sha256": identity["data"], **self.config.model_dump(mode="json")})
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        write_text(self.out / "config.yaml", f"# the prepared data: {self.data.name}\n{text}")
         write_json(self.out / "environment.json", environment(self.device, torch.get_num_threads()))
         if plan is not None:
             write_json(self.out / "plan.json", plan.to_dict())
@@ -172,7 +188,7 @@ class Trainer:
             "floor_bytes": error.floor_bytes,
             "message": str(error),
         }
-        write_json(self.out / "metrics.json", result)
+        write_json(self.out / "metrics.json", sealed(result))
         return result
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -125,8 +127,39 @@ def raising(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is said is true of the command: ``plan`` keeps nothing."""
     assert raising(KeyboardInterrupt(), monkeypatch) == 130
-    assert "start the same command again to resume" in capfd.readouterr().err
+    assert capfd.readouterr().err.strip() == "Error: Interrupted."
+    kept = {command.name: command.interrupted for command in COMMANDS}
+    assert kept["prepare"] == "Nothing was written." and "goes on from the last checkpoint" in kept["train"]
+    assert [name for name, text in kept.items() if not text] == ["plan"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_alike(number: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each is an exit code of its own, after a cleanup that the same signal, sent twice, does not disturb."""
+    cleared: list[str] = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), number)
+            cleared.append("away")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Command, "load", lambda self: work)
+    assert run(["report"]) == 128 + number
+    assert cleared == ["away"] and "Interrupted. The sweep is as it was" in capfd.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_a_file_that_ends_early_is_no_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert raising(EOFError("no data left"), monkeypatch) == 2
+    assert capfd.readouterr().err.strip() == "Error: a file ends too early: no data left"
 
 
 @pytest.mark.core

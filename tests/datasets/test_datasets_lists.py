@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import embtables.datasets.writing as writing_module
+from embtables._util.files import sealed, unsealed
 from embtables.datasets import Batch, PreparedDataset
 from embtables.datasets import prepared as prepared_module
 from embtables.datasets.vocabulary import Vocabulary
@@ -164,6 +165,6 @@ def test_damaged_lists_are_named(data: PreparedDataset, column: pl.Series, reaso
     manifest = json.loads((data.path / "manifest.json").read_text())
     entry = manifest["splits"]["test"]["shards"][0]
     entry["bytes"], entry["sha256"] = shard.stat().st_size, sha256(shard.read_bytes()).hexdigest()
-    (data.path / "manifest.json").write_text(json.dumps(manifest))
+    (data.path / "manifest.json").write_text(json.dumps(sealed(unsealed(manifest))))
     with pytest.raises(ValueError, match=reason):
         next(PreparedDataset(data.path).batches("test", 10))

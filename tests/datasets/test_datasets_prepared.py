@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embtables._util.files import sealed, unsealed
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.datasets import prepared as prepared_module
 from embtables.datasets import writing as writing_module
@@ -267,7 +268,7 @@ def test_values_that_another_writer_got_wrong(
         "bytes": shard.stat().st_size,
         "sha256": hashlib.sha256(shard.read_bytes()).hexdigest(),
     }
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(unsealed(manifest))))
     with pytest.raises(ValueError, match="00003.parquet: ") as error:
         list(PreparedDataset(numbered.path).batches("train", 10))
     assert sentence in str(error.value)
@@ -341,7 +342,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(writing_module, "_write_parquet", full)
     with pytest.raises(OSError, match="toy: No space left on device; nothing was written"):
         prepare_synthetic(tmp_path / "toy", TOY)
-    assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_interruption_leaves_nothing_and_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
@@ -351,11 +352,12 @@ def test_interruption_leaves_nothing_and_leftovers_of_a_kill_are_cleared(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "out", "test", {}, [], interrupted)
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
-    (tmp_path / ".out.partial" / "train").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "train" / "00000.parquet").write_text("half")
+    assert list(tmp_path.iterdir()) == []
+    left = tmp_path / ".embtables-1-0.tmp" / "content" / "train"
+    left.mkdir(parents=True)
+    (left / "00000.parquet").write_text("half")
     prepare(tmp_path / "out", "test", {}, [], number_rows).verify()
-    assert not (tmp_path / ".out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
@@ -368,7 +370,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     PreparedDataset(tmp_path / "toy").verify()
-    assert not (tmp_path / ".toy.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
 def test_an_empty_split_and_a_reserved_column_are_refused(tmp_path: Path) -> None:

@@ -148,10 +148,13 @@ def test_find_model(tmp_path, monkeypatch):
         "        super().__init__()\n"
         "number = 3\n"
     )
+    (tmp_path / "fails_itself.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
     assert find_model("dlrm") is DLRM and find_model("mlp") is MLP
-    assert find_model("my_own_model:Mine").__name__ == "Mine"
+    with pytest.raises(ValueError, match="cannot import 'my_own_model' .*the working directory is searched for what"):
+        find_model("my_own_model:Mine")
+    assert find_model("my_own_model:Mine", beside=tmp_path).__name__ == "Mine"
     assert str(tmp_path) not in sys.path
     tables = FakeTables([5, 5], [4, 4])
     assert build_model("my_own_model:Mine", tables, 0, {"width": 7}).width == 7
@@ -161,11 +164,14 @@ def test_find_model(tmp_path, monkeypatch):
             "model 'dlmr' is unknown: give dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf, fm, lr or package.mod",
         ),
         ("nowhere:Model", "cannot import 'nowhere'"),
+        ("..:x", r"model '\.\.:x' is unknown"),
+        ("my_own_model:", "model 'my_own_model:' is unknown"),
+        ("fails_itself:Model", "'fails_itself' fails: ZeroDivisionError"),
         ("my_own_model:Yours", "has no 'Yours'"),
         ("my_own_model:number", "not a subclass"),
     ]:
         with pytest.raises(ValueError, match=message):
-            find_model(name)
+            find_model(name, beside=tmp_path)
     with pytest.raises(ValueError, match="no hyperparameter 'widht'; it has width"):
         build_model("my_own_model:Mine", tables, 0, {"widht": 7})
     with pytest.raises(ValueError, match="has no hyperparameter 'units'; it has bottom_units, top_units, dropout"):

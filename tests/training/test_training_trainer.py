@@ -18,6 +18,7 @@ from torch import nn
 import embtables
 from benchmarks import machine
 from embtables import EmbeddingTables
+from embtables._util.files import unsealed
 from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.methods import kinds
@@ -58,7 +59,7 @@ def test_the_files_of_a_run(run):
     result, out = run
     for name in ("config.yaml", "environment.json", "plan.json", "test_scores.npy", "metrics.json"):
         assert (out / name).is_file()
-    assert json.loads((out / "metrics.json").read_text()) == result
+    assert unsealed(json.loads((out / "metrics.json").read_text())) == result
     assert list((out / "tensorboard").glob("events.*"))
     noted = json.loads((out / "environment.json").read_text())
     assert noted["embtables"] == embtables.__version__ and noted["torch"] == torch.__version__
@@ -291,7 +292,7 @@ def test_learning_rates_reach_tables_and_dense_part(data, tmp_path):
 def test_infeasible_budget_and_its_floor(data, tmp_path):
     result = Trainer(config_of("tables.method=hash", "tables.budget=7"), data, tmp_path / "run").run()
     assert result["status"] == "infeasible"
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == result
+    assert unsealed(json.loads((tmp_path / "run" / "metrics.json").read_text())) == result
     assert not (tmp_path / "run" / "served").exists()
     floor = result["floor_bytes"]
     assert str(floor) in result["message"].replace(",", "")
@@ -431,7 +432,11 @@ class Mine(nn.Module):
 def test_a_model_of_ones_own(data, tmp_path):
     config = config_of(f"model.name={__name__}:Mine", "model.hyperparameters.width=5")
     Trainer(config, data, tmp_path / "run").run()
-    model = load_served(tmp_path / "run" / "served")
+    served = tmp_path / "run" / "served"
+    with pytest.raises(ValueError, match="loading runs no other code: give its class"):
+        load_served(served)
+    assert isinstance(load_served(served, allow_import=True), Mine)
+    model = load_served(served, model=Mine)
     assert isinstance(model, Mine) and model.hidden.out_features == 5
     with torch.no_grad():
         logits = model(split_of(data, "test")).numpy()
@@ -460,7 +465,8 @@ def test_damaged_served_files_are_named(run, tmp_path, capsys):
     load_served(target)
     description = json.loads((target / "model.json").read_text())
     for content, message in [
-        ({**description, "model": "mlp"}, r"model\.safetensors does not fit model 'mlp'"),
+        ({**unsealed(description), "model": "mlp"}, r"model\.safetensors does not fit model 'mlp'"),
+        ({**description, "model": "mlp"}, r"model\.json is damaged: its entries do not match their checksum"),
         ({**description, "version": 9}, "has version 9"),
         ({k: v for k, v in description.items() if k != "hyperparameters"}, "field 'hyperparameters' is missing"),
         ([], "does not describe a served model"),
