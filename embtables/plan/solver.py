@@ -21,7 +21,7 @@ from embtables.formats import FP32, row_format
 from embtables.methods import Method, from_config
 from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
-from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
+from embtables.sizes.layout import FULL, Counts, Form, Group, Layout, owner_of
 from embtables.sizes.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -209,11 +209,6 @@ class Plan:
             f"inference {self.inference_bytes:,} B{budget}{ratio}{split}",
             f"training  {self.training_bytes:,} B ({training})",
         ]
-
-
-def owner_of(item: str, tables: Iterable[str]) -> str | None:
-    """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
-    return max((t for t in tables if item == t or item.startswith(t + "/")), key=len, default=None)
 
 
 def _line(name: str, table: TableConfig | None, method: str, stored: str, full: int | None, own: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -185,3 +185,12 @@ class Group:
     @property
     def dims(self) -> Counts:
         return np.array([t.embedding_dim for t in self.tables], dtype=np.int64)
+
+
+def owner_of(item: str, tables: Container[str]) -> str | None:
+    """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
+    while item not in tables:
+        item, slash, _ = item.rpartition("/")
+        if not slash:
+            return None
+    return item

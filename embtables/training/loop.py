@@ -346,9 +346,7 @@ class Run:
             "collision_share": share_of_colliding_ids(self.tables),
             "lookup_latency_us": latency,
             "overfitting": overfitting(progress.curve, training.monitor),
-            "remarks": remarks(
-                progress.curve, training.monitor, out_of_patience=progress.epoch < (training.epochs or 0)
-            ),
+            "remarks": remarks(progress.curve, training.monitor, out_of_patience=progress.epoch < training.epochs),
         }
 
 
