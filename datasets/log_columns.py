@@ -10,6 +10,7 @@ import polars as pl
 from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.key_lists import KeyLists
 from embtables.datasets.missing import MissingValues
+from embtables.datasets.text import most_frequent
 
 MANY_NUMBERS = 1000
 """A column of more different numbers than these is a quantity rather than a category, or an id."""
@@ -92,7 +93,7 @@ class ListColumn:
         bare = values.str.strip_chars(" ").str.replace(r"^[\[({](.*)[\])}]$", "$1").fill_null("")
         if self.separator is None and (bare != "").any():
             text = "".join(bare.head(10_000))
-            self.separator = max(SEPARATORS, key=lambda of: text.count(of) if of != " " else text.count(of) / 100)
+            self.separator = most_frequent(SEPARATORS, text)
         return bare.str.split(self.separator or "|").list.eval(pl.element().str.strip_chars(" '\""))
 
     def add(self, lists: pl.Series) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from embtables.datasets.rejections import Rejections
-from embtables.datasets.text import Format, read_start, read_text
+from embtables.datasets.text import Format, most_frequent, read_start, read_text
 
 RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # RecBole's headers: name:type
 SEPARATORS = ("\t", ",", ";", "|", "::", "\x01", " ")  # of those that the header shows most often, the first
@@ -131,9 +131,7 @@ def open_table(
         text, before, separator = text[declared.end() :], 1, separator or declared[1]
     first = text.lstrip("\n").partition("\n")[0]
     unquoted = re.sub('"[^"]*"', "", first)
-    separator = separator or max(
-        SEPARATORS, key=lambda of: unquoted.count(of) if of != " " else unquoted.count(of) / 100
-    )
+    separator = separator or most_frequent(SEPARATORS, unquoted)
     found, header_lines = _fields(text.lstrip("\n"), separator)
     if names:
         found, header_lines = list(names), 0

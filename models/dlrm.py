@@ -94,12 +94,10 @@ class DLRM(nn.Module):
         # Under autocast the bottom MLP gives bfloat16: the vectors become that too, once for all that follows.
         flat = flat.to(dense[0].dtype) if dense else flat
         joined = join([*dense, flat])
-        if self.interaction == "cat":
-            chosen: Tensor = self.output(self.top(joined))
-            return chosen.squeeze(1)
-        vectors = joined.unflatten(1, (self.num_vectors, self.embedding_dim))
-        products = _PairwiseDots.apply(vectors, self.pairs)
-        logits: Tensor = self.output(self.top(join([*dense, products])))
+        if self.interaction == "dot":
+            vectors = joined.unflatten(1, (self.num_vectors, self.embedding_dim))
+            joined = join([*dense, _PairwiseDots.apply(vectors, self.pairs)])
+        logits: Tensor = self.output(self.top(joined))
         return logits.squeeze(1)
 
 

@@ -211,6 +211,22 @@ def test_a_kind_that_is_taken_is_refused_where_the_class_is_defined() -> None:
         optimizers.rule_of("nobody")
 
 
+def returning(name: str, result: Any) -> type[FusedOptimizer]:
+    """A rule of this kind whose update returns the result, whatever it is given."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Wrong(FusedOptimizer):
+        kind: ClassVar[str] = name
+
+        @staticmethod
+        def update(
+            grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+        ) -> tuple[Tensor, Sequence[Tensor]]:
+            return result  # type: ignore[no-any-return]
+
+    return Wrong
+
+
 @pytest.mark.parametrize(
     ("change", "states", "message"),
     [
@@ -222,18 +238,9 @@ def test_a_kind_that_is_taken_is_refused_where_the_class_is_defined() -> None:
 def test_an_update_of_other_shapes_changes_nothing(
     change: tuple[int, ...], states: list[tuple[int, ...]], message: str
 ) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Wrong(FusedOptimizer):
-        kind: ClassVar[str] = "wrong"
-
-        @staticmethod
-        def update(
-            grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
-        ) -> tuple[Tensor, Sequence[Tensor]]:
-            return torch.ones(change), [torch.ones(shape) for shape in states]
-
+    wrong = returning("wrong", (torch.ones(change), [torch.ones(shape) for shape in states]))
     weight, state = torch.zeros(3, 4), torch.zeros(3, 4)
-    hyper = torch.tensor(Wrong().hyper_values(), dtype=torch.float64)
+    hyper = torch.tensor(wrong().hyper_values(), dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         ops.update(weight, [state], torch.tensor([0, 2]), torch.ones(2, 4), hyper, "wrong")
     assert not weight.any() and not state.any()
@@ -243,17 +250,8 @@ def test_an_update_of_other_shapes_changes_nothing(
     "returned", [None, torch.ones(2, 4), (torch.ones(2, 4),), (torch.ones(2, 4), torch.ones(2, 4))]
 )
 def test_an_update_that_returns_something_else_is_named_and_changes_nothing(returned: Any) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Odd(FusedOptimizer):
-        kind: ClassVar[str] = "odd"
-
-        @staticmethod
-        def update(
-            grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
-        ) -> tuple[Tensor, Sequence[Tensor]]:
-            return returned  # type: ignore[no-any-return]
-
-    weight, hyper = torch.zeros(3, 4), torch.tensor(Odd().hyper_values(), dtype=torch.float64)
+    odd = returning("odd", returned)
+    weight, hyper = torch.zeros(3, 4), torch.tensor(odd().hyper_values(), dtype=torch.float64)
     with pytest.raises(
         TypeError, match="the update of the optimizer odd must return what is subtracted and a sequence"
     ):

@@ -18,7 +18,7 @@ from embtables.lookup.recipe import Recipe
 from embtables.lookup.store import Store
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.budget import keep_apart
-from embtables.sizes.layout import FULL, Entry, Form, Group, Layout, Slab
+from embtables.sizes.layout import FULL, Entry, Form, Group, Layout, Slab, owner_of
 
 if TYPE_CHECKING:
     from embtables.lookup.engine import Touched
@@ -54,9 +54,8 @@ class Initializer:
 
     def std_of(self, name: str) -> float:
         """The standard deviation of the outputs that a slab is for, named as its table or ``table/…``."""
-        while name not in self.own and "/" in name:
-            name = name.rpartition("/")[0]
-        return self.own.get(name, self.std)
+        owner = owner_of(name, self.own)
+        return self.std if owner is None else self.own[owner]
 
     def generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_for(self.seed, "init", name) & (2**63 - 1))

@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from embtables.formats import FP32, row_format
 from embtables.methods import Method, from_config
 from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
-from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
+from embtables.sizes.layout import FULL, Counts, Form, Group, Layout, owner_of
 from embtables.sizes.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -243,15 +243,6 @@ def _lost(given: Any, understood: Any, where: str = "") -> str | None:
 
 
 _NOTHING = object()
-
-
-def owner_of(item: str, tables: Container[str]) -> str | None:
-    """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
-    while item not in tables:
-        item, slash, _ = item.rpartition("/")
-        if not slash:
-            return None
-    return item
 
 
 def _line(name: str, table: TableConfig | None, method: str, stored: str, full: int | None, own: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal, TypeVar, get_args
@@ -262,3 +262,12 @@ def _constant(values: list[int]) -> Counts:
     array = np.array(values, dtype=np.int64)
     array.setflags(write=False)
     return array
+
+
+def owner_of(item: str, tables: Container[str]) -> str | None:
+    """The table that a slab, extra or code is named after; ``None`` for what a group shares."""
+    while item not in tables:
+        item, slash, _ = item.rpartition("/")
+        if not slash:
+            return None
+    return item

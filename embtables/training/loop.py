@@ -378,9 +378,7 @@ class Run:
             "collision_share": share_of_colliding_ids(self.tables),
             "lookup_latency_us": latency,
             "overfitting": overfitting(progress.curve, training.monitor),
-            "remarks": remarks(
-                progress.curve, training.monitor, out_of_patience=progress.epoch < (training.epochs or 0)
-            ),
+            "remarks": remarks(progress.curve, training.monitor, out_of_patience=progress.epoch < training.epochs),
             "test_scores_sha256": sha256(self.out / "test_scores.npy"),
         }
 

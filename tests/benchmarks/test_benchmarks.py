@@ -20,6 +20,7 @@ from benchmarks import bench, dlrm, frameworks, jobs, ours, report, results, riv
 from benchmarks.contestants import Built, Contestant, Skipped, sittings
 from benchmarks.targets import TARGETS
 from benchmarks.workload import CARDINALITIES, Workload, sizes
+from embtables import optimizers
 from embtables.models import DLRM
 
 
@@ -108,6 +109,10 @@ def test_contestants_do_the_same_step(work: Workload, who: str) -> None:
         tables_of.train(batch, work.grad)
     # embtables' and torch's defaults, or what benchmarks/rivals.py sets.
     rate = 0.001 if contestant.ours and contestant.optimizer.endswith("adam") else 0.01
+    if contestant.ours and "optimizer=None" not in who:
+        fused = optimizers.optimizer_from_config(contestant.optimizer)
+        assert fused is not None
+        rate = fused.lr
     after = by_hand(work, before, contestant.optimizer, (1, 2), rate)
     for number, (found, wanted, old) in enumerate(zip(tables_of.weights, after, before)):
         assert not torch.equal(wanted, old)

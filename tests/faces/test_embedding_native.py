@@ -80,6 +80,8 @@ def test_steps_are_those_of_pytorch(method: str, optimizer: str | None, monkeypa
     def run() -> tuple[dict[str, Tensor], list[Tensor]]:
         sparse = optimizer == "sparse"
         module = tables(method, None if sparse else optimizer, sparse=sparse)
+        if module.plan.optimizer is not None:
+            module.set_learning_rate(0.01)
         item, user = Embedding.of(module, "item"), Embedding.of(module, "user")
         users = EmbeddingBag.of(module, "user", "sum", include_last_offset=True)
         cities = EmbeddingBag.of(module, "city")

@@ -190,7 +190,7 @@ def test_compressed_models_resume(optimizer: str, tmp_path: Path) -> None:
     def model(seed: int) -> Model:
         torch.manual_seed(seed)
         made = Model()
-        compress_(made, "hash", "50%", optimizer=optimizer)
+        compress_(made, "hash", "50%", optimizer={"kind": optimizer, "lr": 0.01})
         assert isinstance(made.item, Embedding)
         return made
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from embtables.plan.solver import GroupPlan, Plan, owner_of
-from embtables.sizes.layout import Form, Layout
+from embtables.plan.solver import GroupPlan, Plan
+from embtables.sizes.layout import Form, Layout, owner_of
 
 
 def is_separable(g: GroupPlan) -> bool:
