@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from embtables.datasets import Batch
     from embtables.tables import EmbeddingTables
 
-__all__ = ["MLP", "bag", "bags", "check_choice", "check_positive", "first_and_rest", "join", "outputs", "pooled"]
+__all__ = [
+    "MLP",
+    "bag",
+    "bags",
+    "check_choice",
+    "check_positive",
+    "dropout_layer",
+    "first_and_rest",
+    "join",
+    "outputs",
+    "pooled",
+]
 
 
 # ---- hyperparameters -------------------------------------------------------------------------------------------------
@@ -110,8 +121,19 @@ def first_and_rest(vectors: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+def dropout_layer(name: str, rate: float) -> nn.Dropout:
+    """Dropout of a rate; ``ValueError`` naming the hyperparameter unless the rate lies in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise ValueError(f"model hyperparameter {name} must lie in [0, 1), not {rate!r}")
+    return nn.Dropout(rate)
+
+
 class MLP(nn.Module):
-    """Linear layers, each with (batch normalization,) activation (and dropout): [B, num_inputs] -> [B, units[-1]]."""
+    """Linear layers, each with (batch normalization,) activation (and dropout): [B, num_inputs] -> [B, units[-1]].
+
+    ``input_dropout`` is the rate of what the first layer sees. Together with ``dropout`` of the same rate it stands
+    before every linear layer, that of the logit included.
+    """
 
     def __init__(
         self,
@@ -120,13 +142,14 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         activation: str = "relu",
         batch_norm: bool = False,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        if isinstance(dropout, str) or not 0 <= dropout < 1:
-            raise ValueError(f"model hyperparameter dropout must lie in [0, 1), not {dropout!r}")
         if not isinstance(batch_norm, bool):
             raise ValueError(f"model hyperparameter batch_norm must be true or false, not {batch_norm!r}")
+        self.input_dropout = dropout_layer("input_dropout", input_dropout)
+        after = dropout_layer("dropout", dropout)
         layers: list[nn.Module] = []
         for num_outputs in units:
             layers.append(nn.Linear(num_inputs, num_outputs))
@@ -134,11 +157,11 @@ class MLP(nn.Module):
                 layers.append(BatchNorm(num_outputs))
             layers.append(make_activation(activation, num_outputs))
             if dropout:
-                layers.append(nn.Dropout(dropout))
+                layers.append(after)
             num_inputs = num_outputs
         self.layers = nn.Sequential(*layers)
         self.num_outputs = num_inputs
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.layers(inputs)
+        outputs: Tensor = self.layers(self.input_dropout(inputs))
         return outputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_choice, check_positive, join, pooled
+from embtables.models.blocks import MLP, check_choice, check_positive, dropout_layer, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -70,6 +70,8 @@ class DCNv2(nn.Module):
         units: hidden units of the MLP; none, with ``"stacked"``, for the crosses alone.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
+        input_dropout: dropout of what the MLP sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
@@ -93,6 +95,8 @@ class DCNv2(nn.Module):
         units: Sequence[int] = (128, 64),
         activation: str = "relu",
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -109,17 +113,18 @@ class DCNv2(nn.Module):
         if structure == "parallel" and not units:
             raise ValueError("model hyperparameter units is empty: crosses without an MLP are structure: stacked")
         self.embeddings = embeddings
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
         self.crosses = nn.ModuleList(
             CrossLayer(size, rank) if rank is None or num_experts == 1 else MixtureCrossLayer(size, rank, num_experts)
             for _ in range(num_layers)
         )
-        self.hidden = MLP(size, units, dropout, activation, batch_norm)
+        self.hidden = MLP(size, units, dropout, activation, batch_norm, input_dropout)
         self.parallel = structure == "parallel"
         self.output = nn.Linear(self.hidden.num_outputs + (size if self.parallel else 0), 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        first = crossed = join([pooled(self.embeddings, batch), batch.dense])
+        first = crossed = join([self.embedding_dropout(pooled(self.embeddings, batch)), batch.dense])
         for layer in self.crosses:
             crossed = layer(first, crossed)
         last = join([crossed, self.hidden(first)]) if self.parallel else self.hidden(crossed)

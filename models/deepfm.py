@@ -34,6 +34,8 @@ class DeepFM(Factors):
         units: hidden units of the MLP.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
+        input_dropout: dropout of what the MLP sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
@@ -53,11 +55,14 @@ class DeepFM(Factors):
         units: Sequence[int] = (128, 64),
         activation: str = "relu",
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__(embeddings, num_dense_features)
+        super().__init__(embeddings, num_dense_features, embedding_dropout)
         check_positive("units", units)
-        self.hidden = MLP(len(self.dims) * self.latent_dim + num_dense_features, units, dropout, activation, batch_norm)
+        num_inputs = len(self.dims) * self.latent_dim + num_dense_features
+        self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm, input_dropout)
         self.output = nn.Linear(self.hidden.num_outputs, 1)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtables.models.attention import TargetAttention
-from embtables.models.blocks import MLP, bag, bags, check_positive, join, outputs
+from embtables.models.blocks import MLP, bag, bags, check_positive, dropout_layer, join, outputs
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -44,6 +44,8 @@ class DIN(nn.Module):
         units: hidden units of the top MLP.
         activation: of the top MLP; the same choice.
         dropout: dropout after every hidden layer of the top MLP.
+        input_dropout: dropout of what the top MLP sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         batch_norm: batch normalization before every activation of the top MLP.
 
     Raises:
@@ -71,6 +73,8 @@ class DIN(nn.Module):
         units: Sequence[int] = (200, 80),
         activation: str = "dice",
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -97,13 +101,15 @@ class DIN(nn.Module):
         if num_inputs == 0:
             raise ValueError("DIN needs at least one embedding or dense feature")
         self.embeddings = embeddings
-        self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm)
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
+        self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm, input_dropout)
         self.output = nn.Linear(self.hidden.num_outputs, 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
         ids, offsets = bags(batch, self.embeddings.feature_names)
-        vectors = self.embeddings.lookup(ids, offsets, pooling=self.unpooled)
+        found = self.embeddings.lookup(ids, offsets, pooling=self.unpooled)
+        vectors = {name: self.embedding_dropout(vector) for name, vector in found.items()}
         interests = [
             self._interest(attention, pair, vectors, batch) for attention, pair in zip(self.attention, self.pairs)
         ]

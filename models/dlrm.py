@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_choice, check_positive, join, pooled
+from embtables.models.blocks import MLP, check_choice, check_positive, dropout_layer, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -33,6 +33,8 @@ class DLRM(nn.Module):
         bottom_units: hidden units of the bottom MLP, whose last layer, of size D, is added.
         top_units: hidden units of the top MLP, whose last layer, of size 1, is added.
         dropout: dropout after every hidden layer of the top MLP.
+        input_dropout: dropout of what the top MLP sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         interaction: ``"dot"`` or ``"cat"``.
         batch_norm: batch normalization before every activation of the top MLP.
 
@@ -53,6 +55,8 @@ class DLRM(nn.Module):
         bottom_units: Sequence[int] = (64, 32),
         top_units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         interaction: str = "dot",
         batch_norm: bool = False,
     ) -> None:
@@ -68,6 +72,7 @@ class DLRM(nn.Module):
                 "give the tables one embedding_dim or use --model mlp"
             )
         self.embeddings = embeddings
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
         self.embedding_dim = dims[0] if dims else 0
         self.num_vectors = len(dims) + (num_dense_features > 0)
         if not dims or self.num_vectors < 2:
@@ -81,7 +86,7 @@ class DLRM(nn.Module):
         num_inputs = num_pairs + (self.embedding_dim if self.bottom else 0)
         if interaction == "cat":
             num_inputs = self.num_vectors * self.embedding_dim
-        self.top = MLP(num_inputs, top_units, dropout, batch_norm=batch_norm)
+        self.top = MLP(num_inputs, top_units, dropout, batch_norm=batch_norm, input_dropout=input_dropout)
         self.output = nn.Linear(self.top.num_outputs, 1)
         self.pairs: Tensor
         rows, columns = torch.tril_indices(self.num_vectors, self.num_vectors, offset=-1)
@@ -89,7 +94,7 @@ class DLRM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        flat = pooled(self.embeddings, batch)
+        flat = self.embedding_dropout(pooled(self.embeddings, batch))
         dense = [self.bottom(batch.dense)] if self.bottom is not None else []
         # Under autocast the bottom MLP gives bfloat16: the vectors become that too, once for all that follows.
         flat = flat.to(dense[0].dtype) if dense else flat

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from embtables.models.blocks import first_and_rest, pooled
+from embtables.models.blocks import dropout_layer, first_and_rest, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -23,7 +23,7 @@ class Factors(nn.Module):
     Dense features have a w and a v each, which are the model's.
     """
 
-    def __init__(self, embeddings: EmbeddingTables, num_dense_features: int) -> None:
+    def __init__(self, embeddings: EmbeddingTables, num_dense_features: int, embedding_dropout: float = 0.0) -> None:
         super().__init__()
         name = type(self).__name__
         self.dims = list(embeddings.embedding_dims)
@@ -41,6 +41,7 @@ class Factors(nn.Module):
                 "2 at least, not 1"
             )
         self.embeddings = embeddings
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
         self.latent_dim = self.dims[0] - 1
         self.dense_weight = nn.Linear(num_dense_features, 1, bias=False) if num_dense_features else None
         self.dense_latent = (
@@ -51,7 +52,7 @@ class Factors(nn.Module):
 
     def looked_up(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The first-order weights [B, F] and the latent vectors [B, F·(D − 1)] of the ids."""
-        return first_and_rest(pooled(self.embeddings, batch), self.dims)
+        return first_and_rest(self.embedding_dropout(pooled(self.embeddings, batch)), self.dims)
 
     def factorized(self, weights: Tensor, latent: Tensor, dense: Tensor) -> Tensor:
         """Σ_j w_j·x_j + Σ_{i<j} ⟨v_i, v_j⟩·x_i·x_j, [B]: x is 1 for an id, and the value of a dense feature."""
@@ -74,9 +75,10 @@ class FM(Factors):
     Args:
         embeddings: the tables; all their ``embedding_dims`` must be equal, and 2 at least.
         num_dense_features: columns of ``batch.dense``; may be 0.
+        embedding_dropout: dropout of the vectors as they leave the tables.
 
     Raises:
-        ValueError: vectors of different sizes or of size 1; no embeddings.
+        ValueError: vectors of different sizes or of size 1; no embeddings; a rate outside [0, 1).
 
     Example::
 
@@ -84,8 +86,8 @@ class FM(Factors):
         logits = model(batch)  # [B]
     """
 
-    def __init__(self, embeddings: EmbeddingTables, num_dense_features: int) -> None:
-        super().__init__(embeddings, num_dense_features)
+    def __init__(self, embeddings: EmbeddingTables, num_dense_features: int, *, embedding_dropout: float = 0.0) -> None:
+        super().__init__(embeddings, num_dense_features, embedding_dropout)
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch: Batch) -> Tensor:

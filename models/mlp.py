@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from embtables.models.blocks import MLP as Layers
-from embtables.models.blocks import check_positive, join, pooled
+from embtables.models.blocks import check_positive, dropout_layer, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -25,6 +25,8 @@ class MLP(nn.Module):
         num_dense_features: columns of ``batch.dense``; may be 0.
         units: hidden units.
         dropout: dropout after every hidden layer.
+        input_dropout: dropout of what the first layer sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         batch_norm: batch normalization before every activation.
 
@@ -44,6 +46,8 @@ class MLP(nn.Module):
         *,
         units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         activation: str = "relu",
         batch_norm: bool = False,
     ) -> None:
@@ -53,11 +57,12 @@ class MLP(nn.Module):
         if num_inputs == 0:
             raise ValueError("MLP needs at least one embedding or dense feature")
         self.embeddings = embeddings
-        self.hidden = Layers(num_inputs, units, dropout, activation, batch_norm)
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
+        self.hidden = Layers(num_inputs, units, dropout, activation, batch_norm, input_dropout)
         self.output = nn.Linear(self.hidden.num_outputs, 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        inputs = join([pooled(self.embeddings, batch), batch.dense])
+        inputs = join([self.embedding_dropout(pooled(self.embeddings, batch)), batch.dense])
         logits: Tensor = self.output(self.hidden(inputs))
         return logits.squeeze(1)

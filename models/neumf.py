@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_choice, check_positive, join, outputs, pooled
+from embtables.models.blocks import MLP, check_choice, check_positive, dropout_layer, join, outputs, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -36,6 +36,8 @@ class NeuMF(nn.Module):
         units: hidden units of the MLP.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
+        input_dropout: dropout of what the MLP sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
@@ -60,6 +62,8 @@ class NeuMF(nn.Module):
         units: Sequence[int] = (32, 16, 8),
         activation: str = "relu",
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -89,15 +93,16 @@ class NeuMF(nn.Module):
             )
         self.gmf_dim = _gmf_dim(structure, gmf_dim, self.user, self.item, dims)
         self.embeddings = embeddings
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
         self.hidden = None
         if structure != "gmf":
             num_inputs = sum(dims.values()) - 2 * self.gmf_dim + num_dense_features
-            self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm)
+            self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm, input_dropout)
         self.output = nn.Linear(self.gmf_dim + (self.hidden.num_outputs if self.hidden else 0), 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        parts = pooled(self.embeddings, batch).split(self.embeddings.embedding_dims, dim=1)
+        parts = self.embedding_dropout(pooled(self.embeddings, batch)).split(self.embeddings.embedding_dims, dim=1)
         vectors = dict(zip(self.embeddings.output_names, parts))
         user, item = vectors.pop(self.user), vectors.pop(self.item)
         last = [user[:, : self.gmf_dim] * item[:, : self.gmf_dim]]

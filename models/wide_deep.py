@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_positive, first_and_rest, join, pooled
+from embtables.models.blocks import MLP, check_positive, dropout_layer, first_and_rest, join, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -31,6 +31,8 @@ class WideDeep(nn.Module):
         units: hidden units of the MLP.
         activation: ``"relu"``, ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         dropout: dropout after every hidden layer of the MLP.
+        input_dropout: dropout of what the MLP sees.
+        embedding_dropout: dropout of the vectors as they leave the tables.
         batch_norm: batch normalization before every activation of the MLP.
 
     Raises:
@@ -50,6 +52,8 @@ class WideDeep(nn.Module):
         units: Sequence[int] = (128, 64),
         activation: str = "relu",
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -64,12 +68,13 @@ class WideDeep(nn.Module):
                 "deep one: give some table an embedding_dim of 2 or more"
             )
         self.embeddings = embeddings
+        self.embedding_dropout = dropout_layer("embedding_dropout", embedding_dropout)
         self.dense_weight = nn.Linear(num_dense_features, 1, bias=False) if num_dense_features else None
-        self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm)
+        self.hidden = MLP(num_inputs, units, dropout, activation, batch_norm, input_dropout)
         self.output = nn.Linear(self.hidden.num_outputs, 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
-        weights, vectors = first_and_rest(pooled(self.embeddings, batch), self.dims)
+        weights, vectors = first_and_rest(self.embedding_dropout(pooled(self.embeddings, batch)), self.dims)
         logits: Tensor = self.output(self.hidden(join([vectors, batch.dense]))).squeeze(1) + weights.sum(1)
         return logits if self.dense_weight is None else logits + self.dense_weight(batch.dense).squeeze(1)

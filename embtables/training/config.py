@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -25,6 +25,7 @@ from pydantic import (
 from embtables._util.reading import NotYaml, parse_yaml, read_yaml
 from embtables.models import find_model
 from embtables.optimizers import kinds, optimizer_from_config
+from embtables.training.initialization import INITIALIZATIONS
 from embtables.training.presets import preset_named
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 Bytes = StrictInt | StrictFloat | StrictStr
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 TORCH_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 """The optimizers of ordinary parameters."""
@@ -62,6 +64,17 @@ class ModelConfig(_Section):
         default="dlrm", description="dlrm, mlp, din, dcnv2, deepfm, wide_deep, neumf, fm, lr or package.module:Class"
     )
     hyperparameters: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of its constructor")
+    initialization: str | None = Field(
+        default=None,
+        description=f"of all linear layers, with biases of 0: {', '.join(INITIALIZATIONS)}; null: the model's own",
+    )
+
+    @field_validator("initialization")
+    @classmethod
+    def _known_initialization(cls, name: str | None) -> str | None:
+        if name is not None and name not in INITIALIZATIONS:
+            raise ValueError(f"choose one of {', '.join(INITIALIZATIONS)}")
+        return name
 
 
 class TablesConfig(_Section):
@@ -138,7 +151,10 @@ class DenseConfig(_Section):
 
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     learning_rate: float = Field(default=0.001, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay: Rate | dict[StrictStr, Rate] = Field(
+        default=0.0,
+        description='added to the gradient; or by name, {"crosses.*": 1e-4}',
+    )
 
 
 class TrainingConfig(_Section):
@@ -360,6 +376,7 @@ def _sentence(error: ValidationError) -> str:
             "tables.training_budget": 'must be bytes such as 67108864 or "64MB", or a share such as 0.1 or "10%"',
             "tables.method": "must be a method's kind, {kind: …, options}, or {table-name pattern: either of these}",
             "tables.optimizer": "must be an optimizer's kind, or {kind: …, fields}",
+            "dense.weight_decay": "must be a number of at least 0, or {parameter-name pattern: such a number}",
         }.get(name, message)
     got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", not {problem['input']!r}"
     return f"{name}: {message}{got}"

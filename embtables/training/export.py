@@ -51,9 +51,9 @@ class Served:
 
 
 class _Description(BaseModel):
-    """What model.json must hold; further entries are allowed."""
+    """What model.json must hold; further entries are passed over."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(strict=True)
 
     model: str
     hyperparameters: dict[str, Any]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fnmatch
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ class Optimization:
         self.config, self.fused = config, tables
         of_tables = list(tables.parameters())
         ours = {id(parameter) for parameter in of_tables}
-        of_rest = [parameter for parameter in model.parameters() if id(parameter) not in ours]
-        self.parameters = [*of_tables, *of_rest]
+        of_rest = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
+        self.parameters = [*of_tables, *of_rest.values()]
         self.tables = self._of_tables(of_tables) if of_tables else None
         dense = config.dense
         self.dense = (
-            _optimizer(dense.optimizer, of_rest, lr=dense.learning_rate, weight_decay=dense.weight_decay)
+            _optimizer(dense.optimizer, _groups(of_rest, dense.weight_decay), lr=dense.learning_rate)
             if of_rest
             else None
         )
@@ -46,7 +47,8 @@ class Optimization:
             return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
         if tables.sparse_gradients:
             return TORCH_OPTIMIZERS[tables.optimizer_kind](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
-        return _optimizer(tables.optimizer_kind, parameters, lr=tables.learning_rate, weight_decay=tables.l2)
+        groups = [{"params": parameters, "weight_decay": tables.l2}]
+        return _optimizer(tables.optimizer_kind, groups, lr=tables.learning_rate)
 
     def _each(self) -> list[torch.optim.Optimizer]:
         return [optimizer for optimizer in (self.dense, self.tables) if optimizer is not None]
@@ -101,12 +103,32 @@ class Optimization:
         self._set_rates(*state["learning_rates"])
 
 
-def _optimizer(name: str, parameters: list[nn.Parameter], **options: float) -> torch.optim.Optimizer:
+def _groups(parameters: Mapping[str, nn.Parameter], weight_decay: float | Mapping[str, float]) -> list[dict[str, Any]]:
+    """The parameters by their weight decay: where patterns say it, that of the first that fits a name, else none.
+
+    Raises:
+        ValueError: a pattern that fits no parameter.
+    """
+    if not isinstance(weight_decay, Mapping):
+        return [{"params": list(parameters.values()), "weight_decay": weight_decay}]
+    for pattern in weight_decay:
+        if not fnmatch.filter(parameters, pattern):
+            raise ValueError(
+                f"dense.weight_decay: no parameter is named as {pattern!r}; there is {', '.join(parameters)}"
+            )
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = next((decay for pattern, decay in weight_decay.items() if fnmatch.fnmatchcase(name, pattern)), 0.0)
+        groups.setdefault(decay, []).append(parameter)
+    return [{"params": members, "weight_decay": decay} for decay, members in groups.items()]
+
+
+def _optimizer(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     """The optimizer of dense gradients, in one pass over each parameter where torch can do it so."""
     devices = {"cpu"} if name == "adagrad" else {"cpu", "cuda"}
-    fused = all(p.is_floating_point() and p.device.type in devices for p in parameters)
+    fused = all(p.is_floating_point() and p.device.type in devices for group in groups for p in group["params"])
     # ``None`` is torch's own choice among the others.
-    return TORCH_OPTIMIZERS[name](parameters, fused=fused or None, **options)
+    return TORCH_OPTIMIZERS[name](groups, lr=lr, fused=fused or None)
 
 
 @torch.no_grad()

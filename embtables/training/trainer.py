@@ -44,6 +44,7 @@ from embtables.training.checkpoint import check_identity
 from embtables.training.compilation import check_compiler
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
+from embtables.training.initialization import initialize
 from embtables.training.loop import CHECKPOINT, Run
 from embtables.training.planning import labels, plan_tables, selected
 
@@ -115,6 +116,7 @@ class Trainer:
             )
             settings = self.config.model
             model = build_model(settings.name, tables, len(self.data.dense_features), settings.hyperparameters)
+            initialize(model, settings.initialization)
             model.to(self.device)
             self.out.mkdir(parents=True, exist_ok=True)
             with locked(self.out):

@@ -256,6 +256,41 @@ def test_mlp_with_its_options(activation, batch_norm):
     np.testing.assert_allclose(array(model(batch)), (x @ weight.T + bias)[:, 0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mlp", "dlrm", "din", "dcnv2", "deepfm", "wide_deep", "neumf", "fm"])
+def test_dropout_of_vectors_and_of_what_the_mlp_sees(name):
+    """Which tensors are dropped is seen from outside; without training nothing is."""
+    tables, batch = make_tables(COLUMNS), make_batch(COLUMNS, num_dense=2)
+    rates = {"embedding_dropout": 0.75} if name == "fm" else {"embedding_dropout": 0.75, "input_dropout": 0.5}
+    torch.manual_seed(0)
+    plain = build_model(name, tables, 2, {}).eval()
+    torch.manual_seed(0)
+    model = build_model(name, tables, 2, rates).eval()
+    assert torch.equal(model(batch), plain(batch))
+    seen: dict[str, list[torch.Tensor]] = {}
+    for of, module in model.named_modules():
+        if of.endswith("_dropout"):
+            module.register_forward_hook(lambda _, given, out, of=of: seen.setdefault(of, []).extend([*given, out]))
+    first_layer = next((m for n, m in model.named_modules() if n in ("hidden.layers.0", "top.layers.0")), None)
+    if first_layer is not None:
+        first_layer.register_forward_hook(lambda _, given, out: seen.setdefault("first_layer", []).extend(given))
+    model(batch)
+    drops = {of for of in seen if of.endswith("_dropout")}
+    assert {of.rpartition(".")[2] for of in drops} >= set(rates)
+    # All vectors as they leave the tables pass the one, each of them once.
+    whole = torch.cat(seen["embedding_dropout"][::2], dim=1)
+    assert torch.equal(whole, pooled(tables, batch).detach())
+    model.train()
+    seen.clear()
+    model(batch)
+    given, out = (torch.cat(seen["embedding_dropout"][k::2], dim=1) for k in (0, 1))
+    assert set((out / given).unique().tolist()) == {0, 4}
+    if first_layer is not None:
+        (of,) = (of for of in seen if of in ("hidden.input_dropout", "top.input_dropout"))
+        given, out = seen[of]
+        assert torch.equal(out, seen["first_layer"][0]) and (out == 2 * given).logical_or(out == 0).all()
+        assert (out[given != 0] == 0).any()
+
+
 def test_state_dict_keys_of_served_models_stay():
     keys = ["hidden.layers.0", "hidden.layers.2", "output"]
     found = [key for key in MLP(make_tables(COLUMNS), 0).state_dict() if not key.startswith("embeddings.")]
@@ -320,6 +355,9 @@ def test_pooled_is_the_mean_of_each_list():
         ("dcnv2", 8, 0, {"units": []}, "units is empty: crosses without an MLP are structure: stacked"),
         ("dcnv2", 8, 0, {"dropout": -0.1}, "dropout must lie in"),
         ("mlp", 8, 0, {"dropout": "1e-1"}, "dropout must lie in"),
+        ("dlrm", 8, 0, {"input_dropout": 1.0}, "input_dropout must lie in"),
+        ("din", 8, 0, {"input_dropout": float("nan")}, "input_dropout must lie in"),
+        ("fm", 8, 0, {"embedding_dropout": True}, "embedding_dropout must lie in"),
         ("mlp", 8, 0, {"batch_norm": "off "}, "batch_norm must be true or false, not 'off '"),
         ("fm", 1, 0, {}, "FM takes a first-order weight and a latent vector from each embedding"),
         ("lr", 8, 0, {}, "LR has one weight for each id, so embedding_dim must be 1, not user=8, item=8"),

@@ -207,13 +207,15 @@ def test_clipping_is_torchs(sparse, most):
     assert unused.grad is None
 
 
-def by_hand(config, data, *, clip=None, l2=0.0):
+def by_hand(config, data, *, clip=None, l2=0.0, start=lambda model: None, of_rest_l2=lambda name: 0.0):
     """The training of an MLP over tables that are ordinary parameters, written out with torch alone."""
     training = config.training
     torch.manual_seed(training.seed)
     tables = EmbeddingTables(plan_tables(config, data), seed=training.seed, std=config.tables.init_std)
     model = MLP(tables, len(data.dense_features), **config.model.hyperparameters)
+    start(model)
     of_tables = list(tables.parameters())
+    decays = {p: of_rest_l2(n) for n, p in model.named_parameters() if not n.startswith("embeddings.")}
     of_rest = [p for n, p in model.named_parameters() if not n.startswith("embeddings.")]
     optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.dense.optimizer](
         [
@@ -225,11 +227,45 @@ def by_hand(config, data, *, clip=None, l2=0.0):
         for batch in data.batches("train", training.batch_size, seed=training.seed, epoch=epoch):
             optimizer.zero_grad()
             loss = nn.functional.binary_cross_entropy_with_logits(model(batch), batch.labels)
+            loss = loss + sum(decay / 2 * p.square().sum() for p, decay in decays.items())
             (loss + l2 / 2 * sum(p.square().sum() for p in of_tables)).backward()
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
     return model.state_dict()
+
+
+def test_weight_decay_by_name_and_initialization_by_name_are_those_of_a_loop_by_hand(toy, tmp_path):
+    overrides = ["model.name=mlp", "tables.fused=false", "tables.learning_rate=1.0", "dense.learning_rate=1.0"]
+    overrides += ["tables.optimizer=sgd", "dense.optimizer=sgd", "model.initialization=xavier_normal"]
+    config = config_of(*overrides, "dense.weight_decay={output.*: 0, hidden*.weight: 0.1, '*': 0.02}")
+    Trainer(config, toy, tmp_path / "run").run()
+
+    def xavier(model):
+        """Glorot & Bengio: a variance of 2 / (inputs + outputs)."""
+        for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            numbers = torch.empty_like(layer.weight).normal_(0, (2 / sum(layer.weight.shape)) ** 0.5)
+            layer.weight.data.copy_(numbers)
+            layer.bias.data.zero_()
+
+    def decay(name):
+        return 0.0 if name.startswith("output.") else 0.1 if name.endswith(".weight") else 0.02
+
+    wanted = by_hand(config, toy, start=xavier, of_rest_l2=decay)
+    assert_weights(weights_of(tmp_path / "run"), wanted, rtol=1e-4, atol=1e-6)
+    for other in (by_hand(config, toy, of_rest_l2=decay), by_hand(config, toy, start=xavier)):
+        assert not torch.allclose(other["hidden.layers.0.weight"], wanted["hidden.layers.0.weight"], atol=1e-3)
+
+
+def test_unknown_names_of_parameters_and_initializations_are_refused(toy, tmp_path):
+    config = config_of("model.name=mlp", "dense.weight_decay={crosses.*: 0.1}")
+    with pytest.raises(ValueError, match=r"^dense.weight_decay: no parameter is named as 'crosses.\*'; there is h"):
+        Trainer(config, toy, tmp_path / "run").run()
+    with pytest.raises(ValueError, match="^model.initialization: choose one of xavier_normal, .*, not 'xavier'$"):
+        config_of("model.initialization=xavier")
+    for wrong in ("-1", "{a: -1}", "{a: word}", "word"):
+        with pytest.raises(ValueError, match="^dense.weight_decay: "):
+            config_of(f"dense.weight_decay={wrong}")
 
 
 def test_a_clipped_run_is_that_of_a_loop_by_hand(toy, tmp_path):
