@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embtables._util.files import followed, replacing
+from embtables.formats import DTYPES, FP32
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.recipe import Coded, Listed
 from embtables.lookup.recipe_block import RecipeBlock
@@ -23,6 +25,7 @@ from embtables.lookup.weights import Weights
 from embtables.plan.solver import CHECKSUM, Plan
 
 _KEY = "embtables"
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> None:
@@ -120,7 +123,7 @@ def _checksum(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _check_sizes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` unless the tensors are those of the plan's served form, before anything is allocated.
 
-    Weights of half precision, which the tables had when they were saved, are taken for those of the plan.
+    Weights may be of another precision than the plan's, which the tables had when they were saved.
     """
     wanted = Weights([g.layout.serving for g in plan.groups], as_parameters=False, device="meta").stored()
     if set(tensors) != set(wanted):
@@ -130,12 +133,18 @@ def _check_sizes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in tensors.items():
         plans = wanted[name]
-        same = tensor.dtype == plans.dtype or (tensor.is_floating_point() and plans.is_floating_point())
+        same = tensor.dtype == plans.dtype or (plans.is_floating_point() and tensor.dtype in _PRECISIONS)
         if not same or tensor.shape != plans.shape:
             raise ValueError(
                 f"its tensor '{name}' holds {tensor.dtype} of shape {tuple(tensor.shape)}, "
                 f"but its plan says {plans.dtype} of shape {tuple(plans.shape)}"
             )
+
+
+def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of a file's weights and other numbers that are no codes; where they differ, one that holds them all."""
+    of_weights = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    return functools.reduce(torch.promote_types, of_weights, of_weights[0]) if of_weights else DTYPES[FP32.dtype]
 
 
 def check_codes(blocks: Sequence[BlockLookup], tensors: Mapping[str, Tensor]) -> None:

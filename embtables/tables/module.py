@@ -14,7 +14,7 @@ from embtables.plan.solver import Plan
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
-from embtables.tables.files import check_codes, reading_file, write_file
+from embtables.tables.files import check_codes, precision, reading_file, write_file
 from embtables.tables.initialize import initialize
 from embtables.tables.looking_up import TableLookup
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
@@ -132,6 +132,7 @@ class EmbeddingTables(TableLookup):
         if self.served or all(g.layout.serving == g.layout.training for g in self.plan.groups):
             return self
         served = self._empty_served(self.plan, self.store.device)
+        served.to(precision(self.store.stored()))
         for g in self.plan.groups:
             g.method.serve(g.layout, g.group, self.store, served.store)
         return served.train(self.training)
@@ -153,7 +154,11 @@ class EmbeddingTables(TableLookup):
         return tables
 
     def save(self, path: Path | str) -> None:
-        """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside."""
+        """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside.
+
+        Weights keep the precision that they have: after ``half()`` the file takes half of that, and ``load`` gives
+        tables of half precision.
+        """
         write_file(path, self.serve().store.stored(), self.plan)
 
     @classmethod
@@ -168,6 +173,7 @@ class EmbeddingTables(TableLookup):
         with reading_file(path) as (plan, tensors):
             tables = cls._empty_served(plan, device)
             check_codes(tables.lookups.blocks, tensors)
+            tables.to(precision(tensors))
             tables.store.load_state_dict(tensors)
         return tables.eval()
 

@@ -377,6 +377,21 @@ def test_copies_and_moves_keep_every_vector(method: str, budget: str | None) -> 
     assert torch.equal(torch.nn.Sequential(tables)(ids), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("method", "budget"), BUDGETS)
+def test_a_saved_file_keeps_the_precision_of_the_tables(
+    tmp_path: Path, method: str, budget: str | None, dtype: torch.dtype
+) -> None:
+    tables = build([TableConfig("a", 200, 8, padding_idx=0), TableConfig("b", 100, 4)], method, budget).to(dtype)
+    ids, path = random_ids(tables, 64), tmp_path / "tables.safetensors"
+    tables.save(path)
+    loaded, vectors = EmbeddingTables.load(path), tables.eval().serve()(ids)
+    assert loaded(ids).dtype == vectors.dtype == dtype and torch.equal(loaded(ids), vectors)
+    assert loaded.memory().inference_bytes == sum(t.nbytes for t in loaded.store.stored().values())
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert path.stat().st_size == 8 + length + loaded.memory().inference_bytes
+
+
 @pytest.mark.parametrize(("method", "budget"), BUDGETS)
 def test_a_saved_file_holds_the_inference_bytes_and_loads_to_the_same_vectors(
     tmp_path: Path, method: str, budget: str | None
