@@ -180,6 +180,34 @@ def test_initial_scale_is_that_of_the_replaced_weight() -> None:
     assert 0 < zeros["a"].to_dense().abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("method", ["unified", "robe", "hash", "full", "pruned"])
+def test_the_report_says_whose_first_vectors_are_larger_or_smaller(method: str) -> None:
+    def fresh() -> nn.ModuleDict:
+        model = nn.ModuleDict({"a": nn.Embedding(20_000, 8), "b": nn.Embedding(20_000, 8)})
+        with torch.no_grad():
+            for name, scale in (("a", 1e-2), ("b", 1.0)):
+                model[name].weight.copy_(scale * model[name].weight.sign())
+        return model
+
+    def spread(model: nn.Module, name: str) -> float:
+        return float(model[name].to_dense().square().mean().sqrt())
+
+    model = fresh()
+    report = compress_(model, method, None if method == "full" else "20%")
+    for table in report.tables:
+        assert table.std_before == pytest.approx({"a": 1e-2, "b": 1.0}[table.name])
+        if method != "pruned":  # of which the small weights are gone
+            assert table.std_after == pytest.approx(spread(model, table.name), rel=0.05)
+    shares = method in ("unified", "robe")
+    assert [table.name for table in report.rescaled] == (["a", "b"] if shares else [])
+    told = "first vectors of another standard deviation than the old weights had: a 0.01 → 0.707; b 1 → 0.707"
+    assert (told in str(report)) == shares
+    # What the docstring names as the cure.
+    apart = fresh()
+    assert not compress_(apart, {"a": method, "b": method}, None if method == "full" else "20%").rescaled
+    assert spread(apart, "b") > 50 * spread(apart, "a")
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_sparse_carries_over(sparse: bool) -> None:
     model = Model(sparse=sparse)

@@ -14,7 +14,8 @@ class SwappedTable:
     """A table: its qualified name, further names of the modules that share it, the shape, how it is stored, bytes.
 
     ``bytes_after`` are those of its own storage; what tables share is in ``Compression.shared_bytes``. ``kept`` says
-    whether it goes on with the trained weights, or starts anew.
+    whether it goes on with the trained weights, or starts anew. ``std_before`` and ``std_after`` are the standard
+    deviations of its old weights and of its first vectors; ``None`` where the old weights are on the meta device.
     """
 
     name: str
@@ -26,6 +27,8 @@ class SwappedTable:
     bytes_before: int
     bytes_after: int
     kept: bool
+    std_before: float | None = None
+    std_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class Compression:
     def anew(self) -> list[str]:
         """Tables that start anew, since their method has no place for trained weights."""
         return [table.name for table in self.tables if not table.kept]
+
+    @property
+    def rescaled(self) -> list[SwappedTable]:
+        """Tables whose first vectors are larger or smaller than their old weights by more than a tenth."""
+        scales = ((table, table.std_before, table.std_after) for table in self.tables)
+        return [table for table, old, new in scales if old and new and not 1 / 1.1 <= new / old <= 1.1]
 
     @property
     def bytes_before(self) -> int:
@@ -103,6 +112,11 @@ class Compression:
         if self.anew:
             few = ", ".join(self.anew[:3]) + (f" and {len(self.anew) - 3} more" if len(self.anew) > 3 else "")
             lines.append(f"starting anew, so train them: {few}")
+        if self.rescaled:
+            changes = "; ".join(
+                f"{table.name} {table.std_before:.3g} → {table.std_after:.3g}" for table in self.rescaled
+            )
+            lines.append(f"first vectors of another standard deviation than the old weights had: {changes}")
         if self.copies:
             pairs = ", ".join(f"{copy} of {first}" for copy, first in self.copies.items())
             lines.append(f"copies until now, whose rows no longer fit each other, so copy after compress_: {pairs}")

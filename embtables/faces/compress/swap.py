@@ -55,7 +55,9 @@ def compress_(
     shares no storage with other modules. What cannot be honored is left alone, and the report says why.
 
     Tables kept in full, and ``pruned`` ones, go on with the weights they have; others start anew, with the standard
-    deviation of the weights that they replace. ``padding_idx`` and ``sparse`` carry over.
+    deviation of the weights that they replace. Tables that share one storage, as those of ``unified`` and ``robe`` do,
+    start with that of their weights together, and the report names those whose scale that changes: a pattern of
+    ``method`` for each of them gives them storages of their own. ``padding_idx`` and ``sparse`` carry over.
 
     Args:
         model: any module that contains tables.
@@ -181,11 +183,15 @@ def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
 
 
 class _Built(NamedTuple):
-    """New modules for old ones, by the old one's id; what optimizers exchange; names of the tables that were kept."""
+    """New modules for old ones, by the old one's id; what optimizers exchange; names of the tables that were kept.
+
+    ``scales`` has for every table the standard deviation of its vectors as they were, and as they start.
+    """
 
     modules: dict[int, nn.Module]
     swaps: list[Swap]
     kept: set[str]
+    scales: dict[str, tuple[float, float]]
 
 
 def _check_devices(units: Sequence[Unit], std: float | None) -> None:
@@ -198,7 +204,7 @@ def _check_devices(units: Sequence[Unit], std: float | None) -> None:
 
 
 def _build(units: Sequence[Unit], solved: Plan, sparse: bool | None, std: float | None, seed: int) -> _Built:
-    built = _Built({}, [], set())
+    built = _Built({}, [], set(), {})
     by_name = {unit.configs[0].name: unit for unit in units if unit.collection is None}
     for names in cut(solved):
         members = [by_name[name] for name in names if name in by_name]
@@ -239,11 +245,12 @@ def _new_tables(
             f"'{names[0]}' and others would share storage, but are on different devices "
             f"({', '.join(sorted(map(str, devices)))}): give those of each device a pattern of method of their own"
         )
+    std = _spread(weights, paddings) if std is None else std
     tables = EmbeddingTables(
         plan,
         seed=seed,
         device=weights[0].device,
-        std=_spread(weights, paddings) if std is None else std,
+        std=std,
         sparse=_is_sparse(units, names) if sparse is None and plan.optimizer is None else bool(sparse),
     )
     in_model = dict(zip((table.name for table in plan.tables), names))
@@ -254,6 +261,9 @@ def _new_tables(
             with torch.no_grad():
                 kept = g.method.keep(g.layout, g.group, tables.store, own)
             built.kept.update(in_model[name] for name in kept)
+        for name, weight, padding in zip(names, weights, paddings):
+            before = _spread([weight], [padding])
+            built.scales[name] = (before, before if name in built.kept else std)
     new = list(tables.parameters())
     built.swaps.append(Swap(list(names), weights, new, _rows(tables, weights, new), _gradients(tables)))
     return tables
@@ -385,6 +395,7 @@ def _tables(units: Sequence[Unit], solved: Plan, built: _Built) -> list[SwappedT
                     weight.numel() * weight.element_size(),
                     line["inference_bytes"],
                     config.name in built.kept,
+                    *built.scales.get(config.name, (None, None)),
                 )
             )
     return shown
