@@ -28,7 +28,8 @@ class MultiHash(Method):
     Args:
         num_hashes: k.
         operation: ``"sum"``, ``"mean"`` or ``"concat"``.
-        signs: whether each lookup has a random sign, as in a count sketch (sum and mean).
+        signs: whether each lookup has a random sign, as in a count sketch (sum and mean). What other ids put into a row
+            then cancels on average, and so does what all ids have in common: models without biases lose by it.
 
     Serrà & Karatzoglou, "Getting Deep Recommenders Fit", RecSys 2017; with signs Charikar et al., "Finding Frequent
     Items in Data Streams", 2002.
