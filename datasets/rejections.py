@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,6 +11,14 @@ import polars as pl
 DEFAULT_LIMIT = 0.01
 PATIENCE = 10_000
 """After this many rows the share of malformed rows is checked while reading; it is always checked at the end."""
+
+Values = pl.Series | pl.DataFrame
+
+
+def _first(values: Values) -> Any:
+    """What stands in the first row; of several columns a tuple."""
+    row = values.to_frame().row(0) if isinstance(values, pl.Series) else values.row(0)
+    return row if len(row) > 1 else row[0]
 
 
 class Rejections:
@@ -32,7 +40,7 @@ class Rejections:
         self.hints: dict[str, str] = {}  # what would be well-formed, by reason
         self.skipped: dict[str, int] = {}  # lines that are no rows, by what they are
 
-    def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str], values: pl.Series | None = None) -> None:
+    def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str], values: Values | None = None) -> None:
         """Counts the rows with these numbers; ``place`` turns a number into words, e.g. "train.txt:17".
 
         Args:
@@ -42,8 +50,8 @@ class Rejections:
             self.counts[reason] = self.counts.get(reason, 0) + len(rows)
             if reason not in self.first:
                 self.first[reason] = place(int(rows[0]))
-                if values is not None and values[0] is not None:
-                    self.values[reason] = repr(values[0])[:80]
+                if values is not None and (value := _first(values)) is not None:
+                    self.values[reason] = repr(value)[:80]
 
     def skip(self, what: str, lines: int) -> None:
         """Counts lines that were taken for rows and are none, such as a header that is repeated."""
@@ -66,12 +74,12 @@ class Rejections:
         faults: Mapping[str, pl.Series],
         rows: np.ndarray,
         place: Callable[[int], str],
-        values: Mapping[str, pl.Series] = MappingProxyType({}),
+        values: Mapping[str, Values],
     ) -> np.ndarray:
         """Which of the rows have none of the faults (bool); a row counts once, under its first fault.
 
         Args:
-            values: by reason, the column whose value is malformed.
+            values: by reason, the column whose value is malformed, or all those of which one is.
         """
         good = np.ones(len(rows), bool)
         for reason, fault in faults.items():

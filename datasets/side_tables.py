@@ -41,11 +41,13 @@ def read_side(
     """
     rejections = Rejections(limit)
     faults = {"no id": side.key.is_null(), **side.faults}
+    read = {reason: list(dict.fromkeys(fault.meta.root_names())) for reason, fault in faults.items()}
     chosen = {"": side.key, **side.values, **side.lists}
     frames = []
     for block in read_text(side.path, side.layout, rejections):
         wrong = block.frame.select(fault.alias(reason) for reason, fault in faults.items())
-        good = rejections.passing(wrong.to_dict(), block.lines, lambda line: f"{side.path}:{line}")
+        shown = {reason: block.frame.select(names) for reason, names in read.items()}
+        good = rejections.passing(wrong.to_dict(), block.lines, lambda line: f"{side.path}:{line}", shown)
         frame = block.frame.filter(pl.Series(good)).select(value.alias(name) for name, value in chosen.items())
         frames.append(frame.join(pl.DataFrame({"": ids}), on="", how="semi"))
     rejections.check(final=True)

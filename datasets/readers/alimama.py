@@ -149,7 +149,9 @@ def _read_sample(writer: Writer, path: Path, config: Alimama) -> tuple[Log, dict
                 frame["clk"].is_between(0, 1) & (frame["clk"] + frame["nonclk"] == 1)
             ).fill_null(False),
         }
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
+        columns = (["user", "adgroup_id"], [TIME], [TIME], ["clk", "nonclk"])
+        shown = {reason: block.frame.select(names) for reason, names in zip(faults, columns)}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
         good &= _chosen(frame[USER], config)
         frame = frame.filter(pl.Series(good))
         position.add(frame[POSITION])
@@ -216,7 +218,9 @@ def _read_views(writer: Writer, path: Path, log: Log, config: Alimama) -> Events
             f"no btag of {', '.join(BEHAVIORS)}": ~frame["btag"].is_in(BEHAVIORS).fill_null(False),
             "no integer cate and brand": block.frame.select(_no_integer("cate") | _no_integer(BRAND)).to_series(),
         }
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
+        columns = (["user"], [TIME], ["btag"], ["cate", BRAND])
+        shown = {reason: block.frame.select(names) for reason, names in zip(faults, columns)}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
         good &= frame["btag"].is_in(config.behaviors).fill_null(False).to_numpy()
         frame = frame.filter(pl.Series(good))
         category, brand = (frame[name].fill_null(MISSING).to_numpy() for name in ("cate", BRAND))

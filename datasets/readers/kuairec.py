@@ -138,7 +138,8 @@ def _read(writer: Writer, path: Path, rejections: Rejections) -> pl.DataFrame:
             "no valid timestamp": ~frame["timeless"] & frame[TIME].is_null(),
             "no valid watch_ratio": ~frame[RATIO].is_between(0, 2**31).fill_null(False),
         }
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
+        shown = {reason: block.frame.select(names) for reason, names in zip(faults, ([USER, VIDEO], [TIME], [RATIO]))}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
         without_time += int((good & frame["timeless"].to_numpy()).sum())
         parts.append(frame.filter(pl.Series(good), ~pl.col("timeless")).drop("timeless"))
     writer.extra.setdefault("rows_without_time", {})[path.name] = without_time

@@ -146,6 +146,7 @@ def _rows(writer: Writer, title: str, path: Path, fields: tuple[str, ...], rejec
         )
         wrong = {"the label is not 1, −1 or 0": parsed[LABEL].is_null()}
         wrong |= {f"{name} is not an index and the value 1": parsed[name].is_null() for name in fields}
-        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}")
+        shown = dict(zip(wrong, block.frame.select(LABEL, *fields)))
+        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}", shown)
         parsed = parsed.with_columns((pl.col(LABEL) > 0).cast(pl.Float32))
         yield Block(parsed.filter(pl.Series(good)), block.lines[good])

@@ -99,7 +99,9 @@ def _read(writer: Writer, path: Path, config: Taobao) -> Log:
             "no valid time": frame[TIME].is_null(),
             "a time outside 2017-11-25 to 2017-12-03": ~frame[TIME].is_between(FIRST, PAST - 1),
         }
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
+        columns = ([USER, ITEM, CATEGORY], [BEHAVIOR], [TIME], [TIME])
+        shown = {reason: block.frame.select(names) for reason, names in zip(faults, columns)}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
         good &= frame[BEHAVIOR].is_in(config.behaviors).fill_null(False).to_numpy()
         if config.users < 1:
             good &= row_uniforms(frame[USER].fill_null(0).to_numpy(), config.log.seed) < config.users

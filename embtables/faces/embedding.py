@@ -175,13 +175,14 @@ class Embedding(_OneTable):
         frequencies: how often each id occurs, ``[num_embeddings]``.
         on_out_of_range: what an id outside the range does, as in ``TableConfig``.
         sparse: with ``optimizer=None``, whether gradients are sparse (for SGD, Adagrad, SparseAdam).
-        std: standard deviation of the initial vectors; 1/√D by default, from where models that multiply vectors learn.
+        std: standard deviation of the initial vectors; 1/D by default, from where models that multiply vectors learn.
             That of ``nn.Embedding`` is 1, from where they hardly do.
         init_fn: fills the initial vectors in place instead, as in ``TableConfig``.
         seed: of the initial weights; by default one is drawn from PyTorch's generator, as ``nn.Embedding`` does.
         hash_seed: of the hashes.
         name: of the table, in messages and as a part of the hashes' seeds: tables of one name, size and ``hash_seed``
-            have the same hashes, so tables that stand side by side need names of their own.
+            have the same hashes, in all processes of a training too, so tables that stand side by side need names of
+            their own.
         device: where to allocate.
 
     Shapes: ids, int32 or int64, ``[...]`` → vectors ``[..., D]``.
@@ -229,7 +230,7 @@ class Embedding(_OneTable):
         )
         counts = None if frequencies is None else {name: frequencies}
         solved = plan([table], method, budget, counts, optimizer, hash_seed=hash_seed)
-        std = embedding_dim**-0.5 if std is None else std
+        std = 1 / embedding_dim if std is None else std
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         self._hold(EmbeddingTables(solved, seed=seed, device=device, std=std, sparse=sparse), name)
 

@@ -176,7 +176,7 @@ def test_a_share_of_the_users_and_gzip(tmp_path: Path, folder: Path) -> None:
     assert batch.ids.shape == (64, 3 + 8 + 5) and set(batch.lists) == {"cate_id_history", "brand_history"}
 
 
-def test_malformed_rows_are_counted(tmp_path: Path, folder: Path) -> None:
+def test_malformed_rows_are_counted(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def insert(name: str, rows: list[str]) -> None:
         lines = (folder / name).read_text().splitlines(keepends=True)
         (folder / name).write_text("".join(lines[:1] + [row + "\n" for row in rows] + lines[1:]))
@@ -191,10 +191,14 @@ def test_malformed_rows_are_counted(tmp_path: Path, folder: Path) -> None:
     insert("user_profile.csv", ["1,a,1,1,1,1,1,1,1"])
     insert("behavior_log.csv", [f"1,{FIRST},look,1,1", "x,1,pv,1,1", "1,,pv,1,1", "1,-5,pv,1,1", "1,1,pv,one,1"])
     with pytest.raises(
-        ValueError, match=r"raw_sample.csv:3: a time outside 2017-05-06 to 05-13; .* more than the allowed"
+        ValueError,
+        match=r"raw_sample.csv:3: a time outside 2017-05-06 to 05-13 \('1493999999'\); .* more than",
     ):
         prepare_alimama(folder, tmp_path / "out", Alimama("views", max_rejected=0.005))
-    data = prepare_alimama(folder, tmp_path / "out", Alimama("views", max_rejected=0.05))
+    data = prepare_alimama(folder, tmp_path / "out", Alimama("views", max_rejected=0.05), progress=True)
+    said = capsys.readouterr().err
+    for value in ("'then'", "('1', None)", "('1', '1')", "'look'", "('one', '1')", "'-4'", "'none'", "'a'"):
+        assert f": {value})" in said
     assert data.manifest["rows_rejected"] == {
         "not 6 columns": 1,
         "no integer user and ad": 1,

@@ -130,7 +130,7 @@ def test_malformed_rows_are_counted(tmp_path: Path, folder: Path) -> None:
     insert("item_categories.csv", ['1,"[1, two]"', '1,"[1"', "1,5", "x,[1]", f"1,[{'9' * 30}]"])
     with pytest.raises(ValueError, match="big_matrix.csv:4: no valid watch_ratio; 7 of 1,507 rows read are malformed"):
         prepare_kuairec(folder, tmp_path / "out", KuaiRec(max_rejected=0.001))
-    with pytest.raises(ValueError, match="item_categories.csv:2: no list of integers in 'feat'; 5 of 85"):
+    with pytest.raises(ValueError, match=r"categories.csv:2: no list of integers in 'feat' \('\[1, two\]'\); 5 of 85"):
         prepare_kuairec(folder, tmp_path / "out")
     data = prepare_kuairec(folder, tmp_path / "out", KuaiRec(max_rejected=0.1))
     assert data.manifest["rows_rejected"] == {

@@ -102,7 +102,7 @@ def test_of_several_categories_the_first_counts(tmp_path: Path) -> None:
     assert {row["category_id"] for row in all_decoded(data) if row["item_id"] == 7} == {3}
 
 
-def test_malformed_rows_are_counted(tmp_path: Path) -> None:
+def test_malformed_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = write(tmp_path / "good.csv", log()).read_text().splitlines(keepends=True)
     bad = [
         f"1,2,3,pv,{FIRST - 1}\n",
@@ -118,10 +118,15 @@ def test_malformed_rows_are_counted(tmp_path: Path) -> None:
     ]
     source = tmp_path / "UserBehavior.csv"
     source.write_text("".join(lines[:2] + bad + lines[2:]))
-    with pytest.raises(ValueError, match="UserBehavior.csv:3: a time outside 2017-11-25 to 2017-12-03; 9 of 1,509"):
+    with pytest.raises(
+        ValueError, match=r"UserBehavior.csv:3: a time outside 2017-11-25 to 2017-12-03 \('1511539199'\); 9 of 1,509"
+    ):
         prepare_taobao(source, tmp_path / "out", Taobao(max_rejected=0.001))
     assert not (tmp_path / "out").exists()
-    data = prepare_taobao(source, tmp_path / "out")
+    data = prepare_taobao(source, tmp_path / "out", progress=True)
+    said = capsys.readouterr().err
+    assert "2 rows rejected: no integer ids (first" in said and ":7: ('1', None, '3'))" in said
+    assert ":9: 'click')" in said and ":6: 'soon')" in said
     assert data.manifest["rows_rejected"] == {
         "not 5 columns": 1,
         "no integer ids": 2,

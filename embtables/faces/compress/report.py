@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 
 from embtables.plan.solver import Plan
 from embtables.sizes.memory import format_bytes
@@ -74,6 +75,16 @@ class Compression:
         return [table for table, old, new in scales if old and new and not 1 / 1.1 <= new / old <= 1.1]
 
     @property
+    def untrained(self) -> list[SwappedTable]:
+        """Tables whose old weights had a standard deviation of 1, within chance, which a new nn.Embedding has."""
+        return [
+            table
+            for table in self.tables
+            if table.std_before is not None
+            and abs(table.std_before - 1) < 4 / sqrt(2 * table.num_embeddings * table.embedding_dim)
+        ]
+
+    @property
     def bytes_before(self) -> int:
         return sum(table.bytes_before for table in self.tables)
 
@@ -110,8 +121,12 @@ class Compression:
             f"{share}"
         )
         if self.anew:
-            few = ", ".join(self.anew[:3]) + (f" and {len(self.anew) - 3} more" if len(self.anew) > 3 else "")
-            lines.append(f"starting anew, so train them: {few}")
+            lines.append(f"starting anew, so train them: {_few(self.anew)}")
+        if self.untrained:
+            names = _few([table.name for table in self.untrained])
+            std = 1 / max(table.embedding_dim for table in self.untrained)
+            advice = f"from where models that multiply vectors hardly learn; give std={std:.2g}"
+            lines.append(f"standard deviation 1, {advice}: {names}")
         if self.rescaled:
             changes = "; ".join(
                 f"{table.name} {table.std_before:.3g} → {table.std_after:.3g}" for table in self.rescaled
@@ -130,3 +145,7 @@ class Compression:
         else:
             lines.append("the old tables are freed")
         return "\n".join(lines)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
