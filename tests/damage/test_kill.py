@@ -10,9 +10,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +21,61 @@ import pytest
 from sweep_cases import config_of
 from sweep_cases import run as run_sweep
 
-import embtables.cli.sweep  # noqa: F401  # what commands import is there before the forks
-import embtables.sweeps.report  # noqa: F401
-from embtables import EmbeddingTables, TableConfig, plan
 from embtables._util.files import PREFIX, unsealed
-from embtables._util.interrupts import interruptible
 from embtables.cli.app import run as main
-from embtables.training import loop
 
 KILLS = int(os.environ.get("EMBTABLES_KILLS", "4"))
 TIMES = {"examples_per_second", "train_seconds", "compile_seconds", "peak_rss_bytes", "lookup_latency_us"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-
-def start(work: Callable[[], int]) -> int:
-    """The id of a process that does the work, whose exit code is what it returns."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writing)
-        os.read(reading, 1)
-        os.close(reading)
-        return child
-    code = 1
-    try:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        silent = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(silent, stream)
-        # As the console script, whose first signals count from here on.
-        with interruptible() as received:
-            try:
-                os.write(writing, b".")
-                code = work()
-            except KeyboardInterrupt:
-                code = received.code
-    finally:
-        os._exit(code)
+Work = tuple[str, list[Any]]
+"""A work of ``kill_works``, and its arguments."""
 
 
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+class Server:
+    """The process of ``kill_works``, which does one work at a time."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join([str(HERE.parent), *(path for path in sys.path if path)])
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "kill_works.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+
+    def start(self, work: Work) -> int:
+        """The number of the process that does the work."""
+        assert self._process.stdin is not None
+        environment = {name: os.environ[name] for name in ("FAKE",) if name in os.environ}
+        print(json.dumps([*work, environment]), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def ended(self) -> int:
+        """The exit code of the process that was started."""
+        return self._answer()
+
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -87,39 +98,53 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def check(
-    work: Callable[[Path], int], folder: Path, label: str, prepared: Callable[[Path], None] = lambda folder: None
-) -> int:
-    """Kills ``work`` in folders of its own at random moments, and then lets it end; how often it met it at work.
+    server: Server,
+    work: Callable[[Path], Work],
+    folder: Path,
+    label: str,
+    prepared: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Kills a work in folders of its own at random moments, and then lets it end.
 
-    ``prepared`` puts into such a folder what the work begins with.
+    It goes on beyond KILLS until one of them has met the work before its end: where a machine is busy at first, and
+    the work takes longer than it does later, all may come too late.
+
+    Args:
+        server: what does the work.
+        work: what is done in a folder.
+        folder: for all folders.
+        label: of the moments.
+        prepared: puts into such a folder what the work begins with.
     """
     (folder / "whole").mkdir(parents=True)
     prepared(folder / "whole")
+    server.start(work(folder / "whole"))
     began = time.monotonic()
-    assert ended(start(partial(work, folder / "whole"))) == 0
+    assert server.ended() == 0
     seconds = time.monotonic() - began
     whole = results(folder / "whole")
     assert whole and leftovers(folder / "whole") == []
     generator = random.Random(label)
-    met = 0
-    for number in range(KILLS):
+    number = met = 0
+    while number < KILLS or not met:
         own = folder / f"killed-{number}"
         own.mkdir()
         prepared(own)
         for _ in range(generator.choice((1, 1, 2))):
             number_of_signal = generator.choice(SIGNALS)
-            child = start(partial(work, own))
+            child = server.start(work(own))
             time.sleep(generator.random() * seconds)
             os.kill(child, number_of_signal)
-            code = ended(child)
+            code = server.ended()
             assert code in (0, CODES[number_of_signal]), (label, number, number_of_signal, code)
             met += code != 0
             if number_of_signal != signal.SIGKILL:
                 assert leftovers(own) == [], (label, number, "an interrupt leaves nothing")
-        assert ended(start(partial(work, own))) == 0, (label, number)
+        server.start(work(own))
+        assert server.ended() == 0, (label, number)
         assert results(own) == whole, (label, number)
         assert leftovers(own) == [], (label, number)
-    return met
+        number += 1
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +156,11 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def commands(*each: list[str]) -> int:
-    """Runs them one after another, as a shell would that ends with the first that fails."""
-    return next((code for code in map(main, each) if code), 0)
+def test_prepare(log: Path, tmp_path: Path, server: Server) -> None:
+    def work(folder: Path) -> Work:
+        return "commands", [["prepare", "interactions", str(log), str(folder / "data"), "--history", "4"]]
 
-
-def test_prepare(log: Path, tmp_path: Path) -> None:
-    def work(folder: Path) -> int:
-        return main(["prepare", "interactions", str(log), str(folder / "data"), "--history", "4"])
-
-    assert check(work, tmp_path, "prepare")
+    check(server, work, tmp_path, "prepare")
 
 
 def options(epochs: int) -> list[str]:
@@ -148,18 +168,11 @@ def options(epochs: int) -> list[str]:
     return [*flags, "--embedding-dim", "4", "--set", "training.checkpoint_seconds=0", "--quiet"]
 
 
-def draw(rows: list[Any], monitor: str, path: Path) -> None:
-    """Drawing takes longer than all the rest of these runs, and most kills would meet it."""
-    path.write_text(repr(rows))
+def test_train(data: Path, tmp_path: Path, server: Server) -> None:
+    def work(folder: Path) -> Work:
+        return "train", ["train", str(data), "--out", str(folder / "run"), *options(3)]
 
-
-def test_train(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", draw)
-
-    def work(folder: Path) -> int:
-        return main(["train", str(data), "--out", str(folder / "run"), *options(3)])
-
-    assert check(work, tmp_path, "train")
+    check(server, work, tmp_path, "train")
 
 
 @pytest.fixture(scope="module")
@@ -169,38 +182,28 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_export(run: Path, tmp_path: Path) -> None:
-    def work(folder: Path) -> int:
-        return commands(*(["export", str(run), str(folder / name)] for name in ("one", "two", "three")))
+def test_export(run: Path, tmp_path: Path, server: Server) -> None:
+    def work(folder: Path) -> Work:
+        return "commands", [["export", str(run), str(folder / name)] for name in ("one", "two", "three")]
 
-    assert check(work, tmp_path, "export")
-
-
-def test_save(tmp_path: Path) -> None:
-    tables = EmbeddingTables(plan([TableConfig("a", 200_000, 16)], "full"), seed=1)
-
-    def work(folder: Path) -> int:
-        tables.save(folder / "tables.safetensors")
-        return 0
-
-    assert check(work, tmp_path, "save")
+    check(server, work, tmp_path, "export")
 
 
-def test_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
-    def work(folder: Path) -> int:
-        run_sweep(config_of(data, 1, "50%"), folder / "sweep", 2)
-        return 0
-
-    assert check(work, tmp_path, "sweep")
+def test_save(tmp_path: Path, server: Server) -> None:
+    check(server, lambda folder: ("save", [str(folder / "tables.safetensors")]), tmp_path, "save")
 
 
-def test_report(data: Path, fake: Path, tmp_path: Path) -> None:
+def test_sweep(data: Path, fake: Path, tmp_path: Path, server: Server) -> None:
+    check(server, lambda folder: ("sweep", [str(data), str(folder / "sweep")]), tmp_path, "sweep")
+
+
+def test_report(data: Path, fake: Path, tmp_path: Path, server: Server) -> None:
     run_sweep(config_of(data, 1, "50%"), tmp_path / "sweep", 2)
 
     def prepared(folder: Path) -> None:
         shutil.copytree(tmp_path / "sweep", folder / "sweep")
 
-    def work(folder: Path) -> int:
-        return main(["report", str(folder / "sweep"), "--resamples", "50"])
+    def work(folder: Path) -> Work:
+        return "commands", [["report", str(folder / "sweep"), "--resamples", "50"]]
 
-    assert check(work, tmp_path / "kills", "report", prepared)
+    check(server, work, tmp_path / "kills", "report", prepared)

@@ -12,6 +12,7 @@ import pytest
 from decoded import all_decoded, decoded
 from typer.testing import CliRunner
 
+from embtables._util.files import unsealed
 from embtables.cli.prepare import app
 from embtables.datasets import PreparedDataset
 from embtables.datasets.dense_scale import Scale
@@ -411,7 +412,7 @@ def test_data_that_an_earlier_version_prepared_is_reused(tmp_path: Path) -> None
         del manifest["config"][name]
     for name in ("without", "dense_scale"):
         del manifest["config"]["log"][name]
-    (data.path / "manifest.json").write_text(json.dumps(manifest))
+    (data.path / "manifest.json").write_text(json.dumps(unsealed(manifest)))  # earlier versions wrote no checksum
     before = (data.path / "manifest.json").stat().st_mtime_ns
     assert prepare_interactions(source, tmp_path / "out").path.joinpath("manifest.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"out was prepared with missing = None, not \['-'\]"):

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import embtables.datasets.writing as writing_module
+from embtables._util.files import sealed, unsealed
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.datasets import prepared as prepared_module
 from embtables.datasets.batch import Rows
@@ -153,7 +154,7 @@ def damage(data: PreparedDataset, number: int) -> None:
         "bytes": shard.stat().st_size,
         "sha256": hashlib.sha256(shard.read_bytes()).hexdigest(),
     }
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(sealed(unsealed(content))))
 
 
 def test_a_damaged_shard_is_told_where_its_rows_would_come(data: PreparedDataset, spare_core: bool) -> None:
