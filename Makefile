@@ -11,7 +11,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-# More arguments for pip. A host without a GPU saves gigabytes with an index of CPU-only builds of torch.
+# More arguments for pip. A host without a GPU saves gigabytes with the index of torch's CPU builds, as it is then told.
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) -c constraints.txt
 
@@ -38,6 +38,7 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables
 		{ echo "embtables needs Python 3.10 to 3.14 with venv and pip; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) ($$($(BIN)/python --version)); the first time this downloads torch and takes minutes."
+	@$(BIN)/python .ci/announce.py $(PIP_FLAGS) -c constraints.txt
 	@$(call quietly,$(PIP) --editable '.[dev]')
 	@$(call quietly,$(PIP) --no-deps torchrec fbgemm-gpu-cpu)
 	@$(call quietly,$(PIP) --no-deps --no-compile $(FRAMEWORKS)) || \

@@ -6,6 +6,7 @@ import configparser
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -269,3 +270,45 @@ def test_ci_runs_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text()
+
+
+def _announced(requires: list[str], has_gpu: bool) -> str:
+    return str(
+        runpy.run_path(str(ROOT / ".ci" / "announce.py"))["sentence"](
+            {"version": "2.13.0", "requires_dist": requires}, has_gpu
+        )
+    )
+
+
+def test_a_host_without_a_gpu_is_told_what_it_is_about_to_download() -> None:
+    here = sys.platform
+    cuda = [f'nvidia-nccl; sys_platform == "{here}"', f'cuda-toolkit[cublas]==13.0; sys_platform == "{here}"']
+    plain = ["filelock", "numpy", 'nvidia-nccl; sys_platform == "somewhere else"', 'cuda-extra; extra == "more"']
+    assert _announced(plain, False) == _announced(plain, True) == "pip takes torch 2.13.0."
+    told = _announced([*plain, *cuda], False)
+    assert told.startswith("pip takes torch 2.13.0 and 2 packages of CUDA libraries with it, several gigabytes.")
+    assert "No NVIDIA GPU is seen here" in told and "make … PIP_FLAGS='--extra-index-url ADDRESS'" in told
+    assert "PIP_FLAGS" not in _announced([*plain, *cuda], True)
+
+
+def test_the_build_that_pip_takes_is_asked_of_pip(tmp_path: Path) -> None:
+    """From a folder with one wheel, which is never unpacked, and from an empty one, of which pip tells later."""
+    command = [sys.executable, str(ROOT / ".ci" / "announce.py"), "-c", str(ROOT / "constraints.txt"), "--no-index"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    for number, expected in ((0, ""), (1, "pip takes torch 2.13.0.\n")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if number:
+            with zipfile.ZipFile(folder / "torch-2.13.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(
+                    "torch-2.13.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"
+                )
+                wheel.writestr("torch-2.13.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+                wheel.writestr("torch-2.13.0.dist-info/RECORD", "")
+        told = subprocess.run(
+            [*command, "--find-links", str(folder)],
+            env=own | {"PIP_CONFIG_FILE": os.devnull},
+            capture_output=True,
+            text=True,
+        )
+        assert (told.returncode, told.stdout, told.stderr) == (0, expected, "")
