@@ -140,7 +140,12 @@ class FusedOptimizer:
 
 @dataclass(frozen=True)
 class SGD(FusedOptimizer):
-    """w ← w − lr·g. A row's gradient is a small part of that of a mean over the batch, so the rate is large."""
+    """Stochastic gradient descent on the rows that a batch touches: w ← w − lr·g, without any state.
+
+    The default rate is large, since it is made for losses that are means over a batch: each row's gradient g is then
+    the small part that its own examples have in it. ``lr``, ``l2`` and ``clip_row_norm`` are those of
+    ``FusedOptimizer``, here and in the other rules.
+    """
 
     kind: ClassVar[str] = "sgd"
     lr: float = 1.0
@@ -154,7 +159,10 @@ class SGD(FusedOptimizer):
 
 @dataclass(frozen=True)
 class RowWiseAdagrad(FusedOptimizer):
-    """s ← s + mean(g²) over the row; w ← w − lr·g / (√s + eps). One state scalar per row, as FBGEMM's."""
+    """Adagrad with one scalar s of state for each row, as FBGEMM has it; the default, for its state is small.
+
+    s ← s + mean(g²) over the row; w ← w − lr·g / (√s + eps). ``eps`` bounds the step of a row whose s is almost 0.
+    """
 
     kind: ClassVar[str] = "rowwise_adagrad"
     lr: float = 0.05
@@ -174,7 +182,10 @@ class RowWiseAdagrad(FusedOptimizer):
 
 @dataclass(frozen=True)
 class Adagrad(FusedOptimizer):
-    """s ← s + g²; w ← w − lr·g / (√s + eps) (Duchi et al. 2011)."""
+    """Adagrad (Duchi et al. 2011): every scalar has a sum s of its squared gradients, by which its steps shrink.
+
+    s ← s + g²; w ← w − lr·g / (√s + eps). ``eps`` bounds the step of a scalar whose s is almost 0.
+    """
 
     kind: ClassVar[str] = "adagrad"
     lr: float = 0.05
@@ -196,7 +207,8 @@ class Adagrad(FusedOptimizer):
 class Adam(FusedOptimizer):
     """Adam (Kingma & Ba 2015) whose moments move on touched rows only; the bias correction counts all steps.
 
-    These are the semantics of ``torch.optim.SparseAdam``.
+    These are the semantics of ``torch.optim.SparseAdam``. ``beta1`` and ``beta2`` are the shares that the running means
+    of g and of g² keep at each step, and ``eps`` is added to the square root that a step is divided by.
     """
 
     kind: ClassVar[str] = "adam"

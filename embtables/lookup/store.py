@@ -128,6 +128,11 @@ class Store(Weights):
         return super().requires_grad_(requires_grad)
 
     def set_learning_rate(self, lr: float) -> None:
+        """Sets the fused optimizer's learning rate, from the next backward on.
+
+        Raises:
+            ValueError: for what is no non-negative number, and where there is no fused optimizer.
+        """
         if self.optimizer is None:
             raise ValueError("these tables have no fused optimizer: set the learning rate on the torch.optim optimizer")
         if not is_non_negative(lr):

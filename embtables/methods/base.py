@@ -58,6 +58,7 @@ class Initializer:
         return self.std if owner is None else self.own[owner]
 
     def generator(self, name: str) -> torch.Generator:
+        """A generator of random numbers that depends on the seed and on the tensor's name alone."""
         return torch.Generator().manual_seed(seed_for(self.seed, "init", name) & (2**63 - 1))
 
     def uniform_(self, weight: Tensor, name: str, std: float, mean: float = 0.0) -> None:
@@ -134,6 +135,7 @@ class Method(BaseModel):
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the kind and the fields, as ``from_config`` takes them."""
         return {"kind": self.kind, **self.model_dump(mode="json")}
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
@@ -192,6 +194,7 @@ class Method(BaseModel):
             self.initialize_slab(slab, store, init)
 
     def initialize_slab(self, slab: Slab, store: Store, init: Initializer) -> None:
+        """Fills one slab uniformly, about 0, with the standard deviation that its table's outputs have."""
         init.uniform_(store.slab(slab.name), slab.name, init.std_of(slab.name))
 
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:

@@ -108,6 +108,7 @@ class Form:
         return sum(num_bytes for _, num_bytes in self._sizes())
 
     def items(self) -> list[Slab | Extra | Code]:
+        """All tensors: the slabs, then the extras, then the codes."""
         return [*self.slabs, *self.extras, *self.codes]
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
@@ -183,6 +184,7 @@ class Layout:
         return Layout(entries, form, form)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. The served form is left out where it is the trained one."""
         data: dict[str, Any] = {
             "entries": {name: asdict(entry) for name, entry in self.entries.items()},
             "training": self.training.to_dict(),

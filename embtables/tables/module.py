@@ -184,6 +184,7 @@ class EmbeddingTables(TableLookup):
         return torch.frombuffer(bytearray(self.plan.fingerprint), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Raises ``ValueError`` where a state dict is that of another plan, whose rows mean other ids."""
         if bytes(state.cpu().tolist()) != self.plan.fingerprint:
             raise ValueError(
                 "this state dict belongs to another plan (other tables, sizes, methods or hash_seed): "

@@ -158,7 +158,7 @@ class DenseConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """The loop."""
+    """How long and on what the model is trained, what chooses the best state of it, and when the training stops."""
 
     batch_size: int = Field(default=2048, ge=1)
     evaluation_batch_size: int = Field(default=16384, ge=1)
@@ -245,6 +245,7 @@ class RunConfig(_Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
 
     def to_yaml(self) -> str:
+        """All fields, resolved, as ``load_config`` reads them from a file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def flat(self) -> dict[str, Any]:
