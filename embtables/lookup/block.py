@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from embtables.lookup.constants import WithConstants
 from embtables.lookup.store import Store
 
 # A dense parameter by its name, as the present step uses it: with a fused optimizer its backward updates it.
@@ -27,7 +28,7 @@ class Part(NamedTuple):
     subset: Tensor | None = None
 
 
-class Block(nn.Module):
+class Block(WithConstants):
     """The tables of one group, variant and dimension, looked up at once: ids in, vectors out, no Python per table.
 
     ``ids`` and ``feature`` are int64 and broadcast to one shape ``[...]``: ``[F, B]`` with ``feature`` ``[F, 1]``, or
@@ -51,10 +52,6 @@ class Block(nn.Module):
     def store(self) -> Store:
         """The storage of the tables."""
         return self._store[0]
-
-    def constant(self, name: str, values: Any, dtype: torch.dtype = torch.int64) -> None:
-        """Keeps addressing constants, as a rule one (or a list) per lookup, as a buffer outside the state dict."""
-        self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
 
     def address(self, ids: Tensor, feature: Tensor) -> Sequence[Part]:
         """Where the values of each id lie."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embtables import ops
+from embtables.lookup.constants import WithConstants
 from embtables.lookup.features import Bags, BlockLookup, FeatureIds
 from embtables.lookup.graphs import beside
 from embtables.lookup.inputs import Input, check_offsets
@@ -73,7 +74,7 @@ class Touched:
         return torch.cat(found)
 
 
-class Arrangement(nn.Module):
+class Arrangement(WithConstants):
     """Puts the vectors of several parts side by side, in the order of the outputs.
 
     Args:
@@ -95,8 +96,8 @@ class Arrangement(nn.Module):
         self.one_dim = len(set(dims)) == 1
         self.in_order = columns == list(range(len(columns)))
         vectors = [order.index(output) for output in range(len(dims))]
-        self.register_buffer("vectors", torch.tensor(vectors, dtype=torch.int64), persistent=False)
-        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
+        self.constant("vectors", vectors)
+        self.constant("columns", columns)
 
     def ordered(self, parts: Sequence[Tensor]) -> Tensor:
         """The vectors ``[L, B, D]`` of all outputs, from those of each part, all of one D."""

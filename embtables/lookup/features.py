@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from embtables import ops
 from embtables.config import TableConfig
 from embtables.hashing import hash_ids, seed_for
 from embtables.lookup.block import Block, Part
+from embtables.lookup.constants import WithConstants
 from embtables.lookup.graphs import bag_sums, intervals
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec
@@ -74,7 +75,7 @@ class Bags(NamedTuple):
         return cls(sizes, [False] * num_features)
 
 
-class BlockLookup(nn.Module):
+class BlockLookup(WithConstants):
     """A block and its L lookups, which are pairs of a table and a feature in the order of the outputs.
 
     Args:
@@ -123,17 +124,16 @@ class BlockLookup(nn.Module):
             ("policy", [-1 if t.num_embeddings is None else POLICIES[t.on_out_of_range] for t in self.tables]),
             ("seed", self.seeds),
             ("padding", [-1 if t.padding_idx is None else t.padding_idx for t in self.tables]),
-            ("has_padding", [t.padding_idx is not None for t in self.tables]),
             ("lookup", list(range(len(self.tables)))),
         ):
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+            self.constant(name, values)
+        self.constant("has_padding", [t.padding_idx is not None for t in self.tables], torch.bool)
         # In graphs all ids are looked up as often as a feature occurs here: the lookup of each column, −1 for none.
         layer = [columns[:i].count(column) for i, column in enumerate(columns)]
         layers = torch.full((max(layer) + 1, self.num_features + 1), -1)
         layers[layer, columns] = torch.arange(len(columns))
-        self.register_buffer("layers", layers, persistent=False)
-        slots = torch.tensor(layer) * self.num_features + torch.tensor(columns)
-        self.register_buffer("slots", slots, persistent=False)
+        self.constant("layers", layers)
+        self.constant("slots", torch.tensor(layer) * self.num_features + torch.tensor(columns))
         self._ranges = ops.ranges((f, t.name, t.num_embeddings) for f, t in zip(features, self.tables))
         self.policies = {t.on_out_of_range for t in self.tables if t.num_embeddings is not None}
         self.pads = any(t.padding_idx is not None for t in self.tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from embtables.lookup.constants import constants_of
 from embtables.sizes.memory import Memory, storage_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def memory_of(tables: EmbeddingTables) -> Memory:
     if counts:
         by_kind["frequencies"] = storage_bytes(counts)
         training += by_kind["frequencies"]
-    constants = storage_bytes([*tables.blocks.buffers(), *tables.lookups.buffers()]) - storage_bytes(counts)
+    constants = storage_bytes([*constants_of(tables), *tables.blocks.buffers()]) - storage_bytes(counts)
     dense = tables.plan.optimizer is None and not (tables.served or tables.store.sparse)
     return Memory(
         inference,

@@ -37,7 +37,8 @@ class EmbeddingTables(TableLookup):
     With a fused optimizer the weights are updated inside ``backward``, once for each forward (``accumulate`` makes one
     update of several), on touched rows only; ``parameters()`` is then empty, so that the dense part's optimizer leaves
     them alone. ``requires_grad_(False)`` of these tables freezes them, but that of a module around them does not, since
-    it walks ``parameters()``: ``model.apply(lambda module: module.requires_grad_(False))`` freezes everything.
+    it walks ``parameters()``: ``model.apply(lambda module: module.requires_grad_(False))`` freezes everything. An
+    average of weights, such as ``torch.optim.swa_utils.AveragedModel``, needs ``use_buffers=True`` to average them too.
 
     Example::
 

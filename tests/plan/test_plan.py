@@ -419,7 +419,9 @@ def test_constants_are_listed_and_not_counted() -> None:
     module = EmbeddingTables(plan(tables, "hash", "10%"))
     memory = module.memory()
     parameters = sum(weight.untyped_storage().nbytes() for weight in module.store.state_dict().values())
-    others = [b for name, b in module.named_buffers() if name.startswith(("blocks.", "lookups."))]
-    assert memory.constants == sum(b.untyped_storage().nbytes() for b in others) > 0
+    assert [name for name, _ in module.named_buffers() if name.startswith(("blocks.", "lookups."))] == []
+    inside = (vars(part).values() for name, part in module.named_modules() if name.startswith(("blocks.", "lookups.")))
+    constants = {id(t): t for values in inside for t in values if isinstance(t, torch.Tensor)}
+    assert memory.constants == sum(t.untyped_storage().nbytes() for t in constants.values()) > 0
     assert memory.inference_bytes == parameters
     assert "constants" in str(memory)
