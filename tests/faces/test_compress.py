@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -178,6 +179,25 @@ def test_initial_scale_is_that_of_the_replaced_weight() -> None:
     nn.init.zeros_(zeros["a"].weight)
     compress_(zeros, "hash", 0.2)
     assert 0 < zeros["a"].to_dense().abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["hash", "full", "pruned"])
+def test_training_that_is_lost_is_told(method: str) -> None:
+    for steps in (0, 1):
+        model = nn.ModuleDict({"a": nn.Embedding(50, 8), "b": nn.Embedding(60, 8)})
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(steps):
+            sum(table(torch.arange(9)).sum() for table in model.values()).backward()
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compress_(model, method, None if method == "full" else "50%", rebind=optimizer)
+        told = [str(warning.message) for warning in caught]
+        lost = [
+            "what a, b learned so far is lost, since these tables start anew: only full and pruned tables go on with the "
+            "weights they have"
+        ]
+        assert told == (lost if steps and method == "hash" else [])
 
 
 @pytest.mark.parametrize("method", ["unified", "robe", "hash", "full", "pruned"])

@@ -121,9 +121,9 @@ class Compression:
             f"{share}"
         )
         if self.anew:
-            lines.append(f"starting anew, so train them: {_few(self.anew)}")
+            lines.append(f"starting anew, so train them: {few(self.anew)}")
         if self.untrained:
-            names = _few([table.name for table in self.untrained])
+            names = few([table.name for table in self.untrained])
             std = 1 / max(table.embedding_dim for table in self.untrained)
             advice = f"from where models that multiply vectors hardly learn; give std={std:.2g}"
             lines.append(f"standard deviation 1, {advice}: {names}")
@@ -147,5 +147,6 @@ class Compression:
         return "\n".join(lines)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -20,7 +20,7 @@ from embtables.faces.compress.discovery import Finding, Unit, find, is_bag_colle
 from embtables.faces.compress.optimizers import Swap, check, containers, move
 from embtables.faces.compress.partition import cut, part
 from embtables.faces.compress.references import Holders, refuse_other_holders
-from embtables.faces.compress.report import Compression, SwappedTable
+from embtables.faces.compress.report import Compression, SwappedTable, few
 from embtables.faces.embedding import Embedding, EmbeddingBag
 from embtables.hashing import seed_for
 from embtables.optimizers import FusedOptimizer
@@ -58,6 +58,8 @@ def compress_(
     deviation of the weights that they replace. Tables that share one storage, as those of ``unified`` and ``robe`` do,
     start with that of their weights together, and the report names those whose scale that changes: a pattern of
     ``method`` for each of them gives them storages of their own. ``padding_idx`` and ``sparse`` carry over.
+
+    A table that an optimizer has trained already and that starts anew is named in a warning.
 
     Args:
         model: any module that contains tables.
@@ -367,6 +369,18 @@ def _swap(
                 parent._modules[attribute] = built.modules[id(site.module)]
     for edit in holders.edits:
         edit()
+    lost = [
+        name
+        for swap in built.swaps
+        for weight, name in zip(swap.old, swap.names)
+        if name not in built.kept and any(optimizer.state.get(weight) for _, optimizer in optimizers.values())
+    ]
+    if lost:
+        warnings.warn(
+            f"what {few(lost)} learned so far is lost, since these tables start anew: only full and pruned tables go "
+            "on with the weights they have",
+            stacklevel=3,
+        )
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
     # The storage too, which views of a weight keep alive without it.
     old = [
