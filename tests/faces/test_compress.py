@@ -194,8 +194,8 @@ def test_training_that_is_lost_is_told(method: str) -> None:
             compress_(model, method, None if method == "full" else "50%", rebind=optimizer)
         told = [str(warning.message) for warning in caught]
         lost = [
-            "what a, b learned so far is lost, since these tables start anew: only full and pruned tables go on with the "
-            "weights they have"
+            "what a, b learned so far is lost, since these tables start anew: only full and pruned tables go on with "
+            "the weights they have"
         ]
         assert told == (lost if steps and method == "hash" else [])
 
