@@ -177,7 +177,11 @@ class PreparedDataset:
         if self._frequencies is None:
             path = self.path / self._manifest.frequencies.file
             try:
-                table = pq.read_table(io.BytesIO(self._read(self._manifest.frequencies)))
+                file = pq.ParquetFile(io.BytesIO(self._read(self._manifest.frequencies)))
+                most = sum(feature.num_embeddings for feature in self._manifest.features)
+                if _num_values(file, "counts") > most:  # compressed, they may be many more than the file has bytes
+                    raise ValueError(f"{path}: more than the {most:,} counts that {MANIFEST} says")
+                table = file.read()
                 counts = table.column("counts")
                 self._frequencies = {
                     name: counts[row].values.to_numpy()
@@ -342,7 +346,9 @@ class PreparedDataset:
             allowed = pa.types.is_floating(column.type) if name == LABEL else pa.types.is_integer(column.type)
             if not allowed or column.null_count:
                 found = f"of type {column.type}" if not allowed else "empty in some rows"
-                raise ValueError(f"{self.path / shard.file}: column '{name}' is {found}, unlike {MANIFEST} says")
+                raise ValueError(
+                    f"{self.path / shard.file}: column '{name}' is {found}, where {MANIFEST} says otherwise"
+                )
             values = column.to_numpy()
             wrong = ~np.isin(values, (0, 1)) if name == LABEL else (values < 0) | (values > most)
             if wrong.any():
@@ -469,3 +475,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
         inside(folder, file.file)
     check_seal(raw, path)
     return raw, manifest
+
+
+def _num_values(file: pq.ParquetFile, column: str) -> int:
+    """How many values a column of lists holds in all, as the file's header says."""
+    metadata = file.metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
+    return sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)

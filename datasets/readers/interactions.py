@@ -129,9 +129,12 @@ class Interactions(Reader):
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"columns {','.join(self.columns)}: a name is given twice")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            raise ValueError(f"encoding '{self.encoding}': unknown; utf-8, latin-1 and cp1252 are some") from None
+            "a".encode(self.encoding)  # LookupError where it is unknown, or one that is not of texts, such as base64
+            known = codecs.lookup(self.encoding).name not in ("idna", "punycode", "undefined")
+        except (LookupError, UnicodeError):
+            known = False
+        if not known:
+            raise ValueError(f"encoding '{self.encoding}': unknown; utf-8, latin-1 and cp1252 are some")
 
     def write(self, source: Path, writer: Writer) -> None:
         _fill(writer, source, self)

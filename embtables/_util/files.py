@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ PREFIX = ".embtables-"
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
+_REPLACED = "replaced"
+"""Where in a temporary folder the folder lies that is being replaced, under its own name."""
 
 
 @contextmanager
@@ -36,8 +39,11 @@ def replacing(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with naming(path), _temporary(path.parent) as folder:
-        yield folder / "content"
-        os.replace(folder / "content", path)
+        content = folder / "content"
+        yield content
+        if path.is_file() and not path.is_symlink():
+            shutil.copymode(path, content)
+        os.replace(content, path)
 
 
 @contextmanager
@@ -53,9 +59,15 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             content = folder / "content"
             content.mkdir()
             yield content
-            if path.is_dir() and not path.is_symlink():
-                os.replace(path, folder / "replaced")  # there is no moment in which half of it is left
-            os.replace(content, path)
+            kept = folder / _REPLACED
+            kept.mkdir()
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    os.replace(path, kept / path.name)
+                os.replace(content, path)
+            except BaseException:
+                _bring_back(folder)
+                raise
 
 
 def followed(path: Path | str) -> Path:
@@ -80,6 +92,14 @@ def naming(path: Path | str) -> Iterator[None]:
         if error.errno is None or (names and not any(PREFIX in name for name in names)):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def not_written(path: Path | str, error: Exception) -> OSError:
+    """The error of the system that safetensors met when it wrote ``path``, of which it tells the number in words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        return OSError(f"cannot write {path}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -157,9 +177,21 @@ def remove_leftovers(*folders: Path) -> None:
                 _remove_unless_held(folder / name)
 
 
+def _bring_back(folder: Path) -> None:
+    """Puts what lies in a temporary folder as replaced back in its place, where nothing has taken that."""
+    for old in folder.glob(f"{_REPLACED}/*"):
+        if not os.path.lexists(folder.parent / old.name):
+            os.replace(old, folder.parent / old.name)
+
+
+def _open(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Opens no link, and does not wait for a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o644)
+
+
 def _remove_unless_held(path: Path) -> None:
     try:
-        held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        held = _open(path)
     except OSError:
         return
     try:
@@ -167,6 +199,7 @@ def _remove_unless_held(path: Path) -> None:
         if path.name.endswith(_LOCK):
             path.unlink()
         else:
+            _bring_back(path)  # whoever replaced it was killed between the two steps
             shutil.rmtree(path, ignore_errors=True)
     except OSError:  # in use, or of somebody else
         pass
@@ -179,13 +212,13 @@ def _temporary(parent: Path) -> Iterator[Path]:
     """A new folder in ``parent`` for as long as the block takes; a lock on it says that it is in use."""
     remove_leftovers(parent)
     # An interrupt may come anywhere from here on, and the folder is to be gone then.
-    folder, held = parent / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}", None
+    folder, held = _new_name(parent), None
     try:
-        while held is None or not folder.exists():  # another process may take it for a leftover before it is locked
-            if held is not None:
-                os.close(held)
-            folder.mkdir(exist_ok=True)
+        while held is None:
+            folder.mkdir()
             held = _held(folder)
+            if held is None:  # taken for a leftover before it was locked, and about to be removed
+                folder = _new_name(parent)
         yield folder
     finally:
         try:
@@ -201,20 +234,31 @@ def _temporary(parent: Path) -> Iterator[Path]:
 _NOT_HELD = -1
 
 
+def _new_name(parent: Path) -> Path:
+    return parent / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}"
+
+
 def _held(folder: Path) -> int | None:
-    """The descriptor of a locked folder; ``_NOT_HELD`` where there are no such locks, ``None`` where it is gone."""
+    """The descriptor of a locked folder; ``_NOT_HELD`` where there are no such locks, ``None`` where it is gone.
+
+    It is gone, or soon will be, where another process took it for a leftover before it was locked.
+    """
     try:
-        held = os.open(folder, os.O_RDONLY)
+        held = _open(folder)
     except FileNotFoundError:
         return None
     except OSError:  # Windows opens no folders
         return _NOT_HELD
     try:
         _lock(held)
-    except OSError:  # taken for a leftover, or a file system without such locks, where nobody else gets one either
-        if not folder.exists():
-            os.close(held)
-            return None
+    except BlockingIOError:
+        os.close(held)
+        return None
+    except OSError:  # a file system without such locks, where nobody else gets one either
+        return held
+    if not folder.exists():
+        os.close(held)
+        return None
     return held
 
 
@@ -238,7 +282,7 @@ def hold(lock: Path) -> int:
         BlockingIOError: where another process holds it.
     """
     while True:
-        held = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        held = _open(lock, os.O_RDWR | os.O_CREAT)
         try:
             _lock(held)
             # Who held it before may have removed it meanwhile.

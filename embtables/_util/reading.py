@@ -1,6 +1,6 @@
 """Reads files that may be damaged, or from strangers: what is wrong is a ``ValueError`` that names the file.
 
-Nothing here imports or unpickles, and what is read takes memory in proportion to the file alone.
+Nothing here imports or unpickles, and what is read here takes memory in proportion to the file.
 """
 
 from __future__ import annotations
@@ -71,15 +71,19 @@ class NotYaml(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data from YAML.
+    """Plain data from YAML: what JSON knows too.
 
     Raises:
-        NotYaml: where the text is none, nested too deeply, or so full of references that it stands for a million nodes.
+        NotYaml: where the text is none, nested too deeply, or so full of references that it stands for a million nodes,
+            and for dates, sets and keys that are no text.
     """
     try:
         if _depth(text) > _MOST_DEPTH:  # which takes the parser long to find out
             raise RecursionError
         found = yaml.safe_load(text)
+        strange = _strange(found, set())
+        if strange is not None:
+            raise NotYaml(f" holds {strange}: put it in quotes")
         nodes = _count(found, {})
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -87,6 +91,8 @@ def parse_yaml(text: str) -> Any:
         raise NotYaml(f"{line} is not valid YAML ({getattr(error, 'problem', None) or error})") from None
     except RecursionError:
         raise NotYaml(" is not valid YAML: its brackets are nested too deeply") from None
+    except NotYaml:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         # Dates that do not exist, keys that cannot be compared, numbers with too many digits.
         raise NotYaml(f" is not valid YAML ({' '.join(str(error).split())})") from None
@@ -102,6 +108,22 @@ def _depth(text: str) -> int:
         depth += 1 if character in "[{" else -1
         deepest = max(deepest, depth)
     return deepest
+
+
+def _strange(value: Any, seen: set[int]) -> str | None:
+    """What YAML knows and JSON does not, such as a date or a key that is a number; ``None`` where there is none."""
+    if not isinstance(value, (dict, list)):
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        return None if plain else f"a {type(value).__name__}, {str(value)!r}"
+    if id(value) in seen:
+        return None
+    seen.add(id(value))
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str)]
+        if keys:
+            return f"the key {keys[0]!r}, which is no text"
+    inner = value.values() if isinstance(value, dict) else value
+    return next((found for item in inner if (found := _strange(item, seen)) is not None), None)
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
@@ -134,7 +156,7 @@ def read_array(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         if found != np.dtype(dtype) or len(shape) != 1 or found.hasobject:
             raise ValueError(f"{path} is damaged: it holds {found} of shape {shape}, not a row of {np.dtype(dtype)}")
         if shape[0] * found.itemsize != size - file.tell():
-            raise ValueError(f"{path} is damaged: its header claims {shape[0]:,} values, which its size is not that of")
+            raise ValueError(f"{path} is damaged: its header claims {shape[0]:,} values, and its size is another")
         return np.frombuffer(file.read(), dtype=found).copy()
 
 
@@ -171,7 +193,8 @@ def inside(folder: Path, name: object) -> Path:
         ValueError: where it lies outside of the folder, be it by its name or by a link.
     """
     path = folder / str(name)
-    if not isinstance(name, str) or "\0" in name or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+    is_name = isinstance(name, str) and name and "\0" not in name and name.isprintable()
+    if not is_name or Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
         raise ValueError(f"{folder} names a file {name!r}, which is not inside of the folder")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} is a link out of its folder")

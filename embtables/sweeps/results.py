@@ -78,7 +78,9 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
             raise ValueError(f"{run / 'metrics.json'} has no status")
         check_seal(metrics, run / "metrics.json")
         for name in COLUMNS:
-            if name not in _OF_THE_SWEEP and not isinstance(metrics.get(name), (int, float, type(None))):
+            value = metrics.get(name)
+            is_number = isinstance(value, (int, float)) and (isinstance(value, float) or abs(value) < 2**63)
+            if name not in _OF_THE_SWEEP and not (is_number or value is None):
                 raise ValueError(f"{run / 'metrics.json'} has {metrics[name]!r} as {name}, which is no number")
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -27,6 +27,7 @@ DROP = "drop_feature"
 LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
 _TEXTS = ("budget", "method", "message", "cell", "variant")
+_WHOLE = ("seed", "inference_bytes", "training_bytes", "full_bytes", "floor_bytes")
 _SINCE_VARIANTS = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean")
 
 
@@ -201,6 +202,10 @@ def _read_results(file: Path) -> pd.DataFrame:
                     f"{file} holds something else than numbers in {column}: start the sweep again, which writes it anew"
                 ) from None
     known = frame["status"].isin(["ok", "infeasible", "failed"]) & frame["cell"].notna() & frame["seed"].notna()
+    known &= (frame["status"] != "ok") | frame["inference_bytes"].notna()
+    known &= (frame["status"] != "infeasible") | frame["floor_bytes"].notna()
+    for column in _WHOLE:
+        known &= frame[column].isna() | (frame[column].between(0, 2**62) & (frame[column] % 1 == 0))
     if not known.all() or frame.duplicated("cell").any():
         raise ValueError(f"{file} has rows that no sweep writes: start the sweep again, which writes it anew")
     frame[["budget", "message", "variant"]] = frame[["budget", "message", "variant"]].fillna("")
@@ -217,11 +222,16 @@ def _check_cells(folder: Path, frame: pd.DataFrame) -> None:
                 f"{folder / 'results.csv'} calls the cell {cell.name} {row['cell']!r}: start the sweep again, which "
                 "writes it anew"
             )
-    for _, row in frame[frame["status"] == "ok"].iterrows():
-        metrics = read_metrics(inside(folder / "cells", row["cell"]))
-        for name in MEASURED if metrics is not None else ():
-            said, measured = row[name], (metrics or {}).get(name)
-            same = pd.isna(said) if measured is None else said == measured
+    for _, row in frame.iterrows():
+        metrics = read_metrics(inside(folder / "cells", row["cell"])) or {"status": row["status"]}
+        if metrics["status"] != row["status"]:
+            raise ValueError(
+                f"{folder / 'results.csv'} calls the cell {row['cell']} {row['status']}, whose metrics.json says "
+                f"{metrics['status']}: start the sweep again, which writes it anew"
+            )
+        for name in MEASURED if row["status"] == "ok" and len(metrics) > 1 else ():
+            said, measured = row[name], metrics.get(name)
+            same = pd.isna(said) if measured is None else said == float(measured)
             if not same and not (pd.isna(said) and measured != measured):
                 raise ValueError(
                     f"{folder / 'results.csv'} has {said} as {name} of cell {row['cell']}, whose metrics.json says "

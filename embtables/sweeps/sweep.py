@@ -239,7 +239,8 @@ def _refuse_links(folder: Path) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """What processes that were killed were writing, here and in the cells."""
     cells = [cell for cell in folder.glob("cells/*") if cell.is_dir()]
-    remove_leftovers(folder, folder / "cells", *cells, *(cell / CHECKPOINT for cell in cells))
+    checkpoints = [cell / CHECKPOINT for cell in cells if not (cell / CHECKPOINT).is_symlink()]
+    remove_leftovers(folder, folder / "cells", *cells, *checkpoints)
 
 
 def _plans(config: SweepConfig, dataset: PreparedDataset) -> Plans:
@@ -482,5 +483,7 @@ def first_difference(before: Any, now: Any, path: str = "") -> tuple[str, str, s
             )
             if found is not None:
                 return found
+        if list(before) != list(now) and not all(str(key).isidentifier() for key in now):
+            return path, str(before), str(now)  # of patterns the first that fits counts
         return None
     return None if before == now else (path, str(before), str(now))

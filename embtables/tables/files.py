@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embtables._util.files import followed, replacing
+from embtables._util.files import followed, not_written, replacing
 from embtables.formats import DTYPES, FP32
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.recipe import Coded, Listed
@@ -44,7 +44,7 @@ def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> No
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+            raise not_written(path, error) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -122,6 +123,8 @@ class OptimizerState(nn.Module):
                     f"size mismatch for {prefix}{name}: it has shape {tuple(given[name].shape)}, "
                     f"these tables need {tuple(own[name].shape)}"
                 )
+            elif name == _LEARNING_RATE and not given[name].is_meta and not 0 <= float(given[name]) < inf:
+                errors.append(f"{prefix}{name} is {float(given[name])}, which is no learning rate")
             elif name == _LEARNING_RATE:
                 tensors[_HYPER][0] = given[name]
             else:

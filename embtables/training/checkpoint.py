@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from embtables._util.files import replacing
-from embtables._util.reading import check_archive
+from embtables._util.reading import check_archive, inside
 
 __all__ = ["load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
 
@@ -39,7 +40,7 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             entry that differs.
     """
     try:
-        check_archive(path)
+        check_archive(inside(path.parent, path.name))
     except ValueError as error:
         raise ValueError(f"{error}: delete it to start again") from None
     try:
@@ -62,14 +63,21 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_identity(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """``ValueError`` that names the first entry in which two runs differ."""
+    """``ValueError`` that names the first entry in which two runs differ; of patterns the order counts as well."""
     for name in [*wanted, *(name for name in found if name not in wanted)]:
-        if found.get(name) != wanted.get(name):
+        # As text: a damaged checkpoint may hold what cannot be compared.
+        if _text(found.get(name)) != _text(wanted.get(name)):
             old, new = _short(found.get(name)), _short(wanted.get(name))
             raise ValueError(
                 f"{where} belongs to another run: {name} was {old} and is now {new}; "
                 "give another --out, or delete that folder to start again"
             )
+
+
+def _text(value: object) -> str:
+    """Plain data as text, whatever the order of its entries but for patterns, the first of which that fits counts."""
+    by_name = isinstance(value, dict) and all(str(key).isidentifier() for key in value)
+    return json.dumps(value, sort_keys=by_name, default=repr)
 
 
 def _short(value: object) -> str:
@@ -102,8 +110,8 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         ValueError: the state is none that ``random_state`` gave.
     """
     name, keys, position, has_gauss, gauss = state["numpy"]
-    if keys.shape != (624,):
-        raise ValueError(f"the state of numpy's generator has {keys.numel():,} words")
+    if keys.shape != (624,) or not 0 <= position <= 624:
+        raise ValueError(f"the state of numpy's generator has {keys.numel():,} words, and stands at word {position}")
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, StrictStr, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from embtables._util.files import check_seal, replacing_folder, sealed, sha256
+from embtables._util.files import check_seal, not_written, replacing_folder, sealed, sha256
 from embtables._util.reading import inside, read_json
 from embtables.models import build_model
 from embtables.models.registry import is_built_in
@@ -61,7 +61,7 @@ class _Description(BaseModel):
     dense_features: list[StrictStr]
     list_features: list[StrictStr] = []
     histories: dict[str, StrictStr] = {}
-    max_history: int | None = None
+    max_history: int | None = Field(default=None, ge=1)
     sha256: dict[str, StrictStr]
 
 
@@ -88,13 +88,18 @@ def save_served(folder: Path, served: Served, tables: EmbeddingTables, weights: 
         try:
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
         except SafetensorError as error:
-            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+            raise not_written(folder / WEIGHTS, error) from error
         description["sha256"] = {name: sha256(temporary / name) for name in (TABLES, WEIGHTS)}
         (temporary / MODEL).write_text(json.dumps(sealed(description), indent=2) + "\n", encoding="utf-8")
 
 
 def copy_served(source: Path, target: Path) -> None:
-    """Copy the three files in one step; a folder of the target's name is replaced."""
+    """Checks the three files and copies them in one step; a folder of the target's name is replaced.
+
+    Raises:
+        ValueError: as ``check_served``.
+    """
+    check_served(source)
     with replacing_folder(target) as temporary:
         for name in (TABLES, WEIGHTS, MODEL):
             shutil.copyfile(source / name, temporary / name)
@@ -143,16 +148,18 @@ def load_served(
             f"{folder / MODEL} names the model {name!r}, which is not of this package, and loading runs no other code: "
             "give its class as load_served(…, model=Class), or allow_import=True where you trust the folder"
         )
-    if model is None and is_built_in(name):
-        _check_sizes(description, folder)
     tables = EmbeddingTables.load(folder / TABLES, device)
     # The constructor draws weights that are overwritten: the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
         try:
-            built = build_model(model or name, tables, len(description.dense_features), description.hyperparameters)
+            misfit = _misfit(description, tables, folder) if model is None and is_built_in(name) else None
+            if misfit is None:
+                built = build_model(model or name, tables, len(description.dense_features), description.hyperparameters)
         except (ValueError, RuntimeError, AssertionError, ArithmeticError, LookupError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{folder / MODEL} describes no model that can be built: {reason}") from error
+    if misfit is not None:
+        raise ValueError(f"{folder / WEIGHTS} does not fit model {name!r} of {MODEL}: {misfit}")
     built.to(device)
     try:
         weights = load_file(folder / WEIGHTS, device=str(device or "cpu"))
@@ -196,21 +203,43 @@ def _read(folder: Path) -> _Description:
     return description
 
 
-def _check_sizes(description: _Description, folder: Path) -> None:
-    """No hyperparameter asks for more than the weights hold, so that building the model cannot fill the memory."""
-    most = max(2**16, (folder / WEIGHTS).stat().st_size)
-    left: list[Any] = [description.hyperparameters]
+def _misfit(description: _Description, tables: EmbeddingTables, folder: Path) -> str | None:
+    """The first weight of a model of these hyperparameters that is another in the file; ``None`` where all fit.
+
+    Here the model is built without memory for its weights, so that a stranger's cannot fill it. No hyperparameter
+    counts more parts than the file has bytes.
+    """
+    most, left = max(2**16, (folder / WEIGHTS).stat().st_size), [description.hyperparameters]
     while left:
-        value = left.pop()
+        value: Any = left.pop()
         if isinstance(value, (dict, list)):
             left += value.values() if isinstance(value, dict) else value
         elif isinstance(value, int) and abs(value) > most:
-            raise ValueError(f"{folder / MODEL}: the hyperparameter {value!r} is larger than {WEIGHTS} can be of")
+            raise ValueError(f"the hyperparameter {value!r} is beyond all weights in {WEIGHTS}")
+    with torch.device("meta"):
+        empty = build_model(description.model, tables, len(description.dense_features), description.hyperparameters)
+    wanted = {name: list(value.shape) for name, value in dense_state(empty).items()}
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        return " ".join(str(error).split())
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            return f"{name} is {wanted.get(name, 'no weight')}, and {found.get(name, 'absent')} in {WEIGHTS}"
+    return None
 
 
 def _check_features(description: _Description, folder: Path) -> None:
     """The features of the model are those of its tables, which the checksum of the tables vouches for."""
-    named = {*description.feature_names, *description.list_features, *description.histories}
+    read = [*description.feature_names, *description.list_features, *description.histories]
+    repeated = [name for name in read if read.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{folder / MODEL} names the feature '{repeated[0]}' twice: it is damaged")
+    strangers = [name for name in description.histories.values() if name not in description.feature_names]
+    if strangers:
+        raise ValueError(f"{folder / MODEL} has a history of '{strangers[0]}', which is no feature: it is damaged")
+    named = set(read)
     looked_up = {feature for table in read_plan(folder / TABLES).tables for feature in table.feature_names}
     if named != looked_up:
         wrong = sorted(named ^ looked_up)[0]

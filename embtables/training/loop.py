@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -66,21 +67,29 @@ class _Progress:
     curve: list[Row] = field(default_factory=list)
     finished: bool = False
 
-    def check(self, epochs: int, steps_per_epoch: int) -> None:
-        """``ValueError`` where no run of so many epochs and steps can be so far."""
+    def check(self, epochs: int, steps_per_epoch: int, monitor: str) -> None:
+        """``ValueError`` where no run of so many epochs and steps, chosen by this monitor, can be so far."""
         steps = self.epoch * steps_per_epoch + self.batch
         within = 0 <= self.batch < steps_per_epoch and 0 <= self.epoch <= epochs
         if self.step != steps or not within:
             raise ValueError(f"step {self.step} is not in batch {self.batch} of epoch {self.epoch}")
-        if min(self.stale, self.best_step, self.examples, self.loss_examples) < 0:
-            raise ValueError("something was counted below 0")
+        if self.epoch == epochs and not self.finished:
+            raise ValueError("all its epochs are over, and it is not finished")
+        counted = (self.examples, self.loss_examples, self.train_seconds, self.compile_seconds)
+        if min(counted) < 0 or not all(map(math.isfinite, (*counted, self.loss_sum))):
+            raise ValueError("something was counted below 0, or without end")
+        if self.examples and not self.train_seconds:
+            raise ValueError("it took no time")
         if [row.get("step") for row in self.curve] != sorted({row.get("step", 0) for row in self.curve}):
             raise ValueError("its evaluations are not in order")
         columns = [(set(row), *map(type, row.values())) for row in self.curve]
         if any(names != set(COLUMNS) or not {*types} <= {int, float, type(None)} for names, *types in columns):
             raise ValueError("an evaluation has other columns than numbers of this release")
-        if self.curve and self.best_step not in [row["step"] for row in self.curve]:
-            raise ValueError(f"there was no evaluation at its best step {self.best_step}")
+        values = {row["step"]: value_of(row, monitor) for row in self.curve}
+        if self.curve and values.get(self.best_step) != self.best:
+            raise ValueError(f"there was no evaluation of {self.best} at its best step {self.best_step}")
+        if self.stale != sum(step > self.best_step for step in values):
+            raise ValueError(f"its best step is not {self.stale} evaluations ago")
         if self.finished and not self.curve:
             raise ValueError("it is finished without an evaluation")
 
@@ -325,11 +334,14 @@ class Run:
         state = load_checkpoint(path, self.identity)
         try:
             self.progress = _PROGRESS.validate_python(state["progress"])
-            self.progress.check(self.config.training.epochs, self.steps_per_epoch)
-            if self.config.training.threads is None:
+            training = self.config.training
+            self.progress.check(training.epochs, self.steps_per_epoch, training.monitor)
+            if training.threads is None:
                 # The order of sums depends on the number of threads.
                 torch.set_num_threads(check_threads(state["threads"]))
-            self.model.load_state_dict(state["model"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # such as that of the state of another optimizer
+                self.model.load_state_dict(state["model"])
             self.optimization.load_state_dict(state["optimization"])
             restore_random_state(state["random"], self.device)
         except Exception as error:  # values of any type may stand in the place of others
@@ -344,6 +356,8 @@ class Run:
     def _finish(self, events: Events) -> dict[str, Any]:
         """The numbers of the best model, taken from its served files; the only place where the test split is read."""
         progress, training = self.progress, self.config.training
+        if not self._best().is_dir():
+            raise ValueError(f"{self._best()} is missing: delete {self.checkpoint / 'last.pt'} to start again")
         copy_served(self._best(), self.out / "served")
         model = load_served(self.out / "served", self.device, model=type(self.model))
         tables = model.embeddings

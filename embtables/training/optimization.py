@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -97,10 +98,47 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "fused" in state:  # of a checkpoint of embtables 0.1.0, whose model holds the weights alone
             self.fused.load_optimizer_state_dict(state["fused"])
+        rates = [float(rate) for rate in state["learning_rates"]]
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ValueError(f"its learning rates are {rates}")
         for name, optimizer in (("tables", self.tables), ("dense", self.dense)):
             if optimizer is not None:
+                _check_state(optimizer, state[name])
                 optimizer.load_state_dict(state[name])
-        self._set_rates(*state["learning_rates"])
+        self._set_rates(*rates)
+
+
+# What each optimizer keeps of a parameter that it has stepped: a tensor of its shape, a scalar as a tensor, a number.
+_KEPT: dict[type[torch.optim.Optimizer], dict[str, str]] = {
+    torch.optim.Adam: {"step": "scalar", "exp_avg": "alike", "exp_avg_sq": "alike"},
+    torch.optim.SparseAdam: {"step": "number", "exp_avg": "alike", "exp_avg_sq": "alike"},
+    torch.optim.Adagrad: {"step": "scalar", "sum": "alike"},
+    torch.optim.SGD: {},
+}
+
+
+def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for a state that is not this optimizer's: its kernels trust the sizes that they find."""
+    own, groups = optimizer.state_dict()["param_groups"], state["param_groups"]
+    same = len(groups) == len(own) and all(
+        name == "lr" or (name in group and group[name] == value)
+        for group, ours in zip(groups, own)
+        for name, value in ours.items()
+    )
+    if not same:
+        raise ValueError(f"its groups of parameters are those of another {type(optimizer).__name__}")
+    parameters, kinds = [p for group in optimizer.param_groups for p in group["params"]], _KEPT[type(optimizer)]
+    for number, kept in state["state"].items():
+        if number not in range(len(parameters)) or (kept and set(kept) != set(kinds)):
+            raise ValueError(f"its optimizer keeps {', '.join(map(str, kept))} of parameter {number}")
+        for name, value in kept.items():
+            shape = parameters[number].shape if kinds[name] == "alike" else torch.Size([])
+            if kinds[name] == "number":
+                good = isinstance(value, int)
+            else:
+                good = isinstance(value, Tensor) and value.shape == shape and value.dtype == torch.float32
+            if not good:
+                raise ValueError(f"its optimizer keeps a {name} of parameter {number} that does not fit it")
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], weight_decay: float | Mapping[str, float]) -> list[dict[str, Any]]:

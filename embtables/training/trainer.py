@@ -130,7 +130,7 @@ class Trainer:
     def _metrics(self) -> dict[str, Any]:
         path = self.out / "metrics.json"
         try:
-            done = read_json(path)
+            done = read_json(inside(self.out, path.name))
             if not isinstance(done, dict) or "status" not in done:
                 raise ValueError("it has no status")
             check_seal(done, path)

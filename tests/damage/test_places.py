@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from embtables import EmbeddingTables, TableConfig, plan
-from embtables._util.files import PREFIX, followed, remove_leftovers, replacing, write_text
+from embtables._util import files
+from embtables._util.files import PREFIX, followed, remove_leftovers, replacing, replacing_folder, write_text
 from embtables._util.lock import locked, only_one
 from embtables.cli.app import run as main
 from embtables.training import load_served
@@ -84,6 +85,67 @@ def test_leftovers_go_when_their_process_has_gone(tmp_path: Path) -> None:
     process.stdout.close()
     write_text(tmp_path / "c", "whole")
     assert names(tmp_path) == ["b", "c"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_folder_is_back_where_replacing_it_was_interrupted(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two renames there is a moment without it: an interrupt, or the next command after a kill, ends it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("old")
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "a" and Path(source).name == "content":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    if killed:  # what the killed process would have done afterwards does not happen
+        monkeypatch.setattr(files, "_bring_back", lambda folder: None)
+        monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "a") as temporary:
+        (temporary / "new").write_text("new")
+    monkeypatch.undo()
+    assert (names(tmp_path) == ["a"]) != killed
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
+
+
+def test_a_new_folder_that_is_taken_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may lock it first and remove it a moment later: what is written goes to another place."""
+    opened, lock = files._open, files._lock
+    taken: list[int] = []
+
+    def slow(held: int) -> None:
+        if not taken:  # somebody else was faster
+            taken.append(opened(next(tmp_path.glob(f"{PREFIX}*.tmp"))))
+            lock(taken[0])
+        lock(held)
+
+    monkeypatch.setattr(files, "_lock", slow)
+    with replacing(tmp_path / "a") as temporary:
+        (removed,) = (path for path in tmp_path.glob(f"{PREFIX}*.tmp") if path != temporary.parent)
+        removed.rmdir()
+        temporary.write_text("whole")
+    os.close(taken[0])
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_pipe_among_leftovers_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{PREFIX}x.lock")
+    code = "import sys; from pathlib import Path; from embtables._util.files import write_text\n"
+    code += "write_text(Path(sys.argv[1]), 'x')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], timeout=60, check=True)
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    (tmp_path / "a").chmod(0o600)
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
 
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import io
 import json
 import os
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
 from embtables import EmbeddingTables, TableConfig, plan
-from embtables._util.files import sealed, unsealed
+from embtables._util.files import PREFIX, sealed, sha256, unsealed
 from embtables._util.reading import parse_yaml, read_array, read_json, read_yaml
 from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
@@ -242,12 +245,69 @@ def test_a_manifest_that_claims_rows(prepared: Path) -> None:
 
 
 def test_a_model_that_claims_layers(run: Path) -> None:
-    def change(record: dict[str, Any]) -> None:
-        record["hyperparameters"]["units"] = [10**9, 10**9]
+    """Each number may be small: sizes multiply."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for units, told in (
+        ([10**9, 10**9], r"model\.json describes no model .*: the hyperparameter 1000000000 is beyond all weights"),
+        (
+            [30_000, 30_000],
+            r"model\.safetensors does not fit .*: hidden.layers.0.weight is \[30000, \d+\], and \[128, \d+\] in",
+        ),
+        (
+            [8],
+            r"model\.safetensors does not fit .*: hidden.layers.0.weight is \[8, \d+\], and \[128, \d+\] in",
+        ),
+    ):
+        rewrite(
+            run / "served" / "model.json", lambda record, units=units: record["hyperparameters"].update(units=units)
+        )
+        with pytest.raises(ValueError, match=told):
+            load_served(run / "served")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16
 
-    rewrite(run / "served" / "model.json", change)
-    with pytest.raises(ValueError, match=r"model\.json: the hyperparameter 1000000000 is larger than"):
-        load_served(run / "served")
+
+def test_a_served_model_whose_features_are_at_odds(run: Path) -> None:
+    path = run / "served" / "model.json"
+    for change, told in (
+        ({"max_history": -5}, "field 'max_history' is damaged"),
+        ({"feature_names": ["feature_0", "feature_0", "feature_1"]}, "names the feature 'feature_0' twice"),
+        ({"feature_names": ["feature_0"], "histories": {"feature_1": "nonesuch"}}, "has a history of 'nonesuch'"),
+    ):
+        was = path.read_text()
+        rewrite(path, lambda record, change=change: record.update(change))
+        with pytest.raises(ValueError, match=told):
+            load_served(run / "served")
+        path.write_text(was)
+
+
+def test_counts_that_are_many_more_than_ids(prepared: Path) -> None:
+    """64 million zeros in about a kilobyte, with a checksum that fits."""
+    path = prepared / "frequencies.parquet"
+    schema, features = pq.read_schema(path), len(pq.read_table(path))
+    zeros = pa.array(np.zeros(2**24, np.int64))
+    counts = pa.ListArray.from_arrays(pa.array([0, *[2**24] * features], pa.int32()), zeros)
+    columns = {name: pq.read_table(path).column(name) for name in schema.names} | {"counts": counts}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+    def described(record: dict[str, Any]) -> None:
+        record["frequencies"] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    rewrite(prepared / "manifest.json", described)
+    with pytest.raises(ValueError, match=r"frequencies.parquet: more than the \d+ counts that manifest.json says"):
+        _ = PreparedDataset(prepared).frequencies
+
+
+def test_yaml_that_json_does_not_know() -> None:
+    for text, told in (
+        ("2020-01-01", "holds a date, '2020-01-01': put it in quotes"),
+        ("!!set {x}", "holds a set, "),
+        ("{1: 2, b: 3}", "holds the key 1, which is no text: put it in quotes"),
+        ("{null: 2}", "holds the key None, which is no text"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            parse_yaml(f"a: {text}")
+        with pytest.raises(ValueError, match="model.hyperparameters.a: the value .* is not valid YAML"):
+            load_config(overrides=[f"model.hyperparameters.a={text}"])
 
 
 def test_references_of_ones_own_are_taken() -> None:
@@ -257,7 +317,9 @@ def test_references_of_ones_own_are_taken() -> None:
 # ---- no other folder -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../secret.parquet", "/etc/passwd", "train/../../secret.parquet", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../secret.parquet", "/etc/passwd", "train/../../secret.parquet", "", "a\0b", "\ud800"]
+)
 def test_a_manifest_that_names_files_elsewhere(name: str, prepared: Path) -> None:
     shutil.copy(prepared / "train" / "00000.parquet", prepared.parent / "secret.parquet")
 
@@ -309,10 +371,46 @@ def test_a_sweep_whose_cells_are_elsewhere(fake: Path, data: Path, tmp_path: Pat
         summarize(sweep, resamples=20)
     with pytest.raises(ValueError, match="hash-50pct-s0 is a link, and a sweep writes"):
         run_sweep(config_of(data, 1, "50%"), sweep)
+    cell.unlink()
+    (tmp_path / "elsewhere").rename(cell)
+    (tmp_path / "mine" / f"{PREFIX}mine.tmp").mkdir(parents=True)
+    (cell / "checkpoint").symlink_to(tmp_path / "mine")
+    run_sweep(config_of(data, 1, "50%"), sweep)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [f"{PREFIX}mine.tmp"]
     results = (sweep / "results.csv").read_text()
     (sweep / "results.csv").write_text(results.replace("hash-50pct-s0", "../../elsewhere"))
     with pytest.raises(ValueError, match=r"results\.csv calls the cell hash-50pct-s0 '\.\./\.\./elsewhere'"):
         summarize(sweep, resamples=20)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("inference_bytes", "inf", "has rows that no sweep writes"),
+        ("inference_bytes", "", "has rows that no sweep writes"),
+        ("seed", "inf", "has rows that no sweep writes"),
+        ("floor_bytes", "1.5", "has rows that no sweep writes"),
+        ("status", "infeasible", "has rows that no sweep writes"),
+        ("status", "failed", "calls the cell .* failed, whose metrics.json says ok"),
+    ],
+)
+def test_results_that_no_sweep_writes(
+    column: str, value: str, told: str, fake: Path, data: Path, tmp_path: Path
+) -> None:
+    from sweep_cases import config_of
+    from sweep_cases import run as run_sweep
+
+    run_sweep(config_of(data, 1, "50%"), tmp_path / "sweep")
+    path = tmp_path / "sweep" / "results.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    next(row for row in rows if row["status"] == "ok")[column] = value
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match=f"results.csv {told}"):
+        summarize(tmp_path / "sweep", resamples=20)
 
 
 def test_what_configurations_say_is_all_that_they_do(tmp_path: Path) -> None:

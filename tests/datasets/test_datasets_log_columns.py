@@ -368,6 +368,10 @@ def test_categories_that_are_rather_numbers_or_lists(tmp_path: Path, capsys: pyt
         ("user,item,time,x\n1,2,3,4\n", {"dense": ("user_id",)}, "'user_id' and 'item_id' are features already"),
         ("user,item,time,x\n1,2,3,4\n", {"dense": ("x",), "lists": ("x",)}, "column 'x' is given twice"),
         ("user,item,time,x\n1,2,3,4\n", {"encoding": "klingon"}, "encoding 'klingon': unknown"),
+        *(
+            ("user,item,time\n1,2,3\n", {"encoding": name}, f"encoding .{name}.: unknown")
+            for name in ("base64", "zip", "hex", "idna")
+        ),
         ("user,item,time\n1,2,3\n", {"columns": ("a", "a")}, "columns a,a: a name is given twice"),
         ("user,item,time\n1,2,03/04/2019\n", {}, "the time '03/04/2019' may be day/month or month/day"),
         ("user,item,time\n1,2,3\n", {"time_format": "%Q"}, "no valid time in 'time'|not a format of times"),
