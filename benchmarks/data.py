@@ -5,8 +5,8 @@
 
 The first generates the file (skewed categories of Criteo's cardinalities), has readers, `embtables prepare criteo` and
 the loader take turns, and prints medians: rows a second of wall clock and of CPU time (all threads). The second prints
-one line of JSON: rows, bytes, seconds of wall clock and of CPU, peak resident memory of the whole process in MiB, rows
-a second, and the number of ids found.
+one line of JSON: rows, bytes, seconds of wall clock and of CPU, peak resident memory of the whole process in MiB, that
+of its imports alone, rows a second, and the number of ids found.
 """
 
 from __future__ import annotations
@@ -147,8 +147,11 @@ def table(found: list[dict[str, Any]]) -> Table:
 def measure(source: Path, out: Path) -> dict[str, float]:
     """Prepares in this process and measures it: meant for a process that does nothing else."""
     start = time.perf_counter()
+    import torch  # noqa: F401  # which the shards' batches need, and which takes twice as much with its CUDA libraries
+
     from embtables.datasets.readers.criteo import prepare_criteo
 
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = prepare_criteo(source, out)
     wall = time.perf_counter() - start
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -159,6 +162,7 @@ def measure(source: Path, out: Path) -> dict[str, float]:
         "wall_seconds": round(wall, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_mib": round(usage.ru_maxrss / 1024, 1),
+        "of_imports_mib": round(imported / 1024, 1),
         "rows_per_second": round(rows / wall),
         "ids": sum(data.num_embeddings.values()),
     }
