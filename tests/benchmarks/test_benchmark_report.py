@@ -156,6 +156,7 @@ def test_failed_cells_are_shown_with_their_message(sweep: Path) -> None:
         for row in text.splitlines()
     ]
     (sweep / "results.csv").write_text("\n".join(lines) + "\n")
+    (sweep / "cells" / name / "metrics.json").unlink()  # which a run that failed has not
     summary = summary_of(sweep)
     point = summary.point("hash", "50%")
     assert point is not None and point.num_ok == 1 and summary.is_partial
