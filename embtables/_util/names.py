@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(word: object, known: Sequence[str]) -> str:
@@ -13,3 +13,8 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     plain = {name.lower().replace("-", "_"): name for name in known}
     close = difflib.get_close_matches(word.strip().lower().replace("-", "_").replace(" ", "_"), plain, n=1)
     return f" (did you mean {plain[close[0]]!r}?)" if close else ""
+
+
+def has_patterns(names: Iterable[object]) -> bool:
+    """Whether some of these are no names but patterns, such as ``user_*``, of which the first that fits counts."""
+    return not all(str(name).isidentifier() for name in names)

@@ -45,6 +45,7 @@ from embtables._util.files import (
     write_text,
 )
 from embtables._util.lock import locked
+from embtables._util.names import has_patterns
 from embtables._util.reading import inside, read_json, read_yaml
 from embtables.datasets import PreparedDataset
 from embtables.models.registry import check_hyperparameters, is_built_in
@@ -483,7 +484,7 @@ def first_difference(before: Any, now: Any, path: str = "") -> tuple[str, str, s
             )
             if found is not None:
                 return found
-        if list(before) != list(now) and not all(str(key).isidentifier() for key in now):
-            return path, str(before), str(now)  # of patterns the first that fits counts
+        if list(before) != list(now) and has_patterns(now):
+            return path, str(before), str(now)
         return None
     return None if before == now else (path, str(before), str(now))

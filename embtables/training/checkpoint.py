@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from embtables._util.files import replacing
+from embtables._util.names import has_patterns
 from embtables._util.reading import check_archive, inside
 
 __all__ = ["load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
@@ -76,7 +77,7 @@ def check_identity(where: str, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 def _text(value: object) -> str:
     """Plain data as text, whatever the order of its entries but for patterns, the first of which that fits counts."""
-    by_name = isinstance(value, dict) and all(str(key).isidentifier() for key in value)
+    by_name = isinstance(value, dict) and not has_patterns(value)
     return json.dumps(value, sort_keys=by_name, default=repr)
 
 
