@@ -471,8 +471,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
             raise ValueError(f"{path}: field 'splits': '{split}' is missing")
         if manifest.splits[split].rows != sum(shard.rows for shard in manifest.splits[split].shards):
             raise ValueError(f"{path}: field 'splits.{split}.rows' is not the sum of its shards' rows")
-    for file in manifest.files():
-        inside(folder, file.file)
+    try:
+        for file in manifest.files():
+            inside(folder, file.file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     check_seal(raw, path)
     return raw, manifest
 

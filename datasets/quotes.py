@@ -11,15 +11,23 @@ from dataclasses import dataclass, field
 LONGEST_FIELD = 2**31 - 1
 LONGEST_ROW = 2**24
 """A quote that is still open after this many bytes is taken for a character."""
+MANY_LINES = 100
+"""More than a text that somebody wrote has: two quotes of two rows may have been taken for a pair."""
 
 
 @dataclass
 class QuotedRows:
-    """The rows of some lines, the line in which each begins, and the lines at the end whose row has no end yet."""
+    """The rows of some lines, the line in which each begins, and the lines at the end whose row has no end yet.
+
+    ``malformed`` holds the lines, of those in which rows begin, whose quotes are read as ordinary characters, and
+    ``long`` those of rows of more than ``MANY_LINES`` lines.
+    """
 
     rows: list[list[str]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     rest: str = ""
+    malformed: list[int] = field(default_factory=list)
+    long: list[int] = field(default_factory=list)
     open_quote: bool = False  # the last line opens a quote that nothing closes
 
 
@@ -42,6 +50,8 @@ def read_quoted(text: str, separator: str, first_line: int, *, last: bool) -> Qu
                     if fields:
                         read.rows.append(fields)
                         read.lines.append(first_line + start)
+                        if begin + reader.line_num - start > MANY_LINES:
+                            read.long.append(first_line + start)
                     start = begin + reader.line_num
             except csv.Error:
                 open_at_the_end = begin + reader.line_num == len(lines)
@@ -53,6 +63,7 @@ def read_quoted(text: str, separator: str, first_line: int, *, last: bool) -> Qu
                 read.open_quote = open_at_the_end and start == len(lines) - 1
                 read.rows.append(lines[start].rstrip("\n").split(separator))
                 read.lines.append(first_line + start)
+                read.malformed.append(first_line + start)
                 start += 1
     return read
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Rejections:
         self.values: dict[str, str] = {}  # of the first row of a reason, where it is a value that is malformed
         self.hints: dict[str, str] = {}  # what would be well-formed, by reason
         self.skipped: dict[str, int] = {}  # lines that are no rows, by what they are
+        self.doubts: dict[str, tuple[int, str]] = {}  # how many rows may be misread, by how, and the first place
 
     def add(self, reason: str, rows: np.ndarray, place: Callable[[int], str], values: Values | None = None) -> None:
         """Counts the rows with these numbers; ``place`` turns a number into words, e.g. "train.txt:17".
@@ -58,6 +60,12 @@ class Rejections:
         if lines:
             self.rows_read -= lines
             self.skipped[what] = self.skipped.get(what, 0) + lines
+
+    def doubt(self, what: str, path: Path, lines: Sequence[int]) -> None:
+        """Counts rows that are read, and perhaps misread, by the lines in which they begin."""
+        if lines:
+            count, first = self.doubts.get(what, (0, f"{path}:{lines[0]}"))
+            self.doubts[what] = count + len(lines), first
 
     def reject(self, reason: str, place: str) -> None:
         """Counts one malformed row. ``place`` is where it stands, e.g. "train.txt:17".
@@ -112,4 +120,5 @@ class Rejections:
         for reason, count in self.counts.items():
             value = f": {self.values[reason]}" if reason in self.values else ""
             lines.append(f"{count:,} rows rejected: {reason} (first {self.first[reason]}{value})")
-        return lines + [f"{count:,} lines skipped: {what}" for what, count in self.skipped.items()]
+        lines += [f"{count:,} lines skipped: {what}" for what, count in self.skipped.items()]
+        return lines + [f"NOTE {count:,} rows {what} (first {place})" for what, (count, place) in self.doubts.items()]

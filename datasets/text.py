@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from embtables.datasets.prefetch import read_ahead
-from embtables.datasets.quotes import read_quoted
+from embtables.datasets.quotes import MANY_LINES, read_quoted
 from embtables.datasets.raw_bytes import BLOCK_BYTES, WrongEncoding, read_normalized
 from embtables.datasets.rejections import Rejections
 
@@ -145,7 +145,7 @@ def _check_utf8(content: bytes, path: Path, line: int) -> None:
     nul = content.find(b"\0")
     if nul >= 0:
         line += content.count(b"\n", 0, nul)
-        raise ValueError(f"{path}:{line}: a NUL byte: this is a binary file, not text")
+        raise WrongEncoding(f"{path}:{line}: a NUL byte: this is a binary file, or a text in UTF-16 or UTF-32")
     if not content.isascii():
         try:
             content.decode()
@@ -253,6 +253,8 @@ def _parse_quoted(
     read = read_quoted(content.decode(), separator, line, last=end.last)
     fields, lines = np.array([len(row) for row in read.rows], np.int64), np.array(read.lines, np.int64)
     rejections.rows_read += len(lines)
+    rejections.doubt("whose quotes do not fit together: they are read as ordinary characters", path, read.malformed)
+    rejections.doubt(f"of more than {MANY_LINES} lines each: a quote may be missing there", path, read.long)
     good = fields == width
     if not good.all():
         if not end.complete and not good[-1] and end.may_be_cut(good, rejections):

@@ -13,11 +13,13 @@ NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nano
 READ_AS = (
     "times that are read are seconds, milliseconds, microseconds or nanoseconds since 1970, 2019-10-01T12:30:00Z and "
     "its kin (with / or . too, without a zone or a time), 01.10.2019, 10/01/2019 12:30 PM, 1 Oct 2019, "
-    "Tue Oct 01 12:30:00 +0000 2019, 20191001 and 20191001123000, and any other form that --time-format describes"
+    "Tue Oct 01 12:30:00 +0000 2019, 20191001 and 20191001123000, and any other form that --time-format describes; "
+    "dates are of the years 1900 to 2100"
 )
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 PLAUSIBLE_S = (631_152_000, 4_102_444_800)  # 1990 and 2100: times within tell the unit
-YEARS = (1900, 2100)  # that digits of a date may write
+YEARS = (1900, 2100)  # that dates may be of: 0001-01-01 and 9999-12-31 stand for missing ones
+FARTHEST_ZONE = 14 * 60  # minutes from UTC
 DIGITS = (8, 10, 12, 14)  # YYYYMMDD, and with hour, minute, second
 
 _WEEKDAY = r"(?:[A-Za-z]{3,9}\.?,?\s+)?"
@@ -25,7 +27,7 @@ _CLOCK = (
     r"(?<hour>\d{1,2}):(?<minute>\d{2})(?::(?<second>\d{2})(?:[.,:](?<fraction>\d{1,9}))?)?\s*"
     r"(?<half>[AaPp]\.?[Mm]\.?)?"
 )
-_ZONE = r"\s*(?<zone>[Zz]|UTC|GMT|(?:UTC|GMT)?[+-]\d{1,2}(?::?\d{2})?)?\s*(?:\([A-Za-z ]+\))?"
+_ZONE = r"\s*(?<zone>[Zz]|UTC|GMT|(?:UTC|GMT)?[+-]\d{1,2}(?::?[0-5]\d)?)?\s*(?:\([A-Za-z ]+\))?"
 _REST = rf"(?:[T:,\s]+{_CLOCK})?{_ZONE}$"
 _MONTH = r"(?<month>[A-Za-z]{3,9})\.?"
 _YEAR_FIRST = rf"^(?<year>\d{{4}})[-/.](?<month>\d{{1,2}}|[A-Za-z]{{3,9}})[-/.](?<day>\d{{1,2}}){_REST}"
@@ -50,6 +52,9 @@ class Clock:
     Args:
         unit: of numbers: "s", "ms", "us", "ns", or "auto".
         form: "day-first" or "month-first", or a format as of ``strftime``, which all times then are of.
+
+    Raises:
+        ValueError: ``form`` is neither, or its times do not tell the year.
     """
 
     def __init__(self, unit: str = "auto", form: str | None = None) -> None:
@@ -57,6 +62,8 @@ class Clock:
         self._unit = self._given
         self._order = form if form in ORDERS else None
         self._form = None if form in ORDERS else form
+        if self._form is not None:
+            _check_form(self._form)
         self._ambiguous: str | None = None  # the first date that may be read in two ways
 
     def read(self, values: pl.Series) -> pl.DataFrame:
@@ -67,7 +74,7 @@ class Clock:
             ValueError: the column is of a type that holds no times, or half of the dates contradict the others.
         """
         if values.dtype == pl.Date or isinstance(values.dtype, pl.Datetime):
-            return _unambiguous(values.cast(pl.Datetime("ms")).cast(pl.Int64))
+            return _unambiguous(_milliseconds(values))
         if values.dtype == pl.String:
             return self._of_text(values.str.strip_chars(" []"))
         if values.dtype.is_numeric():
@@ -235,14 +242,31 @@ def _unit_of(values: pl.Series) -> str:
 
 
 def _formatted(texts: pl.Series, form: str) -> pl.Series:
+    if any(f"%{letter}" in form for letter in "HIklTRrXcs+"):
+        return _milliseconds(texts.str.to_datetime(form, strict=False, time_unit="ms"))
+    return _milliseconds(texts.str.to_date(form, strict=False))
+
+
+def _check_form(form: str) -> None:
+    """Raises ``ValueError`` unless what the format writes can be read again, and is of the year that was written."""
+    year = 2019
     try:
-        if any(f"%{letter}" in form for letter in "HIklTRrXcs+"):
-            moments = texts.str.to_datetime(form, strict=False, time_unit="ms")
-        else:
-            moments = texts.str.to_date(form, strict=False).cast(pl.Datetime("ms"))
+        written = pl.Series([datetime(year, 10, 23, 15, 30, tzinfo=timezone.utc)]).dt.strftime(form)
+        read = pl.from_epoch(_formatted(written, form), time_unit="ms").dt.year()[0]
     except pl.exceptions.PolarsError as error:
-        raise ValueError(f"--time-format {form!r}: not a format of times ({error})") from error
-    return moments.cast(pl.Datetime("ms")).cast(pl.Int64)
+        read = str(error).partition("\n")[0]
+    if read != year:
+        reason = read if isinstance(read, str) else "it tells no year"
+        raise ValueError(
+            f"--time-format {form!r}: not a format of times ({reason}); day-first, month-first and '%d.%m.%Y %H:%M' "
+            "are some"
+        )
+
+
+def _milliseconds(moments: pl.Series) -> pl.Series:
+    """Int64 milliseconds of dates or times; null where the year is one of no log."""
+    moments = moments.cast(pl.Datetime("ms"))
+    return moments.set(~moments.dt.year().is_between(*YEARS), None).cast(pl.Int64)
 
 
 def _extracted(texts: pl.Series, form: str, day: str = "day", month: str = "month") -> pl.Series:
@@ -271,5 +295,6 @@ def _extracted(texts: pl.Series, form: str, day: str = "day", month: str = "mont
     full_year = pl.when(short).then(year + pl.when(year < 70).then(2000).otherwise(1900)).otherwise(year)
     text = pl.format("{}-{}-{} {}:{}:{}", full_year.cast(pl.String).str.zfill(4), *two_digits)
     fraction = (pl.col("fraction") + "00").str.slice(0, 3).cast(pl.Int64).fill_null(0)
-    moment = text.str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="ms").cast(pl.Int64)
+    moment = text.str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="ms")
+    moment = pl.when(moment.dt.year().is_between(*YEARS), offset.abs() <= FARTHEST_ZONE).then(moment.cast(pl.Int64))
     return frame.select(moment + fraction - offset * 60_000).to_series()

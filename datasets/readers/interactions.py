@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import typer
 
+from embtables._util.names import few
 from embtables.datasets.dense_scale import Scale
 from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
@@ -108,6 +109,7 @@ class Interactions(Reader):
     def __post_init__(self) -> None:
         if self.time_unit not in ("auto", *UNITS_MS):
             raise ValueError(f"time_unit '{self.time_unit}': auto, s, ms, us or ns is needed")
+        Clock(self.time_unit, self.time_format)  # refuses a format that is none before anything is read
         if self.days is not None and not 0 < self.days < float("inf"):
             raise ValueError(f"days {self.days}: a number above 0 is needed")
         if self.days is not None and self.end is not None:
@@ -165,7 +167,7 @@ def _fill(writer: Writer, path: Path, config: Interactions) -> None:
         read = _LogReader(table, config, rejections)
         log = read.log(writer)
     except WrongEncoding as error:
-        raise ValueError(f"{error}; --encoding, e.g. latin-1, tells another one") from error
+        raise ValueError(f"{error}; --encoding, e.g. latin-1 or utf-16-le, tells another one") from error
     writer.rows_read, writer.rows_rejected = rejections.rows_read, rejections.counts
     writer.report(rejections.lines())
     negatives = config.negatives
@@ -382,7 +384,7 @@ class _LogReader:
             lines.append(f"column '{name}': {use}" + (f", {share:.1%} missing" if share else ""))
         unused = [name for name in self.table.names if name not in uses]
         if unused:
-            lines.append(f"columns not used: {', '.join(unused)}")
+            lines.append(f"columns not used: {few(unused, 20)}")
         if self.label is None:
             lines.append("no label: every row is a click, and negatives are drawn")
         for name in config.context:

@@ -15,6 +15,11 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     return f" (did you mean {plain[close[0]]!r}?)" if close else ""
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def has_patterns(names: Iterable[object]) -> bool:
     """Whether some of these are no names but patterns, such as ``user_*``, of which the first that fits counts."""
     return not all(str(name).isidentifier() for name in names)

@@ -195,7 +195,7 @@ def inside(folder: Path, name: object) -> Path:
     path = folder / str(name)
     is_name = isinstance(name, str) and name and "\0" not in name and name.isprintable()
     if not is_name or Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
-        raise ValueError(f"{folder} names a file {name!r}, which is not inside of the folder")
+        raise ValueError(f"the file {name!r} is not inside of {folder}")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} is a link out of its folder")
     return path

@@ -194,8 +194,20 @@ def _run(arguments: Sequence[str], wanted: str | None) -> int:
         show, usage_code = getattr(error, "show", None), getattr(error, "exit_code", None)
         if show is None or usage_code is None:
             raise
+        _tell_fields(error, wanted)
         show()
         return int(usage_code)
+
+
+def _tell_fields(error: Any, wanted: str | None) -> None:
+    """Has the error of an unknown option say which fields of the configuration have its name."""
+    option = getattr(error, "option_name", None)
+    if wanted in ("train", "sweep") and isinstance(option, str):
+        from embtables.training.config import homes
+
+        places = homes(option.strip("-").replace("-", "_"))
+        if places:
+            error.message += f" ({' '.join(f'--set {place}=…' for place in places)} is the way)"
 
 
 def _keep_end_of_file(command: Any) -> None:

@@ -72,16 +72,18 @@ def train(
     kept in its served form; metrics.json is written last. Started again after an interruption it goes on and ends with
     the same result, and a finished run is not run again.
 
-    Fields that have no flag are set with --set: training.clip_norm bounds the global norm of the gradients of ordinary
-    parameters, to which fused tables do not belong; training.plateau_factor lowers both learning rates;
-    training.autocast=bf16 trains the dense part in bfloat16, and training.compile=true compiles it;
-    tables.regularization is the L2 of the ids in a batch.
+    Fields that have no flag are set with --set. Without its section a field is set wherever it is:
+    --set learning_rate=0.001 is that of the tables and of the rest; and a hyperparameter of the model needs no section:
+    --set units=[64,32]. training.clip_norm bounds the global norm of the gradients of ordinary parameters, to which
+    fused tables do not belong; training.plateau_factor lowers both learning rates; training.autocast=bf16 trains the
+    dense part in bfloat16, and training.compile=true compiles it; tables.regularization is the L2 of the ids that a
+    batch holds.
 
     Examples:
 
     \b
       embtables train data/demo --method hash --budget 10% --out runs/hash
-      embtables train data/demo --config run.yaml --set model.hyperparameters.top_units=[256,128] --out runs/wide
+      embtables train data/demo --config run.yaml --set top_units=[256,128] --out runs/wide
       embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
       embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
     """

@@ -62,7 +62,7 @@ def reading_file(path: Path | str) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     try:
         described, tensors = _read(path)
         plan = Plan.from_dict(described)
-        _check_sizes(plan, tensors)
+        _check_shapes(plan, tensors)
         if CHECKSUM in described and described.pop(CHECKSUM) != _checksum(described, tensors):
             raise ValueError("its contents do not match its checksum: it is damaged")
         yield plan, tensors
@@ -120,7 +120,7 @@ def _checksum(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_sizes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+def _check_shapes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` unless the tensors are those of the plan's served form, before anything is allocated.
 
     Weights may be of another precision than the plan's, which the tables had when they were saved.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from embtables._util.names import did_you_mean
 from embtables._util.reading import NotYaml, parse_yaml, read_yaml
 from embtables.models import find_model
+from embtables.models.registry import hyperparameters_of
 from embtables.optimizers import kinds, optimizer_from_config
 from embtables.training.initialization import INITIALIZATIONS
 from embtables.training.presets import preset_named
@@ -277,7 +279,9 @@ def load_config(
         preset: a name of ``embtables.training.presets``; of its hyperparameters those count that the model has.
         path: a YAML file with any of the sections ``data``, ``model``, ``tables``, ``dense``, ``training``.
         flags: ``{"training.batch_size": 4096}``; entries that are ``None`` were not given.
-        overrides: ``"training.batch_size=4096"``; the value is read as YAML.
+        overrides: ``"training.batch_size=4096"``; the value is read as YAML. A field may stand without its section, and
+            is set in every section that has it: ``"learning_rate=0.001"`` is that of the tables and of the rest. What
+            is in no section is a hyperparameter of the model: ``"units=[64, 32]"``.
         fields: ``{"training.batch_size": 4096}``; ``None`` is a value here.
 
     A model of one's own that ``flags``, ``overrides`` or ``fields`` name is imported, from the working directory too.
@@ -295,11 +299,21 @@ def load_config(
     for name, value in (flags or {}).items():
         if value is not None:
             _put(values, name, value)
+    asked = [name for name, value in (flags or {}).items() if value is not None]
+    hyperparameters: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals or not name.strip():
+        name = name.strip()
+        if not equals or not name:
             raise ValueError(f"override {override!r} is not of the form field=value, such as training.batch_size=4096")
-        _put(values, name.strip(), parse_value(text, name.strip()))
+        value = parse_value(text, name)
+        places = [name] if "." in name or name in RunConfig.model_fields else homes(name)
+        if not places:
+            hyperparameters[name] = value
+        for place in places:
+            _put(values, place, value)
+        asked += places
+    asked += list(fields or {})
     for name, value in (fields or {}).items():
         _put(values, name, value)
     try:
@@ -307,15 +321,35 @@ def load_config(
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
         raise ValueError(where + _sentence(error)) from None
-    asked = [name for name, value in (flags or {}).items() if value is not None]
-    asked += [override.partition("=")[0].strip() for override in overrides] + list(fields or {})
     if "model.name" in asked:
         # Whoever writes a name into this call may have the module in the working directory; a file may not.
         find_model(config.model.name, beside=Path.cwd())
     if chosen is not None:
         model = config.model
         model.hyperparameters = {**chosen.hyperparameters_for(model.name), **model.hyperparameters}
+    if hyperparameters:
+        _check_found(hyperparameters, config.model.name)
+        config.model.hyperparameters = {**config.model.hyperparameters, **hyperparameters}
     return config
+
+
+def homes(name: str) -> list[str]:
+    """The fields ``section.name`` of all sections that have a field of this name."""
+    return [
+        f"{section}.{name}" for section, field in RunConfig.model_fields.items() if name in _fields(field.annotation)
+    ]
+
+
+def _check_found(names: Iterable[str], model: str) -> None:
+    """``ValueError`` unless the model has hyperparameters of these names, which no section has as fields."""
+    known, takes_any = hyperparameters_of(find_model(model))
+    for name in names:
+        if name not in known and not takes_any:
+            fields = [field for section in RunConfig.model_fields.values() for field in _fields(section.annotation)]
+            raise ValueError(
+                f"there is no field {name!r}, and model {model!r} has no hyperparameter of this name"
+                f"{did_you_mean(name, [*known, *fields])}"
+            )
 
 
 def parse_value(text: str, name: str) -> Any:
@@ -370,8 +404,8 @@ def _sentence(error: ValidationError) -> str:
         if len(path) == 1:
             known = list(RunConfig.model_fields)
             # ``batch_size: 10`` without its section is the likeliest slip.
-            homes = [s for s, f in RunConfig.model_fields.items() if path[0] in _fields(f.annotation)]
-            hint = f"; did you mean {homes[0]}.{path[0]}?" if homes else ""
+            places = homes(path[0])
+            hint = f"; did you mean {places[0]}?" if places else ""
             return f"{name} is not a section of the configuration: it has {', '.join(known)}{hint}"
         known = _fields(RunConfig.model_fields[path[0]].annotation)
         close = difflib.get_close_matches(path[1], known, n=1)

@@ -127,7 +127,6 @@ class Run:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        self._resume()
         self._remove_stale()
         events = Events(self.out / "tensorboard", self.progress.step)
         try:
@@ -327,7 +326,8 @@ class Run:
             if other != self._best():
                 shutil.rmtree(other)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Go on from the last checkpoint, where there is one; ``ValueError`` where it is damaged."""
         path = self.checkpoint / "last.pt"
         if not path.exists():
             return

@@ -123,8 +123,9 @@ class Trainer:
                 self._refuse_other(identity)  # again: another process may have been here meanwhile
                 if (self.out / "metrics.json").exists():
                     return self._metrics()
-                self._write_start(identity, plan)
                 run = Run(self.config, self.data, self.out, identity, tables, model, show_progress=self.show_progress)
+                run.resume()  # before anything is written: a start that is refused leaves the folder as it was
+                self._write_start(identity, plan)
                 return run.run()
 
     def _metrics(self) -> dict[str, Any]:

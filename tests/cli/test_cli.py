@@ -101,6 +101,8 @@ def test_usage_errors(capfd: pytest.CaptureFixture[str]) -> None:
         (["plan"], "Missing"),
         (["plan", "x", "--mehtod", "hash"], "--mehtod"),
         (["sweep", "x", "--methods", "hash", "--budgets", "1%", "--out", "y", "--seeds", "0"], "--seeds"),
+        (["sweep", "x", "--epochs", "3"], "No such option: --epochs (--set training.epochs=… is the way)"),
+        (["train", "x", "--weight-decay", "0"], "--weight-decay (--set dense.weight_decay=… is the way)"),
     ]:
         assert run(arguments) == 2
         assert message in " ".join(capfd.readouterr().err.split())

@@ -129,7 +129,7 @@ class Checkpoint:
         run = Run(self.config, self.data, path.parent.parent, self.identity, tables, model)
         state = torch.get_rng_state()
         try:
-            run._resume()
+            run.resume()
         finally:
             torch.set_rng_state(state)
         weights = {name: value.numpy().tobytes() for name, value in model.state_dict().items()}

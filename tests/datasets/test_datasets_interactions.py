@@ -255,6 +255,16 @@ def test_no_history_column(tmp_path: Path) -> None:
     assert "history" not in data.read("train").column_names and data.manifest["histories"] == []
 
 
+def test_many_columns_are_not_all_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = (
+        clicks(50)
+        .select("user_id", "article_id", "timestamp_ms")
+        .with_columns(pl.lit(0).alias(f"unused_{number}") for number in range(500))
+    )
+    prepare_interactions(write(tmp_path / "log.csv", log), tmp_path / "out", progress=True)
+    assert ", unused_19 and 480 more\n" in capsys.readouterr().err
+
+
 def test_malformed_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = clicks(1000).write_csv().splitlines()
     lines[10] = "1,2"

@@ -16,7 +16,7 @@ import pytest
 
 from embtables.datasets import Format, Rejections, read_text
 from embtables.datasets import text as text_module
-from embtables.datasets.raw_bytes import read_unpacked
+from embtables.datasets.raw_bytes import WrongEncoding, read_unpacked
 from embtables.datasets.text import read_header
 
 COLUMNS = ("a", "b", "c")
@@ -86,6 +86,12 @@ def test_an_encoding_that_is_not_the_file_s_is_named(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"a,b,c\na,b,\x81\n")
     with pytest.raises(ValueError, match="log:1: here or below is no cp1252 text"):
         read(tmp_path / "log", Format(",", COLUMNS, encoding="cp1252"))
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):  # without a byte order mark
+        (tmp_path / "log").write_bytes("a,b,c\na,b,é\n".encode(encoding))
+        with pytest.raises(WrongEncoding, match="log:1: a NUL byte: .* or a text in UTF-16 or UTF-32"):
+            read(tmp_path / "log", Format(",", COLUMNS))
+        found = read(tmp_path / "log", Format(",", COLUMNS, encoding=encoding))
+        assert found == [(1, ("a", "b", "c")), (2, ("a", "b", "é"))]
     (tmp_path / "log").write_bytes(b"\xff\xfea\x00,\x00\x00\xd8\n\x00")
     with pytest.raises(ValueError, match="log:1: here or below is no utf-16 text"):
         read(tmp_path / "log", Format(",", COLUMNS))
@@ -160,6 +166,9 @@ def test_quotes_that_are_not_well_formed_cost_their_own_line_at_most(
     ]
     assert rejections.counts == {"not 3 columns": 1} and rejections.first["not 3 columns"].endswith("log:7 (4 columns)")
     assert rejections.rows_read == 9 and rejections.lines_read == 9
+    assert [line for line in rejections.lines() if line.startswith("NOTE")] == [
+        f"NOTE 3 rows whose quotes do not fit together: they are read as ordinary characters (first {tmp_path}/log:2)"
+    ]
 
 
 def test_a_quote_that_the_end_of_the_file_leaves_open_is_a_truncated_file(tmp_path: Path) -> None:
@@ -177,6 +186,16 @@ def test_an_open_quote_does_not_take_the_rest_of_a_large_file(tmp_path: Path, mo
     (tmp_path / "log").write_text("\n".join(rows) + "\n")
     found = read(tmp_path / "log", Format(",", COLUMNS, quoted=True))
     assert len(found) == len(rows) and found[3] == (4, ("4", '"open', "6")) and found[-1][0] == len(rows)
+
+
+def test_two_stray_quotes_that_take_many_rows_for_one_are_told(tmp_path: Path) -> None:
+    rows = ["1,2,3"] + ['4,"x,6'] + ["7,8,9"] * 150 + ['4,x",6'] + ["7,8,9"]
+    (tmp_path / "log").write_text("\n".join(rows) + "\n")
+    rejections = Rejections()
+    assert len(read(tmp_path / "log", Format(",", COLUMNS, quoted=True), rejections)) == 3
+    assert rejections.lines() == [
+        f"NOTE 1 rows of more than 100 lines each: a quote may be missing there (first {tmp_path}/log:2)"
+    ]
 
 
 def test_spaces_at_the_ends_of_fields(tmp_path: Path) -> None:

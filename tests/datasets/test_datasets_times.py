@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 import polars as pl
 import pytest
 
+from embtables.datasets.readers.interactions import Interactions
 from embtables.datasets.times import Clock, say
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -96,6 +97,7 @@ FORMS = {
 def test_every_form(form: str) -> None:
     written = [FORMS[form](moment) for moment in MOMENTS]
     bad = ["N/A", "NULL", "", "noon", "2019-13-01", "2019-02-30 10:00:00", "2019-10-01 25:00:00", "32.10.2019", "inf"]
+    bad += ["2019-10-01T12:30:00+25:00", "2019-10-01T12:30:00+05:75", "0000-00-00", "0001-01-01", "9999-12-31 23:59:59"]
     texts = [text for text, _ in written]
     expected = [ms(moment) for _, moment in written]
     assert read([*bad, None, *texts]) == [None] * (len(bad) + 1) + expected
@@ -193,6 +195,40 @@ def test_a_format_of_the_user_s() -> None:
     assert read(["03|04|2019 10.30", "2019-04-03"], clock) == [ms(moment), None]
     assert read(["03|04|19"], Clock(form="%d|%m|%y")) == [ms(moment.replace(hour=0, minute=0))]
     assert "'%d|%m|%Y %H.%M'" in clock.description()
+
+
+@pytest.mark.parametrize("form", ["", "%Q%", "%H:%M", "noon", "%d.%m", "%Y-%m-%d %H", "%"])
+def test_formats_that_are_none_are_refused_before_anything_is_read(form: str) -> None:
+    with pytest.raises(ValueError, match=r"^--time-format '.*': not a format of times \(.*\); day-first, ") as caught:
+        Interactions(time_format=form)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "form", ["%s", "%c", "%+", "%F %T", "%D", "%d/%b/%Y:%H:%M:%S %z", "%j %Y", "%Y-%m", "%m/%d/%y %I:%M %p", "%Y%m%d"]
+)
+def test_formats_of_times(form: str) -> None:
+    moment = datetime(2020, 2, 29, 0, 0, tzinfo=timezone.utc)
+    (time,) = read([moment.strftime(form.replace("%+", "%Y-%m-%dT%H:%M:%S+00:00"))], Clock(form=form))
+    assert time == ms(moment if form != "%Y-%m" else moment.replace(day=1))
+
+
+def test_placeholders_of_databases_are_no_times() -> None:
+    """The first and the last date of .NET and of SQL."""
+    moment = datetime(2019, 10, 1)
+    values = pl.Series([datetime(1, 1, 1), moment, datetime(9999, 12, 31)])
+    expected = [None, ms(moment.replace(tzinfo=timezone.utc)), None]
+    assert Clock().read(values)["time"].to_list() == expected
+    assert Clock().read(values.cast(pl.Date))["time"].to_list() == expected
+    assert read(["0001-01-01", "2019-10-01", "9999-12-31"], Clock(form="%Y-%m-%d")) == expected
+
+
+def test_zones_reach_as_far_as_there_are_some() -> None:
+    moment = datetime(2019, 10, 1, 12, tzinfo=timezone.utc)
+    assert (
+        read(["2019-10-02T02:00:00+14:00", "2019-10-01T00:00:00-12:00", "2019-10-01T17:45:00+05:45"])
+        == [ms(moment)] * 3
+    )
 
 
 def test_points() -> None:

@@ -26,6 +26,25 @@ def test_order_of_sources(tmp_path):
     assert config.training.patience == RunConfig().training.patience
 
 
+def test_fields_without_their_section(tmp_path):
+    """A published learning rate is one number; the model's hyperparameters are known by their names."""
+    config = load_config(overrides=["learning_rate=0.002", "units=[7]", "name=mlp", "epochs=3", "tables.l2=0.1"])
+    assert (config.tables.learning_rate, config.dense.learning_rate) == (0.002, 0.002)
+    assert (config.model.name, config.model.hyperparameters) == ("mlp", {"units": [7]})
+    assert config.training.epochs == 3
+    # as elsewhere, the last one counts
+    config = load_config(overrides=["learning_rate=0.002", "dense.learning_rate=0.01"])
+    assert (config.tables.learning_rate, config.dense.learning_rate) == (0.002, 0.01)
+    config = load_config(preset="bars", flags={"model.name": "deepfm"}, overrides=["dropout=0.3"])
+    assert config.model.hyperparameters["dropout"] == 0.3 and len(config.model.hyperparameters) > 1
+    with pytest.raises(ValueError, match="no field 'units', and model 'fm' has no hyperparameter of this name"):
+        load_config(overrides=["name=fm", "units=[7]"])
+    path = tmp_path / "run.yaml"  # of files the form stays one
+    path.write_text("batch_size: 10")
+    with pytest.raises(ValueError, match=r"batch_size is not a section .*did you mean training\.batch_size\?$"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("0.1", 0.1), ("10%", "10%"), ("64MB", "64MB"), ("67108864", 67108864), ("null", None)],
@@ -55,7 +74,10 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
         ("training.batch_size=many", r"^training\.batch_size: .*integer.*, not 'many'$"),
         ("training.batchsize=10", r"^training\.batchsize is not a field .*did you mean training\.batch_size\?$"),
         ("training.colour=red", r"^training\.colour is not a field of the configuration: training has batch_size, "),
-        ("batch_size=10", r"^batch_size is not a section .*did you mean training\.batch_size\?$"),
+        ("batchsize=10", r"^there is no field 'batchsize', and model 'dlrm' .* \(did you mean 'batch_size'\?\)$"),
+        ("top_unit=[1]", r"^there is no field 'top_unit', and model 'dlrm' .* \(did you mean 'top_units'\?\)$"),
+        ("epochs=many", r"^training\.epochs: .*integer.*, not 'many'$"),
+        ("tables=3", r"^tables: "),
         (
             "tables.optimizer=lamb",
             r"^tables\.optimizer: choose one of sgd, rowwise_adagrad, adagrad, adam, not 'lamb'$",

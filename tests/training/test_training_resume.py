@@ -250,10 +250,12 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, monkeypatch):
     interrupted(config_of("training.epochs=1"), data, out, monkeypatch)
     path = out / "checkpoint" / "last.pt"
     whole = path.read_bytes()
+    (out / "environment.json").write_text("{}")  # of another machine
     for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"last\.pt is damaged .*: delete it to start again"):
             Trainer(config_of("training.epochs=1"), data, out).run()
+        assert (out / "environment.json").read_text() == "{}"
 
 
 def test_other_folders_are_refused(data, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
+from embtables._util.names import few
 from embtables.plan.solver import Plan
 from embtables.sizes.memory import format_bytes
 
@@ -145,8 +146,3 @@ class Compression:
         else:
             lines.append("the old tables are freed")
         return "\n".join(lines)
-
-
-def few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
+from embtables._util.names import few
 from embtables.config import OutOfRange
 from embtables.faces.compress.discovery import Finding, Unit, find, is_bag_collection, refuse_wrappers
 from embtables.faces.compress.optimizers import Swap, check, containers, move
 from embtables.faces.compress.partition import cut, part
 from embtables.faces.compress.references import Holders, refuse_other_holders
-from embtables.faces.compress.report import Compression, SwappedTable, few
+from embtables.faces.compress.report import Compression, SwappedTable
 from embtables.faces.embedding import Embedding, EmbeddingBag
 from embtables.hashing import seed_for
 from embtables.optimizers import FusedOptimizer
