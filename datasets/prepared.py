@@ -377,7 +377,9 @@ class PreparedDataset:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); prepare the data set again") from error
+            raise ValueError(
+                f"{path}, which {MANIFEST} names, cannot be read ({error.strerror}); prepare the data set again"
+            ) from error
         if file.file not in self._checked:
             if hashlib.sha256(content).hexdigest() != file.sha256:
                 raise ValueError(

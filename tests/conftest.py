@@ -55,7 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
-def pytest_collection_finish() -> None:
-    """Spares every garbage collection from now on the objects of all modules, which stay until the end anyway."""
+@pytest.fixture(autouse=True, scope="module")
+def _spare_what_stays() -> None:
+    """Spares every garbage collection the objects of modules, and the caches of compilers, which stay until the end.
+
+    ``compress_`` looks through all objects there are, of which the tests of torch.compile leave millions.
+    """
     gc.collect()
     gc.freeze()

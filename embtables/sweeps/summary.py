@@ -208,7 +208,8 @@ def _read_results(file: Path) -> pd.DataFrame:
         known &= frame[column].isna() | (frame[column].between(0, 2**62) & (frame[column] % 1 == 0))
     if not known.all() or frame.duplicated("cell").any():
         raise ValueError(f"{file} has rows that no sweep writes: start the sweep again, which writes it anew")
-    frame[["budget", "message", "variant"]] = frame[["budget", "message", "variant"]].fillna("")
+    texts = ["budget", "message", "variant"]
+    frame[texts] = frame[texts].astype(object).fillna("")  # a column without any text is one of numbers
     return frame
 
 

@@ -54,7 +54,8 @@ def tables_file(folder: Path, method: Any, budget: str | None, counts: bool = Fa
 def read_tables(path: Path) -> Meaning:
     """What every id of the tables gives, and the tables themselves."""
     tables = EmbeddingTables.load(path)
-    dense = {table.name: tables.to_dense(table.name).numpy().tobytes() for table in tables.plan.tables}
+    listed = [table.name for table in tables.plan.tables if table.num_embeddings is not None]
+    dense = {name: tables.to_dense(name).numpy().tobytes() for name in listed}
     return [table.to_dict() for table in tables.plan.tables], dense
 
 

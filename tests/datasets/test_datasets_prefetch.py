@@ -209,13 +209,14 @@ def test_two_windows_are_in_memory_and_no_more(
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from embtables.datasets import PreparedDataset, prepared
 prepared.WINDOW_BYTES, prepared._has_spare_core = 1, lambda: True
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background begins without it
 try:
     for batch in PreparedDataset(sys.argv[1]).batches("train", 10):
         print("batch", flush=True)
-        time.sleep(600)
+        time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
