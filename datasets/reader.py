@@ -16,7 +16,7 @@ import typer
 
 from embtables.datasets.options import LogSplit, MaxRejected, MinCount, Out, Seed, Shares, Split, numbers
 from embtables.datasets.prepared import PreparedDataset
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.row_keys import RowKeys, Schema, check_columns
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, leave_last_out, random_split, time_split
 from embtables.datasets.streaming import write_streaming
@@ -223,21 +223,15 @@ class _SplitRows:
         reader, by_time = self.reader, self.reader.split != "random"
         for block in blocks:
             where = f"reader '{reader.kind}'"
-            faults: dict[str, pl.Series] = {}
+            faults: dict[str, Fault] = {}
             times = None
             if by_time:
                 assert reader.time is not None
                 times = self._times_of(block.frame, reader.time, where)
-                faults[f"no valid time in '{reader.time}'"] = times.is_null()
-                rejections.hints[f"no valid time in '{reader.time}'"] = READ_AS
+                fault = Fault(times.is_null(), block.frame[reader.time], READ_AS)
+                faults[f"no valid time in '{reader.time}'"] = fault
             good, rows = self.keys.of(
-                block.frame,
-                block.lines,
-                rejections,
-                lambda line: f"{source}:{line}",
-                where,
-                faults,
-                {reason: block.frame[str(reader.time)] for reason in faults},
+                block.frame, block.lines, rejections, lambda line: f"{source}:{line}", where, faults
             )
             if times is not None:
                 self._times.append(times.filter(pl.Series(good)).to_numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,6 +14,14 @@ PATIENCE = 10_000
 """After this many rows the share of malformed rows is checked while reading; it is always checked at the end."""
 
 Values = pl.Series | pl.DataFrame
+
+
+class Fault(NamedTuple):
+    """Which rows are malformed in one way, ``bool`` (null: no), and what is told of the first of them."""
+
+    rows: pl.Series
+    values: Values | None = None  # of all rows: the column whose value is malformed, or all those of which one is
+    hint: str | None = None  # what would be well-formed
 
 
 def _first(values: Values) -> Any:
@@ -79,22 +87,22 @@ class Rejections:
 
     def passing(
         self,
-        faults: Mapping[str, pl.Series],
+        faults: Mapping[str, Fault],
         rows: np.ndarray,
         place: Callable[[int], str],
-        values: Mapping[str, Values],
     ) -> np.ndarray:
-        """Which of the rows have none of the faults (bool); a row counts once, under its first fault.
+        """Which of the rows with these numbers have none of the faults (bool).
 
-        Args:
-            values: by reason, the column whose value is malformed, or all those of which one is.
+        A row counts once, under the reason of its first fault; ``place`` turns its number into words.
         """
         good = np.ones(len(rows), bool)
         for reason, fault in faults.items():
-            if fault.any():
-                bad = fault.fill_null(False).to_numpy() & good
-                self.add(reason, rows[bad], place, values[reason].filter(pl.Series(bad)) if reason in values else None)
+            if fault.rows.any():
+                bad = fault.rows.fill_null(False).to_numpy() & good
+                self.add(reason, rows[bad], place, fault.values if fault.values is None else fault.values.filter(bad))
                 good &= ~bad
+                if fault.hint is not None:
+                    self.hints[reason] = fault.hint
         self.check()
         return good
 

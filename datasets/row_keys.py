@@ -12,7 +12,7 @@ import polars as pl
 
 from embtables.datasets.key_lists import KeyLists
 from embtables.datasets.prepared import GROUP, LABEL
-from embtables.datasets.rejections import Rejections
+from embtables.datasets.rejections import Fault, Rejections
 from embtables.datasets.string_keys import StringKeys
 from embtables.datasets.writing import list_column
 
@@ -95,16 +95,14 @@ class RowKeys:
         rejections: Rejections,
         place: Callable[[int], str],
         where: str,
-        more_faults: Mapping[str, pl.Series] | None = None,
-        shown: Mapping[str, pl.Series] = MappingProxyType({}),
+        more_faults: Mapping[str, Fault] = MappingProxyType({}),
     ) -> tuple[np.ndarray, KeyedRows]:
         """Which of the rows are well-formed (bool), and these rows with keys.
 
         Args:
             numbers: of the rows; ``place`` turns one into words.
             where: the file or the reader, which begins the message about a column that cannot be used.
-            more_faults: further reasons to reject rows, true where a row has the fault.
-            shown: by such a reason, the column whose value is malformed.
+            more_faults: further reasons to reject rows.
 
         Raises:
             ValueError: a column is missing or of a type that cannot be used, or too many rows are malformed.
@@ -117,20 +115,18 @@ class RowKeys:
         listed = {name: self._lists_of_values(frame[name], where) for name in schema.list_columns}
         dense = {name: raw[name].cast(pl.Float64, strict=False) for name in (schema.label, *schema.dense)}
         label = dense.pop(schema.label)
-        faults = {f"the label '{schema.label}' is not 0 or 1": label.is_in([0.0, 1.0]).fill_null(False).not_()}
-        faults |= more_faults or {}
+        no_label = label.is_in([0.0, 1.0]).fill_null(False).not_()
+        faults = {f"the label '{schema.label}' is not 0 or 1": Fault(no_label, raw[schema.label]), **more_faults}
         for name, number in dense.items():
-            faults[f"'{name}' is not a number"] = raw[name].is_not_null() & number.is_null() | number.is_infinite()
+            wrong = raw[name].is_not_null() & number.is_null() | number.is_infinite()
+            faults[f"'{name}' is not a number"] = Fault(wrong, raw[name])
         values = {name: raw[name] for name in schema.categorical}
         for name, value in values.items():
             if value.dtype.is_float():
                 values[name] = value.cast(pl.Int64, strict=False)
-                faults[f"'{name}' is neither text nor a whole number"] = (values[name] == value).not_() | (
-                    value.is_not_null() & values[name].is_null()
-                )
-        shown = {**shown, **{f"'{name}' is not a number": raw[name] for name in schema.dense}}
-        shown |= {f"the label '{schema.label}' is not 0 or 1": raw[schema.label]}
-        good = rejections.passing(faults, numbers, place, shown)
+                wrong = (values[name] == value).not_() | (value.is_not_null() & values[name].is_null())
+                faults[f"'{name}' is neither text nor a whole number"] = Fault(wrong, value)
+        good = rejections.passing(faults, numbers, place)
         kept = pl.Series(good)
         filled = {name: number.fill_nan(None).fill_null(0) for name, number in dense.items()}
         return good, KeyedRows(

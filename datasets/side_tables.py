@@ -10,7 +10,7 @@ import polars as pl
 
 from embtables.datasets.interaction_log import ItemFeatures
 from embtables.datasets.key_column import KeyColumn
-from embtables.datasets.rejections import Rejections
+from embtables.datasets.rejections import Fault, Rejections
 from embtables.datasets.text import Format, read_text
 from embtables.datasets.vocabulary import MISSING
 from embtables.datasets.writing import Writer
@@ -46,8 +46,8 @@ def read_side(
     frames = []
     for block in read_text(side.path, side.layout, rejections):
         wrong = block.frame.select(fault.alias(reason) for reason, fault in faults.items())
-        shown = {reason: block.frame.select(names) for reason, names in read.items()}
-        good = rejections.passing(wrong.to_dict(), block.lines, lambda line: f"{side.path}:{line}", shown)
+        found = {reason: Fault(wrong[reason], block.frame.select(names)) for reason, names in read.items()}
+        good = rejections.passing(found, block.lines, lambda line: f"{side.path}:{line}")
         frame = block.frame.filter(pl.Series(good)).select(value.alias(name) for name, value in chosen.items())
         frames.append(frame.join(pl.DataFrame({"": ids}), on="", how="semi"))
     rejections.check(final=True)

@@ -141,6 +141,18 @@ def _safetensors(whole: bytes, generator: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(body)
 
 
+def described(whole: bytes, change: Callable[[Any], None]) -> bytes:
+    """A table file of which a stranger changed the plan, without a checksum."""
+    (size,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + size])
+    plan = json.loads(header["__metadata__"]["embtables"])
+    del plan["sha256"]
+    change(plan)
+    header["__metadata__"]["embtables"] = json.dumps(plan)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + whole[8 + size :]
+
+
 def _checkpoint(whole: bytes, generator: random.Random) -> bytes:
     import io
 

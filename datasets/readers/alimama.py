@@ -26,7 +26,7 @@ from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.side_tables import Side, integers, read_side
 from embtables.datasets.splits import row_uniforms
 from embtables.datasets.text import Format, read_columns, read_text
@@ -141,17 +141,18 @@ def _read_sample(writer: Writer, path: Path, config: Alimama) -> tuple[Log, dict
             POSITION,
             pl.Series("row", block.lines),
         )
+        raw = block.frame
+        outside = ~frame[TIME].is_between(FIRST, FIRST + DAYS * DAY - 1)
+        one_of_two = frame["clk"].is_between(0, 1) & (frame["clk"] + frame["nonclk"] == 1)
         faults = {
-            "no integer user and ad": frame[USER].is_null() | frame[ITEM].is_null(),
-            "no valid time": frame[TIME].is_null(),
-            "a time outside 2017-05-06 to 05-13": ~frame[TIME].is_between(FIRST, FIRST + DAYS * DAY - 1),
-            "clk and nonclk are not 0 and 1": ~(
-                frame["clk"].is_between(0, 1) & (frame["clk"] + frame["nonclk"] == 1)
-            ).fill_null(False),
+            "no integer user and ad": Fault(
+                frame[USER].is_null() | frame[ITEM].is_null(), raw.select("user", "adgroup_id")
+            ),
+            "no valid time": Fault(frame[TIME].is_null(), raw[TIME]),
+            "a time outside 2017-05-06 to 05-13": Fault(outside, raw[TIME]),
+            "clk and nonclk are not 0 and 1": Fault(~one_of_two.fill_null(False), raw.select("clk", "nonclk")),
         }
-        columns = (["user", "adgroup_id"], [TIME], [TIME], ["clk", "nonclk"])
-        shown = {reason: block.frame.select(names) for reason, names in zip(faults, columns)}
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         good &= _chosen(frame[USER], config)
         frame = frame.filter(pl.Series(good))
         position.add(frame[POSITION])
@@ -212,15 +213,16 @@ def _read_views(writer: Writer, path: Path, log: Log, config: Alimama) -> Events
     latest = LatestEvents(log.users, log.times, config.history)
     for block in read_text(path, layout, rejections, advance):
         frame = block.frame.select(*(integers(name) for name in ("user", TIME, "cate", BRAND)), "btag")
+        raw = block.frame
+        no_category = raw.select(_no_integer("cate") | _no_integer(BRAND)).to_series()
+        known = frame["btag"].is_in(BEHAVIORS).fill_null(False)
         faults = {
-            "no integer user": frame["user"].is_null(),
-            "no valid time": ~frame[TIME].is_between(0, 2**40).fill_null(False),
-            f"no btag of {', '.join(BEHAVIORS)}": ~frame["btag"].is_in(BEHAVIORS).fill_null(False),
-            "no integer cate and brand": block.frame.select(_no_integer("cate") | _no_integer(BRAND)).to_series(),
+            "no integer user": Fault(frame["user"].is_null(), raw["user"]),
+            "no valid time": Fault(~frame[TIME].is_between(0, 2**40).fill_null(False), raw[TIME]),
+            f"no btag of {', '.join(BEHAVIORS)}": Fault(~known, raw["btag"]),
+            "no integer cate and brand": Fault(no_category, raw.select("cate", BRAND)),
         }
-        columns = (["user"], [TIME], ["btag"], ["cate", BRAND])
-        shown = {reason: block.frame.select(names) for reason, names in zip(faults, columns)}
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         good &= frame["btag"].is_in(config.behaviors).fill_null(False).to_numpy()
         frame = frame.filter(pl.Series(good))
         category, brand = (frame[name].fill_null(MISSING).to_numpy() for name in ("cate", BRAND))

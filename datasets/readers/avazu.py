@@ -21,7 +21,7 @@ from embtables.datasets.derived import day, hour_of_day, weekday, weekend
 from embtables.datasets.options import MaxRejected, MinCount, Seed, Shares
 from embtables.datasets.prepared import LABEL, PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.row_keys import Schema
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
 from embtables.datasets.streaming import write_streaming
@@ -128,16 +128,14 @@ def _rows(writer: Writer, path: Path, rejections: Rejections, days: set[int]) ->
             ),
         )
         not_an_hour = pl.lit(parsed[DAY].is_null()) | hour.str.contains(r"^\d{6}([01]\d|2[0-3])$").not_()
-        wrong = {
-            "the click is not 0 or 1": pl.lit(parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()),
-            "hour is not YYMMDDHH": not_an_hour,
-        }
+        no_click = pl.lit(parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null())
+        wrong = {"the click is not 0 or 1": ("click", no_click), "hour is not YYMMDDHH": ("hour", not_an_hour)}
         for name in CATEGORIES:
             kind, form = ("8 hex digits", "^[0-9a-f]{8}$") if name in HEX else ("an integer", r"^-?\d{1,18}$")
-            wrong[f"{name} is not {kind}"] = pl.col(name).str.contains(form).not_()
-        faults = raw.select(fault.alias(reason) for reason, fault in wrong.items())
-        shown = dict(zip(faults.columns, raw.select("click", "hour", *CATEGORIES)))
-        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}", shown)
+            wrong[f"{name} is not {kind}"] = name, pl.col(name).str.contains(form).not_()
+        rows = raw.select(fault.alias(reason) for reason, (_, fault) in wrong.items())
+        faults = {reason: Fault(rows[reason], raw[name]) for reason, (name, _) in wrong.items()}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.with_columns(pl.col(LABEL).cast(pl.Float32))
         if not good.all():
             parsed = parsed.filter(pl.Series(good))

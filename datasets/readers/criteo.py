@@ -18,7 +18,7 @@ import typer
 from embtables.datasets.options import MaxRejected, MinCount, Seed, Shares
 from embtables.datasets.prepared import LABEL, PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.row_keys import Schema
 from embtables.datasets.splits import DEFAULT_SHARES, check_shares, random_split
 from embtables.datasets.streaming import write_streaming
@@ -125,13 +125,18 @@ def _rows(writer: Writer, path: Path, rejections: Rejections) -> Iterator[Block]
             pl.col(DENSE).cast(pl.Int64, strict=False),
             pl.col(CATEGORIES).str.to_integer(base=16, dtype=pl.UInt32, strict=False),
         )
-        faults = block.frame.select(
-            (parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()).alias("the label is not 0 or 1"),
-            *(_unparsed(name, parsed).alias(f"{name} is not an integer") for name in DENSE),
-            *(_not_hex(name, parsed).alias(f"{name} is not 8 hex digits") for name in CATEGORIES),
+        wrong = block.frame.select(
+            (parsed[LABEL].is_in([0, 1]).not_() | parsed[LABEL].is_null()).alias(LABEL),
+            *(_unparsed(name, parsed).alias(name) for name in DENSE),
+            *(_not_hex(name, parsed).alias(name) for name in CATEGORIES),
         )
-        shown = dict(zip(faults.columns, block.frame.select(COLUMNS)))
-        good = rejections.passing(faults.to_dict(), block.lines, lambda line: f"{path}:{line}", shown)
+        reasons = {
+            LABEL: "the label is not 0 or 1",
+            **{name: f"{name} is not an integer" for name in DENSE},
+            **{name: f"{name} is not 8 hex digits" for name in CATEGORIES},
+        }
+        faults = {reason: Fault(wrong[name], block.frame[name]) for name, reason in reasons.items()}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.select(
             pl.col(LABEL).cast(pl.Float32),
             pl.col(DENSE).clip(0).fill_null(0).cast(pl.Float32).log1p(),

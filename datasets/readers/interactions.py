@@ -44,7 +44,7 @@ from embtables.datasets.recognized import (
     no_header,
     numbers_of_labels,
 )
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.tabular import Rows, Table, open_table
 from embtables.datasets.times import READ_AS, UNITS_MS, Clock, say
@@ -303,26 +303,21 @@ class _LogReader:
         users = self.missing.removed(plain(frame[self.user], "--user", where))
         items = self.missing.removed(plain(frame[self.item], "--item", where))
         faults = {
-            f"no user ('{self.user}' is empty)": users.is_null(),
-            f"no item ('{self.item}' is empty)": items.is_null(),
+            f"no user ('{self.user}' is empty)": Fault(users.is_null(), frame[self.user]),
+            f"no item ('{self.item}' is empty)": Fault(items.is_null(), frame[self.item]),
         }
-        shown = dict(zip(faults, (frame[self.user], frame[self.item])))
         moments = pl.DataFrame({"time": pl.Series([], dtype=pl.Int64), "swapped": pl.Series([], dtype=pl.Int64)})
         if self.time is not None:
             times = plain(frame[self.time], "--time", where)
             moments = self.clock.read(times)
-            reason = f"no valid time in '{self.time}'"
-            faults[reason] = moments["time"].is_null() | moments["swapped"].is_null()
-            shown[reason] = times
-            self.rejections.hints[reason] = READ_AS
-        label = self._labels(frame, faults, shown)
+            wrong = moments["time"].is_null() | moments["swapped"].is_null()
+            faults[f"no valid time in '{self.time}'"] = Fault(wrong, times, READ_AS)
+        label = self._labels(frame, faults)
         numbers = {}
         for name, column in self.dense.items():
-            numbers[name], faults[column.fault] = column.numbers(
-                self.missing.removed(plain(frame[name], "--dense", where)), where
-            )
-            shown[column.fault] = frame[name]
-        good = self.rejections.passing(faults, block.numbers, block.place, shown)
+            numbers[name], wrong = column.numbers(self.missing.removed(plain(frame[name], "--dense", where)), where)
+            faults[column.fault] = Fault(wrong, frame[name])
+        good = self.rejections.passing(faults, block.numbers, block.place)
         if label is not None and self.config.leave_out:
             left_out = (
                 good
@@ -347,9 +342,7 @@ class _LogReader:
         if label is not None:
             self.labels.append(label.filter(kept).to_numpy())
 
-    def _labels(
-        self, frame: pl.DataFrame, faults: dict[str, pl.Series], shown: dict[str, pl.Series]
-    ) -> pl.Series | None:
+    def _labels(self, frame: pl.DataFrame, faults: dict[str, Fault]) -> pl.Series | None:
         """The labels of a block, whose first block tells whether a column with the name of one is the label."""
         if self.maybe_labels and not self._label_is_chosen and len(frame):
             columns = [self.missing.removed(frame[name]) for name in self.maybe_labels]
@@ -360,9 +353,8 @@ class _LogReader:
             return None
         values = plain(frame[self.label], "--label", self.where)
         label = labels_of(values, self.config.positive_from)
-        reason = f"no valid label in '{self.label}'"
-        faults[reason], shown[reason] = label.is_null(), values
-        self.rejections.hints[reason] = "labels are 0 and 1, or numbers with --positive-from"
+        hint = "labels are 0 and 1, or numbers with --positive-from"
+        faults[f"no valid label in '{self.label}'"] = Fault(label.is_null(), values, hint)
         return label
 
     def told(self, log: Log, scales: dict[str, Scale]) -> list[str]:

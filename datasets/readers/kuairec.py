@@ -24,7 +24,7 @@ from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, writ
 from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.side_tables import Side, integers, read_side
 from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import Format, read_columns, read_text
@@ -133,13 +133,13 @@ def _read(writer: Writer, path: Path, rejections: Rejections) -> pl.DataFrame:
             pl.col(TIME).is_null().alias("timeless"),
             pl.Series("row", block.lines),
         )
+        raw = block.frame
         faults = {
-            "no integer user and video": frame[USER].is_null() | frame[ITEM].is_null(),
-            "no valid timestamp": ~frame["timeless"] & frame[TIME].is_null(),
-            "no valid watch_ratio": ~frame[RATIO].is_between(0, 2**31).fill_null(False),
+            "no integer user and video": Fault(frame[USER].is_null() | frame[ITEM].is_null(), raw.select(USER, VIDEO)),
+            "no valid timestamp": Fault(~frame["timeless"] & frame[TIME].is_null(), raw[TIME]),
+            "no valid watch_ratio": Fault(~frame[RATIO].is_between(0, 2**31).fill_null(False), raw[RATIO]),
         }
-        shown = {reason: block.frame.select(names) for reason, names in zip(faults, ([USER, VIDEO], [TIME], [RATIO]))}
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         without_time += int((good & frame["timeless"].to_numpy()).sum())
         parts.append(frame.filter(pl.Series(good), ~pl.col("timeless")).drop("timeless"))
     writer.extra.setdefault("rows_without_time", {})[path.name] = without_time

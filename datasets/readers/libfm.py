@@ -19,7 +19,7 @@ import typer
 from embtables.datasets.options import MaxRejected, MinCount
 from embtables.datasets.prepared import GROUP, LABEL, PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.splits import SPLITS
 from embtables.datasets.text import Block, Format, read_header, read_text
 from embtables.datasets.vocabulary import KeyCounter
@@ -144,9 +144,9 @@ def _rows(writer: Writer, title: str, path: Path, fields: tuple[str, ...], rejec
             pl.col(LABEL).str.extract(r"^\+?(-?1|0)(?:\.0*)?$").cast(pl.Int8),
             pl.col(fields).str.extract(r"^(\d{1,18}):1(?:\.0*)?$").cast(pl.Int64),
         )
-        wrong = {"the label is not 1, −1 or 0": parsed[LABEL].is_null()}
-        wrong |= {f"{name} is not an index and the value 1": parsed[name].is_null() for name in fields}
-        shown = dict(zip(wrong, block.frame.select(LABEL, *fields)))
-        good = rejections.passing(wrong, block.lines, lambda line: f"{path}:{line}", shown)
+        reasons = {LABEL: "the label is not 1, −1 or 0"}
+        reasons |= {name: f"{name} is not an index and the value 1" for name in fields}
+        faults = {reason: Fault(parsed[name].is_null(), block.frame[name]) for name, reason in reasons.items()}
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         parsed = parsed.with_columns((pl.col(LABEL) > 0).cast(pl.Float32))
         yield Block(parsed.filter(pl.Series(good)), block.lines[good])

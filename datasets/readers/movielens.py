@@ -22,7 +22,7 @@ from embtables.datasets.key_column import KeyColumn
 from embtables.datasets.options import History, LeaveOut, MaxRejected, MinCount, Seed, Shares, Split, Without
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.side_tables import Side, read_side
 from embtables.datasets.splits import DEFAULT_SHARES
 from embtables.datasets.text import Format, read_header, read_text
@@ -221,15 +221,13 @@ def _fill(writer: Writer, release: Release, config: MovieLens) -> None:
         parsed = block.frame.select(pl.col(USER, ITEM), pl.col(RATING).cast(pl.Float64, strict=False))
         moments = clock.read(block.frame[TIME])["time"] if timed else pl.Series([0] * len(parsed), dtype=pl.Int64)
         faults = {
-            "no user": parsed[USER].is_null(),
-            "no film": parsed[ITEM].is_null(),
-            "no valid rating": ~parsed[RATING].is_between(0, 10).fill_null(False),
-            "no valid timestamp": moments.is_null(),
+            "no user": Fault(parsed[USER].is_null()),
+            "no film": Fault(parsed[ITEM].is_null()),
+            "no valid rating": Fault(~parsed[RATING].is_between(0, 10).fill_null(False), block.frame[RATING]),
         }
-        shown = {"no valid rating": block.frame[RATING]}
         if timed:
-            shown["no valid timestamp"] = block.frame[TIME]
-        good = rejections.passing(faults, block.lines, lambda line: f"{release.ratings}:{line}", shown)
+            faults["no valid timestamp"] = Fault(moments.is_null(), block.frame[TIME])
+        good = rejections.passing(faults, block.lines, lambda line: f"{release.ratings}:{line}")
         unwanted = good & parsed[RATING].is_in(list(map(float, config.leave_out))).fill_null(False).to_numpy()
         left_out += int(unwanted.sum())
         good &= ~unwanted

@@ -23,7 +23,7 @@ from embtables.datasets.negatives import Negatives
 from embtables.datasets.options import History, MaxRejected, MinCount, Seed, Shares, Split, Without, parse_duration
 from embtables.datasets.prepared import PreparedDataset
 from embtables.datasets.reader import Reader
-from embtables.datasets.rejections import DEFAULT_LIMIT, Rejections
+from embtables.datasets.rejections import DEFAULT_LIMIT, Fault, Rejections
 from embtables.datasets.side_tables import integers
 from embtables.datasets.splits import DEFAULT_SHARES, row_uniforms
 from embtables.datasets.text import Format, read_text
@@ -93,15 +93,15 @@ def _read(writer: Writer, path: Path, config: Taobao) -> Log:
         frame = block.frame.select(
             *(integers(name) for name in (USER, ITEM, CATEGORY, TIME)), BEHAVIOR, pl.Series("row", block.lines)
         )
+        ids, times = block.frame.select(USER, ITEM, CATEGORY), block.frame[TIME]
+        is_behavior = frame[BEHAVIOR].is_in(BEHAVIORS).fill_null(False)
         faults = {
-            "no integer ids": frame[USER].is_null() | frame[ITEM].is_null() | frame[CATEGORY].is_null(),
-            f"no behavior of {', '.join(BEHAVIORS)}": ~frame[BEHAVIOR].is_in(BEHAVIORS).fill_null(False),
-            "no valid time": frame[TIME].is_null(),
-            "a time outside 2017-11-25 to 2017-12-03": ~frame[TIME].is_between(FIRST, PAST - 1),
+            "no integer ids": Fault(frame[USER].is_null() | frame[ITEM].is_null() | frame[CATEGORY].is_null(), ids),
+            f"no behavior of {', '.join(BEHAVIORS)}": Fault(~is_behavior, frame[BEHAVIOR]),
+            "no valid time": Fault(frame[TIME].is_null(), times),
+            "a time outside 2017-11-25 to 2017-12-03": Fault(~frame[TIME].is_between(FIRST, PAST - 1), times),
         }
-        columns = ([USER, ITEM, CATEGORY], [BEHAVIOR], [TIME], [TIME])
-        shown = {reason: block.frame.select(names) for reason, names in zip(faults, columns)}
-        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}", shown)
+        good = rejections.passing(faults, block.lines, lambda line: f"{path}:{line}")
         good &= frame[BEHAVIOR].is_in(config.behaviors).fill_null(False).to_numpy()
         if config.users < 1:
             good &= row_uniforms(frame[USER].fill_null(0).to_numpy(), config.log.seed) < config.users

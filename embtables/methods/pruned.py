@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from math import exp, gcd, isqrt, log
+from math import exp, gcd, inf, isqrt, log
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -375,6 +375,17 @@ class SparseBlock(Block):
         super().__init__(store, entries[0].table.embedding_dim)
         self.name = _name(group, self.embedding_dim)
         self.constant("first", [e.entry.values["first_row"] for e in entries])
+        for entry in entries:
+            first, rows = entry.entry.values["first_row"], entry.table.rows
+            if rows is None or first < 0 or first + rows > self.num_rows():
+                raise ValueError(
+                    f"table '{entry.table.name}' has {rows} rows from {first} on, but '{self.name}' has "
+                    f"{self.num_rows()}: the plan is damaged"
+                )
+
+    def num_rows(self) -> float:
+        """How many rows the codes have places for."""
+        raise NotImplementedError
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
         return []
@@ -435,6 +446,9 @@ class SparseBlock(Block):
 
 class BitmapBlock(SparseBlock):
     """A bit per entry of the full table, and how many of them are set before each block of 8 words."""
+
+    def num_rows(self) -> float:
+        return 64 * len(self.code("bitmap")) // self.embedding_dim
 
     def decode(self, rows: Tensor) -> Tensor:
         first = rows.reshape(-1) * self.embedding_dim
@@ -502,6 +516,9 @@ class BitmapBlock(SparseBlock):
 class RowsBlock(SparseBlock):
     """Compressed rows: the column of every entry, and where each row's entries begin."""
 
+    def num_rows(self) -> float:
+        return len(self.code("pointers")) - 1
+
     def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
         super().check_codes(given)
         pointers = given(f"{self.name}/pointers")
@@ -554,6 +571,9 @@ class RowsBlock(SparseBlock):
 
 class EntriesBlock(RowsBlock):
     """Sorted entries, each with its row and column; a row's are found by bisection."""
+
+    def num_rows(self) -> float:
+        return inf  # one that has no entry is zero
 
     def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
         SparseBlock.check_codes(self, given)

@@ -180,6 +180,8 @@ def _read_results(file: Path) -> pd.DataFrame:
         raise ValueError(f"{file} is missing: the sweep has not begun to train; start it again first")
     try:
         text = read_text(file)
+        if not text.endswith("\n"):
+            raise ValueError("its last row has no end")
         # Of rows of any other lengths pandas would make something, at length.
         lengths = {len(row) for row in csv.reader(io.StringIO(text), strict=True) if row}
         if len(lengths) > 1 or max(lengths, default=0) > 2 * len(COLUMNS):

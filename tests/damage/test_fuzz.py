@@ -212,6 +212,23 @@ def test_tables(number: int, tmp_path: Path) -> None:
     check_plan(plan_file, f"plan{number}")
 
 
+@pytest.mark.parametrize("number", range(len(METHODS)), ids=lambda i: f"{METHODS[i][0]}-{METHODS[i][1]}"[:30])
+def test_tables_that_claim_more_ids_than_there_are_rows(number: int, tmp_path: Path) -> None:
+    """What the served form of a method holds is for as many ids as it says, or for any number of them."""
+    path = tables_file(tmp_path, *METHODS[number])
+    whole = path.read_bytes()
+    for table in range(3):
+
+        def claim(plan: dict[str, Any], table: int = table) -> None:
+            plan["tables"][table]["num_embeddings"] += 2**20
+
+        path.write_bytes(fuzzing.described(whole, claim))
+        try:
+            read_tables(path)
+        except ValueError as error:
+            assert path.name in str(error)
+
+
 def check_plan(path: Path, label: str) -> None:
     """Plans are given as data, so that no file can be named; what is accepted says what it said."""
     whole = path.read_bytes()

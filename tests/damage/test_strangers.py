@@ -413,6 +413,21 @@ def test_results_that_no_sweep_writes(
         summarize(tmp_path / "sweep", resamples=20)
 
 
+def test_results_that_are_cut_off(fake: Path, data: Path, tmp_path: Path) -> None:
+    from sweep_cases import config_of
+    from sweep_cases import run as run_sweep
+
+    run_sweep(config_of(data, 1, "50%"), tmp_path / "sweep")
+    path = tmp_path / "sweep" / "results.csv"
+    whole = path.read_text()
+    for length in (whole.index("varian") + 5, len(whole) - 1, len(whole) // 2):
+        path.write_text(whole[:length])
+        with pytest.raises(
+            ValueError, match=r"results\.csv is damaged \(its last row has no end\): start the sweep again"
+        ):
+            summarize(tmp_path / "sweep", resamples=20)
+
+
 def test_what_configurations_say_is_all_that_they_do(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("training: !!python/object/apply:os.system ['touch ran']\n")
     with pytest.raises(ValueError, match=r"run\.yaml: line 1 is not valid YAML"):

@@ -283,7 +283,7 @@ def test_parquet_gives_the_same(tmp_path: Path) -> None:
             [0.5, 2],
             r"train.parquet, row 1: the label 'clicked' is not 0 or 1 \(0.5\); 2 of 2 rows read are malformed",
         ),
-        ("item", [1.5, float("inf")], r"row 1: 'item' is neither text nor a whole number; 2 of 2 rows"),
+        ("item", [1.5, float("inf")], r"row 1: 'item' is neither text nor a whole number \(1.5\); 2 of 2 rows"),
         ("x", ["a", "inf"], r"row 1: 'x' is not a number \('a'\); 2 of 2 rows"),
     ],
 )
