@@ -25,7 +25,10 @@ _BIG = 2**32
 
 
 def seed_for(hash_seed: int, *key: str | int) -> int:
-    """A signed 64-bit seed that depends on every part of ``key`` (table name, lookup, purpose) and on nothing else."""
+    """A signed 64-bit seed, made of ``hash_seed`` and of each part of ``key``, and of nothing else.
+
+    ``key`` names what the seed is for, such as the table, the number of the lookup, and the purpose.
+    """
     text = "\x1f".join(str(part) for part in (hash_seed, *key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
@@ -35,7 +38,10 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """splitmix64 of int64 ``x`` (any shape): every input bit changes every output bit with probability about 1/2."""
+    """Hashes int64 ``x``, of any shape, to int64, so that each input bit changes each output bit about half the time.
+
+    It is the finalizer of splitmix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+    """
     x = x + _INCREMENT
     x = (x ^ _shift_right(x, 30)) * _MULTIPLIERS[0]
     x = (x ^ _shift_right(x, 27)) * _MULTIPLIERS[1]
@@ -43,10 +49,11 @@ def mix(x: Tensor) -> Tensor:
 
 
 def to_range(hashed: Tensor, size: Tensor) -> Tensor:
-    """Maps 64-bit hashes to ``[0, size)``; ``size`` is an int64 tensor that broadcasts, each 1 … 2**61.
+    """Maps int64 hashes, of any shape, to addresses from 0 to ``size`` − 1.
 
-    Below 2**32 the result is ``floor(u * size / 2**62)`` for the hash's upper 62 bits ``u``, in two exact steps of 31
-    bits; above, ``u mod size``, whose bias is below 2**-21 for every size up to 2**41.
+    ``size`` is an int64 tensor that broadcasts to them, with values from 1 to 2**61. Below 2**32 the result is
+    ``floor(u * size / 2**62)`` for the hash's upper 62 bits ``u``, in two exact steps of 31 bits; above it is
+    ``u mod size``, whose bias is below 2**-21 for every size up to 2**41.
     """
     high, low = _shift_right(hashed, 33), _shift_right(hashed, 2) & _LOW_31
     scaled = (high * size + ((low * size) >> 31)) >> 31
@@ -54,10 +61,13 @@ def to_range(hashed: Tensor, size: Tensor) -> Tensor:
 
 
 def hash_ids(ids: Tensor, seed: Tensor, size: Tensor) -> Tensor:
-    """The address of each id: int64 ``ids`` of any shape, ``seed`` and ``size`` that broadcast."""
+    """The address of each id, an int64 from 0 to ``size`` − 1.
+
+    ``ids`` are int64 and of any shape; ``seed`` and ``size`` are int64 tensors that broadcast to it.
+    """
     return to_range(mix(ids ^ seed), size)
 
 
 def hash_signs(ids: Tensor, seed: Tensor) -> Tensor:
-    """±1 (float32) for each id, from one bit of a hash with a seed of its own."""
+    """A sign for each id, float32 1 or −1: one bit of a hash. Its seed must be another than that of the addresses."""
     return ((mix(ids ^ seed) >> 62 & 1) * 2 - 1).to(torch.float32)

@@ -192,9 +192,9 @@ class Lookup(nn.Module):
 
     # ---- three forms of outputs ------------------------------------------------------------------------------------
 
-    def side_by_side(self, given: Input, modes: Sequence[str | None], step: Step) -> Tensor:
+    def side_by_side(self, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         """Pooled vectors ``[B, ΣD]``; ``modes`` is the pooling of each output."""
-        own = [modes[output] for output in self._native_outputs] if self._in_pytorch else modes
+        own = tuple(modes[output] for output in self._native_outputs) if self._in_pytorch else modes
         native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step), modes)
         if native is not None and not found:
             return native

@@ -9,8 +9,11 @@ from torch import Tensor
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or a forward-mode derivative is at work; graphs have none within them."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and transforms()
+
+
+def transforms() -> bool:
+    """``is_transformed`` where no graph is made."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 

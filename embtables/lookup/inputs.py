@@ -49,7 +49,7 @@ def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, fea
     """Raises ``TypeError`` or ``ValueError``, naming the argument whose type or shape does not fit."""
     num_features = len(feature_names)
     for name, value in (("ids", ids), ("offsets", offsets), ("per_sample_weights", weights)):
-        if not isinstance(value, Tensor) and (value is not None or name == "ids"):
+        if (value is not None or name == "ids") and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, not a {type(value).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")

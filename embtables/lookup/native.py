@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embtables import ops
 from embtables.formats import FP32, weight_name
-from embtables.lookup.graphs import is_transformed
+from embtables.lookup.graphs import transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
@@ -61,10 +61,11 @@ class NativeLookup:
         # Rules with a native form keep at most two tensors; others take all of theirs in PyTorch.
         kept = [[*store.state_names(name), "", ""][:2] for name in self._trained]
         self._states = [name for names in kept for name in names]
+        self._no_states = [_NOTHING] * len(self._states)
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
 
-    def tensors(self) -> ProgramTensors | None:
-        """What the program reads and writes as it is now; ``None`` where native code does not take it."""
+    def tensors(self, updates: bool = True) -> ProgramTensors | None:
+        """What the program reads as it is now, and writes where it updates; ``None`` where native code has no way."""
         store, fused = self.store, self.store.optimizer
         find = store.tensor
         both, codes = [find(name) for name in self._trained], [find(name) for name in self._codes]
@@ -73,8 +74,8 @@ class NativeLookup:
         for code, form in zip(codes, self._code_forms):
             if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
                 return None
-        states = [find(name) if name else _NOTHING for name in self._states]
-        kept = [state for state in states if state is not _NOTHING]
+        states = [find(name) if name else _NOTHING for name in self._states] if updates else self._no_states
+        kept = [state for state in states if state is not _NOTHING] if updates else []
         if kept and not (ops.fits(kept) and kept[0].dtype in (torch.float32, both[0].dtype)):
             return None
         n = len(self.program.widths)
@@ -112,7 +113,7 @@ class NativeLookup:
         for tensor in given[:3]:
             if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):
                 return None
-        return None if torch.jit.is_tracing() or is_transformed() else self.tensors()
+        return None if torch.jit.is_tracing() or transforms() else self.tensors(step.updates)
 
     def _updates_in_graphs(self, step: Step) -> bool:
         # A stage may change weights before they are read, and the operator checks the ids that it reads by itself.
@@ -127,17 +128,17 @@ class NativeLookup:
     def check(self, tensors: ProgramTensors, given: Input) -> None:
         """Raises ``Refused`` for what the lookups would refuse, and does nothing else."""
         outputs = self._outputs(self._starts, self.dims, [None] * len(self.dims))
-        ops.check(tensors, self._args(given, outputs, (0,), keeps=False))
+        ops.check(tensors, self._args(given, outputs, given.batch(self.num_features), (0,), keeps=False))
 
     # ---- looking up ------------------------------------------------------------------------------------------------
 
-    def side_by_side(self, tensors: ProgramTensors, given: Input, modes: Sequence[str | None], step: Step) -> Tensor:
+    def side_by_side(self, tensors: ProgramTensors, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         """Pooled vectors ``[B, ΣD]``."""
         batch = given.batch(self.num_features)
-        key = tuple(modes)
-        if key not in self._side_by_side:
-            self._side_by_side[key] = self._outputs(self._starts, [self.width] * len(self.dims), modes)
-        return self._values(tensors, given, self._side_by_side[key], (batch, self.width), step)
+        outputs = self._side_by_side.get(modes)
+        if outputs is None:
+            outputs = self._side_by_side[modes] = self._outputs(self._starts, [self.width] * len(self.dims), modes)
+        return self._values(tensors, given, outputs, batch, (batch, self.width), step)
 
     def one_by_one(
         self, tensors: ProgramTensors, given: Input, modes: Sequence[str | None], step: Step
@@ -155,43 +156,48 @@ class NativeLookup:
                     rows[i] = end - start
         sizes = [n * dim for n, dim in zip(rows, self.dims)]
         outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
-        values = self._values(tensors, given, outputs, (sum(sizes),), step)
+        values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
         return [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
 
     def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step) -> Tensor:
         """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
-        dim, modes = self.dims[0], [None] * len(self.dims)
+        dim, modes = self.dims[0], (None,) * len(self.dims)
         ids, offsets = given.ids, given.offsets
         if offsets is None:
             return self.side_by_side(tensors, given, modes, step).view(ids.shape[0], self.num_features, dim)
         bounds = given.bounds(self.num_features)
         outputs = self._outputs([bounds[column] * dim for column in self.columns], self.dims, modes)
-        return self._values(tensors, given, outputs, (ids.numel(), dim), step)
+        return self._values(tensors, given, outputs, given.batch(self.num_features), (ids.numel(), dim), step)
 
     @staticmethod
     def _outputs(starts: Sequence[int], strides: Sequence[int], modes: Sequence[str | None]) -> Tensor:
         return torch.tensor([*zip(starts, strides, [POOLING[mode] for mode in modes])], dtype=torch.int64)
 
-    def _args(self, given: Input, outputs: Tensor, shape: tuple[int, ...], *, keeps: bool) -> LookupArgs:
+    def _args(self, given: Input, outputs: Tensor, batch: int, shape: tuple[int, ...], *, keeps: bool) -> LookupArgs:
         """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
         program, (ids, offsets, weights) = self.program, given[:3]
-        num_rows = ids.shape[0] * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
+        num_rows = batch * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
         ids = ids.clone() if keeps and self.reads_ids else ids
         if offsets is not None:
             offsets = _as(offsets, torch.int64, copy=keeps)
         if weights is not None:
             weights = _as(weights, torch.float32, copy=keeps)
-        batch = given.batch(self.num_features)
         return LookupArgs(ids.contiguous(), offsets, weights, outputs, batch, shape, num_rows)
 
     def _values(
-        self, tensors: ProgramTensors, given: Input, outputs: Tensor, shape: tuple[int, ...], step: Step
+        self,
+        tensors: ProgramTensors,
+        given: Input,
+        outputs: Tensor,
+        batch: int,
+        shape: tuple[int, ...],
+        step: Step,
     ) -> Tensor:
         store = self.store
         differentiates = store.optimizer is None and store.gives_gradients()
         compiles = torch.compiler.is_compiling()
         # In a graph the operator itself makes the copies.
-        args = self._args(given, outputs, shape, keeps=(step.updates or differentiates) and not compiles)
+        args = self._args(given, outputs, batch, shape, keeps=(step.updates or differentiates) and not compiles)
         if compiles:
             return ops.look_up_in_graph(
                 tensors, args, store.step_number(), self.ranges, store.hook if step.updates else None

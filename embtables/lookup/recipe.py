@@ -145,5 +145,8 @@ class Recipe:
 
 
 def concat(*addresses: Address, ranks: Ranks | None = None, projection: str | None = None) -> Recipe:
-    """The recipe that joins the values at these addresses; of one address it is that value."""
+    """The recipe of a vector that is put together from the values at these addresses, one after another.
+
+    With a single address the vector is the value that stands there. ``ranks`` and ``projection`` are as in ``Recipe``.
+    """
     return Recipe("concat", addresses, ranks, projection)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embtables import ops
 from embtables.formats import FP32, weight_name
-from embtables.lookup.accumulation import accumulated_rows
+from embtables.lookup.accumulation import Accumulation, accumulated_rows
 from embtables.lookup.block import Part
 from embtables.lookup.graphs import is_transformed
 from embtables.lookup.listening import listened_to
@@ -35,6 +35,14 @@ class Step:
         aliases: where a step has several lookups with dense gradients, what adds them up as one.
     """
 
+    # Of a lookup that does not train.
+    accumulation: Accumulation | None = None
+    counts = False
+    stages: Sequence[Stage] = ()
+    listeners: Sequence[Stage] = ()
+    updates = False
+    _locks = False
+
     def __init__(
         self,
         store: Store,
@@ -44,28 +52,28 @@ class Step:
         stages: Sequence[Stage] = (),
         aliases: Aliases | None = None,
     ) -> None:
-        self.accumulation = store.accumulation if trains else None
-        begun = self.accumulation is not None and self.accumulation.begun
-        self.store, self.trains, self.counts = store, trains, trains and counts and not begun
-        self.stages = list(stages) if self.counts else []
-        # They hear of every lookup, not only of the one that begins a step.
-        self.listeners = [stage for stage in stages if stage.listens_to] if trains else []
-        self.updates = trains and store.optimizer is not None
+        self.store, self.trains = store, trains
         self.aliases = None if store.sparse or store.optimizer is not None else aliases
-        # A lookup alone: its reading of rows that are updated, and what it counts. In graphs the operators lock.
-        self._locks = (self.updates or bool(self.stages)) and not torch.compiler.is_compiling()
         # Two blocks that use one dense parameter update it once, by the sum of their gradients.
         self._extras: dict[str, Tensor] = {}
+        if trains:
+            self.accumulation = store.accumulation
+            self.counts = counts and not (self.accumulation is not None and self.accumulation.begun)
+            self.stages = list(stages) if self.counts else []
+            # They hear of every lookup, not only of the one that begins a step.
+            self.listeners = [stage for stage in stages if stage.listens_to]
+            self.updates = store.optimizer is not None
+            # A lookup alone: its reading of rows that are updated, and what it counts. In graphs the operators lock.
+            self._locks = (self.updates or bool(self.stages)) and not torch.compiler.is_compiling()
 
     def __enter__(self) -> Step:
-        device = self.store.device
-        if device.type == "meta":
+        if self.store.is_meta:
             raise RuntimeError(
                 "these tables are on the meta device, where there are no values to look up: call to_empty(device=…) "
                 "and reset_parameters(), or load_state_dict(…, assign=True), first"
             )
         if self.updates:
-            _refuse_what_fused_updates_cannot_do(device)
+            _refuse_what_fused_updates_cannot_do(self.store.device)
         if self._locks:
             ops.training_lock.acquire()
         if self.counts:

@@ -222,12 +222,15 @@ class Method(BaseModel):
 
 
 def chunk_widths(embedding_dim: int, chunks: int) -> list[int]:
-    """An embedding cut into chunks as equal as can be: ``chunk_widths(10, 4)`` is ``[3, 3, 2, 2]``."""
+    """The widths of the chunks that an embedding is cut into, as equal as can be.
+
+    ``chunk_widths(10, 4)`` is ``[3, 3, 2, 2]``.
+    """
     return [embedding_dim // chunks + (j < embedding_dim % chunks) for j in range(chunks)]
 
 
 def full_layout(group: Group) -> Layout:
-    """All tables of a group kept whole."""
+    """The layout in which all tables of a group are stored in full."""
     pairs = {table.name: full_entry(group, table) for table in group.tables}
     form = Form(slabs=tuple(slab for _, slab in pairs.values()))
     return Layout.of({name: entry for name, (entry, _) in pairs.items()}, form)
@@ -236,12 +239,15 @@ def full_layout(group: Group) -> Layout:
 def shared_layout(
     group: Group, limit: int, width: int, least_rows: int, entry: Callable[[TableConfig], Entry]
 ) -> Layout:
-    """One slab for the whole group, under its name, beside the tables that ``keep_apart`` leaves out of it, in full.
+    """The layout of a group whose tables share one slab, but for those that ``keep_apart`` stores in full.
+
+    The slab has the name of the group, and as many rows as fit in what the tables in full leave of the budget.
 
     Args:
-        width: columns of the shared slab.
-        least_rows: rows that it has in any case.
-        entry: what is noted of a table that shares it.
+        limit: the bytes of the whole group.
+        width: the number of columns of the shared slab.
+        least_rows: the number of rows that it has in any case.
+        entry: gives the entry of a table that shares the slab.
     """
     apart, left = keep_apart(group, limit, reserve=group.format.slab_bytes(least_rows, width))
     pairs = {table.name: full_entry(group, table) for table in apart}
@@ -253,6 +259,6 @@ def shared_layout(
 
 
 def full_entry(group: Group, table: TableConfig) -> tuple[Entry, Slab]:
-    """A table kept whole: the entry and the slab under the table's own name."""
+    """What a layout holds of a table that is stored in full: its entry, and a slab of its own under its name."""
     assert table.rows is not None
     return Entry(FULL, {"rows": table.rows}), group.slab(table.name, table.rows, table.embedding_dim)

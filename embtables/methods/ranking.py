@@ -29,12 +29,16 @@ class RankedMethod(Method):
 
 
 def is_ranked(counts: Counts) -> bool:
-    """Whether ids are ranks already."""
+    """Whether a table's ids are sorted by their counts ``[n]`` already, so that an id is its own rank."""
     return bool((np.diff(counts[_RESERVED:]) <= 0).all())
 
 
 def counts_by_rank(counts: Counts) -> Counts:
-    """Counts in the order of the ranks, never rising. Reserved ids come first and count as the most frequent one."""
+    """The counts ``[n]`` of a table's ids in the order of their ranks, so that they never rise.
+
+    Ids that are ranked already keep their order. Ids 0 and 1 of such a table, which prepared data reserve for values
+    that are unseen or missing, then come first and count as often as the most frequent id.
+    """
     if not is_ranked(counts):
         return np.sort(counts)[::-1]
     ranked = counts.copy()
@@ -43,7 +47,7 @@ def counts_by_rank(counts: Counts) -> Counts:
 
 
 def remapped(group: Group) -> dict[str, int]:
-    """The tables of a group that need the remap, and where each one's ranks begin in it."""
+    """By the name of each table whose ids are no ranks yet: where its ranks begin in the group's ``rank_code``."""
     return group.once("remapped", lambda: _remapped(group))
 
 
@@ -57,7 +61,10 @@ def _remapped(group: Group) -> dict[str, int]:
 
 
 def rank_code(group: Group) -> tuple[Code, ...]:
-    """The remap of all tables that need it, one after another; empty where none does."""
+    """The code buffer that gives the rank of each id, for all tables of a group that need one, one after another.
+
+    It is an int32 for each id. There is none, and the tuple is empty, where the ids of all tables are ranks already.
+    """
     names = remapped(group)
     num_ids = sum(len(c) for t, c in zip(group.tables, group.counts) if t.name in names and c is not None)
     return (Code(rank_code_name(group), (num_ids,), "int32", "index"),) if num_ids else ()
@@ -68,7 +75,10 @@ def rank_code_name(group: Group) -> str:
 
 
 def ranks_of(entry: TableEntry, group: Group) -> Ranks | None:
-    """Where a table's ranks stand, for its recipe; ``None`` where its ids are ranks already."""
+    """What a table's recipe says about its ranks: where they begin in the group's ``rank_code``.
+
+    ``None`` where the table's ids are ranks already.
+    """
     first = entry.entry.values.get("ranks_from")
     return None if first is None else Ranks(rank_code_name(group), first)
 

@@ -100,17 +100,21 @@ def parse_budget(budget: Budget, full_bytes: int | None) -> int:
 
 
 def allocate(weights: Floats, lower: Ints, upper: Ints, bytes_of: Callable[[Ints], Ints], limit: int) -> Ints:
-    """Rows of each table: ``clip(floor(λ·weights), lower, upper)`` for the largest λ whose bytes fit in ``limit``.
+    """Divides a number of bytes among n tables, as rows for each.
 
-    The row that no longer fits everywhere goes to the first tables it does fit. So what is left over is less than one
-    row, and a larger limit never takes a row from any table.
+    Each table gets ``clip(floor(λ·weight), lower, upper)`` rows, for the largest λ with which all of them fit in
+    ``limit``. What is left over then buys one more row for each of the first tables that can have one. So less than one
+    row is left unused, and a larger limit never takes a row from any table.
 
     Args:
-        weights: a positive number a table, in whose proportion they grow.
-        lower: rows that every table has in any case; they must fit.
-        upper: rows beyond which a table has no use for more.
-        bytes_of: bytes of each table, given the rows of each; they do not fall where a table's rows grow.
-        limit: bytes for all.
+        weights: ``[n]``, positive: the rows of the tables are in this proportion, as far as their bounds allow.
+        lower: ``[n]``, the rows that each table has in any case. Together they must fit in ``limit``.
+        upper: ``[n]``, the most rows that each table can use.
+        bytes_of: gives the bytes ``[n]`` of the tables for their rows ``[n]``. More rows never take fewer bytes.
+        limit: the bytes for all tables together.
+
+    Returns:
+        ``[n]``, the rows of each table.
     """
 
     def rows_at(scale: float) -> Ints:
@@ -139,11 +143,15 @@ def allocate(weights: Floats, lower: Ints, upper: Ints, bytes_of: Callable[[Ints
 
 
 def collision_weights(group: Group) -> Floats:
-    """In what proportion the tables of a group should have rows, for methods whose rows collide.
+    """The proportion ``[n]`` in which the n tables of a group should have rows, for methods whose ids share rows.
 
-    With counts: T_i of a table's lookups collide, two at a time, with probability (1 − Σp²)/m_i for m_i hashed rows.
-    Σ T_i·(1 − Σp²)/m_i under Σ m_i·d_i = budget is least for m_i ∝ √(T_i·(1 − Σp²)/d_i), by Lagrange. Without
-    counts: the same share of every table, but never less than a small share of the average.
+    Where all tables have counts, it is the proportion with the fewest collisions. Of a table that is looked up T times,
+    whose ids have the shares p of these lookups, two lookups meet in one of m hashed rows although their ids differ
+    with probability (1 − Σp²)/m. The sum of T·(1 − Σp²)/m over the tables, whose rows of d scalars have to fit in the
+    budget, is least where m is in proportion to √(T·(1 − Σp²)/d) (by a Lagrange multiplier).
+
+    Without counts every table gets the same share of its own rows, and small tables a little more: at least a small
+    share of the average.
     """
     return group.once("collision weights", lambda: _collision_weights(group))
 
@@ -165,10 +173,16 @@ def _colliding(counts: Counts | None) -> float:
 
 
 def keep_apart(group: Group, limit: int, reserve: int) -> tuple[list[TableConfig], int]:
-    """For methods with one storage for all tables: which tables stay out of it, in full, and the bytes that are left.
+    """Decides which tables need not take part in a storage that the tables of a group share.
 
-    A table stays out where its due share of the budget (``collision_weights``) would hold all of its rows. At least
-    ``reserve`` bytes are left for the shared storage.
+    A table is better stored in full where its due share of the budget, by ``collision_weights``, holds all of its rows.
+
+    Args:
+        limit: the bytes of the whole group.
+        reserve: the bytes that are left for the shared storage in any case.
+
+    Returns:
+        The tables that are stored in full, and the bytes that are left for the shared storage.
     """
     if not any(t.rows is None for t in group.tables) and limit >= group.full_bytes:
         return list(group.tables), 0
@@ -180,7 +194,10 @@ def keep_apart(group: Group, limit: int, reserve: int) -> tuple[list[TableConfig
 
 
 def split(limit: int, floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
-    """Splits bytes between groups in proportion to ``ceilings``, each between its floor and its ceiling."""
+    """Splits ``limit`` bytes between groups in proportion to their ceilings.
+
+    Each group gets at least its floor and at most its ceiling, in bytes; the floors together must fit.
+    """
     lower = np.array(floors, dtype=np.int64)
     upper = np.maximum(np.array(ceilings, dtype=np.int64), lower)
     weights = np.maximum(upper, 1).astype(np.float64)

@@ -23,22 +23,24 @@ class Outputs:
     def __init__(self, tables: Sequence[TableConfig]) -> None:
         pairs = [(table, feature) for table in tables for feature in table.feature_names]
         self._features = [feature for _, feature in pairs]
-        self._own_modes: list[str | None] = [table.pooling for table, _ in pairs]
+        self._own_modes: tuple[str | None, ...] = tuple(table.pooling for table, _ in pairs)
         self.feature_names: list[str] = list(dict.fromkeys(self._features))
         self.names = [f"{f}@{t.name}" if self._features.count(f) > 1 else f for t, f in pairs]
         self.embedding_dims = [table.embedding_dim for table, _ in pairs]
         self._fit_one_tensor = len(set(self.embedding_dims)) == 1 and len(pairs) == len(self.feature_names)
 
-    def modes(self, pooling: PoolingLike) -> list[str | None]:
+    def modes(self, pooling: PoolingLike) -> tuple[str | None, ...]:
         """The pooling of each output: as the call says, else its table's own."""
         if pooling == CONFIG:
             return self._own_modes
         if isinstance(pooling, Mapping):
-            return [pooling.get(feature, mode) for feature, mode in zip(self._features, self._own_modes)]
-        return [pooling] * len(self._own_modes)
+            return tuple(pooling.get(feature, mode) for feature, mode in zip(self._features, self._own_modes))
+        return (pooling,) * len(self._own_modes)
 
     def check_one_tensor(self, pooling: PoolingLike) -> None:
         """Raises ``ValueError`` for an unknown pooling, and one whose outputs do not fit into one tensor."""
+        if pooling == CONFIG:
+            return
         check_pooling(pooling, self.feature_names)
         if isinstance(pooling, Mapping):
             unpooled = [feature for feature, mode in pooling.items() if mode is None]
