@@ -353,8 +353,7 @@ def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) 
     prepare_synthetic(tmp_path / "data", Synthetic(rows=20_000, cardinalities=(2000, 100), num_dense=2, seed=3))
     command = [sys.executable, "-m", "embtables", "sweep", str(tmp_path / "data"), "--methods", "full,hash"]
     command += ["--budgets", "10%", "--seeds", "1", "--no-baselines", "--jobs", "2"]
-    command += ["--set", "training.epochs=3", "--set", "training.batch_size=128"]
-    command += ["--set", "training.threads=1"]
+    command += ["--set", "epochs=2", "--set", "batch_size=256", "--set", "threads=1"]
     # A checkpoint after each step, so that the sweep is killed in the midst of its cells.
     often = ["--set", "training.checkpoint_seconds=0"]
 

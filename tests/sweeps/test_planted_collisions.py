@@ -22,7 +22,7 @@ METHODS = ["full", "compositional", "unified", "frequency_cutoff", "hash", "drop
 
 
 def config_of(method):
-    flags = {"model.name": "mlp", "tables.method": method, "training.threads": 1, "training.epochs": 5}
+    flags = {"model.name": "mlp", "tables.method": method, "training.threads": 1, "training.epochs": 3}
     return load_config(flags=flags if method == "full" else flags | {"tables.budget": "1%"})
 
 
