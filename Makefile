@@ -80,12 +80,12 @@ SEEDS ?= 200
 sanitize: $(STAMP) ## the native kernels alone, all instruction sets, under AddressSanitizer, UBSan and ThreadSanitizer
 	EMBTABLES_SANITIZE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/ops/test_ops_sanitizers.py
 
-# INPUTS for each of 33 kinds of files: 200 take about ten minutes on one core.
+# INPUTS for each of 33 kinds of files: 200 take about two minutes on one core.
 INPUTS ?= 200
 fuzz: $(STAMP) ## damage every kind of file at random: a clean sentence, or the meaning that it had
 	EMBTABLES_FUZZ_INPUTS=$(INPUTS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_fuzz.py
 
-# KILLS for each of six commands: 50 take about ten minutes on one core.
+# KILLS for each of six commands: 50 take about seven minutes on one core.
 KILLS ?= 50
 kill: $(STAMP) ## kill every command at random moments: the next start ends as if nothing had been
 	EMBTABLES_KILLS=$(KILLS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_kill.py
