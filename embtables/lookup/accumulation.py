@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
+from embtables.lookup.graphs import outside_graphs
 
 if TYPE_CHECKING:
     from embtables.lookup.store import Store
@@ -95,7 +96,7 @@ class _Rows(torch.autograd.Function):
         return (None,) * 5
 
 
-@torch.compiler.disable(reason="accumulate() collects gradients between backward passes, which no graph can hold")
+@outside_graphs("accumulate() collects gradients between backward passes, which no graph can hold")
 def accumulated_rows(
     store: Store, name: str, index: Tensor, accumulation: Accumulation, *, may_skip: bool = False
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
+from embtables.lookup.graphs import outside_graphs
 from embtables.lookup.store import Store
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class _Heard(torch.autograd.Function):
         return grad, None, None
 
 
-@torch.compiler.disable(reason="a stage that listens to gradients is called in backward, which no graph can hold")
+@outside_graphs("a stage that listens to gradients is called in backward, which no graph can hold")
 def listened_to(values: Tensor, index: Tensor, width: int, store: Store, stages: Sequence[Stage]) -> Tensor:
     """``values`` ``[N, width]`` of the rows ``index`` of a width; in backward stages hear their gradients."""
     pairs = [(stage, slab) for stage in stages for slab in stage.listens_to if store.width(slab) == width]

@@ -67,7 +67,7 @@ class Step:
             self._locks = (self.updates or bool(self.stages)) and not torch.compiler.is_compiling()
 
     def __enter__(self) -> Step:
-        if self.store.is_meta:
+        if self.store.device.type == "meta":
             raise RuntimeError(
                 "these tables are on the meta device, where there are no values to look up: call to_empty(device=…) "
                 "and reset_parameters(), or load_state_dict(…, assign=True), first"

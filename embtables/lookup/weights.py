@@ -122,13 +122,6 @@ class Weights(nn.Module):
         assert place is not None
         return place.device
 
-    @property
-    def is_meta(self) -> bool:
-        """Whether they are nowhere yet, on the meta device."""
-        place = self._buffers["_place"]
-        assert place is not None
-        return place.is_meta
-
     def is_half(self) -> bool:
         """Whether the weights are of half precision."""
         return any(self.tensor(name).dtype.itemsize == 2 for name in self.weight_names[:1])

@@ -22,7 +22,18 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("torchrec", "fbgemm_gpu", "pandas", "polars", "pyarrow", "tensorboard", "matplotlib", "typer", "rich")
+OPTIONAL = (
+    "torchrec",
+    "torch._dynamo",
+    "fbgemm_gpu",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "tensorboard",
+    "matplotlib",
+    "typer",
+    "rich",
+)
 
 # Plans, builds and runs tables, so that "it imports" means "it works".
 USE_CORE = """
