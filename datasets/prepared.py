@@ -477,7 +477,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
         for file in manifest.files():
             inside(folder, file.file)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     check_seal(raw, path)
     return raw, manifest
 

@@ -253,13 +253,17 @@ def _parse_quoted(
     read = read_quoted(content.decode(), separator, line, last=end.last)
     fields, lines = np.array([len(row) for row in read.rows], np.int64), np.array(read.lines, np.int64)
     rejections.rows_read += len(lines)
-    rejections.doubt("whose quotes do not fit together: they are read as ordinary characters", path, read.malformed)
-    rejections.doubt(f"of more than {MANY_LINES} lines each: a quote may be missing there", path, read.long)
     good = fields == width
     if not good.all():
         if not end.complete and not good[-1] and end.may_be_cut(good, rejections):
             raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
         _reject(path, lines[~good], fields[~good], width, rejections)
+    kept = set(lines[good].tolist())
+    for what, doubtful in (
+        ("whose quotes do not fit together: they are read as ordinary characters", read.malformed),
+        (f"of more than {MANY_LINES} lines each: a quote may be missing there", read.long),
+    ):
+        rejections.doubt(what, path, [line for line in doubtful if line in kept])
     if not end.complete and read.open_quote:
         raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
     rest = read.rest.encode()

@@ -19,9 +19,11 @@ READ_AS = (
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 PLAUSIBLE_S = (631_152_000, 4_102_444_800)  # 1990 and 2100: times within tell the unit
 YEARS = (1900, 2100)  # that dates may be of: 0001-01-01 and 9999-12-31 stand for missing ones
+SPAN_MS = -2_208_988_800_000, 4_133_980_800_000  # of these years
 FARTHEST_ZONE = 14 * 60  # minutes from UTC
 DIGITS = (8, 10, 12, 14)  # YYYYMMDD, and with hour, minute, second
 
+_AROUND = " []"  # characters around times, as in the logs of web servers
 _WEEKDAY = r"(?:[A-Za-z]{3,9}\.?,?\s+)?"
 _CLOCK = (
     r"(?<hour>\d{1,2}):(?<minute>\d{2})(?::(?<second>\d{2})(?:[.,:](?<fraction>\d{1,9}))?)?\s*"
@@ -61,7 +63,8 @@ class Clock:
         self._given = unit if unit in UNITS_MS else None
         self._unit = self._given
         self._order = form if form in ORDERS else None
-        self._form = None if form in ORDERS else form
+        self._form = None if form is None or form in ORDERS else form.strip(_AROUND)
+        self._first, self._past = SPAN_MS
         if self._form is not None:
             _check_form(self._form)
         self._ambiguous: str | None = None  # the first date that may be read in two ways
@@ -74,9 +77,9 @@ class Clock:
             ValueError: the column is of a type that holds no times, or half of the dates contradict the others.
         """
         if values.dtype == pl.Date or isinstance(values.dtype, pl.Datetime):
-            return _unambiguous(_milliseconds(values))
+            return _unambiguous(self._within_years(values.cast(pl.Datetime("ms")).cast(pl.Int64)))
         if values.dtype == pl.String:
-            return self._of_text(values.str.strip_chars(" []"))
+            return self._of_text(values.str.strip_chars(_AROUND))
         if values.dtype.is_numeric():
             return _unambiguous(self._of_numbers(values if values.dtype.is_integer() else values.cast(pl.Float64)))
         if values.dtype == pl.Null:
@@ -103,6 +106,7 @@ class Clock:
             return int(number * UNITS_MS[self._unit or "s"])
         clock = Clock(form=self._order)
         clock._unit = self._unit
+        clock._first, clock._past = -(2**62), 2**62  # a span may be said to have no end
         try:
             moments = clock.read(pl.Series([text])).drop_nulls()
             return int(clock.settled(moments)[0])
@@ -122,7 +126,7 @@ class Clock:
 
     def _of_text(self, values: pl.Series) -> pl.DataFrame:
         if self._form is not None:
-            return _unambiguous(_formatted(values, self._form))
+            return _unambiguous(self._within_years(_formatted(values, self._form)))
         numbers = _numbers_of(values)
         time = self._of_numbers(numbers)
         moments = pl.DataFrame({"time": time, "swapped": time})
@@ -130,7 +134,7 @@ class Clock:
         for form in _FORMS:
             if texts.null_count() == len(texts):
                 return moments
-            read = _extracted(texts, form)
+            read = self._within_years(_extracted(texts, form))
             texts = texts.set(read.is_not_null(), None)
             moments = moments.with_columns(pl.all().fill_null(read))
         if texts.null_count() < len(texts):
@@ -144,8 +148,8 @@ class Clock:
         """Dates of two numbers and a year: read month-first and day-first; the same twice where that is settled."""
         dotted = texts.str.extract(_NUMBERS, 2) == "."  # day-first wherever it is in use
         month_first, day_first = (
-            _extracted(texts, _NUMBERS, "second_", "first"),
-            _extracted(texts, _NUMBERS, "first", "second_"),
+            self._within_years(_extracted(texts, _NUMBERS, "second_", "first")),
+            self._within_years(_extracted(texts, _NUMBERS, "first", "second_")),
         )
         undecided = texts.set(dotted.fill_null(False), None)
         either = month_first.is_not_null() & day_first.is_not_null() & undecided.is_not_null()
@@ -168,6 +172,10 @@ class Clock:
         settled = pl.select(pl.when(dotted.fill_null(False)).then(day_first).otherwise(settled)).to_series()
         return settled, settled
 
+    def _within_years(self, milliseconds: pl.Series) -> pl.Series:
+        """Null where a date is of a year that no log has."""
+        return milliseconds.set(~milliseconds.is_between(self._first, self._past, closed="left").fill_null(False), None)
+
     def _of_numbers(self, values: pl.Series) -> pl.Series:
         """Int64 milliseconds; null where the number is of another unit than most."""
         if values.dtype.is_float():
@@ -177,7 +185,7 @@ class Clock:
         if self._unit is None:
             self._unit = "digits" if _write_dates(values) else _unit_of(values)
         if self._unit == "digits":
-            return _extracted(_whole(values).cast(pl.String), _DIGITS)
+            return self._within_years(_extracted(_whole(values).cast(pl.String), _DIGITS))
         if self._given is None:
             plausible = [_plausible(values, unit) for unit in UNITS_MS if unit != self._unit]
             values = values.set(pl.DataFrame(plausible).max_horizontal().fill_null(False), None)
@@ -243,15 +251,19 @@ def _unit_of(values: pl.Series) -> str:
 
 def _formatted(texts: pl.Series, form: str) -> pl.Series:
     if any(f"%{letter}" in form for letter in "HIklTRrXcs+"):
-        return _milliseconds(texts.str.to_datetime(form, strict=False, time_unit="ms"))
-    return _milliseconds(texts.str.to_date(form, strict=False))
+        moments = texts.str.to_datetime(form, strict=False, time_unit="ms")
+    else:
+        moments = texts.str.to_date(form, strict=False).cast(pl.Datetime("ms"))
+    return moments.cast(pl.Datetime("ms")).cast(pl.Int64)
 
 
 def _check_form(form: str) -> None:
     """Raises ``ValueError`` unless what the format writes can be read again, and is of the year that was written."""
     year = 2019
     try:
-        written = pl.Series([datetime(year, 10, 23, 15, 30, tzinfo=timezone.utc)]).dt.strftime(form)
+        # Of zones that may be short, %#z, only reading knows.
+        moment = pl.Series([datetime(year, 10, 23, 15, 30, tzinfo=timezone.utc)])
+        written = moment.dt.strftime(form.replace("%#z", "%z"))
         read = pl.from_epoch(_formatted(written, form), time_unit="ms").dt.year()[0]
     except pl.exceptions.PolarsError as error:
         read = str(error).partition("\n")[0]
@@ -261,12 +273,6 @@ def _check_form(form: str) -> None:
             f"--time-format {form!r}: not a format of times ({reason}); day-first, month-first and '%d.%m.%Y %H:%M' "
             "are some"
         )
-
-
-def _milliseconds(moments: pl.Series) -> pl.Series:
-    """Int64 milliseconds of dates or times; null where the year is one of no log."""
-    moments = moments.cast(pl.Datetime("ms"))
-    return moments.set(~moments.dt.year().is_between(*YEARS), None).cast(pl.Int64)
 
 
 def _extracted(texts: pl.Series, form: str, day: str = "day", month: str = "month") -> pl.Series:
@@ -296,5 +302,5 @@ def _extracted(texts: pl.Series, form: str, day: str = "day", month: str = "mont
     text = pl.format("{}-{}-{} {}:{}:{}", full_year.cast(pl.String).str.zfill(4), *two_digits)
     fraction = (pl.col("fraction") + "00").str.slice(0, 3).cast(pl.Int64).fill_null(0)
     moment = text.str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="ms")
-    moment = pl.when(moment.dt.year().is_between(*YEARS), offset.abs() <= FARTHEST_ZONE).then(moment.cast(pl.Int64))
+    moment = pl.when(offset.abs() <= FARTHEST_ZONE).then(moment.cast(pl.Int64))
     return frame.select(moment + fraction - offset * 60_000).to_series()

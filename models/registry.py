@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from embtables._util.names import did_you_mean
 from embtables.models.dcn import DCNv2
 from embtables.models.deepfm import DeepFM
 from embtables.models.din import DIN
@@ -105,7 +106,8 @@ def _check_hyperparameters(name: str, model_class: type[nn.Module], hyperparamet
     unknown = [key for key in hyperparameters if key not in known]
     if unknown and not takes_any:
         raise ValueError(
-            f"model {name!r} has no hyperparameter {unknown[0]!r}; it has {', '.join(known) if known else 'none'}"
+            f"model {name!r} has no hyperparameter {unknown[0]!r}{did_you_mean(unknown[0], known)}; it has "
+            f"{', '.join(known) if known else 'none'}"
         )
 
 

@@ -202,10 +202,12 @@ def _run(arguments: Sequence[str], wanted: str | None) -> int:
 def _tell_fields(error: Any, wanted: str | None) -> None:
     """Has the error of an unknown option say which fields of the configuration have its name."""
     option = getattr(error, "option_name", None)
-    if wanted in ("train", "sweep") and isinstance(option, str):
+    if wanted in ("train", "sweep") and isinstance(option, str) and not getattr(error, "possibilities", None):
         from embtables.training.config import homes
 
-        places = homes(option.strip("-").replace("-", "_"))
+        # Each cell of a sweep has its own method, budget and seeds.
+        of_cells = ("tables.method", "tables.budget", "tables.hash_seed", "training.seed") if wanted == "sweep" else ()
+        places = [place for place in homes(option.strip("-").replace("-", "_")) if place not in of_cells]
         if places:
             error.message += f" ({' '.join(f'--set {place}=…' for place in places)} is the way)"
 

@@ -185,7 +185,7 @@ class Lookup(nn.Module):
 
     @property
     def ops(self) -> str:
-        """What ids go through now: ``"native"`` code, the ``"reference"`` in PyTorch, or ``"mixed"``: some each."""
+        """What ids go through where they train: ``"native"`` code, ``"reference"`` (PyTorch), or ``"mixed"``: both."""
         if self.native is None or ops.backend() != "native" or self.native.tensors() is None:
             return "reference"
         return "mixed" if self._in_pytorch else "native"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,26 +13,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def outside_graphs(reason: str) -> Callable[[Function], Function]:
-    """``torch.compiler.disable``, which takes two seconds to import, once there are graphs at all.
+    """``torch.compiler.disable``, which takes two seconds to import, from the first call of the function on.
+
+    It is what ``torch.optim`` does: the wrapper lies in a file of torch's that is never traced.
 
     Args:
         reason: why no graph can hold the function, for the error of ``fullgraph=True``.
     """
 
     def mark(function: Function) -> Function:
-        found: list[Callable[..., Any]] = []
-
-        @functools.wraps(function)
-        def called(*arguments: Any, **options: Any) -> Any:
-            if "torch._dynamo" not in sys.modules:
-                return function(*arguments, **options)
-            if not found:
-                found.append(torch.compiler.disable(function, reason=reason))
-            return found[0](*arguments, **options)
-
-        called._torchdynamo_disable = True  # type: ignore[attr-defined]
-        called._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
-        return called  # type: ignore[return-value]
+        called: Any = torch._compile._disable_dynamo(function)
+        called._torchdynamo_disable, called._torchdynamo_disable_msg = True, reason
+        return called
 
     return mark
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -281,7 +281,7 @@ def load_config(
         flags: ``{"training.batch_size": 4096}``; entries that are ``None`` were not given.
         overrides: ``"training.batch_size=4096"``; the value is read as YAML. A field may stand without its section, and
             is set in every section that has it: ``"learning_rate=0.001"`` is that of the tables and of the rest. What
-            is in no section is a hyperparameter of the model: ``"units=[64, 32]"``.
+            is in no section is a hyperparameter of the model: ``"units=[64, 32]"``. As elsewhere, the last one counts.
         fields: ``{"training.batch_size": 4096}``; ``None`` is a value here.
 
     A model of one's own that ``flags``, ``overrides`` or ``fields`` name is imported, from the working directory too.
@@ -300,16 +300,17 @@ def load_config(
         if value is not None:
             _put(values, name, value)
     asked = [name for name, value in (flags or {}).items() if value is not None]
-    hyperparameters: dict[str, Any] = {}
+    without_section: list[str] = []
     for override in overrides:
         name, equals, text = override.partition("=")
         name = name.strip()
         if not equals or not name:
             raise ValueError(f"override {override!r} is not of the form field=value, such as training.batch_size=4096")
         value = parse_value(text, name)
-        places = [name] if "." in name or name in RunConfig.model_fields else homes(name)
-        if not places:
-            hyperparameters[name] = value
+        places = [name]
+        if "." not in name and name not in RunConfig.model_fields:
+            without_section.append(name)
+            places = homes(name) or [f"model.hyperparameters.{name}"]
         for place in places:
             _put(values, place, value)
         asked += places
@@ -320,16 +321,14 @@ def load_config(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
-        raise ValueError(where + _sentence(error)) from None
+        raise ValueError(where + _sentence(error, without_section)) from None
     if "model.name" in asked:
         # Whoever writes a name into this call may have the module in the working directory; a file may not.
         find_model(config.model.name, beside=Path.cwd())
     if chosen is not None:
         model = config.model
         model.hyperparameters = {**chosen.hyperparameters_for(model.name), **model.hyperparameters}
-    if hyperparameters:
-        _check_found(hyperparameters, config.model.name)
-        config.model.hyperparameters = {**config.model.hyperparameters, **hyperparameters}
+    _check_names(without_section, config.model.name)
     return config
 
 
@@ -340,15 +339,20 @@ def homes(name: str) -> list[str]:
     ]
 
 
-def _check_found(names: Iterable[str], model: str) -> None:
-    """``ValueError`` unless the model has hyperparameters of these names, which no section has as fields."""
-    known, takes_any = hyperparameters_of(find_model(model))
+def _check_names(names: Sequence[str], model: str) -> None:
+    """``ValueError`` for a name without a section that may stand for something else than it was taken for."""
     for name in names:
-        if name not in known and not takes_any:
-            fields = [field for section in RunConfig.model_fields.values() for field in _fields(section.annotation)]
+        is_hyperparameter = name in hyperparameters_of(find_model(model))[0]
+        places = homes(name)
+        if places and is_hyperparameter:
+            both = " or ".join([*places, f"model.hyperparameters.{name}"])
+            raise ValueError(f"{name!r} is a field and a hyperparameter of model {model!r} as well: write {both}")
+        slip = did_you_mean(
+            name, [field for section in RunConfig.model_fields.values() for field in _fields(section.annotation)]
+        )
+        if slip and not places and not is_hyperparameter:
             raise ValueError(
-                f"there is no field {name!r}, and model {model!r} has no hyperparameter of this name"
-                f"{did_you_mean(name, [*known, *fields])}"
+                f"there is no field {name!r}{slip}; as a hyperparameter of the model it is model.hyperparameters.{name}"
             )
 
 
@@ -395,7 +399,8 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
     values[last] = value
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, without_section: Sequence[str] = ()) -> str:
+    """What is wrong with a field; ``without_section`` names those that were set in all sections that have them."""
     problem = error.errors()[0]
     # Members of a union appear in the location by their type; a field's own path is section and name.
     path = [str(part) for part in problem["loc"][:2]]
@@ -422,7 +427,9 @@ def _sentence(error: ValidationError) -> str:
             "dense.weight_decay": "must be a number of at least 0, or {parameter-name pattern: such a number}",
         }.get(name, message)
     got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", not {problem['input']!r}"
-    return f"{name}: {message}{got}"
+    places = homes(path[-1]) if path[-1] in without_section else []
+    choice = f" ({path[-1]} alone is {' and '.join(places)}: name one of them)" if len(places) > 1 else ""
+    return f"{name}: {message}{got}{choice}"
 
 
 def _fields(section: Any) -> list[str]:

@@ -102,6 +102,7 @@ def test_usage_errors(capfd: pytest.CaptureFixture[str]) -> None:
         (["plan", "x", "--mehtod", "hash"], "--mehtod"),
         (["sweep", "x", "--methods", "hash", "--budgets", "1%", "--out", "y", "--seeds", "0"], "--seeds"),
         (["sweep", "x", "--epochs", "3"], "No such option: --epochs (--set training.epochs=… is the way)"),
+        (["sweep", "x", "--seed", "3"], "No such option: --seed"),
         (["train", "x", "--weight-decay", "0"], "--weight-decay (--set dense.weight_decay=… is the way)"),
     ]:
         assert run(arguments) == 2

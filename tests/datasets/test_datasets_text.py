@@ -167,7 +167,7 @@ def test_quotes_that_are_not_well_formed_cost_their_own_line_at_most(
     assert rejections.counts == {"not 3 columns": 1} and rejections.first["not 3 columns"].endswith("log:7 (4 columns)")
     assert rejections.rows_read == 9 and rejections.lines_read == 9
     assert [line for line in rejections.lines() if line.startswith("NOTE")] == [
-        f"NOTE 3 rows whose quotes do not fit together: they are read as ordinary characters (first {tmp_path}/log:2)"
+        f"NOTE 2 rows whose quotes do not fit together: they are read as ordinary characters (first {tmp_path}/log:2)"
     ]
 
 

@@ -205,11 +205,26 @@ def test_formats_that_are_none_are_refused_before_anything_is_read(form: str) ->
 
 
 @pytest.mark.parametrize(
-    "form", ["%s", "%c", "%+", "%F %T", "%D", "%d/%b/%Y:%H:%M:%S %z", "%j %Y", "%Y-%m", "%m/%d/%y %I:%M %p", "%Y%m%d"]
+    "form",
+    [
+        "%s",
+        "%c",
+        "%+",
+        "%F %T",
+        "%Y-%m-%dT%H:%M:%S%#z",
+        "[%d/%b/%Y:%H:%M:%S %z]",
+        "%D",
+        "%d/%b/%Y:%H:%M:%S %z",
+        "%j %Y",
+        "%Y-%m",
+        "%m/%d/%y %I:%M %p",
+        "%Y%m%d",
+    ],
 )
 def test_formats_of_times(form: str) -> None:
     moment = datetime(2020, 2, 29, 0, 0, tzinfo=timezone.utc)
-    (time,) = read([moment.strftime(form.replace("%+", "%Y-%m-%dT%H:%M:%S+00:00"))], Clock(form=form))
+    written = moment.strftime(form.replace("%+", "%Y-%m-%dT%H:%M:%S+00:00").replace("%#z", "+00"))
+    (time,) = read([written], Clock(form=form))
     assert time == ms(moment if form != "%Y-%m" else moment.replace(day=1))
 
 
@@ -217,6 +232,8 @@ def test_placeholders_of_databases_are_no_times() -> None:
     """The first and the last date of .NET and of SQL."""
     moment = datetime(2019, 10, 1)
     values = pl.Series([datetime(1, 1, 1), moment, datetime(9999, 12, 31)])
+    beyond = pl.Series([0, -(2**63), 2**62]).cast(pl.Datetime("ms"))  # the second is what NumPy calls NaT
+    assert Clock().read(beyond)["time"].to_list() == [0, None, None]
     expected = [None, ms(moment.replace(tzinfo=timezone.utc)), None]
     assert Clock().read(values)["time"].to_list() == expected
     assert Clock().read(values.cast(pl.Date))["time"].to_list() == expected
@@ -239,6 +256,7 @@ def test_points() -> None:
     digits = Clock()
     digits.read(pl.Series(["20191001", "20191002"]))
     assert digits.point("20191001", "from") == 1_569_888_000_000
+    assert clock.point("9999-12-31", "to") == 253_402_214_400_000 and clock.point("1800-01-01", "from") < 0
     for text in ("soon", "inf", "03/04/2019"):
         with pytest.raises(
             ValueError, match=f"to '{text}': a number or an ISO date such as 2017-10-02T12:00 is needed"

@@ -26,7 +26,7 @@ def test_order_of_sources(tmp_path):
     assert config.training.patience == RunConfig().training.patience
 
 
-def test_fields_without_their_section(tmp_path):
+def test_fields_without_their_section(tmp_path, monkeypatch):
     """A published learning rate is one number; the model's hyperparameters are known by their names."""
     config = load_config(overrides=["learning_rate=0.002", "units=[7]", "name=mlp", "epochs=3", "tables.l2=0.1"])
     assert (config.tables.learning_rate, config.dense.learning_rate) == (0.002, 0.002)
@@ -35,10 +35,27 @@ def test_fields_without_their_section(tmp_path):
     # as elsewhere, the last one counts
     config = load_config(overrides=["learning_rate=0.002", "dense.learning_rate=0.01"])
     assert (config.tables.learning_rate, config.dense.learning_rate) == (0.002, 0.01)
+    for overrides, units in (
+        (["units=[2]", "model.hyperparameters.units=[1]"], [1]),
+        (["units=[2]", "model.hyperparameters={units: [3]}"], [3]),
+    ):
+        assert load_config(overrides=["name=mlp", *overrides]).model.hyperparameters == {"units": units}
+    # What a variant of a sweep says goes before what all of its cells share.
+    config = load_config(overrides=["name=mlp", "units=[2]"], fields={"model.hyperparameters.units": [9]})
+    assert config.model.hyperparameters == {"units": [9]}
+    config = load_config(overrides=["units=[2]"], fields={"model.name": "mlp"})
+    assert config.model.hyperparameters == {"units": [2]}
     config = load_config(preset="bars", flags={"model.name": "deepfm"}, overrides=["dropout=0.3"])
     assert config.model.hyperparameters["dropout"] == 0.3 and len(config.model.hyperparameters) > 1
-    with pytest.raises(ValueError, match="no field 'units', and model 'fm' has no hyperparameter of this name"):
-        load_config(overrides=["name=fm", "units=[7]"])
+    module = "import torch\nclass Own(torch.nn.Module):\n    def __init__(self, tables, num_dense, patience=1): ...\n"
+    (tmp_path / "own_model_here.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = "name=own_model_here:Own"
+    with pytest.raises(
+        ValueError, match=r"'patience' is a field and a hyperparameter of model .*: write training\.patience"
+    ):
+        load_config(overrides=[own, "patience=7"])
+    assert load_config(overrides=[own, "model.hyperparameters.patience=7"]).training.patience != 7
     path = tmp_path / "run.yaml"  # of files the form stays one
     path.write_text("batch_size: 10")
     with pytest.raises(ValueError, match=r"batch_size is not a section .*did you mean training\.batch_size\?$"):
@@ -74,8 +91,14 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
         ("training.batch_size=many", r"^training\.batch_size: .*integer.*, not 'many'$"),
         ("training.batchsize=10", r"^training\.batchsize is not a field .*did you mean training\.batch_size\?$"),
         ("training.colour=red", r"^training\.colour is not a field of the configuration: training has batch_size, "),
-        ("batchsize=10", r"^there is no field 'batchsize', and model 'dlrm' .* \(did you mean 'batch_size'\?\)$"),
-        ("top_unit=[1]", r"^there is no field 'top_unit', and model 'dlrm' .* \(did you mean 'top_units'\?\)$"),
+        (
+            "batchsize=10",
+            r"^there is no field 'batchsize' \(did you mean 'batch_size'\?\); as a hyperparameter of the mo",
+        ),
+        (
+            "optimizer=rowwise_adagrad",
+            r"^dense\.optimizer: .* \(optimizer alone is tables\.optimizer and dense\.optimizer",
+        ),
         ("epochs=many", r"^training\.epochs: .*integer.*, not 'many'$"),
         ("tables=3", r"^tables: "),
         (
