@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from embtables.lookup.graphs import outside_graphs
 from embtables.tables import EmbeddingTables
 
 __all__ = ["Vectors", "intercept"]
@@ -23,7 +23,7 @@ def intercept(tables: EmbeddingTables, see: Callable[[Vectors], None]) -> Callab
     names = ("forward", "lookup")
 
     def around(look_up: Callable[..., Vectors]) -> Callable[..., Vectors]:
-        @outside_graphs("the vectors of each lookup are looked at")
+        @torch.compiler.disable
         def looked_up(*arguments: Any, **options: Any) -> Vectors:
             vectors = look_up(*arguments, **options)
             see(vectors)

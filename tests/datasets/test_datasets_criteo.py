@@ -76,7 +76,7 @@ def check(data: PreparedDataset, expectation: dict[str, list[list[float]]]) -> N
 @pytest.mark.parametrize("form", ["plain", "gzip", "crlf", "no final newline"])
 def test_equals_a_plain_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, form: str) -> None:
     monkeypatch.setattr(text_module, "BLOCK_BYTES", block_bytes)
-    rows = raw_rows(300)
+    rows = raw_rows(150)
     source = write(tmp_path / "train.txt", rows, "\r\n" if form == "crlf" else "\n")
     if form == "gzip":
         source.write_bytes(gzip.compress(source.read_bytes()))
@@ -85,7 +85,7 @@ def test_equals_a_plain_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     data = prepare_criteo(source, tmp_path / "out")
     check(data, expected(rows))
     data.verify()
-    assert data.manifest["rows_read"] == 300 and data.manifest["rows_rejected"] == {}
+    assert data.manifest["rows_read"] == 150 and data.manifest["rows_rejected"] == {}
     assert data.group_feature is None and data.slice_feature is None
     for name in CATEGORIES:
         ids = data.read("train", [name]).column(name).to_numpy()

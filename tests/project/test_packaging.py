@@ -77,21 +77,20 @@ def test_every_folder_is_a_package() -> None:
 @pytest.mark.slow
 def test_wheel_and_source_archive_hold_every_file(tmp_path: Path) -> None:
     """Every file of the package, with models/ and datasets/ inside it, and as many bytes of each as there are here."""
-    expected = {}
-    for top, inside in (("embtables", "embtables"), ("models", "embtables/models"), ("datasets", "embtables/datasets")):
-        for path in (ROOT / top).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts and path.name != "_native.so":
-                expected[f"{inside}/{path.relative_to(ROOT / top).as_posix()}"] = path.stat().st_size
-
     source = tmp_path / "source"
     for name in ("embtables", "models", "datasets"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for unit in (source / "embtables" / "ops" / "csrc").glob("*.cpp"):
+        unit.write_text("// what is compiled does not matter here, and takes half a minute\n")
+    expected = {}
+    for top, inside in (("embtables", "embtables"), ("models", "embtables/models"), ("datasets", "embtables/datasets")):
+        for path in (source / top).rglob("*"):
+            if path.is_file():
+                expected[f"{inside}/{path.relative_to(source / top).as_posix()}"] = path.stat().st_size
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "import setuptools.build_meta as b; print(); print(b.build_wheel('out')); print(b.build_sdist('out'))"
-    # Compiled in a hurry: how fast the library is does not matter here.
-    environment = {**os.environ, "EMBTABLES_CXXFLAGS": "-O0"}
-    result = subprocess.run([sys.executable, "-c", build], cwd=source, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
     (wheel,) = (source / "out").glob("*.whl")
