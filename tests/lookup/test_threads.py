@@ -19,7 +19,7 @@ BACKENDS = ["native", "reference"] if ops.backend() == "native" else ["reference
 METHODS = pytest.mark.parametrize(
     "method", ["full", "hash", "compositional", "mixed_dimension", "pruned", "robe", "frequency_cutoff"]
 )
-THREADS, LOOKUPS = 8, 200
+THREADS, LOOKUPS = 8, 100
 
 
 class _Counting(FusedOptimizer):

@@ -172,7 +172,7 @@ def test_find_model(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             find_model(name, beside=tmp_path)
-    with pytest.raises(ValueError, match="no hyperparameter 'widht'; it has width"):
+    with pytest.raises(ValueError, match="no hyperparameter 'widht' \\(did you mean 'width'\\?\\); it has width"):
         build_model("my_own_model:Mine", tables, 0, {"widht": 7})
     with pytest.raises(ValueError, match="has no hyperparameter 'units'; it has bottom_units, top_units, dropout"):
         build_model("dlrm", tables, 0, {"units": [3]})

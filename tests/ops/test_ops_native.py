@@ -161,8 +161,7 @@ def test_clipping_spreads_nan_over_its_row_as_in_the_reference() -> None:
     torch.testing.assert_close(*results, equal_nan=True)
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05], ids=["whole", "clipped"])
-@pytest.mark.parametrize("l2", [0.0, 0.1], ids=["free", "decayed"])
+@pytest.mark.parametrize(("l2", "clip"), [(0.1, 0.0), (0.0, 0.05), (0.1, 0.05)], ids=["decayed", "clipped", "both"])
 @METHODS
 def test_clipping_and_decay_equal_the_reference(method: Method, l2: float, clip: float) -> None:
     for kind in (SGD, RowWiseAdagrad, Adagrad, Adam):
@@ -275,7 +274,7 @@ def test_conversions_round_to_nearest_and_ties_to_even() -> None:
 @EVERY_PAIR
 def test_threads_leave_the_same_bits(method: Method, optimizer: Any) -> None:
     results = []
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         tables = make(method, optimizer)
         outs = [step(tables, (some_ids(tables, 5000, seed),), seed) for seed in range(2)]
@@ -365,8 +364,11 @@ def test_functional_transforms_go_through_pytorch() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
-@pytest.mark.parametrize("optimizer", [Adam(lr=0.1), RowWiseAdagrad(lr=0.1)], ids=["adam", "rowwise_adagrad"])
-@pytest.mark.parametrize("kind", ["hash", "compositional", "mixed_dimension"])
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [("hash", Adam(lr=0.1)), ("compositional", RowWiseAdagrad(lr=0.1)), ("mixed_dimension", Adam(lr=0.1))],
+    ids=["hash", "compositional", "mixed_dimension"],
+)
 def test_compiled_steps_leave_the_same_weights(kind: str, optimizer: Any) -> None:
     torch.compiler.reset()
     eager, compiled = make(from_config(kind), optimizer), make(from_config(kind), optimizer)
