@@ -174,7 +174,7 @@ def test_find_model(tmp_path, monkeypatch):
             find_model(name, beside=tmp_path)
     with pytest.raises(ValueError, match=r"no hyperparameter 'widht' \(did you mean 'width'\?\); it has width"):
         build_model("my_own_model:Mine", tables, 0, {"widht": 7})
-    with pytest.raises(ValueError, match=r"has no hyperparameter 'units' \(.*\); it has bottom_units, top_units, dropout"):
+    with pytest.raises(ValueError, match=r"has no hyperparameter 'units' \(.*\); it has bottom_units, top_units"):
         build_model("dlrm", tables, 0, {"units": [3]})
     with pytest.raises(ValueError, match="must keep the tables"):
         build_model("my_own_model:Forgets", tables, 0, {})
