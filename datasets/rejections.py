@@ -99,7 +99,7 @@ class Rejections:
         for reason, fault in faults.items():
             if fault.rows.any():
                 bad = fault.rows.fill_null(False).to_numpy() & good
-                self.add(reason, rows[bad], place, fault.values if fault.values is None else fault.values.filter(bad))
+                self.add(reason, rows[bad], place, None if fault.values is None else fault.values.filter(bad))
                 good &= ~bad
                 if fault.hint is not None:
                     self.hints[reason] = fault.hint

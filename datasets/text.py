@@ -258,12 +258,12 @@ def _parse_quoted(
         if not end.complete and not good[-1] and end.may_be_cut(good, rejections):
             raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
         _reject(path, lines[~good], fields[~good], width, rejections)
-    kept = set(lines[good].tolist())
+    rejected = set(lines[~good].tolist())
     for what, doubtful in (
         ("whose quotes do not fit together: they are read as ordinary characters", read.malformed),
         (f"of more than {MANY_LINES} lines each: a quote may be missing there", read.long),
     ):
-        rejections.doubt(what, path, [line for line in doubtful if line in kept])
+        rejections.doubt(what, path, [line for line in doubtful if line not in rejected])
     if not end.complete and read.open_quote:
         raise _truncated(path, int(lines[-1]), int(fields[-1]), width)
     rest = read.rest.encode()

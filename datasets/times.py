@@ -19,9 +19,11 @@ READ_AS = (
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 PLAUSIBLE_S = (631_152_000, 4_102_444_800)  # 1990 and 2100: times within tell the unit
 YEARS = (1900, 2100)  # that dates may be of: 0001-01-01 and 9999-12-31 stand for missing ones
-SPAN_MS = -2_208_988_800_000, 4_133_980_800_000  # of these years
 FARTHEST_ZONE = 14 * 60  # minutes from UTC
 DIGITS = (8, 10, 12, 14)  # YYYYMMDD, and with hour, minute, second
+FIRST_MS, PAST_MS = (
+    1000 * int(datetime(year, 1, 1, tzinfo=timezone.utc).timestamp()) for year in (YEARS[0], YEARS[1] + 1)
+)
 
 _AROUND = " []"  # characters around times, as in the logs of web servers
 _WEEKDAY = r"(?:[A-Za-z]{3,9}\.?,?\s+)?"
@@ -64,7 +66,7 @@ class Clock:
         self._unit = self._given
         self._order = form if form in ORDERS else None
         self._form = None if form is None or form in ORDERS else form.strip(_AROUND)
-        self._first, self._past = SPAN_MS
+        self._first, self._past = FIRST_MS, PAST_MS
         if self._form is not None:
             _check_form(self._form)
         self._ambiguous: str | None = None  # the first date that may be read in two ways
@@ -253,7 +255,7 @@ def _formatted(texts: pl.Series, form: str) -> pl.Series:
     if any(f"%{letter}" in form for letter in "HIklTRrXcs+"):
         moments = texts.str.to_datetime(form, strict=False, time_unit="ms")
     else:
-        moments = texts.str.to_date(form, strict=False).cast(pl.Datetime("ms"))
+        moments = texts.str.to_date(form, strict=False)
     return moments.cast(pl.Datetime("ms")).cast(pl.Int64)
 
 

@@ -75,7 +75,7 @@ class NativeLookup:
             if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
                 return None
         states = [find(name) if name else _NOTHING for name in self._states] if updates else self._no_states
-        kept = [state for state in states if state is not _NOTHING] if updates else []
+        kept = [state for state in states if state is not _NOTHING]
         if kept and not (ops.fits(kept) and kept[0].dtype in (torch.float32, both[0].dtype)):
             return None
         n = len(self.program.widths)

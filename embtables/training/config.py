@@ -341,16 +341,17 @@ def homes(name: str) -> list[str]:
 
 def _check_names(names: Sequence[str], model: str) -> None:
     """``ValueError`` for a name without a section that may stand for something else than it was taken for."""
+    if not names:
+        return
+    hyperparameters, _ = hyperparameters_of(find_model(model))
+    fields = [field for section in RunConfig.model_fields.values() for field in _fields(section.annotation)]
     for name in names:
-        is_hyperparameter = name in hyperparameters_of(find_model(model))[0]
         places = homes(name)
-        if places and is_hyperparameter:
+        if places and name in hyperparameters:
             both = " or ".join([*places, f"model.hyperparameters.{name}"])
             raise ValueError(f"{name!r} is a field and a hyperparameter of model {model!r} as well: write {both}")
-        slip = did_you_mean(
-            name, [field for section in RunConfig.model_fields.values() for field in _fields(section.annotation)]
-        )
-        if slip and not places and not is_hyperparameter:
+        slip = "" if places or name in hyperparameters else did_you_mean(name, fields)
+        if slip:
             raise ValueError(
                 f"there is no field {name!r}{slip}; as a hyperparameter of the model it is model.hyperparameters.{name}"
             )

@@ -153,7 +153,6 @@ def test_killed_at_any_moment(variant, data, log, tmp_path, monkeypatch):
         deaths += 1
         assert not (killed / "metrics.json").exists() or json.loads((killed / "metrics.json").read_text())
         assert deaths < 200
-    print(f"{deaths} deaths")
     assert deaths >= 3
     for one, other in zip(contents(whole), contents(killed)):
         assert_same(one, other)
