@@ -318,8 +318,7 @@ def test_a_lookup_before_the_block_may_have_its_backward_after_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", ["hash", "compositional"])
+@pytest.mark.parametrize(("method", "backend"), zip(["hash", "compositional"], BACKENDS))
 def test_compiled_lookups_accumulate_too(method: str, backend: str) -> None:
     torch._dynamo.reset()
     with ops.using(backend):

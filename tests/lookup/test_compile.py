@@ -135,11 +135,8 @@ def assert_steps_agree(tables: EmbeddingTables, backend: str, inputs: list[tuple
     ("method", "optimizer", "l2"),
     [
         ("full", "adam", 0.0),
-        ("full", None, 0.3),
-        ("mixed_dimension", "adam", 0.3),
-        ("mixed_dimension", None, 0.0),
+        ("mixed_dimension", None, 0.3),
         (PRUNED, "adam", 0.3),
-        (PRUNED, None, 0.0),
     ],
 )
 def test_bags_train_in_whole_graphs(method: Any, optimizer: str | None, l2: float) -> None:

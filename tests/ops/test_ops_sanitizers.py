@@ -41,8 +41,8 @@ class Build(NamedTuple):
 
 
 BUILDS = {
-    "address,undefined": Build("-O0 -fsanitize=address,undefined -fno-sanitize-recover=all", 50, True),
-    "thread": Build("-O0 -fsanitize=thread", 20, False),
+    "address,undefined": Build("-O0 -fsanitize=address,undefined -fno-sanitize-recover=all", 24, True),
+    "thread": Build("-O0 -fsanitize=thread", 10, False),
 }
 
 
