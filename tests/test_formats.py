@@ -13,43 +13,43 @@ import torch
 from core_cases import all_methods, counted_bytes, falling_counts, method_id, shuffled_counts
 
 from embtables import Plan, TableConfig, plan
-from embtables.formats import FORMATS, FP32, RowFormat, Size
+from embtables.formats import FORMATS, FP32, RowFormat, row_format
 from embtables.lookup.store import Store
 from embtables.methods import Method, from_config
 from embtables.plan.solver import GroupPlan
 from embtables.sizes.layout import Form, Group, Layout, Slab
 
 
-class ScaleForEachRow(RowFormat):
-    def columns(self, width: Size) -> Size:
-        return width + 1
+def packed(bits: int, scales: int = 1, share: int | None = None) -> Callable[[int, int], int]:
+    """The bytes of packed rows, written out once more; ``share`` 0: one scale for all."""
 
+    def expected(rows: int, width: int) -> int:
+        weights = (rows * bits + 7) // 8 if width == 1 else rows * ((width * bits + 7) // 8)
+        own = (width * bits + 7) // 8 >= 8 * scales
+        together = share if share is not None else 1 if own else 64
+        return weights + 2 * scales * ((rows + together - 1) // together if together else min(rows, 1))
 
-class ScaleForEightRows(RowFormat):
-    def slab_bytes(self, rows: Size, width: Size) -> Size:
-        return rows * self.row_bytes(width) + 2 * -(-rows // 8)
-
-
-class ScaleForTheSlab(RowFormat):
-    def slab_bytes(self, rows: Size, width: Size) -> Size:
-        return rows * self.row_bytes(width) + 2
-
-
-class FourBits(RowFormat):
-    def columns(self, width: Size) -> Size:
-        return -(-width // 2)
+    return expected
 
 
 # Each with its bytes, written out once more.
-FAKES: list[tuple[RowFormat, Callable[[int, int], int]]] = [
-    (ScaleForEachRow("row", "int16"), lambda rows, width: rows * (2 * width + 2)),
-    (ScaleForEightRows("block", "int16"), lambda rows, width: 2 * rows * width + 2 * ((rows + 7) // 8)),
-    (ScaleForTheSlab("slab", "int16"), lambda rows, width: 2 * rows * width + 2),
-    (FourBits("bits", "uint8"), lambda rows, width: rows * ((width + 1) // 2)),
+EXPECTED: list[tuple[RowFormat, Callable[[int, int], int]]] = [
+    (row_format("fp32"), lambda rows, width: 4 * rows * width),
+    (row_format("fp16"), lambda rows, width: 2 * rows * width),
+    (row_format("bf16"), lambda rows, width: 2 * rows * width),
+    (row_format("int8"), packed(8)),
+    (row_format("int4"), packed(4)),
+    (row_format("int2"), packed(2)),
+    (row_format("binary"), packed(1)),
+    (row_format("binary2"), packed(2, scales=2)),
+    (row_format("binary4"), packed(4, scales=4)),
+    (row_format("int8/slab"), packed(8, share=0)),
+    (row_format("int4/1"), packed(4, share=1)),
+    (row_format("int4/7"), packed(4, share=7)),
+    # One that no method has heard of.
     (RowFormat("byte", "uint8"), lambda rows, width: rows * width),
-    (FP32, lambda rows, width: 4 * rows * width),
 ]
-EVERY_FAKE = pytest.mark.parametrize(("fake", "expected"), FAKES, ids=[fake.name for fake, _ in FAKES])
+EVERY_FORMAT = pytest.mark.parametrize(("rows_in", "expected"), EXPECTED, ids=[rows_in.name for rows_in, _ in EXPECTED])
 TABLES = (TableConfig("a", 9000, 16), TableConfig("b", 4000, 10), TableConfig("c", 12, 4), TableConfig("d", 700, 16))
 # Ids in the order of their frequency, and some that need a remap.
 COUNTS = (falling_counts(9000), shuffled_counts(4000), falling_counts(12), falling_counts(700))
@@ -59,8 +59,7 @@ FINE = ("hash", "multi_hash", "unified", "robe", "frequency_cutoff")
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for fake, _ in FAKES:
-        monkeypatch.setitem(FORMATS, fake.name, fake)
+    monkeypatch.setitem(FORMATS, "byte", EXPECTED[-1][0])
 
 
 def full_bytes(expected: Callable[[int, int], int]) -> int:
@@ -77,20 +76,20 @@ def fitted(method: Method, group: Group, limit: int, expected: Callable[[int, in
     return layout
 
 
-@EVERY_FAKE
+@EVERY_FORMAT
 @pytest.mark.parametrize("method", all_methods(), ids=method_id)
-def test_the_floor_is_the_least_layout(method: Method, fake: RowFormat, expected: Callable[[int, int], int]) -> None:
+def test_the_floor_is_the_least_layout(method: Method, rows_in: RowFormat, expected: Callable[[int, int], int]) -> None:
     """What the floor says is what the least layout takes, and nobody could do with less."""
-    group = Group("g", TABLES, COUNTS, 0, fake)
+    group = Group("g", TABLES, COUNTS, 0, rows_in)
     floor, full = method.floor(group).num_bytes, full_bytes(expected)
     assert group.full_bytes == full
     assert fitted(method, group, floor, expected).serving.num_bytes == floor <= full
 
 
-@EVERY_FAKE
+@EVERY_FORMAT
 @pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "full"], ids=method_id)
-def test_every_method_fits_every_format(method: Method, fake: RowFormat, expected: Callable[[int, int], int]) -> None:
-    group = Group("g", TABLES, COUNTS, 0, fake)
+def test_every_method_fits_every_format(method: Method, rows_in: RowFormat, expected: Callable[[int, int], int]) -> None:
+    group = Group("g", TABLES, COUNTS, 0, rows_in)
     floor, full = method.floor(group).num_bytes, full_bytes(expected)
     near = [int(n) for n in np.geomspace(max(1, floor), full, 12)]
     limits = sorted({max(n + more, floor) for n in near for more in (0, 1, 40)})
@@ -105,7 +104,7 @@ def test_every_method_fits_every_format(method: Method, fake: RowFormat, expecte
             assert fitted(method, group, layout.serving.num_bytes, expected) == layout
         if method.kind == "pruned" and 1000 < limit < full:
             assert layout.serving.num_bytes >= 0.95 * limit
-            assert {c.dtype for c in layout.serving.codes if c.name.endswith("/values")} <= {fake.dtype}
+            assert {c.dtype for c in layout.serving.codes if c.name.endswith("/values")} <= {rows_in.dtype}
         if limit >= full:
             assert {entry.variant for entry in layout.entries.values()} == {"full"}
             assert layout.serving.num_bytes == full
@@ -127,61 +126,65 @@ def test_a_quarter_of_the_bytes_a_scalar_is_four_times_the_budget(method: Method
     for limit in [*limits, max(floor, first - 1), first]:
         one, other = method.fit(large, 4 * limit), method.fit(small, limit)
         assert one.entries == other.entries
-        shapes = [[(s.name, s.rows, s.width) for s in layout.training.slabs] for layout in (one, other)]
-        assert shapes[0] == shapes[1] and one.training.num_bytes == 4 * other.training.num_bytes
+        assert one.training == other.training and one.serving.num_bytes == 4 * other.serving.num_bytes
 
 
 def test_rows_of_their_own_go_where_a_byte_serves_most() -> None:
     # A scale counts for more in the narrower row.
     tables = (TableConfig("wide", 2000, 16), TableConfig("narrow", 2000, 1))
     count = falling_counts(2000)
-    group = Group("g", tables, (count, 3 * count), 0, FORMATS["row"])
+    group = Group("g", tables, (count, 3 * count), 0, row_format("int8/1"))
     for limit in range(500, 60_000, 1500):
         slabs = from_config("frequency_cutoff").fit(group, limit).serving.slabs
-        by_byte = [np.append(c[:-1], 0) / (2 * s.width + 2) for c, s in zip((count, 3 * count), slabs)]
+        by_byte = [np.append(c[:-1], 0) / (s.width + 2) for c, s in zip((count, 3 * count), slabs)]
         kept = min((worth[s.rows - 2] for worth, s in zip(by_byte, slabs) if s.rows > 1), default=np.inf)
         assert kept >= max(worth[s.rows - 1] for worth, s in zip(by_byte, slabs))
 
 
-@pytest.mark.parametrize("name", ["row", "bits", "fp32"])
+@pytest.mark.parametrize("name", ["int8", "int2/slab", "bf16", "fp32"])
 def test_what_is_stored_takes_the_bytes_that_are_planned(name: str) -> None:
-    group = Group("g", TABLES, COUNTS, 0, FORMATS[name])
+    group = Group("g", TABLES, COUNTS, 0, row_format(name))
     form = from_config("compositional").fit(group, group.full_bytes // 3).serving
     store = Store([form, Form((Slab("other", 30, 16), Slab("and_another", 7, 4)))], None, trainable=False)
     assert counted_bytes(store) == form.num_bytes + 4 * (30 * 16 + 7 * 4)
-    assert all(len(store.slab(slab.name)) == slab.rows for slab in form.slabs)
-    names = {"weight_16", "weight_4"} | {
-        f"weight_{s.width}" if name == "fp32" else f"weight_{name}_{s.width}" for s in form.slabs
-    }
-    assert set(store.weight_names) == set(store.state_dict()) == names
+    for slab in form.slabs:
+        store.write_slab(slab.name, torch.ones(slab.rows, slab.width))
+        assert store.read_slab(slab.name).shape == (slab.rows, slab.width)
+    kind = "" if name == "fp32" else f"{name.replace('/', '_per_')}_"
+    names = {"weight_16", "weight_4"} | {f"weight_{kind}{s.width}" for s in form.slabs}
+    scales = {f"scales_{kind}{s.width}" for s in form.slabs} if row_format(name).scales else set()
+    assert set(store.weight_names) == names and set(store.state_dict()) == names | scales
     assert store.slab("other").dtype == torch.float32
 
 
 def test_fp32_is_not_written_out_and_other_formats_are_read_back() -> None:
     solved = plan(TABLES, "hash", "20%")
-    assert "format" not in solved.to_dict()["groups"][0]
+    assert "precision" not in solved.to_dict()["groups"][0]["method"]
     assert all(set(slab) == {"name", "rows", "width"} for slab in solved.groups[0].layout.training.to_dict()["slabs"])
-    group = Group("g", TABLES, (None,) * 4, 0, FORMATS["block"])
-    method = from_config("pruned")
-    packed = Plan(TABLES, (GroupPlan(group, method, method.fit(group, 50_000)),), 50_000, None, 0)
-    data = json.loads(json.dumps(packed.to_dict()))
-    again = Plan.from_dict(data)
-    assert again == packed and again.groups[0].group.format is FORMATS["block"]
-    assert again.fingerprint == packed.fingerprint and again.inference_bytes == packed.inference_bytes
+    for precision in ("int4", "int4/7"):
+        packed = plan(TABLES, "pruned", 50_000, precision=precision)
+        again = Plan.from_dict(json.loads(json.dumps(packed.to_dict())))
+        assert again == packed and again.groups[0].group.format == row_format(precision)
+        assert again.fingerprint == packed.fingerprint != plan(TABLES, "pruned", 50_000).fingerprint
+        assert again.inference_bytes == packed.inference_bytes
 
 
-@pytest.mark.parametrize("where", ["group", "slab"])
+@pytest.mark.parametrize("where", ["method", "slab"])
 def test_an_unknown_format_is_named(where: str) -> None:
     data = json.loads(json.dumps(plan(TABLES, "hash", "20%").to_dict()))
-    (data["groups"][0] if where == "group" else data["groups"][0]["layout"]["training"]["slabs"][0])["format"] = "fp7"
-    with pytest.raises(ValueError, match="unknown row format 'fp7'; there are: fp32"):
+    group = data["groups"][0]
+    if where == "method":
+        group["method"]["precision"] = "fp7"
+    else:
+        group["layout"]["training"]["slabs"][0]["format"] = "fp7"
+    with pytest.raises(ValueError, match="unknown precision 'fp7'; there are: fp32, fp16, .*binary4, byte$"):
         Plan.from_dict(data).inference_bytes  # noqa: B018
 
 
-@EVERY_FAKE
-def test_the_most_rows_within_a_limit(fake: RowFormat, expected: Callable[[int, int], int]) -> None:
+@EVERY_FORMAT
+def test_the_most_rows_within_a_limit(rows_in: RowFormat, expected: Callable[[int, int], int]) -> None:
     for width in (1, 2, 5, 16):
         for limit in range(expected(0, width), 500):
-            rows = fake.rows_within(limit, width)
+            rows = rows_in.rows_within(limit, width)
             assert expected(rows, width) <= limit < expected(rows + 1, width)
-        assert fake.rows_within(expected(0, width) - 1, width) < 0
+        assert rows_in.rows_within(expected(0, width) - 1, width) < 0

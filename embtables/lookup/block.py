@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from embtables.formats import FP32, weight_name
 from embtables.lookup.constants import WithConstants
 from embtables.lookup.store import Store
 
@@ -16,16 +17,23 @@ Extras: TypeAlias = Callable[[str], Tensor]
 
 
 class Part(NamedTuple):
-    """A request for rows of one width.
+    """A request for rows of one width and format.
 
-    ``rows``: int64 of any shape, counted from the first row of all slabs of that width (a slab begins at
+    ``rows``: int64 of any shape, counted from the first row of all slabs of that width and format (a slab begins at
     ``store.start(name)``); −1, where the block says ``may_skip``, yields zeros. ``subset``: which of the ids, counted
-    flat, the first dimension of ``rows`` stands for; ``None`` for all of them, in their own shape.
+    flat, the first dimension of ``rows`` stands for; ``None`` for all of them, in their own shape. ``format``: the name
+    of the row format, ``store.format(slab)``; what is gathered is fp32 in any case.
     """
 
     width: int
     rows: Tensor
     subset: Tensor | None = None
+    format: str = FP32.name
+
+    @property
+    def weight(self) -> str:
+        """The attribute of the weight that holds these rows."""
+        return weight_name(self.format, self.width)
 
 
 class Block(WithConstants):

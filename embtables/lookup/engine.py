@@ -68,7 +68,7 @@ class Touched:
                 continue
             picked, start = block.pick(self._given, self._only), store.start(slab)
             for part in block.without_padding(block.block.address(picked.ids, picked.feature), picked):
-                if part.width == store.width(slab):
+                if part.weight == store.weight_of(slab):
                     rows = part.rows.reshape(-1) - start
                     found.append(rows[(rows >= 0) & (rows < store.rows(slab))])
         return torch.cat(found)

@@ -261,7 +261,7 @@ class BlockLookup(WithConstants):
             return list(parts)
         skipped = [padded if p.subset is None else padded.reshape(-1)[p.subset] for p in parts]
         return [
-            Part(p.width, p.rows.masked_fill(s.view(*s.shape, *[1] * (p.rows.ndim - s.ndim)), -1), p.subset)
+            p._replace(rows=p.rows.masked_fill(s.view(*s.shape, *[1] * (p.rows.ndim - s.ndim)), -1))
             for p, s in zip(parts, skipped)
         ]
 

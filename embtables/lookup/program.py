@@ -71,6 +71,8 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     """Whether native code has what a recipe needs; PyTorch looks up the others."""
     if any(store.code(name).dtype not in CODE_DTYPES for name in recipe.codes()):
         return False
+    if any(not store.is_plain(store.weight_of(address.slab)) for address in recipe.addresses):
+        return False
     # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
     return recipe.projection is None or not any(isinstance(address, CircularBlock) for address in recipe.addresses)
 

@@ -57,7 +57,7 @@ def _kind(address: Address, store: Store) -> Hashable:
         own = (address.code,)
     if isinstance(address, Listed):
         own = (address.offsets, address.values, address.longest)
-    return type(address), store.width(address.slab), *own
+    return type(address), store.weight_of(address.slab), *own
 
 
 class RecipeBlock(Block):
@@ -90,7 +90,7 @@ class RecipeBlock(Block):
 
     @property
     def may_skip(self) -> bool:  # type: ignore[override]
-        """Lists end with −1 where they are short; graphs look for every id among the rows of every width."""
+        """Lists end with −1 where they are short; graphs look for every id among the rows of every kind."""
         return self.has_lists or (self.alternatives is not None and torch.compiler.is_compiling())
 
     def _ranks(self, ids: Tensor, feature: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class RecipeBlock(Block):
         ranks = self._ranks(ids, feature)
         if self.alternatives is not None:
             return self.alternatives.address(ranks, feature)
-        return [Part(run.width, run.rows(ranks, feature)) for run in self.runs]
+        return [Part(run.width, run.rows(ranks, feature), format=run.format) for run in self.runs]
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         if self.alternatives is not None:
@@ -152,6 +152,7 @@ class _Run:
         self._block, self._name = [block], name
         sample = addresses[0][0]
         self.sample, self.kind, self.width = sample, type(sample), block.store.width(sample.slab)
+        self.format = block.store.format(sample.slab)
         starts, rows = block.store.start, block.store.rows
         self._keep("base", [[starts(a.slab) + getattr(a, "first", 0) for a in each] for each in addresses], Row)
         self._keep("base", [[starts(a.slab) for a in each] for each in addresses], Hashed, Digit, Capped)
@@ -258,16 +259,18 @@ def _taken(scalars: Sequence[int]) -> slice | list[int]:
 
 
 class _Alternatives:
-    """Looks up each width by itself: the positions of that width, one gather, one product of matrices."""
+    """Looks up each width and format by itself: their positions, one gather, one product of matrices."""
 
     def __init__(self, block: RecipeBlock) -> None:
         self._block = [block]
         store = block.store
         each = [[a for a in recipe.addresses if isinstance(a, Range)] for recipe in block.recipes]
-        widths = {store.width(a.slab): a.projection for ranges in each for a in ranges}
-        self.widths, self.projections = sorted(widths), widths
+        # The kinds of rows, by their numbers.
+        found = {(store.width(a.slab), store.format(a.slab)): a.projection for ranges in each for a in ranges}
+        self.kinds = sorted(found)
+        self.projections = [found[kind] for kind in self.kinds]
         most = max(map(len, each))
-        ends, base, width = [], [], []
+        ends, base, kind = [], [], []
         for ranges in each:
             rows = [store.rows(a.slab) for a in ranges]
             *stops, _ = accumulate(rows)
@@ -276,39 +279,38 @@ class _Alternatives:
             ends.append([*stops, *[_NO_END] * (most - len(stops))])
             # A row is its slab's first row plus the rank, less the ranks before the slab's.
             base.append([store.start(a.slab) - before for a, before in zip(ranges, [0, *stops])] + padding)
-            width.append([store.width(a.slab) for a in ranges] + padding)
+            kind.append([self.kinds.index((store.width(a.slab), store.format(a.slab))) for a in ranges] + padding)
         block.constant("ends", ends)
         block.constant("base", base)
-        block.constant("width", width)
+        block.constant("kind", kind)
 
     def _constant(self, name: str) -> Any:
         return getattr(self._block[0], name)
 
     def places(self, ranks: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and width of each id, in the shape of the ids."""
+        """Row of each id, and the number of its kind, in the shape of the ids."""
         feature = feature.expand_as(ranks)
         number = (ranks.unsqueeze(-1) >= self._constant("ends")[feature]).sum(-1)
-        return self._constant("base")[feature, number] + ranks, self._constant("width")[feature, number]
+        return self._constant("base")[feature, number] + ranks, self._constant("kind")[feature, number]
 
-    def _subsets(self, width: Tensor) -> Iterator[Tensor]:
-        return ((width == w).nonzero().squeeze(1) for w in self.widths)
+    def _subsets(self, kind: Tensor) -> Iterator[Tensor]:
+        return ((kind == k).nonzero().squeeze(1) for k in range(len(self.kinds)))
 
     def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
         if torch.compiler.is_compiling():
-            # How many ids have rows of a width depends on data, so that each of them is asked for a row of each.
-            rows, width = self.places(ranks, feature)
-            return [Part(w, torch.where(width == w, rows, -1)) for w in self.widths]
-        rows, width = (place.reshape(-1) for place in self.places(ranks, feature))
-        return [Part(w, rows[subset], subset) for w, subset in zip(self.widths, self._subsets(width))]
+            # How many ids have rows of a kind depends on data, so that each of them is asked for a row of each.
+            rows, kind = self.places(ranks, feature)
+            return [Part(w, torch.where(kind == k, rows, -1), None, f) for k, (w, f) in enumerate(self.kinds)]
+        rows, kind = (place.reshape(-1) for place in self.places(ranks, feature))
+        return [Part(w, rows[subset], subset, f) for (w, f), subset in zip(self.kinds, self._subsets(kind))]
 
     def combine(self, values: list[Tensor], ranks: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         wide = []
-        for w, rows in zip(self.widths, values):
-            projection = self.projections[w]
+        for projection, rows in zip(self.projections, values):
             wide.append(rows if projection is None else rows @ extras(projection))
         if torch.compiler.is_compiling():
             return reduce(torch.add, wide)  # all but one of them are zeros
-        _, width = self.places(ranks, feature)
-        order = torch.cat(list(self._subsets(width.reshape(-1))))
+        _, kind = self.places(ranks, feature)
+        order = torch.cat(list(self._subsets(kind.reshape(-1))))
         vectors = torch.cat(wide).index_select(0, order.argsort())
         return vectors.view(*ranks.shape, vectors.shape[-1])

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtables import ops
-from embtables.formats import FP32, weight_name
 from embtables.lookup.accumulation import Accumulation, accumulated_rows
 from embtables.lookup.block import Part
 from embtables.lookup.graphs import is_transformed
@@ -105,24 +104,24 @@ class Step:
             stage.step(touched)
 
     def gather(self, parts: Sequence[Part], *, may_skip: bool = False) -> list[Tensor]:
-        """The values of each part, ``[*rows.shape, width]``, by one gather for each width.
+        """The values of each part, ``[*rows.shape, width]``, by one gather for each width and format.
 
         ``may_skip`` says that an index may be −1, which yields zeros and takes no gradient.
         """
         values: list[Tensor | None] = [None] * len(parts)
-        for width in dict.fromkeys(part.width for part in parts):
-            which = [i for i, part in enumerate(parts) if part.width == width]
+        for weight, width in dict.fromkeys((part.weight, part.width) for part in parts):
+            which = [i for i, part in enumerate(parts) if part.weight == weight]
             ordered = [_as_stored(parts[i].rows) for i in which]
             flats = [rows.reshape(-1) for rows in ordered]
             flat = torch.cat(flats) if len(flats) > 1 else flats[0]
             if may_skip and torch.compiler.is_compiling():
-                rows = self._rows_that_are(width, flat)
+                rows = self._rows_that_are(weight, flat)
             elif may_skip:
                 found = (flat >= 0).nonzero().squeeze(1)
-                rows = self._rows(width, flat[found])
+                rows = self._rows(weight, flat[found])
                 rows = rows.new_zeros(flat.shape[0], width).index_put((found,), rows)
             else:
-                rows = self._rows(width, flat)
+                rows = self._rows(weight, flat)
             if self.listeners:
                 rows = listened_to(rows, flat, width, self.store, self.listeners)
             chunks = rows.split([flat.numel() for flat in flats]) if len(flats) > 1 else [rows]
@@ -131,11 +130,10 @@ class Step:
                 values[i] = vectors if stored is parts[i].rows else vectors.transpose(0, 1)
         return [value for value in values if value is not None]
 
-    def _rows(self, width: int, index: Tensor) -> Tensor:
-        store, weight = self.store, self.store.weight(width)
+    def _rows(self, name: str, index: Tensor) -> Tensor:
+        store, weight = self.store, self.store.tensor(name)
         _refuse_pieces(weight)
         if self.updates:
-            name = weight_name(FP32.name, width)
             if self.accumulation is not None:
                 return accumulated_rows(store, name, index, self.accumulation)
             state = store.state_for_step(name)
@@ -146,7 +144,7 @@ class Step:
             return F.embedding(index, self.aliases.of(weight), sparse=True)
         if weight.requires_grad and torch.is_grad_enabled():
             return weight.index_select(0, index)
-        return ops.gather(weight, index)
+        return ops.gather(weight, index) if store.is_plain(name) else store.read(name, index)
 
     def _watched(self, name: str, values: Tensor) -> Tensor:
         """Values of a weight or extra, by its attribute, whose backward refuses to update what is no longer stored."""
@@ -164,17 +162,16 @@ class Step:
             values.register_hook(check)
         return values
 
-    def _rows_that_are(self, width: int, index: Tensor) -> Tensor:
+    def _rows_that_are(self, name: str, index: Tensor) -> Tensor:
         """``_rows``, and zeros for an index of −1, in shapes that do not depend on data, as graphs need them."""
-        store, weight = self.store, self.store.weight(width)
+        store, weight = self.store, self.store.tensor(name)
         if self.updates:
-            name = weight_name(FP32.name, width)
             if self.accumulation is not None:
                 return accumulated_rows(store, name, index, self.accumulation, may_skip=True)
             state = store.state_for_step(name)
             rows: Tensor = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule)
             return rows
-        return torch.where(index.unsqueeze(-1) >= 0, self._rows(width, index.clamp(min=0)), 0)
+        return torch.where(index.unsqueeze(-1) >= 0, self._rows(name, index.clamp(min=0)), 0)
 
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""

@@ -44,6 +44,11 @@ class Store(Weights):
         trainable: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
+        if trainable and (packed := next((s for f in forms for s in f.slabs if s.format != FP32.name), None)):
+            raise ValueError(
+                f"slab '{packed.name}' would be trained in {packed.format}: training stores fp32, and what is served "
+                "in another format is the serving form of a layout, as Layout.of makes them"
+            )
         super().__init__(forms, as_parameters=trainable and optimizer is None, sparse=sparse, device=device)
         self.optimizer = optimizer if trainable else None
         self.accumulation: Accumulation | None = None
@@ -160,7 +165,7 @@ class Store(Weights):
     def slab_state(self, name: str) -> list[Tensor]:
         """Views ``[rows, *]`` of a slab's optimizer state."""
         start, slab = self._slabs[name]
-        return [state[start : start + slab.rows] for state in self.state_of(self._weight_of(slab))]
+        return [state[start : start + slab.rows] for state in self.state_of(self.weight_of(name))]
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The fused optimizer's tensors by name, the learning rate among them; not copies."""

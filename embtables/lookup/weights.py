@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embtables import ops
-from embtables.formats import DTYPES, FP32, row_format, weight_name
+from embtables.formats import DTYPES, FP32, row_format, scales_name, weight_name
 from embtables.lookup.split import SlabWeight, SplitWeight
+from embtables.lookup.stored_rows import StoredRows
 from embtables.sizes.layout import Form, Slab
 
 _DENSE = DTYPES[FP32.dtype]  # of extras
@@ -76,25 +77,29 @@ class Weights(nn.Module):
         # Moves along with the module, where there may be no other tensor (every table dropped).
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         self._slabs: dict[str, tuple[int, Slab]] = {}
-        rows: dict[tuple[str, int], int] = {}
+        # By the attributes of the weights, as those that are split.
+        self._stored_rows: dict[str, StoredRows] = {}
+        self.split_weights: dict[str, SplitWeight] = {}
         for slab in (s for form in forms for s in form.slabs):
             if slab.name in self._slabs:
                 raise ValueError(f"two slabs are named '{slab.name}'")
-            start = rows.setdefault((slab.format, slab.width), 0)
-            self._slabs[slab.name] = (start, slab)
-            rows[slab.format, slab.width] = start + slab.rows
-        self.widths = tuple(width for name, width in rows if name == FP32.name)
-        self.weight_names = tuple(weight_name(*key) for key in rows)
-        # By the attributes that the whole ones have.
-        self.split_weights: dict[str, SplitWeight] = {}
-        for (name, width), num_rows in rows.items():
-            rows_in = row_format(name)
-            empty = torch.empty(num_rows, rows_in.columns(width), dtype=DTYPES[rows_in.dtype], device=device)
-            self._add_weight(weight_name(name, width), ops.huge_pages(empty))
+            name = weight_name(slab.format, slab.width)
+            if name not in self._stored_rows:
+                self._stored_rows[name] = StoredRows(row_format(slab.format), slab.width)
+            self._slabs[slab.name] = (self._stored_rows[name].add(slab.rows), slab)
+        self.weight_names = tuple(self._stored_rows)
+        self.widths = tuple(rows.width for rows in self._stored_rows.values() if rows.format == FP32)
+        for name, rows in self._stored_rows.items():
+            stored, scales = rows.empty(device)
+            self._add_weight(name, ops.huge_pages(stored))
+            if scales is not None:
+                self.register_buffer(scales_name(name), scales)
         self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
         for extra in (e for form in forms for e in form.extras):
             self._add_weight(self._extras[extra.name], torch.empty(extra.shape, dtype=_DENSE, device=device))
         self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
+        floats = (c for form in forms for c in form.codes if DTYPES[c.dtype].is_floating_point)
+        self._codes_in_other_formats = [self._codes[code.name] for code in floats if DTYPES[code.dtype] != _DENSE]
         for code in (c for form in forms for c in form.codes):
             empty = torch.empty(code.shape, dtype=DTYPES[code.dtype], device=device)
             self.register_buffer(self._codes[code.name], empty)
@@ -108,7 +113,14 @@ class Weights(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, and casts what is stored in fp32; other formats stay what they are."""
+        kept = {name: self._buffers[name] for name in self.in_other_formats()}
         super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = self._buffers[name]
+            assert before is not None and now is not None
+            if now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
         for split in self.split_weights.values():
             for module in split.modules.values():
                 module._apply(fn)
@@ -121,6 +133,11 @@ class Weights(nn.Module):
         place = self._buffers["_place"]  # many times faster than by its name
         assert place is not None
         return place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of all numbers that are stored in fp32, or what the module was cast to."""
+        return self._place.dtype
 
     def is_half(self) -> bool:
         """Whether the weights are of half precision."""
@@ -142,7 +159,7 @@ class Weights(nn.Module):
         for name in self.weight_names:
             weight = self._parameters.pop(name)
             assert weight is not None
-            slabs = {slab.name: slab.rows for _, slab in self._slabs.values() if self._weight_of(slab) == name}
+            slabs = {slab.name: slab.rows for _, slab in self._slabs.values() if self.weight_of(slab.name) == name}
             self.split_weights[name] = SplitWeight(weight.data, slabs)
 
     @property
@@ -158,16 +175,18 @@ class Weights(nn.Module):
     def parameter(self, slab: str) -> Tensor | None:
         """The parameter that is a slab, or the part of one that is; ``None`` where there is no parameter."""
         start, found = self._slabs[slab]
-        name = self._weight_of(found)
+        name = self.weight_of(slab)
         if name in self.split_weights:
             return self.split_weights[name].modules[slab].weight
         held = self._modules.get(name)
         weight = held.weight if isinstance(held, SparseWeight) else self._parameters.get(name)
         return weight if weight is None or found.rows == weight.shape[0] else weight[start : start + found.rows]
 
-    @staticmethod
-    def _weight_of(slab: Slab) -> str:
-        return weight_name(slab.format, slab.width)
+    def in_other_formats(self) -> list[str]:
+        """The attributes of numbers in other formats than fp32, and of their scales: they are never cast."""
+        weights = [name for name, rows in self._stored_rows.items() if rows.format != FP32]
+        found = [name for weight in weights for name in (weight, scales_name(weight)) if name in self._buffers]
+        return found + self._codes_in_other_formats
 
     @contextmanager
     def _whole(self, names: list[str], *, loads: bool) -> Iterator[None]:
@@ -213,7 +232,7 @@ class Weights(nn.Module):
         return found.weight if isinstance(found, SparseWeight) else found
 
     def weight(self, width: int) -> Tensor:
-        """The rows of all slabs of a width in the fp32 format, ``[rows, width]``."""
+        """The rows of all slabs of a width that are stored in fp32, ``[rows, width]``."""
         return self.tensor(weight_name(FP32.name, width))
 
     def extra(self, name: str) -> Tensor:
@@ -246,17 +265,20 @@ class Weights(nn.Module):
         return self._extras.get(name) or self._codes[name]
 
     def tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
-        """``(name, tensor, is a code)`` of everything that is allocated, optimizer state aside."""
+        """``(name, tensor, is no parameter)`` of everything that is allocated, optimizer state aside."""
         for name in self.weight_names:
             yield name, self.tensor(name), False
+            if self.scales(name) is not None:
+                yield scales_name(name), self.tensor(scales_name(name)), True
         for name in self._extras:
             yield name, self.extra(name), False
         for name in self._codes:
             yield name, self.code(name), True
 
     def stored(self) -> dict[str, Tensor]:
-        """Weights, extras and codes by their attributes, as files hold them."""
-        names = [*self.weight_names, *self._extras.values(), *self._codes.values()]
+        """Weights, scales, extras and codes by their attributes, as files hold them."""
+        scales = [scales_name(name) for name in self.weight_names if self.scales(name) is not None]
+        names = [*self.weight_names, *scales, *self._extras.values(), *self._codes.values()]
         return {name: self.tensor(name).detach() for name in names}
 
     # ---- slabs -------------------------------------------------------------------------------------------------------
@@ -269,20 +291,54 @@ class Weights(nn.Module):
         """Rows of a slab."""
         return self._slabs[slab][1].rows
 
+    def weight_of(self, slab: str) -> str:
+        """The attribute of the weight that holds a slab's rows."""
+        found = self._slabs[slab][1]
+        return weight_name(found.format, found.width)
+
     def has_slab(self, name: str) -> bool:
         return name in self._slabs
 
+    def format(self, slab: str) -> str:
+        """The name of the row format of a slab."""
+        return self._slabs[slab][1].format
+
     def start(self, slab: str) -> int:
-        """First row of a slab among the rows of its width."""
+        """First row of a slab among the rows of its format and width."""
         return self._slabs[slab][0]
 
     def slab(self, name: str) -> Tensor:
-        """A view ``[rows, width]`` of a slab's weights."""
+        """A view ``[rows, width]`` of the weights of a slab that is stored in fp32, as all are that train."""
         start, slab = self._slabs[name]
-        weight = self._weight_of(slab)
+        if slab.format != FP32.name:
+            raise ValueError(f"slab '{name}' is stored in {slab.format}: read_slab() gives a copy of its rows")
+        weight = self.weight_of(name)
         if weight in self.split_weights:
             return self.split_weights[weight].modules[name].weight.detach()
         return self.tensor(weight).detach()[start : start + slab.rows]
+
+    def read(self, weight: str, index: Tensor) -> Tensor:
+        """A copy of rows ``[N, width]`` of a weight, by its attribute, as numbers of the type of extras."""
+        return self._stored_rows[weight].read(self.tensor(weight), self.scales(weight), index).to(self.dtype)
+
+    def read_slab(self, name: str) -> Tensor:
+        """A copy ``[rows, width]`` of a slab's rows, as numbers of the type of extras."""
+        start, slab = self._slabs[name]
+        return self.read(self.weight_of(name), torch.arange(start, start + slab.rows, device=self.device))
+
+    def write_slab(self, name: str, values: Tensor) -> None:
+        """Stores all rows ``[rows, width]`` of a slab, rounded to its format."""
+        start, slab = self._slabs[name]
+        weight = self.weight_of(name)
+        self._stored_rows[weight].write(self.tensor(weight).detach(), self.scales(weight), start, values)
+
+    def is_plain(self, weight: str) -> bool:
+        """Whether a weight, by its attribute, holds the rows themselves, and not a format that ``read`` knows."""
+        return self._stored_rows[weight].format == FP32
+
+    def scales(self, weight: str) -> Tensor | None:
+        """The scales of a weight, by its attribute; ``None`` where its format has none."""
+        return self._buffers.get(scales_name(weight))
 
     def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, view)`` of every slab."""

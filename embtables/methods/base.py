@@ -8,10 +8,11 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor, nn
 
 from embtables.config import TableConfig
+from embtables.formats import FP32, row_format
 from embtables.hashing import seed_for
 from embtables.lookup.block import Block
 from embtables.lookup.recipe import Recipe
@@ -109,11 +110,22 @@ class Method(BaseModel):
 
     A subclass in a file of its own, or in another package under the entry-point group ``embtables.methods``, is all
     that a new method takes.
+
+    Args:
+        precision: what rows are served in, as ``plan`` takes it; ``None`` for what the plan says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
     needs_budget: ClassVar[bool] = True
+    precision: str | None = None
+
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, precision: str | None) -> str | None:
+        if precision is not None:
+            row_format(precision)
+        return precision
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -128,15 +140,21 @@ class Method(BaseModel):
             fields = ", ".join(type(self).model_fields) or "none"
             return f"method {self.kind} has no field '{name}'; its fields: {fields}"
         reason = first["msg"].removeprefix("Value error, ")
-        return (
-            f"method {self.kind}, field '{name}': {reason}, not {first['input']!r}"
-            if name
-            else f"method {self.kind}: {reason}"
-        )
+        if not name:
+            return f"method {self.kind}: {reason}"
+        given = repr(first["input"])
+        return f"method {self.kind}, field '{name}': {reason}" + ("" if given in reason else f", not {given}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the kind and the fields, as ``from_config`` takes them."""
-        return {"kind": self.kind, **self.model_dump(mode="json")}
+        # Plans that are older than precisions say nothing of them.
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude={"precision"} if self.precision is None else None)}
+
+    def with_precision(self, precision: str | None) -> Method:
+        """This method in a precision, where it says none itself."""
+        if precision is None or self.precision is not None or row_format(precision) == FP32:
+            return self
+        return self.model_copy(update={"precision": precision})
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +228,7 @@ class Method(BaseModel):
     def serve(self, layout: Layout, group: Group, trained: Store, served: Store) -> None:
         """Fills the served form from the trained one. By default they are the same tensors."""
         for slab in layout.serving.slabs:
-            served.slab(slab.name).copy_(trained.slab(slab.name))
+            served.write_slab(slab.name, trained.slab(slab.name))
         for extra in layout.serving.extras:
             served.extra(extra.name).copy_(trained.extra(extra.name).detach())
         for code in layout.serving.codes:

@@ -60,7 +60,7 @@ class Compositional(Method):
     def fit(self, group: Group, limit: int) -> Layout:
         # Sizes are counted in rows; in scalars for "concat", whose partitions differ in width.
         scalars = np.ones_like(group.dims) if self.operation == "concat" else group.dims
-        unit, in_row = group.format.row_bytes(scalars), group.dims // scalars
+        unit, in_row = -(-group.format.row_bits(scalars) // 8), group.dims // scalars
         least = np.array([self._least_bytes(group, t) for t in group.tables], dtype=np.int64)
         full = group.rows_bytes(group.num_rows)
 
@@ -151,16 +151,17 @@ def fewest_collisions(
 
     c is the smallest for which they fit; then the largest partition grows into what is left.
     """
-    k, first, *rest = len(widths), *(rows_in.row_bytes(width) for width in widths)
+    # In bits, as far as they go: what rows share comes on top.
+    k, first, *rest = len(widths), *(rows_in.row_bits(width) for width in widths)
     others = sum(rest)
     spread = 0 if radices == "quotient_remainder" else _COPRIME_SPREAD.get(k - 1, _MOST_COPRIME_SPREAD)
 
     def possible(c: int) -> bool:
         # Necessary: the others have c … c + spread rows each, so the largest has at least n / (c + spread)^(k−1).
-        return bool((limit - others * c) * (c + spread) ** (k - 1) >= first * n)
+        return bool((8 * limit - others * c) * (c + spread) ** (k - 1) >= first * n)
 
     # The left side rises up to its real peak and falls beyond, so what is possible is one interval of c.
-    peak = max(2, ((k - 1) * limit - others * spread) // (others * k))
+    peak = max(2, ((k - 1) * 8 * limit - others * spread) // (others * k))
     c = 2 + bisect_left(range(2, peak + 1), True, key=possible)
     while possible(c):
         small = _small_radices(c, k - 1, radices)

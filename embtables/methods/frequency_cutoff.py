@@ -69,8 +69,8 @@ def _by_worth(group: Group) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
     # The last id of each table would be alone in the shared row, so it never needs one of its own.
     counts = [counts_by_rank(c)[:-1] for c in group.counts if c is not None]
     table = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
-    row_bytes = group.format.row_bytes(group.dims)[table]
-    order = np.argsort(-(np.concatenate(counts) / row_bytes), kind="stable")
+    row_bits = group.format.mean_bits(group.dims)[table]
+    order = np.argsort(-(np.concatenate(counts) / row_bits), kind="stable")
     # What a row adds to its table, whose rows stay in their order.
     lengths = [np.arange(1, len(c) + 2) for c in counts]
     more = np.concatenate([np.diff(group.format.slab_bytes(n, d)) for n, d in zip(lengths, group.dims)])

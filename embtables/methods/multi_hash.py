@@ -66,18 +66,20 @@ class MultiHash(Method):
             widths = chunk_widths(table.embedding_dim, self.num_hashes)
             slabs = [group.slab(f"{table.name}/{j}", rows, w) for j, w in enumerate(widths)]
         full_bytes = group.table_bytes(table)
-        if full_bytes is not None and sum(slab.num_bytes for slab in slabs) >= full_bytes:
+        as_many = table.rows is not None and rows >= table.rows
+        if full_bytes is not None and (as_many or sum(slab.num_bytes for slab in slabs) >= full_bytes):
             entry, slab = full_entry(group, table)
             return entry, [slab]
         return Entry("hashed", {"rows": rows}), slabs
 
     def _bytes(self, group: Group, rows: Counts) -> Counts:
-        """Bytes of each table with so many hashed rows, which is kept in full where that costs no more."""
+        """Bytes of each table with so many hashed rows, kept in full where it has as many ids or that costs no more."""
         if self.operation != "concat":
             return group.rows_bytes(rows)
         widths = np.array([chunk_widths(t.embedding_dim, self.num_hashes) for t in group.tables], dtype=np.int64)
         chunks: Counts = group.format.slab_bytes(rows[:, np.newaxis], widths).sum(axis=1)
-        return np.minimum(chunks, group.rows_bytes(group.num_rows))
+        full = group.rows_bytes(group.num_rows)
+        return np.where(rows >= group.num_rows, full, np.minimum(chunks, full))
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         name, numbers = entry.table.name, range(self.num_hashes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import exp, gcd, inf, isqrt, log
@@ -14,11 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.config import TableConfig
-from embtables.formats import RowFormat
+from embtables.formats import SCALE, RowFormat
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.graphs import number_below
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
+from embtables.lookup.stored_rows import StoredRows
 from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
 from embtables.sizes.budget import split
 from embtables.sizes.layout import FULL, Code, Entry, Form, Group, Layout, Slab
@@ -89,7 +91,7 @@ class Pruned(Method):
             codes += form_codes
         return Layout(
             {table.name: entries[table.name] for table in group.tables},
-            Form(slabs=(*training, *whole)),
+            Form(slabs=(*training, *whole)).in_fp32(),
             Form(slabs=tuple(whole), codes=tuple(codes)),
         )
 
@@ -126,12 +128,12 @@ class Pruned(Method):
 
     def serve(self, layout: Layout, group: Group, trained: Store, served: Store) -> None:
         for slab in layout.serving.slabs:
-            served.slab(slab.name).copy_(trained.slab(slab.name))
+            served.write_slab(slab.name, trained.slab(slab.name))
         for tables in by_dim(group):
             entry = layout.entries[tables.tables[0].name]
             if entry.variant != FULL:
                 fill = _SERVED[entry.variant].fill
-                fill(tables.name, trained.slab(tables.name), entry.values["entries"], served)
+                fill(tables.name, trained.slab(tables.name), entry.values["entries"], served, group.format)
 
 
 # ---- sizes of the served forms ---------------------------------------------------------------------------------------
@@ -180,31 +182,37 @@ class Tables(NamedTuple):
         # as the limit rises, since a form takes over with an entry that has just become affordable.
         for form, make in (("bitmap", self._bitmap), ("compressed rows", self._rows), ("entries", self._entries)):
             for most in (2**31 - 1, self.rows * self.dim):
-                fixed = sum(code.num_bytes for code in make(0, most))
-                each = sum(code.num_bytes for code in make(1, most)) - fixed
-                kept = min((limit - fixed) // each, most, self.rows * self.dim)
+                within = range(min(most, self.rows * self.dim) + 1)
+                kept = bisect_right(within, limit, key=lambda n: sum(code.num_bytes for code in make(n, most))) - 1  # noqa: B023
                 if kept > best[1]:
                     best = form, kept, make(kept, most)
         return best
 
+    def _values(self, kept: int) -> tuple[Code, ...]:
+        """The values, rows of one scalar each in the format, and their scales."""
+        rows_in = self.format
+        values = Code(f"{self.name}/values", (-(-kept // rows_in.rows_per_unit(1)),), rows_in.dtype, "weights")
+        scales = Code(f"{self.name}/scales", (rows_in.scale_blocks(kept, 1), rows_in.scales), SCALE, "scales")
+        return (values, scales) if rows_in.scales else (values,)
+
     def _bitmap(self, kept: int, most: int) -> tuple[Code, ...]:
         blocks = -(-self.rows * self.dim // (64 * _WORDS))
         return (
-            Code(f"{self.name}/values", (kept,), self.format.dtype, "weights"),
+            *self._values(kept),
             Code(f"{self.name}/bitmap", (blocks * _WORDS,), "int64", "index"),
             Code(f"{self.name}/directory", (blocks,), _integer(most), "index"),
         )
 
     def _rows(self, kept: int, most: int) -> tuple[Code, ...]:
         return (
-            Code(f"{self.name}/values", (kept,), self.format.dtype, "weights"),
+            *self._values(kept),
             Code(f"{self.name}/columns", (kept,), self._column, "index"),
             Code(f"{self.name}/pointers", (self.rows + 1,), _integer(most), "index"),
         )
 
     def _entries(self, kept: int, most: int) -> tuple[Code, ...]:
         return (
-            Code(f"{self.name}/values", (kept,), self.format.dtype, "weights"),
+            *self._values(kept),
             Code(f"{self.name}/columns", (kept,), self._column, "index"),
             Code(f"{self.name}/ids", (kept,), _integer(self.rows), "index"),
         )
@@ -366,6 +374,13 @@ def _largest(flat: Tensor, number: int) -> Iterator[tuple[int, Tensor]]:
         yield start, (bits > threshold) | chosen
 
 
+def stored_values(rows_in: RowFormat, number: int) -> StoredRows:
+    """How so many values lie in a format, as rows of one scalar each."""
+    values = StoredRows(rows_in, 1)
+    values.add(number)
+    return values
+
+
 class SparseBlock(Block):
     """Values in the order of rows and columns; a form says where those of a row begin and in which columns they are."""
 
@@ -375,6 +390,13 @@ class SparseBlock(Block):
         super().__init__(store, entries[0].table.embedding_dim)
         self.name = _name(group, self.embedding_dim)
         self.constant("first", [e.entry.values["first_row"] for e in entries])
+        self.num_values: int = entries[0].entry.values["entries"]
+        self.values = stored_values(group.format, self.num_values)
+        stored, _ = self.values.empty("meta")
+        if stored.numel() != self.code("values").numel():
+            raise ValueError(
+                f"'{self.name}' has {self.num_values:,} entries, but its values are not as many: the plan is damaged"
+            )
         for entry in entries:
             first, rows = entry.entry.values["first_row"], entry.table.rows
             if rows is None or first < 0 or first + rows > self.num_rows():
@@ -403,6 +425,12 @@ class SparseBlock(Block):
         """Vectors ``[..., D]`` of rows ``[...]``."""
         raise NotImplementedError
 
+    def value(self, position: Tensor) -> Tensor:
+        """The values at positions of any shape."""
+        scales = self.code("scales") if self.values.format.scales else None
+        found = self.values.read(self.code("values").unsqueeze(1), scales, position.reshape(-1))
+        return found.to(self.store.dtype).view(position.shape)
+
     def place(self, start: Tensor, counts: Tensor, row: Tensor, column: Tensor | None) -> Tensor:
         """Vectors ``[n, D]`` from ``counts`` entries from ``start`` on [n]; of each entry its row, 0 … n−1, and column.
 
@@ -410,7 +438,7 @@ class SparseBlock(Block):
         """
         position = (start - counts.cumsum(0) + counts)[row] + torch.arange(row.numel(), device=row.device)
         column = self.code("columns")[position].long() if column is None else column
-        values = self.code("values")[position]
+        values = self.value(position)
         vectors = values.new_zeros(start.numel(), self.embedding_dim)
         vectors.view(-1)[row * self.embedding_dim + column] = values
         return vectors
@@ -421,15 +449,18 @@ class SparseBlock(Block):
             _check_range(f"{self.name}/columns", columns, self.embedding_dim)
 
     @classmethod
-    def fill(cls, name: str, slab: Tensor, kept: int, store: Store) -> None:
-        """Writes the ``kept`` largest entries of ``slab`` [rows, D] into the codes of ``name``."""
+    def fill(cls, name: str, slab: Tensor, kept: int, store: Store, rows_in: RowFormat) -> None:
+        """Writes the ``kept`` largest entries of ``slab`` [rows, D], in a format, into the codes of ``name``."""
         flat, done, dim = slab.view(-1), 0, slab.shape[1]
+        values = flat.new_empty(kept, 1)
         for start, mask in _largest(flat, kept):
             position = mask.nonzero().squeeze(1)
             chunk = slice(done, done + position.numel())
-            store.code(f"{name}/values")[chunk] = flat[start : start + mask.numel()][position]
+            values[chunk, 0] = flat[start : start + mask.numel()][position]
             cls.write(name, store, chunk, start, mask, (start + position) // dim, (start + position) % dim)
             done = chunk.stop
+        scales = store.code(f"{name}/scales") if rows_in.scales else None
+        stored_values(rows_in, kept).write(store.code(f"{name}/values").unsqueeze(1), scales, 0, values)
         cls.finish(name, store)
 
     @classmethod
@@ -454,9 +485,8 @@ class BitmapBlock(SparseBlock):
         first = rows.reshape(-1) * self.embedding_dim
         bits = self._bits(first)
         if torch.compiler.is_compiling():  # how many bits are set depends on data
-            values = self.code("values")
             position = self._set_before(first).unsqueeze(1) + bits.cumsum(1) - bits
-            vectors = torch.where(bits > 0, values[position.clamp(max=len(values) - 1)], 0)
+            vectors = torch.where(bits > 0, self.value(position.clamp(max=self.num_values - 1)), 0)
         else:
             row, column = bits.nonzero(as_tuple=True)
             vectors = self.place(self._set_before(first), bits.sum(1), row, column)
@@ -494,9 +524,9 @@ class BitmapBlock(SparseBlock):
             return
         counts = _count_bits(bitmap).view(-1, _WORDS).sum(1)
         ends = counts.cumsum(0)
-        if int(ends[-1]) != len(self.code("values")) or not torch.equal(ends - counts, directory.long()):
+        if int(ends[-1]) != self.num_values or not torch.equal(ends - counts, directory.long()):
             raise ValueError(
-                f"'{self.name}/bitmap' and '{self.name}/directory' do not say where {len(self.code('values')):,} "
+                f"'{self.name}/bitmap' and '{self.name}/directory' do not say where {self.num_values:,} "
                 "values are: the file or state dict is damaged"
             )
 
@@ -525,10 +555,10 @@ class RowsBlock(SparseBlock):
         if pointers is None:
             return
         _check_sorted(f"{self.name}/pointers", pointers)
-        if int(pointers[0]) != 0 or int(pointers[-1]) != len(self.code("values")):
+        if int(pointers[0]) != 0 or int(pointers[-1]) != self.num_values:
             raise ValueError(
                 f"'{self.name}/pointers' goes from {int(pointers[0])} to {int(pointers[-1])}, but there are "
-                f"{len(self.code('values'))} values: the file or state dict is damaged"
+                f"{self.num_values} values: the file or state dict is damaged"
             )
 
     def decode(self, rows: Tensor) -> Tensor:
@@ -543,13 +573,14 @@ class RowsBlock(SparseBlock):
 
     def _place_at_most_all(self, start: Tensor, end: Tensor) -> Tensor:
         """``between`` for graphs, where all rows have to be as long as the longest that there can be: n·D places."""
-        dim, values = self.embedding_dim, self.code("values")
+        dim = self.embedding_dim
         position = start.unsqueeze(1) + torch.arange(dim, device=start.device)
         there = position < end.unsqueeze(1)
         position = torch.where(there, position, 0)
         # Places behind the end of a row go to a column of their own, which is cut off.
         column = torch.where(there, self.code("columns")[position].long(), dim)
-        return values.new_zeros(start.shape[0], dim + 1).scatter(1, column, values[position])[:, :dim]
+        values = self.value(position)
+        return values.new_zeros(start.shape[0], dim + 1).scatter(1, column, values)[:, :dim]
 
     @classmethod
     def write(

@@ -90,7 +90,6 @@ class Plan:
             "groups": [
                 {
                     "name": g.group.name,
-                    **({} if g.group.format == FP32 else {"format": g.group.format.name}),
                     "method": g.method.to_dict(),
                     "tables": [table.name for table in g.group.tables],
                     "layout": g.layout.to_dict(),
@@ -121,13 +120,13 @@ class Plan:
                 raise ValueError(f"budget_bytes must be a number of bytes or null, not {budget!r}")
             groups = []
             for g in data["groups"]:
-                members = tuple(by_name[name] for name in g["tables"])
-                rows_in = row_format(g.get("format", FP32.name))
+                members, chosen = tuple(by_name[name] for name in g["tables"]), from_config(g["method"])
+                rows_in = row_format(chosen.precision or FP32.name)
                 group = Group(g["name"], members, (None,) * len(members), hash_seed, rows_in)
                 layout = Layout.from_dict(g["layout"])
                 if list(layout.entries) != g["tables"] and set(layout.entries) != set(g["tables"]):
                     raise ValueError(f"the group {g['name']!r} has entries for other tables than its own")
-                groups.append(GroupPlan(group, from_config(g["method"]), layout))
+                groups.append(GroupPlan(group, chosen, layout))
             if Counter(table.name for g in groups for table in g.group.tables) != Counter(list(by_name)):
                 raise ValueError("its groups do not hold each table once")
             solved = Plan(tables, tuple(groups), budget, optimizer_from_config(data["optimizer"]), hash_seed)
@@ -288,6 +287,7 @@ def plan(
     training_budget: Budget | None = None,
     *,
     hash_seed: int = 0,
+    precision: str | None = None,
 ) -> Plan:
     """Solves tables, method and budget into exact sizes.
 
@@ -306,6 +306,10 @@ def plan(
             parameters under any ``torch.optim`` optimizer.
         training_budget: a bound on the training bytes as well.
         hash_seed: seed of all hashes.
+        precision: what rows are served in, for all methods that do not say so themselves (``{"kind": "hash",
+            "precision": "int8"}``): ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"int2"``,
+            ``"binary"``, or ``"binary2"`` and ``"binary4"``, sums of two and four signs. Behind a slash may stand how
+            many rows have a scale in common: ``"int4/64"``, or ``"int4/slab"`` for one scale. Training stores fp32.
 
     Returns:
         A plan whose inference bytes are at most the budget and equal those of the built tables.
@@ -320,7 +324,9 @@ def plan(
     """
     if isinstance(tables, TableConfig):
         raise ValueError(f"tables must be a list of TableConfig, not the one table '{tables.name}'")
-    return plan_apart([tables], method, budget, frequencies, optimizer, training_budget, hash_seed=hash_seed)
+    return plan_apart(
+        [tables], method, budget, frequencies, optimizer, training_budget, hash_seed=hash_seed, precision=precision
+    )
 
 
 def _default_optimizer(pairs: Sequence[tuple[Group, Method]]) -> FusedOptimizer:
@@ -341,12 +347,13 @@ def plan_apart(
     training_budget: Budget | None = None,
     *,
     hash_seed: int = 0,
+    precision: str | None = None,
 ) -> Plan:
     """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
     tables = tuple(table for unit in units for table in unit)
     _check_tables(tables)
     hash_seed = _checked_hash_seed(hash_seed)
-    pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed)
+    pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed, precision)
     fused = _default_optimizer(pairs) if optimizer == DEFAULT_OPTIMIZER else optimizer_from_config(optimizer)
     for group, chosen in pairs:
         chosen.check(group, fused)
@@ -486,9 +493,10 @@ def _groups(
     method: MethodLike | Mapping[str, MethodLike],
     counts: Mapping[str, Counts],
     hash_seed: int,
+    precision: str | None,
 ) -> list[tuple[Group, Method]]:
     """The tables of each unit that each pattern covers."""
-    methods = {pattern: from_config(m) for pattern, m in by_pattern(method).items()}
+    methods = {pattern: from_config(m).with_precision(precision) for pattern, m in by_pattern(method).items()}
     if not methods:
         raise ValueError("method is an empty mapping: give a pattern of table names and a method")
     members: dict[str, list[list[TableConfig]]] = {pattern: [[] for _ in units] for pattern in methods}
@@ -505,9 +513,9 @@ def _groups(
         for tables in filter(None, found):
             kind = methods[pattern].kind
             name = kind if kind not in [group.name for group, _ in pairs] else f"{kind}#{len(pairs)}"
-            pairs.append(
-                (Group(name, tuple(tables), tuple(counts.get(t.name) for t in tables), hash_seed), methods[pattern])
-            )
+            rows_in = row_format(methods[pattern].precision or FP32.name)
+            known = tuple(counts.get(t.name) for t in tables)
+            pairs.append((Group(name, tuple(tables), known, hash_seed, rows_in), methods[pattern]))
     return pairs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal, TypeVar, get_args
 
@@ -46,6 +46,11 @@ class Slab:
     def num_bytes(self) -> int:
         return row_format(self.format).slab_bytes(self.rows, self.width)
 
+    @property
+    def scale_bytes(self) -> int:
+        """Those of ``num_bytes`` that are scales."""
+        return row_format(self.format).scale_bytes(self.rows, self.width)
+
     def check(self) -> None:
         """Raises ``ValueError`` unless this can be allocated."""
         row_format(self.format)
@@ -61,7 +66,7 @@ class Extra:
 
     @property
     def num_bytes(self) -> int:
-        return FP32.row_bytes(prod(self.shape))
+        return FP32.slab_bytes(1, prod(self.shape))
 
     def check(self) -> None:
         """Raises ``ValueError`` unless this can be allocated."""
@@ -112,9 +117,15 @@ class Form:
         return [*self.slabs, *self.extras, *self.codes]
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
-        yield from (("weights", slab.num_bytes) for slab in self.slabs)
+        for slab in self.slabs:
+            yield "weights", slab.num_bytes - slab.scale_bytes
+            yield "scales", slab.scale_bytes
         yield from (("weights", extra.num_bytes) for extra in self.extras)
         yield from ((code.kind, code.num_bytes) for code in self.codes)
+
+    def in_fp32(self) -> Form:
+        """The form with all slabs in fp32, as they are trained."""
+        return replace(self, slabs=tuple(replace(slab, format=FP32.name) for slab in self.slabs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data. The format of fp32 slabs is left out, as in plans that are older than the others."""
@@ -180,8 +191,8 @@ class Layout:
 
     @staticmethod
     def of(entries: Mapping[str, Entry], form: Form) -> Layout:
-        """The usual case: the trained form is the served one."""
-        return Layout(entries, form, form)
+        """The usual case: what is trained is what is served, but for the format of its rows."""
+        return Layout(entries, form.in_fp32(), form)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. The served form is left out where it is the trained one."""

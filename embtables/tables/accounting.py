@@ -17,7 +17,7 @@ def memory_of(tables: EmbeddingTables) -> Memory:
     form = "serving" if tables.served else "training"
     kinds = {code.name: code.kind for g in tables.plan.groups for code in getattr(g.layout, form).codes}
     for name, tensor, is_code in tables.store.tensors():
-        kind = kinds[name] if is_code else "weights"
+        kind = kinds.get(name, "scales") if is_code else "weights"
         by_kind[kind] = by_kind.get(kind, 0) + storage_bytes([tensor])
     # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
     state = storage_bytes(tensor for name, tensor in tables.store.optimizer_state().items() if name != "hyper")

@@ -133,7 +133,7 @@ def _check_shapes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in tensors.items():
         plans = wanted[name]
-        same = tensor.dtype == plans.dtype or (plans.is_floating_point() and tensor.dtype in _PRECISIONS)
+        same = tensor.dtype == plans.dtype or (plans.dtype == DTYPES[FP32.dtype] and tensor.dtype in _PRECISIONS)
         if not same or tensor.shape != plans.shape:
             raise ValueError(
                 f"its tensor '{name}' holds {tensor.dtype} of shape {tuple(tensor.shape)}, "
@@ -141,9 +141,10 @@ def _check_shapes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The type of a file's weights and other numbers that are no codes; where they differ, one that holds them all."""
-    of_weights = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+def dtype_of(tensors: Mapping[str, Tensor], store: Store) -> torch.dtype:
+    """The type of a file's numbers that the store has in fp32, if it has not been cast; if they differ, one for all."""
+    others = store.in_other_formats()
+    of_weights = [t.dtype for name, t in tensors.items() if t.is_floating_point() and name not in others]
     return functools.reduce(torch.promote_types, of_weights, of_weights[0]) if of_weights else DTYPES[FP32.dtype]
 
 

@@ -14,7 +14,7 @@ from embtables.plan.solver import Plan
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
-from embtables.tables.files import check_codes, precision, reading_file, write_file
+from embtables.tables.files import check_codes, dtype_of, reading_file, write_file
 from embtables.tables.initialize import initialize
 from embtables.tables.looking_up import TableLookup
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
@@ -133,7 +133,7 @@ class EmbeddingTables(TableLookup):
         if self.served or all(g.layout.serving == g.layout.training for g in self.plan.groups):
             return self
         served = self._empty_served(self.plan, self.store.device)
-        served.to(precision(self.store.stored()))
+        served.to(self.store.dtype)
         for g in self.plan.groups:
             g.method.serve(g.layout, g.group, self.store, served.store)
         return served.train(self.training)
@@ -174,7 +174,7 @@ class EmbeddingTables(TableLookup):
         with reading_file(path) as (plan, tensors):
             tables = cls._empty_served(plan, device)
             check_codes(tables.lookups.blocks, tensors)
-            tables.to(precision(tensors))
+            tables.to(dtype_of(tensors, tables.store))
             tables.store.load_state_dict(tensors)
         return tables.eval()
 

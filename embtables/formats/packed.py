@@ -1,0 +1,181 @@
+"""Rows of few bits: small integers, several to a byte, times a scale that a row, a block of rows or a slab has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from math import ceil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embtables.formats.rows import DTYPES, SCALE, RowFormat, Size
+
+# A row of so many times the bytes of its scales has them for itself by default: they are then at most a quarter more.
+_OWN_SCALES = 4
+# Rows that have one in common by default, where a row is smaller than that.
+_BLOCK = 64
+# The scale of least squared error is found in rounds, of which the first few make nearly all of the difference.
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class PackedFormat(RowFormat):
+    """Each scalar is an integer of ``bits`` bits, and there is no padding between the scalars of a row.
+
+    The integer q stands for (q − zero)·scale. Rows begin at a byte; where they are single scalars, as in the array of
+    ROBE or among the values of a pruned table, several of them share one. A scale takes two bytes.
+
+    int8 and int4: scale = max|x| / (2^(bits−1) − 1) over the rows that have it in common, rounded up, so that no scalar
+    changes by more than half a scale, and 0 stays 0. int2 and binary have the few levels ±scale/2 and ±3·scale/2, and
+    the scale of least squared error; the values beyond the outermost level become that level.
+
+    Args:
+        bits: 1, 2, 4 or 8.
+        share: how many rows have a scale in common: 0 for all rows of a slab; ``None`` for the default, by which rows
+            of at least four times the bytes of a scale have their own, and 64 smaller ones share one.
+    """
+
+    bits: int = 8
+    share: int | None = None
+
+    # ---- sizes -----------------------------------------------------------------------------------------------------
+
+    def columns(self, width: Size) -> Size:
+        return -(-self.bits * width // 8)
+
+    def rows_per_unit(self, width: int) -> int:
+        return 8 // self.bits if width == 1 else 1
+
+    def rows_per_scale(self, width: int) -> int | None:
+        if self.share is None:
+            return 1 if self.columns(width) >= self._own_scales else _BLOCK
+        return self.share or None
+
+    @property
+    def scales(self) -> int:
+        return 1
+
+    @property
+    def _own_scales(self) -> int:
+        """The bytes of the smallest row that has scales of its own by default."""
+        return _OWN_SCALES * self.scales * DTYPES[SCALE].itemsize
+
+    def row_bits(self, width: Size) -> Size:
+        return _where(width == 1, self.bits, 8 * self.columns(width))
+
+    def weight_bytes(self, rows: Size, width: Size) -> Size:
+        return -(-rows // _where(width == 1, 8 // self.bits, 1)) * self.columns(width)
+
+    def scale_blocks(self, rows: Size, width: Size) -> Size:
+        if self.share is None:
+            return -(-rows // _where(self.columns(width) >= self._own_scales, 1, _BLOCK))
+        return (-(-rows // self.share) if self.share else _where(rows > 0, 1, 0)) + 0 * width
+
+    # ---- values ----------------------------------------------------------------------------------------------------
+
+    @property
+    def zero(self) -> float:
+        """The integer that stands for 0, or the middle of the two next to it."""
+        return 2.0 ** (self.bits - 1) - (0 if self.bits > 2 else 0.5)
+
+    def pack(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows, width = values.shape
+        share = self.rows_per_scale(width) or max(1, rows)
+        # What is left of the last block is a block of its own.
+        whole = rows - rows % share
+        parts = [values[:whole].reshape(whole // share, share * width), values[whole:].reshape(1, -1)]
+        encoded = [self.encode(part.float()) for part in parts if part.numel()]
+        if not encoded:
+            return self._joined(values.new_zeros(rows, width)), values.new_zeros(0, self.scales, dtype=DTYPES[SCALE])
+        integers = torch.cat([integers.reshape(-1, width) for integers, _ in encoded])
+        return self._joined(integers), torch.cat([scales for _, scales in encoded])
+
+    def unpack(self, stored: Tensor, number: Tensor | None, scales: Tensor | None, width: int) -> Tensor:
+        assert scales is not None
+        integers = _fields(stored.unsqueeze(-1), 8 // self.bits, self.bits).flatten(1)
+        integers = integers[:, :width] if number is None else integers.gather(1, number.unsqueeze(1))
+        return self.decode(integers, scales.float())
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of blocks of scalars ``[blocks, n]``, and the scales of each block, ``[blocks, scales]``."""
+        magnitudes = values.abs()
+        if self.bits > 2:
+            scales = _rounded_up(magnitudes.amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1))
+        else:
+            scales = 2.0 ** (2 - self.bits) * magnitudes.mean(dim=1, keepdim=True)
+            for _ in range(_ROUNDS):
+                levels = self._nearest(values, scales) - self.zero
+                scales = (values * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
+            scales = scales.to(DTYPES[SCALE])
+        return self._nearest(values, scales.float()), scales
+
+    def decode(self, integers: Tensor, scales: Tensor) -> Tensor:
+        """Scalars ``[N, width]`` from their integers and the scales of each row, ``[N, scales]`` in fp32."""
+        return (integers.float() - self.zero) * scales
+
+    def _nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        """The integers, as floating-point numbers, whose levels are nearest."""
+        middle = ceil(self.zero)
+        nearest = (values / torch.where(scales > 0, scales, 1.0) + (self.zero - middle)).round() + middle
+        return nearest.clamp(1 if self.bits > 2 else 0, 2**self.bits - 1)
+
+    def _joined(self, integers: Tensor) -> Tensor:
+        """The units ``[units, columns]`` of integers ``[rows, width]``."""
+        rows, width = integers.shape
+        together, count = self.rows_per_unit(width), 8 // self.bits
+        units = F.pad(integers, (0, -(width * together) % count, 0, -rows % together)).nan_to_num()
+        fields = units.reshape(-(-rows // together), self.columns(width), count).long()
+        return (fields << self.bits * torch.arange(count, device=fields.device)).sum(-1).to(DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class ResidualFormat(PackedFormat):
+    """Each scalar is a sum of ``bits`` signs, each times a scale of its own: x ≈ Σ ±scale_j / 2.
+
+    The first sign and scale stand for the scalar as in binary, the next ones for what those before leave of it.
+
+    Li et al., "Performance Guaranteed Network Acceleration via High-Order Residual Quantization", ICCV 2017.
+    """
+
+    @property
+    def scales(self) -> int:
+        return self.bits
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        integers, scales = torch.zeros_like(values), []
+        for j in range(self.bits):
+            scale = (2 * values.abs().mean(dim=1, keepdim=True)).to(DTYPES[SCALE])
+            positive = (values >= 0).float()
+            integers += positive * 2**j
+            values = values - (positive - 0.5) * scale.float()
+            scales.append(scale)
+        return integers, torch.cat(scales, dim=1)
+
+    def decode(self, integers: Tensor, scales: Tensor) -> Tensor:
+        signs = _fields(integers.unsqueeze(-1), self.bits, 1) - 0.5
+        # One after another, as native code adds them up.
+        return reduce(torch.add, (signs[..., j] * scales[:, j : j + 1] for j in range(self.bits)))
+
+
+def _where(condition: Size, yes: Size, no: Size) -> Size:
+    """An integer for an integer, an array for an array."""
+    return np.where(condition, yes, no) if isinstance(condition, np.ndarray) else yes if condition else no
+
+
+def _fields(integers: Tensor, count: int, bits: int) -> Tensor:
+    """``[..., count]`` fields of so many bits each from integers ``[..., 1]``, the lowest bits first.
+
+    By division, since ONNX shifts unsigned integers alone.
+    """
+    divisors = 2 ** (bits * torch.arange(count, device=integers.device, dtype=torch.int32))
+    return torch.div(integers.int(), divisors, rounding_mode="floor") % 2**bits
+
+
+def _rounded_up(scales: Tensor) -> Tensor:
+    """Non-negative numbers in bf16, none of them smaller than it was; those that are none stay what they are."""
+    nearest = scales.to(DTYPES[SCALE])
+    above = (nearest.view(torch.int16) + 1).view(DTYPES[SCALE])
+    return torch.where(nearest.float() < scales, above, nearest)

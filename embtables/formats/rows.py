@@ -1,0 +1,110 @@
+"""What a stored row looks like in bytes: row formats. Every size in a plan and every slab's tensors follow from them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "uint8": torch.uint8,
+}
+SCALE = "bfloat16"
+"""The type of scales: as many exponents as a weight may have, and two bytes."""
+Size = TypeVar("Size", int, npt.NDArray[np.int64])
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a slab ``[rows, width]`` is stored: as ``[units(rows), columns(width)]`` of ``dtype``, and perhaps scales.
+
+    Rows of plain scalars are ``RowFormat(name, dtype)``: a unit is a row. Any other format is a subclass. Sizes are
+    integers, or int64 arrays that are computed with element by element; the methods solve for ``slab_bytes``, which
+    must not fall where the rows or the width grow, and is at least ``rows`` times ``row_bits`` bits.
+
+    Lookups read fp32 rows, whatever they are stored as, and training stores fp32: a format is what is served.
+
+    Args:
+        name: what plans and files call it.
+        dtype: of the tensor that holds the rows, one of ``DTYPES``.
+    """
+
+    name: str
+    dtype: str
+
+    # ---- sizes -----------------------------------------------------------------------------------------------------
+
+    def columns(self, width: Size) -> Size:
+        """Elements of ``dtype`` in a unit."""
+        return width
+
+    def rows_per_unit(self, width: int) -> int:
+        """How many rows a unit holds; more than one only where they are narrower than a byte."""
+        return 1
+
+    def rows_per_scale(self, width: int) -> int | None:
+        """How many rows of a slab, from its first one on, have a scale in common; ``None``: all of them."""
+        return 1
+
+    @property
+    def scales(self) -> int:
+        """How many scales there are for each ``rows_per_scale`` rows."""
+        return 0
+
+    def row_bits(self, width: Size) -> Size:
+        """The bits of one row, without its part in what rows share."""
+        return self.columns(width) * (8 * DTYPES[self.dtype].itemsize)
+
+    def mean_bits(self, width: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The bits of one row of many, with its part in what they share."""
+        many = np.full_like(width, 2**20)
+        return 8 * self.slab_bytes(many, width) / many
+
+    def weight_bytes(self, rows: Size, width: Size) -> Size:
+        """The bytes of a slab, those of its scales aside."""
+        return rows * self.columns(width) * DTYPES[self.dtype].itemsize
+
+    def scale_blocks(self, rows: Size, width: Size) -> Size:
+        """How many times ``scales`` numbers a slab has."""
+        return 0 * rows * width
+
+    def scale_bytes(self, rows: Size, width: Size) -> Size:
+        """The bytes of a slab's scales."""
+        return self.scale_blocks(rows, width) * (self.scales * DTYPES[SCALE].itemsize)
+
+    def slab_bytes(self, rows: Size, width: Size) -> Size:
+        """The bytes of a slab."""
+        return self.weight_bytes(rows, width) + self.scale_bytes(rows, width)
+
+    def rows_within(self, num_bytes: int, width: int) -> int:
+        """The most rows that fit into ``num_bytes``; below 0 where not even an empty slab does."""
+        most = 8 * num_bytes // self.row_bits(width)
+        return bisect_right(range(most + 1), num_bytes, key=lambda rows: self.slab_bytes(rows, width)) - 1
+
+    # ---- values ----------------------------------------------------------------------------------------------------
+
+    def pack(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A slab ``[rows, width]`` as it is stored: ``[units, columns]``, and its scales ``[blocks, scales]``."""
+        return values.to(DTYPES[self.dtype]), None
+
+    def unpack(self, stored: Tensor, number: Tensor | None, scales: Tensor | None, width: int) -> Tensor:
+        """Rows ``[N, width]`` in fp32.
+
+        Args:
+            stored: ``[N, columns]``, the unit of each row.
+            number: ``[N]``, which row of its unit each is; ``None`` where units are rows.
+            scales: ``[N, scales]``, those of each row; ``None`` where the format has none.
+            width: columns of the slab.
+        """
+        return stored.float()

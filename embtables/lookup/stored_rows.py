@@ -1,0 +1,76 @@
+"""The rows of one format and width: where those of each slab lie, and how they are read and written."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import torch
+from torch import Tensor
+
+from embtables.formats import DTYPES, SCALE, RowFormat
+
+
+class StoredRows:
+    """Slabs of one format and width, one after another in one tensor, and their scales in another.
+
+    A row is counted from the first row of the first slab. Units and blocks that have a scale in common begin anew with
+    every slab, so that no two slabs share one.
+
+    Args:
+        rows_in: the format.
+        width: columns of the slabs.
+    """
+
+    # Rows that are packed at once.
+    _CHUNK = 2**16
+
+    def __init__(self, rows_in: RowFormat, width: int) -> None:
+        self.format, self.width = rows_in, width
+        self.together = rows_in.rows_per_unit(width)
+        self.share = rows_in.rows_per_scale(width) if rows_in.scales else 1
+        self.rows, self.units, self.blocks = [0], [0], [0]  # the first of each slab, and behind the last one
+
+    def add(self, rows: int) -> int:
+        """Appends a slab, and returns its first row."""
+        self.rows.append(self.rows[-1] + rows)
+        self.units.append(self.units[-1] + -(-rows // self.together))
+        self.blocks.append(self.blocks[-1] + -(-rows // (self.share or max(1, rows))))
+        return self.rows[-2]
+
+    def empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor | None]:
+        """The tensors for rows and scales, with nothing in them; ``None`` where the format has no scales."""
+        units, blocks = self.units[-1], self.blocks[-1]
+        columns = self.format.columns(self.width)
+        stored = torch.empty(units, columns, dtype=DTYPES[self.format.dtype], device=device)
+        if not self.format.scales:
+            return stored, None
+        return stored, torch.empty(blocks, self.format.scales, dtype=DTYPES[SCALE], device=device)
+
+    def read(self, stored: Tensor, scales: Tensor | None, index: Tensor) -> Tensor:
+        """Rows ``[N, width]`` in fp32."""
+        if self.together == self.share == 1:
+            return self.format.unpack(
+                stored[index], None, None if scales is None else scales[index], self.width
+            )
+        starts, units, blocks = (torch.tensor(x[:-1], device=index.device) for x in (self.rows, self.units, self.blocks))
+        # Slabs without rows begin where the next one does, which is the last of these.
+        slab = torch.bucketize(index, starts, right=True) - 1
+        within = index - starts[slab]
+        number = None if self.together == 1 else within % self.together
+        block = blocks[slab] if self.share is None else blocks[slab] + within // self.share
+        rows = stored[units[slab] + within // self.together]
+        return self.format.unpack(rows, number, None if scales is None else scales[block], self.width)
+
+    def write(self, stored: Tensor, scales: Tensor | None, start: int, values: Tensor) -> None:
+        """Packs all rows ``[rows, width]`` of the slab whose first row is ``start``."""
+        slab = bisect_right(self.rows[:-1], start) - 1
+        unit, block, step = self.units[slab], self.blocks[slab], self.share or max(1, len(values))
+        # Whole blocks, and whole units.
+        chunk = -(-self._CHUNK // (step * self.together)) * step * self.together
+        for part in values.split(chunk):
+            packed, own = self.format.pack(part)
+            stored[unit : unit + len(packed)] = packed
+            unit += len(packed)
+            if scales is not None and own is not None:
+                scales[block : block + len(own)] = own
+                block += len(own)
