@@ -98,6 +98,11 @@ class FusedOptimizer:
         """
         raise NotImplementedError
 
+    @staticmethod
+    def running_mean(weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor) -> Tensor:
+        """The mean of a weight over the steps so far, where the rule keeps one (``averaged``); else the weight."""
+        return weight
+
     # ---- hyper-parameters as a tensor ------------------------------------------------------------------------------
 
     def hyper_values(self) -> list[float]:
@@ -242,6 +247,88 @@ class Adam(FusedOptimizer):
         return hyper["lr"] * m_hat / (v_hat.sqrt() + hyper["eps"]), (m, v)
 
 
+# ---- a running mean of the weights ---------------------------------------------------------------------------------
+
+_AVERAGED = "averaged_"
+
+
+def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
+    """The same rule, which also keeps the running mean of all weights; ``EmbeddingTables.averaged`` gives it.
+
+    mean_t = β_t·mean_{t−1} + (1 − β_t)·w_t after each training step t, with β_t = min(t, h) / (min(t, h) + 1): the plain
+    mean of all weights so far up to step h, an exponential one afterwards. Only the rows that a step touches are
+    visited: of each row the state holds mean − w as it was when the row was last touched, and when that was, from which
+    the mean at any later step follows. So the state takes ``width + 1`` numbers a row more.
+
+    Its kind is that of the rule after ``averaged_``: ``{"kind": "averaged_adam", "horizon": 500}``.
+
+    Args:
+        optimizer: any fused optimizer.
+        horizon: h, in training steps.
+
+    Raises:
+        ValueError: for an optimizer that is averaged already, or a negative horizon.
+
+    Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM J. Control Optim. 30(4), 1992.
+    """
+    if optimizer.kind.startswith(_AVERAGED):
+        raise ValueError(f"the optimizer {optimizer.kind} keeps a running mean already")
+    fields_of = {field.name: getattr(optimizer, field.name) for field in fields(optimizer)}
+    found: FusedOptimizer = _averaged_rule(type(optimizer))(**fields_of, horizon=horizon)  # type: ignore[call-arg]
+    return found
+
+
+@cache
+def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
+    """The rule that also keeps a running mean."""
+
+    @dataclass(frozen=True)
+    class Averaged(rule):  # type: ignore[misc, valid-type]
+        kind: ClassVar[str] = _AVERAGED + rule.kind
+        counts_steps: ClassVar[bool] = True
+        _: KW_ONLY
+        horizon: float = 1000.0
+
+        @classmethod
+        def state_widths(cls, width: int) -> tuple[int, ...]:
+            return (*rule.state_widths(width), width, 1)
+
+        @classmethod
+        def is_row_wise(cls) -> bool:
+            return rule.is_row_wise()
+
+        @staticmethod
+        def update(
+            grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
+        ) -> tuple[Tensor, Sequence[Tensor]]:
+            *own, behind, last = state
+            change, own = rule.update(grad, weight, own, hyper, step)
+            horizon = hyper["horizon"]
+            behind = _since(last, step - 1, horizon) * behind + change
+            return change, (*own, _since(step - 1, step, horizon) * behind, step.to(last.dtype).expand_as(last))
+
+        @staticmethod
+        def running_mean(weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor) -> Tensor:
+            behind, last = state[-2:]
+            return weight + (_since(last, step, hyper["horizon"]) * behind).to(weight.dtype)
+
+        def __reduce__(self) -> tuple[Any, tuple[Any]]:
+            return optimizer_from_config, (self.to_dict(),)
+
+    return Averaged
+
+
+def _since(before: Tensor, now: Tensor, horizon: Tensor) -> Tensor:
+    """How much of a mean at one step is left in that of another: the product of the β of all steps after it."""
+
+    def log_share(step: Tensor) -> Tensor:
+        step = step.double()
+        early = step.clamp(max=horizon)
+        return (horizon / (horizon + 1)).log() * (step - early) - early.log1p()
+
+    return (log_share(now) - log_share(before)).exp().float()
+
+
 _BUILT_IN: dict[str, type[FusedOptimizer]] = {c.kind: c for c in (SGD, RowWiseAdagrad, Adagrad, Adam)}
 
 
@@ -263,9 +350,18 @@ def rule_of(kind: str) -> type[FusedOptimizer]:
     """
     if kind not in _rules:
         _third_party()
+    if kind not in _rules and kind.startswith(_AVERAGED):
+        return _averaged_rule(rule_of(kind.removeprefix(_AVERAGED)))
     if kind not in _rules:
         raise ValueError(f"unknown optimizer {kind!r}: those that are known are {', '.join(_rules)}")
     return _rules[kind]
+
+
+def _known(kind: str) -> type[FusedOptimizer] | None:
+    if kind.startswith(_AVERAGED):
+        rule = _known(kind.removeprefix(_AVERAGED))
+        return None if rule is None or rule.kind.startswith(_AVERAGED) else _averaged_rule(rule)
+    return _BUILT_IN.get(kind) or _third_party().get(kind)
 
 
 def optimizer_from_config(config: str | dict[str, Any] | FusedOptimizer | None) -> FusedOptimizer | None:
@@ -278,7 +374,7 @@ def optimizer_from_config(config: str | dict[str, Any] | FusedOptimizer | None) 
         return config
     values = {"kind": config} if isinstance(config, str) else dict(config) if isinstance(config, dict) else {}
     kind = values.pop("kind", config)
-    cls = _BUILT_IN.get(kind) or _third_party().get(kind) if isinstance(kind, str) else None
+    cls = _known(kind) if isinstance(kind, str) else None
     if cls is None:
         guess = did_you_mean(kind, kinds())
         raise ValueError(

@@ -88,7 +88,9 @@ def test_the_floor_is_the_least_layout(method: Method, rows_in: RowFormat, expec
 
 @EVERY_FORMAT
 @pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "full"], ids=method_id)
-def test_every_method_fits_every_format(method: Method, rows_in: RowFormat, expected: Callable[[int, int], int]) -> None:
+def test_every_method_fits_every_format(
+    method: Method, rows_in: RowFormat, expected: Callable[[int, int], int]
+) -> None:
     group = Group("g", TABLES, COUNTS, 0, rows_in)
     floor, full = method.floor(group).num_bytes, full_bytes(expected)
     near = [int(n) for n in np.geomspace(max(1, floor), full, 12)]

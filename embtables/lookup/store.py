@@ -13,7 +13,7 @@ from embtables._util.numbers import is_non_negative
 from embtables.formats import DTYPES, FP32
 from embtables.lookup.accumulation import Accumulation
 from embtables.lookup.weights import Weights
-from embtables.optimizers import FusedOptimizer
+from embtables.optimizers import FusedOptimizer, rule_of
 from embtables.sizes.layout import Form
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
@@ -161,6 +161,15 @@ class Store(Weights):
         """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
         state = self.state_of(weight)
         return [*state, self.step_number()] if self.optimizer is not None and self.optimizer.counts_steps else state
+
+    def running_mean(self, weight: str) -> Tensor:
+        """The running mean of a weight or extra, by its attribute, where the optimizer keeps one; else a copy."""
+        tensor = self.tensor(weight).detach()
+        if self.optimizer is None:
+            return tensor.clone()
+        rule, matrix = rule_of(self.optimizer.kind), self.matrix(weight).detach()
+        hyper = rule.hyper_by_name(self.hyper)
+        return rule.running_mean(matrix, self.state_of(weight), hyper, self.step_number()).reshape(tensor.shape).clone()
 
     def slab_state(self, name: str) -> list[Tensor]:
         """Views ``[rows, *]`` of a slab's optimizer state."""

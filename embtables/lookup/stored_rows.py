@@ -49,10 +49,10 @@ class StoredRows:
     def read(self, stored: Tensor, scales: Tensor | None, index: Tensor) -> Tensor:
         """Rows ``[N, width]`` in fp32."""
         if self.together == self.share == 1:
-            return self.format.unpack(
-                stored[index], None, None if scales is None else scales[index], self.width
-            )
-        starts, units, blocks = (torch.tensor(x[:-1], device=index.device) for x in (self.rows, self.units, self.blocks))
+            return self.format.unpack(stored[index], None, None if scales is None else scales[index], self.width)
+        starts, units, blocks = (
+            torch.tensor(x[:-1], device=index.device) for x in (self.rows, self.units, self.blocks)
+        )
         # Slabs without rows begin where the next one does, which is the last of these.
         slab = torch.bucketize(index, starts, right=True) - 1
         within = index - starts[slab]

@@ -132,10 +132,34 @@ class EmbeddingTables(TableLookup):
         """The tables in the form that is exported; the same object where that is the trained form."""
         if self.served or all(g.layout.serving == g.layout.training for g in self.plan.groups):
             return self
-        served = self._empty_served(self.plan, self.store.device)
-        served.to(self.store.dtype)
+        return self._served_from(self.store)
+
+    @torch.no_grad()
+    def averaged(self) -> EmbeddingTables:
+        """The running mean of the weights in the form that is exported, as new tables; these stay as they are.
+
+        With a plan whose optimizer keeps one (``embtables.optimizers.averaged``).
+
+        Raises:
+            ValueError: where the optimizer keeps none, and for served tables.
+        """
+        optimizer = self.plan.optimizer
+        if self.served or optimizer is None or not optimizer.kind.startswith("averaged_"):
+            raise ValueError(
+                "these tables keep no running mean of their weights: plan with "
+                "optimizer=embtables.optimizers.averaged(Adam(), horizon=1000)"
+            )
+        mean = Store([g.layout.training for g in self.plan.groups], None, trainable=False, device=self.store.device)
+        mean.to(self.store.dtype)
+        for name, tensor in mean.stored().items():
+            tensor.copy_(self.store.running_mean(name) if tensor.is_floating_point() else self.store.tensor(name))
+        return self._served_from(mean)
+
+    def _served_from(self, trained: Store) -> EmbeddingTables:
+        served = self._empty_served(self.plan, trained.device)
+        served.to(trained.dtype)
         for g in self.plan.groups:
-            g.method.serve(g.layout, g.group, self.store, served.store)
+            g.method.serve(g.layout, g.group, trained, served.store)
         return served.train(self.training)
 
     def finalize(self) -> EmbeddingTables:

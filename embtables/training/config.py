@@ -25,6 +25,7 @@ from pydantic import (
 
 from embtables._util.names import did_you_mean
 from embtables._util.reading import NotYaml, parse_yaml, read_yaml
+from embtables.formats import row_format
 from embtables.models import find_model
 from embtables.models.registry import hyperparameters_of
 from embtables.optimizers import kinds, optimizer_from_config
@@ -95,6 +96,11 @@ class TablesConfig(_Section):
     )
     budget: Bytes | None = Field(default=None, description='inference bytes: 67108864, "64MB", 0.1, "10%"')
     training_budget: Bytes | None = Field(default=None, description="bound on the training bytes as well")
+    precision: StrictStr = Field(
+        default="fp32",
+        description="of the served rows, where the method does not say it: fp32, fp16, bf16, int8, int4, int2, binary, "
+        "binary2, binary4; int4/64 or int4/slab: rows that have a scale in common",
+    )
     embedding_dim: int = Field(default=16, ge=1)
     optimizer: StrictStr | dict[str, Any] = Field(
         default="adam", description="a kind, or with fields of its own {kind: adam, beta2: 0.99}"
@@ -120,6 +126,11 @@ class TablesConfig(_Section):
     sparse_gradients: bool = Field(default=False, description="with fused: false, sparse instead of dense gradients")
     init_std: float | None = Field(default=None, gt=0, le=1e6, description="null: the tables' own default")
     hash_seed: int | None = Field(default=None, description="null: the seed of the run")
+
+    @field_validator("precision")
+    @classmethod
+    def _known_precision(cls, precision: str) -> str:
+        return row_format(precision).name
 
     @field_validator("optimizer")
     @classmethod
@@ -193,6 +204,13 @@ class TrainingConfig(_Section):
     min_learning_rate: float = Field(
         default=1e-6, ge=0, allow_inf_nan=False, description="plateau_factor lowers no learning rate below this"
     )
+    average: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="horizon, in epochs, of a running mean of all weights, which is evaluated, kept and served; "
+        "null: the weights themselves",
+    )
     clip_norm: float | None = Field(
         default=None,
         gt=0,
@@ -253,6 +271,12 @@ class RunConfig(_Section):
     tables: TablesConfig = Field(default_factory=TablesConfig)
     dense: DenseConfig = Field(default_factory=DenseConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @model_validator(mode="after")
+    def _averages_what_is_fused(self) -> RunConfig:
+        if self.training.average is not None and not self.tables.fused:
+            raise ValueError("training.average needs tables.fused=true: a fused optimizer keeps the mean of its rows")
+        return self
 
     def to_yaml(self) -> str:
         """All fields, resolved, as ``load_config`` reads them from a file."""

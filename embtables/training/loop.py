@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 from embtables._util.files import replacing, sealed, sha256, write_json
 from embtables.datasets import Batch, PreparedDataset
 from embtables.tables import EmbeddingTables
+from embtables.training.averaging import RunningMean
 from embtables.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from embtables.training.compilation import Compilation, uncompiled
 from embtables.training.config import RunConfig, check_threads
@@ -40,7 +41,7 @@ from embtables.training.learning_curve import COLUMNS, Row, draw_curve, overfitt
 from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
-from embtables.training.planning import labels, method_label, steps_per_epoch
+from embtables.training.planning import horizon_of, labels, method_label, steps_per_epoch
 
 __all__ = ["CHECKPOINT", "Run"]
 
@@ -121,6 +122,8 @@ class Run:
         if config.tables.regularization:
             tables.regularize(config.tables.regularization, data.frequencies)
         self.optimization = Optimization(config, model, tables)
+        horizon = horizon_of(config, data)
+        self.mean = None if horizon is None else RunningMean(model, tables, horizon)
         varying = bool(data.list_features or data.histories)
         self.compilation = Compilation(model, config.training.batch_size, varying) if config.training.compile else None
 
@@ -162,6 +165,8 @@ class Run:
                         bar.note("compiling the model …")
                     self._step(batch, watch)
                     self._advance()
+                    if self.mean is not None:
+                        self.mean.update(progress.step)
                     evaluates = self._evaluation_is_due()
                     saves = evaluates or time.monotonic() - last_checkpoint >= training.checkpoint_seconds
                     if watch.waits or saves or progress.step % training.log_every == 0:
@@ -239,17 +244,17 @@ class Run:
     def _evaluate(self, events: Events) -> float:
         """Validation of the served form; the best one so far is kept on disk. Returns the monitored metric."""
         progress, monitor = self.progress, self.config.training.monitor
-        served = self.tables.serve()
-        with _serving(self.model, self.tables, served), uncompiled():
+        means = nullcontext(self.tables.serve()) if self.mean is None else self.mean.applied()
+        with means as served, _serving(self.model, self.tables, served), uncompiled():
             scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
-        measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
-        measured["valid_auc_tail"] = slice_metrics(scored, self.data)["auc_tail"]
-        value = value_of(measured, monitor)
-        if value > progress.best:
-            progress.best, progress.best_step, progress.stale = value, progress.step, 0
-            save_served(self._best(), self._description(), served, dense_state(self.model))
-        else:
-            progress.stale += 1
+            measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
+            measured["valid_auc_tail"] = slice_metrics(scored, self.data)["auc_tail"]
+            value = value_of(measured, monitor)
+            if value > progress.best:
+                progress.best, progress.best_step, progress.stale = value, progress.step, 0
+                save_served(self._best(), self._description(), served, dense_state(self.model))
+            else:
+                progress.stale += 1
         rates = self.optimization.learning_rates()
         progress.curve.append(
             {
@@ -314,6 +319,7 @@ class Run:
             "random": random_state(self.device),
             "model": dict(self.model.state_dict()),
             "optimization": self.optimization.state_dict(),
+            **({} if self.mean is None else {"mean": self.mean.state_dict()}),
         }
         save_checkpoint(folder / "last.pt", self.identity, state)
         write_curve(self.progress.curve, self.out / "validation.csv")
@@ -343,6 +349,8 @@ class Run:
                 warnings.simplefilter("error")  # such as that of the state of another optimizer
                 self.model.load_state_dict(state["model"])
             self.optimization.load_state_dict(state["optimization"])
+            if self.mean is not None:
+                self.mean.load_state_dict(state["mean"])
             restore_random_state(state["random"], self.device)
         except Exception as error:  # values of any type may stand in the place of others
             reason = " ".join(str(error).split())[:300] or type(error).__name__

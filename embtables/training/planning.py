@@ -7,7 +7,7 @@ from typing import Any
 
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
-from embtables.optimizers import FusedOptimizer, optimizer_from_config
+from embtables.optimizers import FusedOptimizer, averaged, optimizer_from_config
 from embtables.plan.solver import Plan, plan
 from embtables.training.config import RunConfig, TablesConfig
 
@@ -15,7 +15,16 @@ from embtables.training.config import RunConfig, TablesConfig
 # Overfitting Phenomenon of Deep Click-Through Rate Prediction Models", CIKM 2022): schedules span at most these.
 _SCHEDULED_EPOCHS = 3
 
-__all__ = ["fused_optimizer", "labels", "method_for", "method_label", "plan_tables", "selected", "steps_per_epoch"]
+__all__ = [
+    "fused_optimizer",
+    "horizon_of",
+    "labels",
+    "method_for",
+    "method_label",
+    "plan_tables",
+    "selected",
+    "steps_per_epoch",
+]
 
 
 def selected(config: RunConfig, data: PreparedDataset) -> PreparedDataset:
@@ -38,12 +47,22 @@ def steps_per_epoch(config: RunConfig, data: PreparedDataset) -> int:
     return math.ceil(data.num_rows("train") / config.training.batch_size)
 
 
-def fused_optimizer(tables: TablesConfig) -> FusedOptimizer | None:
-    """The fused optimizer of the tables; ``None`` where they are ordinary parameters."""
+def fused_optimizer(tables: TablesConfig, horizon: float | None = None) -> FusedOptimizer | None:
+    """The fused optimizer of the tables; ``None`` where they are ordinary parameters.
+
+    ``horizon``: of the running mean that it keeps, in steps; ``None``: it keeps none.
+    """
     if not tables.fused:
         return None
     fields = {"kind": tables.optimizer} if isinstance(tables.optimizer, str) else tables.optimizer
-    return optimizer_from_config({**fields, "lr": tables.learning_rate, "l2": tables.l2})
+    optimizer = optimizer_from_config({**fields, "lr": tables.learning_rate, "l2": tables.l2})
+    return optimizer if optimizer is None or horizon is None else averaged(optimizer, horizon)
+
+
+def horizon_of(config: RunConfig, data: PreparedDataset) -> float | None:
+    """The horizon of the running mean of all weights, in steps; ``None`` where there is none."""
+    average = config.training.average
+    return None if average is None else average * steps_per_epoch(config, data)
 
 
 def method_for(config: RunConfig, num_steps: int) -> Any:
@@ -74,9 +93,10 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
         method_for(config, min(config.training.epochs, _SCHEDULED_EPOCHS) * steps_per_epoch(config, data)),
         tables.budget,
         data.frequencies,
-        fused_optimizer(tables),
+        fused_optimizer(tables, horizon_of(config, data)),
         tables.training_budget,
         hash_seed=hash_seed,
+        precision=tables.precision,
     )
 
 
@@ -96,6 +116,7 @@ def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
         "dataset": data.name,
         "model": config.model.name,
         "method": method_label(config.tables.method),
+        "precision": config.tables.precision,
         "budget": config.tables.budget,
         "seed": config.training.seed,
         "learning_rate": config.tables.learning_rate,

@@ -1,0 +1,60 @@
+"""The running mean of a model's weights; the rows of its tables are averaged by their fused optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from embtables.tables import EmbeddingTables
+
+__all__ = ["RunningMean"]
+
+
+class RunningMean:
+    """The mean of everything but the tables, by the weights that ``embtables.optimizers.averaged`` gives each step.
+
+    Args:
+        model: the model, whose parameters that are no part of ``tables`` are averaged.
+        tables: its tables, with an optimizer that keeps their mean.
+        horizon: of the mean, in steps.
+    """
+
+    def __init__(self, model: nn.Module, tables: EmbeddingTables, horizon: float) -> None:
+        self.tables, self.horizon = tables, horizon
+        self.parameters = dict(model.named_parameters())
+        self.means = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after a step, the first of which is 1."""
+        share = 1 / (min(step, self.horizon) + 1)
+        torch._foreach_lerp_(list(self.means.values()), list(self.parameters.values()), share)
+
+    @contextmanager
+    def applied(self) -> Iterator[EmbeddingTables]:
+        """The model has the means for its parameters meanwhile; yields its tables of means, as they are served."""
+        weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._fill(self.means)
+        try:
+            yield self.tables.averaged()
+        finally:
+            self._fill(weights)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.means)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ``ValueError`` where it holds the means of other parameters."""
+        shapes = [{name: (mean.shape, mean.dtype) for name, mean in means.items()} for means in (self.means, state)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("its running means are those of other parameters")
+        for name, mean in self.means.items():
+            mean.copy_(state[name])
