@@ -255,8 +255,8 @@ _AVERAGED = "averaged_"
 def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
     """The same rule, which also keeps the running mean of all weights; ``EmbeddingTables.averaged`` gives it.
 
-    mean_t = β_t·mean_{t−1} + (1 − β_t)·w_t after each training step t, with β_t = min(t, h) / (min(t, h) + 1): the plain
-    mean of all weights so far up to step h, an exponential one afterwards. Only the rows that a step touches are
+    mean_t = β_t·mean_{t−1} + (1 − β_t)·w_t after training step t, with β_t = min(t, h) / (min(t, h) + 1): up to step h
+    the plain mean of all weights so far, the initial ones among them, and an exponential one afterwards. Only the rows that a step touches are
     visited: of each row the state holds mean − w as it was when the row was last touched, and when that was, from which
     the mean at any later step follows. So the state takes ``width + 1`` numbers a row more.
 

@@ -6,6 +6,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from embtables import Plan, TableConfig, plan
 from embtables.formats import FORMATS, FP32, RowFormat, row_format
 from embtables.lookup.store import Store
 from embtables.methods import Method, from_config
-from embtables.plan.solver import GroupPlan
 from embtables.sizes.layout import Form, Group, Layout, Slab
 
 
-def packed(bits: int, scales: int = 1, share: int | None = None) -> Callable[[int, int], int]:
+Expected: TypeAlias = Callable[[int, int], int]
+
+
+def packed(bits: int, scales: int = 1, share: int | None = None) -> Expected:
     """The bytes of packed rows, written out once more; ``share`` 0: one scale for all."""
 
     def expected(rows: int, width: int) -> int:
@@ -33,7 +36,7 @@ def packed(bits: int, scales: int = 1, share: int | None = None) -> Callable[[in
 
 
 # Each with its bytes, written out once more.
-EXPECTED: list[tuple[RowFormat, Callable[[int, int], int]]] = [
+EXPECTED: list[tuple[RowFormat, Expected]] = [
     (row_format("fp32"), lambda rows, width: 4 * rows * width),
     (row_format("fp16"), lambda rows, width: 2 * rows * width),
     (row_format("bf16"), lambda rows, width: 2 * rows * width),
@@ -62,11 +65,11 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "byte", EXPECTED[-1][0])
 
 
-def full_bytes(expected: Callable[[int, int], int]) -> int:
+def full_bytes(expected: Expected) -> int:
     return sum(expected(t.rows or 0, t.embedding_dim) for t in TABLES)
 
 
-def fitted(method: Method, group: Group, limit: int, expected: Callable[[int, int], int]) -> Layout:
+def fitted(method: Method, group: Group, limit: int, expected: Expected) -> Layout:
     """The layout for this many bytes, which are those of its rows in the group's format."""
     layout = method.fit(group, limit)
     form = layout.serving
@@ -78,7 +81,7 @@ def fitted(method: Method, group: Group, limit: int, expected: Callable[[int, in
 
 @EVERY_FORMAT
 @pytest.mark.parametrize("method", all_methods(), ids=method_id)
-def test_the_floor_is_the_least_layout(method: Method, rows_in: RowFormat, expected: Callable[[int, int], int]) -> None:
+def test_the_floor_is_the_least_layout(method: Method, rows_in: RowFormat, expected: Expected) -> None:
     """What the floor says is what the least layout takes, and nobody could do with less."""
     group = Group("g", TABLES, COUNTS, 0, rows_in)
     floor, full = method.floor(group).num_bytes, full_bytes(expected)
@@ -88,9 +91,7 @@ def test_the_floor_is_the_least_layout(method: Method, rows_in: RowFormat, expec
 
 @EVERY_FORMAT
 @pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "full"], ids=method_id)
-def test_every_method_fits_every_format(
-    method: Method, rows_in: RowFormat, expected: Callable[[int, int], int]
-) -> None:
+def test_every_method_fits_every_format(method: Method, rows_in: RowFormat, expected: Expected) -> None:
     group = Group("g", TABLES, COUNTS, 0, rows_in)
     floor, full = method.floor(group).num_bytes, full_bytes(expected)
     near = [int(n) for n in np.geomspace(max(1, floor), full, 12)]
@@ -184,7 +185,7 @@ def test_an_unknown_format_is_named(where: str) -> None:
 
 
 @EVERY_FORMAT
-def test_the_most_rows_within_a_limit(rows_in: RowFormat, expected: Callable[[int, int], int]) -> None:
+def test_the_most_rows_within_a_limit(rows_in: RowFormat, expected: Expected) -> None:
     for width in (1, 2, 5, 16):
         for limit in range(expected(0, width), 500):
             rows = rows_in.rows_within(limit, width)

@@ -47,7 +47,7 @@ def row_format(name: str) -> RowFormat:
         )
     if slash and found is not None:
         raise ValueError(f"precision {name!r}: {kind} has no scales that rows could have in common")
-    raise ValueError(f"unknown precision {name!r}{did_you_mean(kind, FORMATS)}; there are: {', '.join(FORMATS)}")
+    raise ValueError(f"unknown precision {name!r}{did_you_mean(kind, list(FORMATS))}; there are: {', '.join(FORMATS)}")
 
 
 def weight_name(format_name: str, width: int) -> str:

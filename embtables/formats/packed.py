@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ class ResidualFormat(PackedFormat):
         return reduce(torch.add, (signs[..., j] * scales[:, j : j + 1] for j in range(self.bits)))
 
 
-def _where(condition: Size, yes: Size, no: Size) -> Size:
+def _where(condition: Any, yes: Any, no: Any) -> Any:
     """An integer for an integer, an array for an array."""
     return np.where(condition, yes, no) if isinstance(condition, np.ndarray) else yes if condition else no
 

@@ -1,4 +1,4 @@
-"""What a stored row looks like in bytes: row formats. Every size in a plan and every slab's tensors follow from them."""
+"""What a stored row looks like in bytes. Every size in a plan and every slab's tensors follow from its row format."""
 
 from __future__ import annotations
 

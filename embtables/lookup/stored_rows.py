@@ -50,9 +50,8 @@ class StoredRows:
         """Rows ``[N, width]`` in fp32."""
         if self.together == self.share == 1:
             return self.format.unpack(stored[index], None, None if scales is None else scales[index], self.width)
-        starts, units, blocks = (
-            torch.tensor(x[:-1], device=index.device) for x in (self.rows, self.units, self.blocks)
-        )
+        firsts = (torch.tensor(each[:-1], device=index.device) for each in (self.rows, self.units, self.blocks))
+        starts, units, blocks = firsts
         # Slabs without rows begin where the next one does, which is the last of these.
         slab = torch.bucketize(index, starts, right=True) - 1
         within = index - starts[slab]

@@ -148,10 +148,8 @@ class Method(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the kind and the fields, as ``from_config`` takes them."""
         # Plans that are older than precisions say nothing of them.
-        return {
-            "kind": self.kind,
-            **self.model_dump(mode="json", exclude={"precision"} if self.precision is None else None),
-        }
+        unsaid = {"precision"} if self.precision is None else set()
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude=unsaid)}
 
     def with_precision(self, precision: str | None) -> Method:
         """This method in a precision, where it says none itself."""

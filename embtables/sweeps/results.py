@@ -49,7 +49,6 @@ COLUMNS = (
     "valid_logloss",
     "valid_gauc_weighted",
     "valid_gauc_mean",
-    "precision",
 )
 
 # What the sweep itself knows of a cell; a run's own word on these is not asked for.
