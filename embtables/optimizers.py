@@ -256,9 +256,9 @@ def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
     """The same rule, which also keeps the running mean of all weights; ``EmbeddingTables.averaged`` gives it.
 
     mean_t = β_t·mean_{t−1} + (1 − β_t)·w_t after training step t, with β_t = min(t, h) / (min(t, h) + 1): up to step h
-    the plain mean of all weights so far, the initial ones among them, and an exponential one afterwards. Only the rows that a step touches are
-    visited: of each row the state holds mean − w as it was when the row was last touched, and when that was, from which
-    the mean at any later step follows. So the state takes ``width + 1`` numbers a row more.
+    the plain mean of all weights so far, the initial ones among them, and an exponential one afterwards. Only the rows
+    that a step touches are visited: of each row the state holds mean − w as it was when the row was last touched, and
+    when that was, from which the mean at any later step follows. So the state takes ``width + 1`` numbers a row more.
 
     Its kind is that of the rule after ``averaged_``: ``{"kind": "averaged_adam", "horizon": 500}``.
 
@@ -274,13 +274,16 @@ def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
     if optimizer.kind.startswith(_AVERAGED):
         raise ValueError(f"the optimizer {optimizer.kind} keeps a running mean already")
     fields_of = {field.name: getattr(optimizer, field.name) for field in fields(optimizer)}
-    found: FusedOptimizer = _averaged_rule(type(optimizer))(**fields_of, horizon=horizon)  # type: ignore[call-arg]
+    rule: Any = _averaged_rule(type(optimizer))
+    found: FusedOptimizer = rule(**fields_of, horizon=horizon)
     return found
 
 
-@cache
 def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
     """The rule that also keeps a running mean."""
+    known = _rules.get(_AVERAGED + rule.kind)
+    if known is not None and issubclass(known, rule):
+        return known
 
     @dataclass(frozen=True)
     class Averaged(rule):  # type: ignore[misc, valid-type]
@@ -301,8 +304,8 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
         def update(
             grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
         ) -> tuple[Tensor, Sequence[Tensor]]:
-            *own, behind, last = state
-            change, own = rule.update(grad, weight, own, hyper, step)
+            behind, last = state[-2:]
+            change, own = rule.update(grad, weight, state[:-2], hyper, step)
             horizon = hyper["horizon"]
             behind = _since(last, step - 1, horizon) * behind + change
             return change, (*own, _since(step - 1, step, horizon) * behind, step.to(last.dtype).expand_as(last))

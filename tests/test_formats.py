@@ -19,7 +19,6 @@ from embtables.lookup.store import Store
 from embtables.methods import Method, from_config
 from embtables.sizes.layout import Form, Group, Layout, Slab
 
-
 Expected: TypeAlias = Callable[[int, int], int]
 
 
