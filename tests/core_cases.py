@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from embtables import EmbeddingTables, TableConfig
+from embtables.formats import FORMATS
 from embtables.methods import Method, from_config, kinds
 
 # Configurations besides the default one of every kind.
@@ -28,6 +30,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
 ]
+
+
+# Every format twice: by its name, and with scales of some other number of rows.
+PRECISIONS = (*FORMATS, *(f"{name}/{share}" for name in ("int8", "int4", "binary2") for share in ("slab", 1, 7)))
 
 
 def all_methods() -> list[Method]:
@@ -88,6 +94,7 @@ class Case:
     tables: list[TableConfig]
     method: Any
     frequencies: dict[str, npt.NDArray[np.int64]] | None
+    precision: str = "fp32"
 
     @property
     def full_bytes(self) -> int:
@@ -128,9 +135,14 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
 
 @st.composite
 def cases(
-    draw: st.DrawFn, max_rows: int, use: list[str] | None = None, min_rows: int = 1, patterns: bool = True
+    draw: st.DrawFn,
+    max_rows: int,
+    use: list[str] | None = None,
+    min_rows: int = 1,
+    patterns: bool = True,
+    precisions: Sequence[str] = ("fp32",),
 ) -> Case:
-    """Tables with a method, or with methods by name pattern, and frequencies or none."""
+    """Tables with a method, or with methods by name pattern, in some precision, and frequencies or none."""
     use = use or kinds()
     step = draw(st.sampled_from([1, 1, 2, 8]))
     tables = []
@@ -163,7 +175,12 @@ def cases(
         frequencies = {t.name: draw(counts(t.num_embeddings)) for t in tables if draw(st.booleans())}
     if "frequency_cutoff" in needed:
         frequencies = {t.name: draw(counts(t.num_embeddings)) for t in tables}
-    return Case(tables, chosen, frequencies)
+    precision = draw(st.sampled_from(precisions))
+    if isinstance(chosen, dict) and "kind" not in chosen and draw(st.booleans()):
+        chosen = {
+            pattern: method | {"precision": draw(st.sampled_from(precisions))} for pattern, method in chosen.items()
+        }
+    return Case(tables, chosen, frequencies, precision)
 
 
 @st.composite

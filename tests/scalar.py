@@ -9,6 +9,9 @@ import hashlib
 from collections.abc import Sequence
 from math import prod
 
+from packed_rows import slab_of
+from torch import Tensor
+
 from embtables import EmbeddingTables
 
 MASK = 2**64 - 1
@@ -41,18 +44,31 @@ def hash_address(x: int, hash_seed: int, table: str, lookup: int, size: int) -> 
     return bucket(mix64((x ^ seed_of(hash_seed, table, "row", lookup)) & MASK), size)
 
 
-def vector(tables: EmbeddingTables, name: str, x: int, counts: Sequence[int] | None = None) -> list[float]:
+def vector(
+    tables: EmbeddingTables,
+    name: str,
+    x: int,
+    counts: Sequence[int] | None = None,
+    slabs: dict[str, Tensor] | None = None,
+) -> list[float]:
     """The vector of one id of a table, from the weights that ``tables`` holds and the sizes in its plan.
 
-    ``counts`` are the frequencies that the plan was made with, for methods that go by rank.
+    ``counts`` are the frequencies that the plan was made with, for methods that go by rank; ``slabs``: those that have
+    been read already, where several vectors are asked for.
     """
+    slabs = {} if slabs is None else slabs
     solved = tables.plan
     g = next(g for g in solved.groups if any(t.name == name for t in g.group.tables))
     dim = next(t.embedding_dim for t in g.group.tables if t.name == name)
     entry, config, seed = g.layout.entries[name], g.method.model_dump(), solved.hash_seed
 
+    def stored(slab: str) -> Tensor:
+        if slab not in slabs:
+            slabs[slab] = slab_of(tables, slab)
+        return slabs[slab]
+
     def row(slab: str, index: int) -> list[float]:
-        return [float(v) for v in tables.store.slab(slab)[index]]
+        return [float(v) for v in stored(slab)[index]]
 
     if entry.variant == "full":
         return row(name, x)
@@ -68,10 +84,10 @@ def vector(tables: EmbeddingTables, name: str, x: int, counts: Sequence[int] | N
         total = [sum(s * v for s, v in zip(signs, column)) for column in zip(*(row(name, a) for a in addresses))]
         return [v / len(lookups) for v in total] if config["operation"] == "mean" else total
     if g.method.kind == "unified":
-        rows, width = tables.store.slab(g.group.name).shape
+        rows, width = stored(g.group.name).shape
         return [v for j in range(dim // width) for v in row(g.group.name, hash_address(x, seed, name, j, rows))]
     if g.method.kind == "robe":
-        array = tables.store.slab(g.group.name).flatten()
+        array = stored(g.group.name).flatten()
         found = []
         for coordinate in range(dim):
             block, offset = divmod(coordinate, config["block_size"])

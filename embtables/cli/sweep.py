@@ -20,6 +20,7 @@ def plan(
     budget: Annotated[
         str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864. Not needed for full.")
     ] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the served rows, such as int8; see train.")] = None,
     embedding_dim: Annotated[int, typer.Option(min=1, help="Length of every vector.")] = 16,
     optimizer: Annotated[
         str | None,
@@ -49,6 +50,7 @@ def plan(
     flags = {
         "tables.method": value_of(method, "--method"),
         "tables.budget": value_of(budget, "--budget"),
+        "tables.precision": precision,
         "tables.embedding_dim": embedding_dim,
         "tables.training_budget": value_of(training_budget, "--training-budget"),
         "data.leave_out": names_of(leave_out),
@@ -68,6 +70,10 @@ def sweep(
         str,
         typer.Option(help="Kinds separated by commas, or all; with options as {kind: compositional, operation: add}."),
     ] = "full",
+    precisions: Annotated[
+        str | None,
+        typer.Option(help="Served precisions to try each method in, such as fp32,int8,int4; else that of --set."),
+    ] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Separated by commas, such as 50%,10%,1% or 64MB,8MB. Not needed for full.")
     ] = None,
@@ -115,16 +121,17 @@ def sweep(
 
     \b
       embtables sweep data/globo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/globo
+      embtables sweep data/globo --methods hash,robe --precisions fp32,int4 --budgets 10%,1% --out runs/precisions
       embtables sweep data/globo --methods robe --budgets 64MB --learning-rates 0.02,0.05,0.1 --out runs/robe
       embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}' \\
         --variant 'DIN: {model.name: din}' --out runs/din
     """
     from embtables.cli.train import names_of
-    from embtables.sweeps.cells import parse_budgets, parse_methods, parse_variants, with_baselines
+    from embtables.sweeps.cells import in_precisions, parse_budgets, parse_methods, parse_variants, with_baselines
     from embtables.sweeps.sweep import describe, run_sweep
     from embtables.training.config import load_config
 
-    chosen = parse_methods(methods)
+    chosen = in_precisions(parse_methods(methods), precisions)
     flags = {"model.name": model, "data.leave_out": names_of(leave_out), "data.max_history": max_history}
 
     def train(fields: dict[str, Any]) -> RunConfig:

@@ -37,6 +37,13 @@ def train(
         ),
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Bytes of the served tables: 10%, 0.1, 64MB, 67108864.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the served rows: fp32, fp16, bf16, int8, int4, int2, binary, binary2, binary4; behind a slash how "
+            "many rows have a scale in common, as in int4/64 or int4/slab."
+        ),
+    ] = None,
     embedding_dim: Annotated[int | None, typer.Option(help="Length of every vector.")] = None,
     optimizer: Annotated[
         str | None,
@@ -77,12 +84,13 @@ def train(
     --set units=[64,32]. training.clip_norm bounds the global norm of the gradients of ordinary parameters, to which
     fused tables do not belong; training.plateau_factor lowers both learning rates; training.autocast=bf16 trains the
     dense part in bfloat16, and training.compile=true compiles it; tables.regularization is the L2 of the ids that a
-    batch holds.
+    batch holds; training.average=0.4 evaluates, keeps and serves a running mean of all weights over 0.4 epochs.
 
     Examples:
 
     \b
       embtables train data/demo --method hash --budget 10% --out runs/hash
+      embtables train data/demo --method frequency_cutoff --budget 1% --precision int4 --out runs/int4
       embtables train data/demo --config run.yaml --set top_units=[256,128] --out runs/wide
       embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
       embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
@@ -93,6 +101,7 @@ def train(
         "model.name": model,
         "tables.method": value_of(method, "--method"),
         "tables.budget": value_of(budget, "--budget"),
+        "tables.precision": precision,
         "tables.embedding_dim": embedding_dim,
         "tables.optimizer": value_of(optimizer, "--optimizer"),
         "tables.learning_rate": learning_rate,

@@ -20,8 +20,8 @@ DTYPES = {
     "int16": torch.int16,
     "uint8": torch.uint8,
 }
+# Of scales: two bytes, and as many exponents as a weight may have.
 SCALE = "bfloat16"
-"""The type of scales: as many exponents as a weight may have, and two bytes."""
 Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embtables import ops
-from embtables.formats import DTYPES, FP32, row_format, scales_name, weight_name
+from embtables.formats import DTYPES, FP32, scales_name, weight_name
+from embtables.lookup.slabs import Slabs
 from embtables.lookup.split import SlabWeight, SplitWeight
-from embtables.lookup.stored_rows import StoredRows
-from embtables.sizes.layout import Form, Slab
+from embtables.sizes.layout import Form
 
 _DENSE = DTYPES[FP32.dtype]  # of extras
 
@@ -52,7 +52,7 @@ class SparseWeight(nn.Embedding):
         missing += [prefix.removesuffix(".") for _ in lacking]
 
 
-class Weights(nn.Module):
+class Weights(Slabs):
     """Slabs, extras and codes of all groups.
 
     Args:
@@ -62,8 +62,6 @@ class Weights(nn.Module):
         device: where to allocate, ``"meta"`` included.
     """
 
-    _place: Tensor
-
     def __init__(
         self,
         forms: Sequence[Form],
@@ -72,23 +70,9 @@ class Weights(nn.Module):
         sparse: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(forms, device)
         self.as_parameters, self.sparse = as_parameters, sparse
-        # Moves along with the module, where there may be no other tensor (every table dropped).
-        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
-        self._slabs: dict[str, tuple[int, Slab]] = {}
-        # By the attributes of the weights, as those that are split.
-        self._stored_rows: dict[str, StoredRows] = {}
-        self.split_weights: dict[str, SplitWeight] = {}
-        for slab in (s for form in forms for s in form.slabs):
-            if slab.name in self._slabs:
-                raise ValueError(f"two slabs are named '{slab.name}'")
-            name = weight_name(slab.format, slab.width)
-            if name not in self._stored_rows:
-                self._stored_rows[name] = StoredRows(row_format(slab.format), slab.width)
-            self._slabs[slab.name] = (self._stored_rows[name].add(slab.rows), slab)
-        self.weight_names = tuple(self._stored_rows)
-        self.widths = tuple(rows.width for rows in self._stored_rows.values() if rows.format == FP32)
+        self.split_weights: dict[str, SplitWeight] = {}  # by the attributes that the whole ones have
         for name, rows in self._stored_rows.items():
             stored, scales = rows.empty(device)
             self._add_weight(name, ops.huge_pages(stored))
@@ -126,18 +110,6 @@ class Weights(nn.Module):
                 module._apply(fn)
             split.lay()
         return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        place = self._buffers["_place"]  # many times faster than by its name
-        assert place is not None
-        return place.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of all numbers that are stored in fp32, or what the module was cast to."""
-        return self._place.dtype
 
     def is_half(self) -> bool:
         """Whether the weights are of half precision."""
@@ -281,32 +253,6 @@ class Weights(nn.Module):
         names = [*self.weight_names, *scales, *self._extras.values(), *self._codes.values()]
         return {name: self.tensor(name).detach() for name in names}
 
-    # ---- slabs -------------------------------------------------------------------------------------------------------
-
-    def width(self, slab: str) -> int:
-        """Columns of a slab."""
-        return self._slabs[slab][1].width
-
-    def rows(self, slab: str) -> int:
-        """Rows of a slab."""
-        return self._slabs[slab][1].rows
-
-    def weight_of(self, slab: str) -> str:
-        """The attribute of the weight that holds a slab's rows."""
-        found = self._slabs[slab][1]
-        return weight_name(found.format, found.width)
-
-    def has_slab(self, name: str) -> bool:
-        return name in self._slabs
-
-    def format(self, slab: str) -> str:
-        """The name of the row format of a slab."""
-        return self._slabs[slab][1].format
-
-    def start(self, slab: str) -> int:
-        """First row of a slab among the rows of its format and width."""
-        return self._slabs[slab][0]
-
     def slab(self, name: str) -> Tensor:
         """A view ``[rows, width]`` of the weights of a slab that is stored in fp32, as all are that train."""
         start, slab = self._slabs[name]
@@ -316,29 +262,6 @@ class Weights(nn.Module):
         if weight in self.split_weights:
             return self.split_weights[weight].modules[name].weight.detach()
         return self.tensor(weight).detach()[start : start + slab.rows]
-
-    def read(self, weight: str, index: Tensor) -> Tensor:
-        """A copy of rows ``[N, width]`` of a weight, by its attribute, as numbers of the type of extras."""
-        return self._stored_rows[weight].read(self.tensor(weight), self.scales(weight), index).to(self.dtype)
-
-    def read_slab(self, name: str) -> Tensor:
-        """A copy ``[rows, width]`` of a slab's rows, as numbers of the type of extras."""
-        start, slab = self._slabs[name]
-        return self.read(self.weight_of(name), torch.arange(start, start + slab.rows, device=self.device))
-
-    def write_slab(self, name: str, values: Tensor) -> None:
-        """Stores all rows ``[rows, width]`` of a slab, rounded to its format."""
-        start, slab = self._slabs[name]
-        weight = self.weight_of(name)
-        self._stored_rows[weight].write(self.tensor(weight).detach(), self.scales(weight), start, values)
-
-    def is_plain(self, weight: str) -> bool:
-        """Whether a weight, by its attribute, holds the rows themselves, and not a format that ``read`` knows."""
-        return self._stored_rows[weight].format == FP32
-
-    def scales(self, weight: str) -> Tensor | None:
-        """The scales of a weight, by its attribute; ``None`` where its format has none."""
-        return self._buffers.get(scales_name(weight))
 
     def named_slabs(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, view)`` of every slab."""

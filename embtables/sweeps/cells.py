@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embtables._util.reading import NotYaml, parse_yaml
+from embtables.formats import FP32, row_format
 from embtables.methods import kinds
 from embtables.sizes.budget import parse_budget
 from embtables.training.config import parse_value
@@ -108,6 +109,28 @@ def parse_methods(text: str) -> dict[str, MethodSpec]:
         if not isinstance(entry, (str, dict)):
             raise ValueError(f"method {entry!r} is neither a kind, such as hash, nor a mapping such as {{kind: hash}}")
     return {method_label(entry): entry for entry in entries}
+
+
+def in_precisions(methods: Mapping[str, MethodSpec], text: str | None) -> dict[str, MethodSpec]:
+    """Every method in every precision of ``"fp32,int8"``, those that say their own precision in that alone.
+
+    Raises:
+        ValueError: a precision that there is not.
+    """
+    if text is None:
+        return dict(methods)
+    precisions = list(dict.fromkeys(row_format(part.strip()).name for part in text.split(",")))
+    found = (_in_precision(spec, precision) for spec in methods.values() for precision in precisions)
+    return {method_label(spec): spec for spec in found}
+
+
+def _in_precision(spec: MethodSpec, precision: str) -> MethodSpec:
+    if isinstance(spec, dict) and "kind" not in spec:
+        return {pattern: _in_precision(part, precision) for pattern, part in spec.items()}
+    if precision == FP32.name and isinstance(spec, str):
+        return spec
+    fields = {"kind": spec} if isinstance(spec, str) else spec
+    return {"precision": precision, **fields}
 
 
 def takes_budget(spec: MethodSpec) -> bool:

@@ -17,7 +17,7 @@ from embtables.models.blocks import bags
 from embtables.tables import EmbeddingTables
 from embtables.training import metrics
 
-__all__ = ["Scored", "all_metrics", "lookup_latency_us", "main_metrics", "score", "to_device"]
+__all__ = ["Scored", "all_metrics", "lookup_latency_us", "main_metrics", "score", "table_norms", "to_device"]
 
 
 class Scored(NamedTuple):
@@ -139,6 +139,20 @@ def lookup_latency_us(tables: EmbeddingTables, batch: Batch, repeats: int = 50) 
             torch.cuda.synchronize(ids.device)
         seconds.append(time.perf_counter() - start)
     return 1e6 * median(seconds[5:])
+
+
+def table_norms(tables: EmbeddingTables) -> dict[str, float]:
+    """Root mean square of the weights of every slab and of other parameters of the tables."""
+    store = tables.store
+    slabs = dict(store.named_slabs())
+    # The store lists its slabs by width, many tables in one tensor; here every table is of interest.
+    weights = set(store.weight_names)
+    extras = {name: tensor for name, tensor, is_code in store.tensors() if not is_code and name not in weights}
+    return {
+        f"rms/{name}": float(tensor.detach().float().square().mean().sqrt())
+        for name, tensor in (slabs | extras).items()
+        if tensor.numel()
+    }
 
 
 def share_of_colliding_ids(tables: EmbeddingTables) -> float | None:

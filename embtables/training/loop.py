@@ -34,6 +34,7 @@ from embtables.training.evaluation import (
     score,
     share_of_colliding_ids,
     slice_metrics,
+    table_norms,
     to_device,
 )
 from embtables.training.export import Served, copy_served, dense_state, load_served, save_served
@@ -274,23 +275,10 @@ class Run:
                 f"valid/best_{monitor}": abs(progress.best),
                 "bytes/inference": memory.inference_bytes,
                 "bytes/training": memory.training_bytes,
-                **self._table_norms(),
+                **table_norms(self.tables),
             },
         )
         return abs(value)
-
-    def _table_norms(self) -> dict[str, float]:
-        """Root mean square of the weights of every slab and of other parameters of the tables."""
-        store = self.tables.store
-        slabs = dict(store.named_slabs())
-        # The store lists its slabs by width, many tables in one tensor; here every table is of interest.
-        weights = set(store.weight_names)
-        extras = {name: tensor for name, tensor, is_code in store.tensors() if not is_code and name not in weights}
-        return {
-            f"rms/{name}": float(tensor.detach().float().square().mean().sqrt())
-            for name, tensor in (slabs | extras).items()
-            if tensor.numel()
-        }
 
     def _description(self) -> Served:
         settings, data = self.config.model, self.data

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import Case, all_methods, cases, counted_bytes, examples, falling_counts, log_integers, method_id
+from core_cases import (
+    PRECISIONS,
+    Case,
+    all_methods,
+    cases,
+    counted_bytes,
+    examples,
+    falling_counts,
+    log_integers,
+    method_id,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +33,8 @@ HASHES = ["hash", "multi_hash", "unified", "robe"]
 
 def solve(case: Case, budget: Any, **others: Any) -> Plan:
     # Robe has no rows, and so refuses the default optimizer.
-    return plan(case.tables, case.method, budget, case.frequencies, others.pop("optimizer", "adagrad"), **others)
+    optimizer = others.pop("optimizer", "adagrad")
+    return plan(case.tables, case.method, budget, case.frequencies, optimizer, precision=case.precision, **others)
 
 
 def feasible(case: Case, budget: int) -> Plan | None:
@@ -41,7 +52,11 @@ def own_bytes(solved: Plan) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@given(cases(max_rows=2_000) | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"]), st.data())
+@given(
+    cases(max_rows=2_000, precisions=PRECISIONS)
+    | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"], precisions=PRECISIONS),
+    st.data(),
+)
 @settings(max_examples=examples(400))
 def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Case, data: st.DataObject) -> None:
     full = case.full_bytes
@@ -65,7 +80,9 @@ def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Cas
         assert all(before[name] <= after[name] for name in before), (before, after)
 
 
-@given(cases(max_rows=300), st.floats(0.02, 1.1), st.sampled_from(["sgd", "adagrad", "adam", None]))
+@given(
+    cases(max_rows=300, precisions=PRECISIONS), st.floats(0.02, 1.1), st.sampled_from(["sgd", "adagrad", "adam", None])
+)
 @settings(max_examples=examples(150))
 def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, optimizer: str | None) -> None:
     budget = max(1, int(share * case.full_bytes))
@@ -83,7 +100,7 @@ def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, optimize
     assert counted_bytes(tables) == solved.inference_bytes == tables.memory().inference_bytes
 
 
-@given(cases(max_rows=500), st.floats(0.02, 1.0))
+@given(cases(max_rows=500, precisions=PRECISIONS), st.floats(0.02, 1.0))
 @settings(max_examples=200)
 def test_survives_json(case: Case, share: float) -> None:
     solved = feasible(case, max(1, int(share * case.full_bytes)))

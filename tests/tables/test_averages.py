@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+
 import pytest
 import torch
 from core_cases import all_methods, method_id, random_ids
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from embtables import EmbeddingTables, TableConfig, ops, plan
+from embtables import (
+    SGD,
+    Adagrad,
+    Adam,
+    EmbeddingTables,
+    Plan,
+    RowWiseAdagrad,
+    TableConfig,
+    ops,
+    plan,
+)
 from embtables.methods import Method
+from embtables.optimizers import FusedOptimizer, averaged, optimizer_from_config
 
 CONFIGS = [TableConfig("user", 300, 8, padding_idx=0), TableConfig("item", 90, 8, on_out_of_range="hash")]
 COUNTS = {"user": torch.arange(300, 0, -1).numpy(), "item": torch.randperm(90).numpy() + 1}
@@ -49,3 +63,77 @@ def test_averages_keep_the_addresses(method: Method, optimizer: str | None, aver
     for implementation in ("native", "reference") if ops.instructions() else ("reference",):
         with ops.using(implementation):
             assert torch.equal(mean.eval()(ids), fresh.eval()(ids))
+
+
+RULES = [SGD(lr=0.1), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.01, l2=0.1)]
+
+
+@pytest.mark.parametrize("horizon", [3.0, 1000.0])
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [(m, rule) for m in all_methods() for rule in RULES if m.kind != "robe" or not rule.is_row_wise()],
+    ids=lambda each: method_id(each) if isinstance(each, Method) else each.kind,
+)
+def test_running_means_of_touched_rows_are_those_of_all_weights(
+    method: Method, rule: FusedOptimizer, horizon: float
+) -> None:
+    """Against means in float64 of everything that the tables hold after each step; training itself is as without."""
+    budget = None if method.kind == "full" else "60%"
+    tables = EmbeddingTables(plan(CONFIGS, method, budget, COUNTS, averaged(rule, horizon)), std=0.1)
+    plain = EmbeddingTables(plan(CONFIGS, method, budget, COUNTS, rule), std=0.1)
+    means = {name: tensor.double().clone() for name, tensor in tables.store.stored().items()}
+    with ops.using("reference"):
+        for step in range(1, 13):
+            ids = random_ids(tables, 16, seed=step)
+            for each in (tables, plain):
+                loss = each(ids).square().sum()
+                if loss.requires_grad:
+                    loss.backward()
+            kept = min(step, horizon) / (min(step, horizon) + 1)
+            for name, tensor in tables.store.stored().items():
+                means[name] = kept * means[name] + (1 - kept) * tensor.double()
+    expected = EmbeddingTables(plain.plan)
+    for name, tensor in expected.store.stored().items():
+        tensor.copy_(means[name])
+        assert torch.equal(tables.store.tensor(name), plain.store.tensor(name))
+    found = tables.averaged()
+    assert found.served and found is not tables and not tables.served
+    for config in CONFIGS:
+        dense = expected.serve().to_dense(config.name)
+        torch.testing.assert_close(found.to_dense(config.name), dense, rtol=1e-5, atol=1e-6)
+    again = EmbeddingTables(tables.plan)
+    again.load_state_dict(tables.state_dict())
+    for name, tensor in found.store.stored().items():
+        assert torch.equal(again.averaged().store.tensor(name), tensor)
+    assert tables.plan.training_bytes == tables.memory().training_bytes
+
+
+def test_running_means_are_those_of_the_other_implementation() -> None:
+    if ops.instructions() is None:
+        pytest.skip("needs the native library: pip install -e . with a C++ compiler")
+    solved = plan(CONFIGS, "hash", "60%", COUNTS, averaged(Adam(lr=0.01), 5))
+    means = []
+    for backend in ("native", "reference"):
+        tables = EmbeddingTables(solved, std=0.1)
+        with ops.using(backend):
+            for step in range(8):
+                tables(random_ids(tables, 64, seed=step)).square().sum().backward()
+        means.append(tables.averaged().to_dense("user"))
+    torch.testing.assert_close(*means, rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_rules_are_configured_by_their_kind() -> None:
+    rule = optimizer_from_config({"kind": "averaged_adam", "lr": 0.003, "horizon": 500})
+    assert rule == averaged(Adam(lr=0.003), 500)
+    assert rule is not None and optimizer_from_config(rule.to_dict()) == rule == pickle.loads(pickle.dumps(rule))
+    solved = plan(CONFIGS, "hash", "60%", COUNTS, rule)
+    assert Plan.from_dict(json.loads(json.dumps(solved.to_dict()))) == solved
+    with pytest.raises(ValueError, match="averaged_adam keeps a running mean already"):
+        averaged(rule, 5)
+    with pytest.raises(ValueError, match="unknown optimizer 'averaged_averaged_adam'"):
+        optimizer_from_config("averaged_averaged_adam")
+    with pytest.raises(ValueError, match="horizon must be a non-negative number, not -1"):
+        averaged(Adam(), -1)
+    for tables in (EmbeddingTables(plan(CONFIGS, "hash", "60%")), EmbeddingTables(solved).averaged()):
+        with pytest.raises(ValueError, match="keep no running mean of their weights: plan with optimizer="):
+            tables.averaged()

@@ -47,6 +47,7 @@ def compress_(
     seed: int = 0,
     hash_seed: int = 0,
     on_out_of_range: OutOfRange = "error",
+    precision: str | None = None,
 ) -> Compression:
     """Swaps the embedding tables inside any model for compressed ones, in place, under one joint budget.
 
@@ -78,6 +79,8 @@ def compress_(
         seed: of the initial weights.
         hash_seed: of all hashes.
         on_out_of_range: what ids outside a table's range do from now on, as in ``TableConfig``.
+        precision: what rows are served in, as in ``embtables.plan``: ``compress_(model, "full", precision="int8")``
+            keeps all that a trained model has learned but for the rounding, which ``finalize`` of its tables does.
 
     Returns:
         What was swapped, left alone and moved; ``print`` it.
@@ -103,7 +106,9 @@ def compress_(
         replace(unit, configs=[replace(config, on_out_of_range=on_out_of_range) for config in unit.configs])
         for unit in finding.units
     ]
-    solved = plan_apart(_apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed)
+    solved = plan_apart(
+        _apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed, precision=precision
+    )
     _check_devices(units, std)
     built = _build(units, solved, sparse, std, seed)
     copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= built.kept}

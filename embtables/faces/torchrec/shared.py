@@ -213,8 +213,9 @@ def table_config(config: BaseEmbeddingConfig, pooling: Pooling) -> TableConfig:
     """Raises ``ValueError`` for a ``data_type`` other than fp32."""
     if config.data_type != DataType.FP32:
         raise ValueError(
-            f"table '{config.name}': data_type {config.data_type.name} is not supported, only FP32; "
-            "to save bytes choose a method and a budget"
+            f"table '{config.name}': data_type {config.data_type.name} is not supported, only FP32, which is what "
+            "trains; to serve fewer bytes give a method a precision, such as "
+            'method={"kind": "full", "precision": "int8"}'
         )
     return TableConfig(
         config.name,
