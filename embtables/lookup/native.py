@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
-from embtables.formats import FP32, weight_name
+from embtables.formats import DTYPES, SCALE
 from embtables.lookup.graphs import transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
@@ -51,12 +51,12 @@ class NativeLookup:
         self.reads_ids = any(seed is not None for seed in signs)
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
         self.program = compile_program(lookups, num_features, store, block)
-        rows, shapes = store.weight_rows(), store.extra_shapes()
-        self._shapes = [torch.Size((rows[width], width)) for width in self.program.widths]
-        self._shapes += [torch.Size(shapes[name]) for name in self.program.projections]
         # Weights, then projections, by their attributes.
-        self._trained = [weight_name(FP32.name, width) for width in self.program.widths]
-        self._trained += [store.key(name) for name in self.program.projections]
+        self._trained = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
+        self._shapes = [store.tensor(name).shape for name in self._trained]
+        others = [name for name in self.program.weights if not store.is_plain(name)]
+        # Of weights in other formats than fp32: the type.
+        self._others = {self._trained.index(name): store.tensor(name).dtype for name in others}
         self._codes = [store.key(name) for name in self.program.codes]
         # Rules with a native form keep at most two tensors; others take all of theirs in PyTorch.
         kept = [[*store.state_names(name), "", ""][:2] for name in self._trained]
@@ -69,8 +69,23 @@ class NativeLookup:
         store, fused = self.store, self.store.optimizer
         find = store.tensor
         both, codes = [find(name) for name in self._trained], [find(name) for name in self._codes]
-        if not ops.fits(both) or [weight.shape for weight in both] != self._shapes:
+        if [weight.shape for weight in both] != self._shapes:
             return None
+        scales: list[Tensor] = []
+        if not self._others:
+            if not ops.fits(both):
+                return None
+        else:
+            plain = [weight for i, weight in enumerate(both) if i not in self._others]
+            if store.dtype != torch.float32 or not ops.fits(plain):
+                return None
+            scales = [_NOTHING] * len(self.program.weights)
+            for i, dtype in self._others.items():
+                own = store.scales(self._trained[i])
+                scales[i] = _NOTHING if own is None else own
+                for tensor, wanted in ((both[i], dtype), (own, DTYPES[SCALE])):
+                    if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == wanted):
+                        return None
         for code, form in zip(codes, self._code_forms):
             if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
                 return None
@@ -78,10 +93,10 @@ class NativeLookup:
         kept = [state for state in states if state is not _NOTHING]
         if kept and not (ops.fits(kept) and kept[0].dtype in (torch.float32, both[0].dtype)):
             return None
-        n = len(self.program.widths)
+        n = len(self.program.weights)
         rule = "sgd" if fused is None else fused.kind
         return ProgramTensors(
-            self.program.words, both[:n], both[n:], codes, states[: 2 * n], states[2 * n :], store.hyper, rule
+            self.program.words, both[:n], both[n:], codes, states[: 2 * n], states[2 * n :], store.hyper, rule, scales
         )
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
@@ -109,6 +124,7 @@ class NativeLookup:
         if torch.compiler.is_compiling():
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
+            suits = suits and not self._others  # whose scales the operator is not given
             return self.tensors() if suits and not given.rest and not torch.compiler.is_exporting() else None
         for tensor in given[:3]:
             if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):

@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
+from embtables.formats import FP32, PackedFormat, ResidualFormat, row_format
 from embtables.lookup.recipe import (
     Address,
     Capped,
@@ -25,6 +26,7 @@ from embtables.lookup.recipe import (
     Row,
 )
 from embtables.lookup.store import Store
+from embtables.lookup.stored_rows import StoredRows
 from embtables.ops.program import CODE_DTYPES, POLICIES, UNBOUNDED
 
 _Refuse: TypeAlias = Callable[[str], NoReturn]
@@ -54,13 +56,13 @@ class InputSpec(NamedTuple):
 class Program(NamedTuple):
     """The lookups of a module for native code.
 
-    ``words``: int64, what ``csrc/program.h`` describes; ``widths``, ``projections`` and ``codes``: which weights,
-    dense parameters and codes it numbers, in order; ``rows_per_example``: addresses of an example with one id per
-    feature; ``rows_per_id``: the most that one id of a feature has.
+    ``words``: int64, what ``csrc/program.h`` describes; ``weights``, ``projections`` and ``codes``: which weights (by
+    their attributes), dense parameters and codes it numbers, in order; ``rows_per_example``: addresses of an example
+    with one id per feature; ``rows_per_id``: the most that one id of a feature has.
     """
 
     words: Tensor
-    widths: tuple[int, ...]
+    weights: tuple[str, ...]
     projections: tuple[str, ...]
     codes: tuple[str, ...]
     rows_per_example: int
@@ -71,7 +73,7 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     """Whether native code has what a recipe needs; PyTorch looks up the others."""
     if any(store.code(name).dtype not in CODE_DTYPES for name in recipe.codes()):
         return False
-    if any(not store.is_plain(store.weight_of(address.slab)) for address in recipe.addresses):
+    if any(_format(store.stored_rows(store.weight_of(a.slab))) is None for a in recipe.addresses):
         return False
     # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
     return recipe.projection is None or not any(isinstance(address, CircularBlock) for address in recipe.addresses)
@@ -88,7 +90,7 @@ def compile_program(
     recipes = [*(recipe for _, recipe in lookups), *block]
     slabs = [address.slab for recipe in recipes for address in recipe.addresses]
     # What the recipes read, and no more: other weights take no part in a step.
-    widths = [width for width in store.widths if width in {store.width(slab) for slab in slabs}]
+    weights = [name for name in store.weight_names if name in {store.weight_of(slab) for slab in slabs}]
     projections = [n for n in store.extra_shapes() if any(n in recipe.projections() for recipe in recipes)]
     codes = [n for n in store.code_names() if any(n in recipe.codes() for recipe in recipes)]
     lookup_words: list[int] = []
@@ -145,7 +147,7 @@ def compile_program(
             own = address.projection if isinstance(address, Range) else recipe.projection if alternatives else None
             piece_words += [
                 _ADDRESSES[type(address)],
-                widths.index(width),
+                weights.index(store.weight_of(address.slab)),
                 start,
                 a,
                 b,
@@ -156,23 +158,34 @@ def compile_program(
                 -1 if own is None else projections.index(own),
                 code,
                 values,
+                store.start(address.slab),
+                rows,
+                *store.stored_rows(store.weight_of(address.slab)).place(store.start(address.slab)),
             ]
             column += scalars if recipe.combine == "concat" else 0
     weight_words: list[int] = []
     start = 0
-    for width in widths:
-        weight_words += [width, start]
-        start += store.weight_rows()[width]
-    weight_words += [0, start]
+    for stored in map(store.stored_rows, weights):
+        weight_words += [stored.width, start, *(_format(stored) or ())]
+        start += stored.rows[-1]
+    weight_words += [0, start, 0, 0, 0]
     projection_words = [n for name in projections for n in store.extra_shapes()[name]]
     code_words = [
         word for code in map(store.code, codes) for word in (code.element_size(), _columns(code), code.numel())
     ]
-    counts = [num_features, len(lookups), num_pieces, len(widths), len(projections), len(codes)]
+    counts = [num_features, len(lookups), num_pieces, len(weights), len(projections), len(codes)]
     sections = [*counts, *lookup_words, *piece_words, *weight_words, *projection_words, *code_words]
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
     words = torch.tensor(sections, dtype=torch.int64)
-    return Program(words, tuple(widths), tuple(projections), tuple(codes), total, most)
+    return Program(words, tuple(weights), tuple(projections), tuple(codes), total, most)
+
+
+def _format(stored: StoredRows) -> tuple[int, int, int] | None:
+    """How rows are stored, the bits of a scalar, and how many rows have their scales in common (0: all)."""
+    rows_in = stored.format
+    if isinstance(rows_in, PackedFormat):
+        return 2 if isinstance(rows_in, ResidualFormat) else 1, rows_in.bits, stored.share or 0
+    return {FP32: (0, 0, 0), row_format("fp16"): (3, 16, 1), row_format("bf16"): (4, 16, 1)}.get(rows_in)
 
 
 def _operation(recipe: Recipe) -> tuple[int, int]:

@@ -36,7 +36,6 @@ class Slabs(nn.Module):
                 self._stored_rows[name] = StoredRows(row_format(slab.format), slab.width)
             self._slabs[slab.name] = (self._stored_rows[name].add(slab.rows), slab)
         self.weight_names = tuple(self._stored_rows)
-        self.widths = tuple(rows.width for rows in self._stored_rows.values() if rows.format == FP32)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its attribute."""
@@ -92,6 +91,10 @@ class Slabs(nn.Module):
         start, slab = self._slabs[name]
         weight = self.weight_of(name)
         self._stored_rows[weight].write(self.tensor(weight).detach(), self.scales(weight), start, values)
+
+    def stored_rows(self, weight: str) -> StoredRows:
+        """How the rows of a weight are stored, by its attribute."""
+        return self._stored_rows[weight]
 
     def is_plain(self, weight: str) -> bool:
         """Whether a weight, by its attribute, holds the rows themselves, and not a format that ``read`` knows."""

@@ -60,10 +60,15 @@ class StoredRows:
         rows = stored[units[slab] + within // self.together]
         return self.format.unpack(rows, number, None if scales is None else scales[block], self.width)
 
+    def place(self, start: int) -> tuple[int, int]:
+        """Where the units of the slab whose first row is ``start`` begin, and its scales."""
+        slab = bisect_right(self.rows[:-1], start) - 1
+        return self.units[slab], self.blocks[slab]
+
     def write(self, stored: Tensor, scales: Tensor | None, start: int, values: Tensor) -> None:
         """Packs all rows ``[rows, width]`` of the slab whose first row is ``start``."""
-        slab = bisect_right(self.rows[:-1], start) - 1
-        unit, block, step = self.units[slab], self.blocks[slab], self.share or max(1, len(values))
+        unit, block = self.place(start)
+        step = self.share or max(1, len(values))
         # Whole blocks, and whole units.
         chunk = -(-self._CHUNK // (step * self.together)) * step * self.together
         for part in values.split(chunk):

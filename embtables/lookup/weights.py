@@ -220,10 +220,6 @@ class Weights(Slabs):
         tensor = self.tensor(weight)
         return tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(1, -1)
 
-    def weight_rows(self) -> dict[int, int]:
-        """Rows of each weight, by its width."""
-        return {width: self.weight(width).shape[0] for width in self.widths}
-
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the dense parameters, by name."""
         return {name: tuple(self.extra(name).shape) for name in self._extras}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from embtables._util.allocator import keep_freed_memory
-from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, ProgramTensors
+from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, ProgramTensors
 from embtables.ops.reference import split_step, training_lock
 from embtables.optimizers import rule_of
 
@@ -48,12 +48,12 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 _CALL = (
     "program ids id_bytes offsets num_ids id_weights batch weights projections codes outputs values rows dtype "
     "state_dtype num_threads rule hyper num_hyper step states projection_states gradient_rows num_gradient_rows saved "
-    "refused"
+    "refused scales"
 ).split()
 _PLACE = {name: place for place, name in enumerate(_CALL)}
 _WEIGHTS, _PROJECTIONS, _CODES = _PLACE["weights"], _PLACE["projections"], _PLACE["codes"]
 _STATES, _PROJECTION_STATES = _PLACE["states"], _PLACE["projection_states"]
-_REFUSED = _PLACE["refused"]
+_REFUSED, _SCALES = _PLACE["refused"], _PLACE["scales"]
 # The fields after ``projection_states``, and behind them the lookup and the id that are refused.
 _REST = (0,) * (len(_CALL) - _PROJECTION_STATES - 1 + 2)
 _LISTS = len(_CALL) + 2  # where the lists of pointers begin
@@ -90,10 +90,11 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 5
+    version = 6
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
-    for size in (8 * len(_CALL), *structs, 8 * LOOKUP_WORDS, 8 * PIECE_WORDS, 8 * CODE_WORDS):
-        version = version * 1000 + size
+    words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
+    for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):
+        version = (version * 1000 + size) % 1_000_000_000_007
     return version
 
 
@@ -288,7 +289,7 @@ class Library:
 
     def values(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor = _NO_ROWS) -> Tensor:
         """The values; the addresses go to ``rows`` where there is room for them. It raises what ``forward`` does."""
-        values = torch.empty(args.shape, dtype=tensors.weights[0].dtype)
+        values = torch.empty(args.shape, dtype=tensors.dtype)
         self.keep_large_blocks(values.nbytes)
         self._run_forward(self._call(tensors, args, rows, values))
         return values
@@ -393,7 +394,7 @@ class Library:
 
     def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> array[int]:
         """A ``Call`` of ``csrc/program.h`` and its lists of pointers; it does not hold the tensors."""
-        words, weights, projections, codes, states, projection_states, hyper, rule = tensors
+        words, weights, projections, codes, states, projection_states, hyper, rule, scales = tensors
         ids, offsets, id_weights, outputs, batch, _, num_rows = args
         call = array(
             "q",  # addresses of user space are far below 2**63
@@ -411,7 +412,7 @@ class Library:
                 outputs.data_ptr(),
                 0 if values is None else values.data_ptr(),
                 rows.data_ptr(),
-                DTYPES[weights[0].dtype],
+                DTYPES[tensors.dtype],
                 DTYPES[states[0].dtype],
                 threads(num_rows),
                 # Only an update asks for it, and one without a native form is made in PyTorch.
@@ -423,14 +424,15 @@ class Library:
                 0,
                 *_REST,
                 # Empty tensors have the address 0.
-                *map(_address, (*weights, *projections, *codes, *states, *projection_states)),
+                *map(_address, (*weights, *projections, *codes, *states, *projection_states, *scales)),
             ),
         )
         call[_WEIGHTS] = place = call.buffer_info()[0] + 8 * _LISTS
         call[_PROJECTIONS] = place = place + 8 * len(weights)
         call[_CODES] = place = place + 8 * len(projections)
         call[_STATES] = place = place + 8 * len(codes)
-        call[_PROJECTION_STATES] = place + 8 * len(states)
+        call[_PROJECTION_STATES] = place = place + 8 * len(states)
+        call[_SCALES] = place + 8 * len(projection_states)
         return call
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ UNBOUNDED = 2**62
 # How the ids of a bag become one vector: not at all, or so.
 POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
-# How many words ``csrc/program.h`` has for a lookup, for a piece and for a code.
-LOOKUP_WORDS, PIECE_WORDS, CODE_WORDS = 15, 12, 3
+# How many words ``csrc/program.h`` has for a lookup, a piece, a weight and a code.
+LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 15, 16, 5, 3
 # The types of code buffers that native code reads.
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -24,7 +25,8 @@ class ProgramTensors(NamedTuple):
     """A program and what it reads and writes, as a rule the weights and state of a module, as they are now.
 
     ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``: two
-    for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``.
+    for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``; ``scales``: of each
+    weight, empty where its format has none, and no list at all where all weights are plain.
     """
 
     words: Tensor
@@ -35,6 +37,12 @@ class ProgramTensors(NamedTuple):
     projection_states: list[Tensor]
     hyper: Tensor
     rule: str
+    scales: Sequence[Tensor] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values; weights in other formats are read as fp32."""
+        return torch.float32 if self.scales else self.weights[0].dtype
 
     def most_scalars(self) -> int:
         """The most dimensions of a vector of the program."""

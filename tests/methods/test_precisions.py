@@ -134,6 +134,29 @@ def test_lookups_of_served_tables_agree_in_every_way(precision: str) -> None:
         torch.testing.assert_close(halved(ids).float(), found["reference"], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.skipif(ops.instructions() is None, reason="needs the native library: pip install -e . with a C++ compiler")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@METHODS
+def test_native_lookups_are_those_of_pytorch(method: Method, precision: str) -> None:
+    """Single ids and weighted bags, which native code takes whatever the rows are stored in."""
+    served = make(method, precision).finalize().eval()
+    assert served.lookups.ops == "native" or method.kind == "pruned"
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(0, 7, (len(served.feature_names) * 9,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(12, (int(offsets[-1]),), generator=generator)
+    weights = torch.rand(len(ids), generator=generator)
+    for given in ((random_ids(served, 40),), (ids, offsets), (ids, offsets, weights)):
+        found = []
+        for backend in ("native", "reference"):
+            with ops.using(backend):
+                found.append(served(*given))
+        exact = method.kind not in ("mixed_dimension", "pruned") and len(given) == 1
+        if exact:
+            assert torch.equal(*found)
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 READER = """
 import sys
 import torch

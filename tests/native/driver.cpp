@@ -271,7 +271,8 @@ Slab Case::slab(int64_t width, int64_t rows_needed, bool may_share, bool of_bloc
 }
 
 void Case::add_piece(int64_t kind, const Slab& slab, int64_t a, int64_t b, int64_t width, int64_t column, bool sign) {
-    pieces.push_back({kind, slab.weight, slab.base, a, b, width, column, sign, sign ? random.any() : 0, -1, -1, -1});
+    pieces.push_back({kind, slab.weight, slab.base, a, b, width, column, sign, sign ? random.any() : 0, -1, -1, -1, slab.base,
+                      slab.rows, slab.base, 0});
 }
 
 // One of this shape, which lookups may share.
@@ -461,10 +462,10 @@ void Case::make_program() {
     append(pieces);
     int64_t start = 0;
     for (std::size_t w = 0; w < widths.size(); ++w) {
-        all.insert(all.end(), {widths[w], start});
+        all.insert(all.end(), {widths[w], start, PLAIN, 0, 0});
         start += rows[w];
     }
-    all.insert(all.end(), {0, start});
+    all.insert(all.end(), {0, start, PLAIN, 0, 0});
     append(projections);
     for (const Integers& code : integers) all.insert(all.end(), {code.bytes, code.columns, static_cast<int64_t>(code.values.size())});
     words = Memory(static_cast<int64_t>(all.size()), 8);

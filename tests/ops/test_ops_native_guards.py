@@ -35,7 +35,7 @@ from embtables.lookup.recipe import (
 from embtables.lookup.store import Store
 from embtables.methods import Method
 from embtables.ops import native, reference
-from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS
+from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS
 from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
@@ -160,8 +160,8 @@ BAD: list[tuple[str, Recipe, InputSpec]] = [
 def test_recipes_that_stay_within_their_slabs_are_compiled(recipe: Recipe, spec: InputSpec) -> None:
     program = compiled(recipe, spec)
     assert program is not None
-    widths, projections = len(program.widths), len(program.projections)
-    expected = 6 + LOOKUP_WORDS + len(recipe.addresses) * PIECE_WORDS + 2 * (widths + 1) + 2 * projections
+    weights, projections = len(program.weights), len(program.projections)
+    expected = 6 + LOOKUP_WORDS + len(recipe.addresses) * PIECE_WORDS + WEIGHT_WORDS * (weights + 1) + 2 * projections
     expected += len(program.codes) * CODE_WORDS
     assert program.words.numel() == expected
 

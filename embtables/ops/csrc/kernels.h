@@ -12,6 +12,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "program.h"
 #include "threads.h"
 
@@ -83,6 +87,7 @@ inline int64_t fixed(int64_t width) {
 }
 
 #include "vectors.h"
+#include "stored.h"
 
 // ---- addresses -----------------------------------------------------------------------------------------------------
 
@@ -165,13 +170,26 @@ inline int64_t row_within(const Piece& piece, int64_t row) {
     return static_cast<uint64_t>(row) < static_cast<uint64_t>(piece.b) ? row : 0;
 }
 
+// The bytes of a row, and about where one is stored, counted within its weight: near enough to be asked for ahead.
+template <class T>
+inline int64_t bytes_of(const Weight& w) {
+    return w.format ? (w.bits * w.width + 7) / 8 : w.width * static_cast<int64_t>(sizeof(T));
+}
+
+template <class T>
+inline const char* stored_near(const Call& call, int64_t weight, const Weight& w, int64_t row) {
+    const int64_t place = w.format && w.width == 1 ? row * w.bits / 8 : row * bytes_of<T>(w);
+    return static_cast<const char*>(call.weights[weight]) + place;
+}
+
 // The rows of the lists of n ids, each followed by NOTHING up to the longest.
 template <class T>
 inline void address_lists(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
                           const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride) {
     const Piece& piece = program.pieces[lookup.first_piece];
     const Weight& weight = program.weights[piece.weight];
-    const T* slab = static_cast<const T*>(call.weights[piece.weight]) + piece.base * weight.width;
+    const char* slab = stored_near<T>(call, piece.weight, weight, piece.base);
+    const int64_t row_bytes = bytes_of<T>(weight);
     const int64_t base = weight.start + piece.base, length = program.codes[piece.values].length;
     int64_t begin[BLOCK_OF_IDS], count[BLOCK_OF_IDS];
     with_code(program, call, piece.code, [&](auto* offsets) {
@@ -190,9 +208,8 @@ inline void address_lists(const Program& program, const Call& call, const Lookup
             for (int64_t c = 0; c < there; ++c) {
                 const int64_t row = row_within(piece, values[begin[i] + c]);
                 own[c] = base + row;
-                const char* at = reinterpret_cast<const char*>(slab + row * weight.width);
-                for (int64_t byte = 0; byte < weight.width * static_cast<int64_t>(sizeof(T)); byte += 64)
-                    __builtin_prefetch(at + byte);
+                const char* at = slab + row * row_bytes;
+                for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(at + byte);
             }
             for (int64_t c = there; c < lookup.num_rows; ++c) own[c] = pads ? PADDING : NOTHING;
         }
@@ -229,7 +246,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
                 const Weight& w = program.weights[pieces[j].weight];
                 const int64_t row = pieces[j].base + x[i];
                 found[i] = w.start + row;
-                __builtin_prefetch(static_cast<const T*>(call.weights[pieces[j].weight]) + row * w.width);
+                __builtin_prefetch(stored_near<T>(call, pieces[j].weight, w, row));
             }
         } else {
             const Weight& weight = program.weights[piece.weight];
@@ -271,12 +288,16 @@ inline void address(const Program& program, const Call& call, const Lookup& look
                 default:
                     for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
             }
-            const T* values = static_cast<const T*>(call.weights[piece.weight]) - weight.start * weight.width;
+            const int64_t bytes = weight.format ? bytes_of<T>(weight) : piece.width * static_cast<int64_t>(sizeof(T));
             for (int64_t i = 0; i < n; ++i) {
-                const char* row = reinterpret_cast<const char*>(values + found[i] * weight.width);
-                const int64_t bytes = piece.width * static_cast<int64_t>(sizeof(T));
+                const char* row = stored_near<T>(call, piece.weight, weight, found[i] - weight.start);
                 for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
                 if (piece.kind == BLOCK) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
+            }
+            if (weight.format != PLAIN && weight.share == 1 && call.scales[piece.weight]) {
+                const int64_t count = weight.format == SIGNS ? weight.bits : 1;
+                const bfloat16* scales = static_cast<const bfloat16*>(call.scales[piece.weight]) - weight.start * count;
+                for (int64_t i = 0; i < n; ++i) __builtin_prefetch(scales + found[i] * count);
             }
         }
         if (lookup.has_padding)
@@ -307,12 +328,40 @@ inline const T* row_of(const Program& program, const Call& call, int64_t weight,
     return static_cast<const T*>(call.weights[weight]) + (row - w.start) * w.width;
 }
 
+// The same of any format: where it is not plain, the row is unpacked to `room`. Weights of other types are all plain.
+template <class T>
+inline const T* row_in(const Program& program, const Call& call, const Piece& piece, int64_t row, float* room) {
+    if constexpr (std::is_same<T, float>::value) {
+        if (program.weights[piece.weight].format != PLAIN) {
+            with_dim<T>(program.weights[piece.weight].width, [&](auto width) {
+                each_stored<width.value>(program, call, piece, row, [&](int64_t d, auto n, auto v) { put<n>(room + d, v); });
+            });
+            return room;
+        }
+    }
+    return row_of<T>(program, call, piece.weight, row);
+}
+
+// A scalar of a slab of width 1 that is not plain, counted from the slab's first.
+inline float scalar_of(const Program& program, const Call& call, const Piece& piece, int64_t number) {
+    float value = 0;
+    const int64_t row = program.weights[piece.weight].start + piece.slab + number;
+    each_stored<1>(program, call, piece, row, [&](int64_t, auto n, auto v) {
+        if constexpr (decltype(n)::value == 1) value = v;
+    });
+    return value;
+}
+
 // MIXED: the width and the projection of an address, which follow from its weight.
 inline const Piece& alternative_of(const Program& program, const Lookup& lookup, int64_t row) {
     int64_t w = 0;
     for (int64_t k = 1; k < program.num_weights; ++k) w += row >= program.weights[k].start;
     const Piece* piece = program.pieces + lookup.first_piece;
     while (piece->weight != w) ++piece;
+    // Scales are those of the row's slab, of which a weight may have several.
+    const int64_t within = row - program.weights[w].start;
+    if (program.weights[w].format != PLAIN)
+        while (piece->weight != w || within < piece->slab || within >= piece->slab + piece->rows) ++piece;
     return *piece;
 }
 
@@ -342,11 +391,12 @@ inline int64_t list_length(const Lookup& lookup, const int64_t* rows) {
 // from; `saved`: the rows, from keep_rows, where the weights have others by now.
 template <class T, int D>
 __attribute__((always_inline)) inline void combine(const Program& program, const Call& call, const Lookup& lookup,
-                                                   const int64_t* rows, int64_t id, const T* saved, float* __restrict v) {
+                                                   const int64_t* rows, int64_t id, const T* saved, float* __restrict v,
+                                                   float* room) {
     const int64_t dim = fixed<D>(lookup.inner);
     const Piece* pieces = program.pieces + lookup.first_piece;
     auto row_at = [&](const Piece& piece, int64_t c) {
-        return saved ? saved + own_column(program, lookup, c) : row_of<T>(program, call, piece.weight, rows[c]);
+        return saved ? saved + own_column(program, lookup, c) : row_in<T>(program, call, piece, rows[c], room);
     };
     switch (lookup.operation) {
         case CONCAT:
@@ -357,6 +407,12 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
                     const Weight& weight = program.weights[piece.weight];
                     const T* scalars = static_cast<const T*>(call.weights[piece.weight]) + (rows[c] - weight.start);
                     const float sign = piece.has_sign ? hash_sign(id, piece.sign_seed) : 1.0f;
+                    if (weight.format != PLAIN) {
+                        const int64_t first = rows[c] - weight.start - piece.base;
+                        for (int64_t o = 0; o < piece.width; ++o)
+                            out[o] = sign * scalar_of(program, call, piece, (first + o) % piece.b);
+                        continue;
+                    }
                     if (rows[c] + piece.width <= weight.start + piece.base + piece.b) {
                         with_dim<T>(piece.width, [&](auto w) {
                             each<w, T>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, sign * get<n>(scalars + d)); });
@@ -395,8 +451,9 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             break;
         case MULT: {
             const T* first = row_at(pieces[0], 0);
-            const T* second = row_at(pieces[1], 1);
-            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(first + d) * get<n>(second + d)); });
+            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(first + d)); });
+            const T* second = row_at(pieces[1], 1);  // which may be unpacked to where the first one was
+            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(second + d)); });
             for (int64_t c = 2; c < lookup.num_pieces; ++c) {
                 const T* row = row_at(pieces[c], c);
                 each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(row + d)); });
@@ -418,7 +475,7 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
         }
         default: {  // MIXED
             const Piece& piece = alternative_of(program, lookup, rows[0]);
-            const T* row = row_of<T>(program, call, piece.weight, rows[0]);
+            const T* row = row_in<T>(program, call, piece, rows[0], room);
             if (piece.projection < 0) {
                 each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(row + d)); });
                 break;
@@ -431,21 +488,23 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
 // The combination of a lookup that goes on to its projection: of any width, so that it is compiled once.
 template <class T>
 __attribute__((noinline)) void combine_inner(const Program& program, const Call& call, const Lookup& lookup,
-                                             const int64_t* rows, int64_t id, const T* saved, float* u) {
-    with_dim<T>(lookup.inner, [&](auto width) { combine<T, width.value>(program, call, lookup, rows, id, saved, u); });
+                                             const int64_t* rows, int64_t id, const T* saved, float* u, float* room) {
+    with_dim<T>(lookup.inner, [&](auto width) {
+        combine<T, width.value>(program, call, lookup, rows, id, saved, u, room);
+    });
 }
 
 // The vector of an id, v [D]; `u` has room for its combination where a projection follows.
 template <class T, int D>
 inline void vector_of(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows, int64_t id,
-                      float* __restrict v, float* __restrict u) {
+                      float* __restrict v, float* __restrict u, float* room) {
     const int64_t dim = fixed<D>(lookup.dim);
     if (lookup.num_pieces == 0 || rows[0] < 0) {
         for (int64_t d = 0; d < dim; ++d) v[d] = 0;
         return;
     }
-    if (lookup.projection < 0) return combine<T, D>(program, call, lookup, rows, id, nullptr, v);
-    combine_inner<T>(program, call, lookup, rows, id, nullptr, u);
+    if (lookup.projection < 0) return combine<T, D>(program, call, lookup, rows, id, nullptr, v, room);
+    combine_inner<T>(program, call, lookup, rows, id, nullptr, u, room);
     project_one<T, D>(static_cast<const T*>(call.projections[lookup.projection]), u, lookup.inner, dim, v);
 }
 
@@ -559,6 +618,7 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
             found += count;
             const float* values = static_cast<const float*>(call.weights[w]);
             const int64_t start = program.weights[w].start, width = program.weights[w].width;
+            if (program.weights[w].format != PLAIN) return false;
             if (piece->projection < 0) {
                 for (int64_t k = 0; k < count; ++k)
                     std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - start) * D, D * sizeof(float));
@@ -580,6 +640,10 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
 inline bool is_one_row(const Program& program, const Lookup& lookup) {
     return lookup.operation == CONCAT && lookup.num_pieces == 1 && lookup.projection < 0 &&
            program.pieces[lookup.first_piece].kind != BLOCK;
+}
+
+inline bool is_plain(const Program& program, const Lookup& lookup) {
+    return program.weights[program.pieces[lookup.first_piece].weight].format == PLAIN;
 }
 
 // How a lookup's ids and addresses lie: id i of the lookup at ids[i * stride], its rows at rows[i * row_stride].
@@ -624,9 +688,42 @@ inline float divisor_of(const Lookup& lookup, const Output& output, const int64_
     return static_cast<float>(count > 1 ? count : 1);
 }
 
+// Sums or means of bags of an id's one row, as it is stored: the numbers go from the row into the sum.
+template <class T, int D>
+__attribute__((noinline)) void sum_bags(const Program& program, const Call& call, const Lookup& lookup, const Output& output,
+                                        const Place& place, int64_t first, int64_t last) {
+    const Piece& piece = program.pieces[lookup.first_piece];
+    const Weight& weight = program.weights[piece.weight];
+    const bool plain = weight.format == PLAIN;
+    const T* values = static_cast<const T*>(call.weights[piece.weight]) - weight.start * D;
+    const int64_t* rows = call.rows + place.rows;
+    const int64_t* offsets = call.offsets + lookup.column * call.batch;
+    const float* id_weights = call.id_weights ? call.id_weights + place.first_id : nullptr;
+    T* out = static_cast<T*>(call.values) + output.start;
+    for (int64_t b = first; b < last; ++b) {
+        const int64_t begin = offsets[b] - offsets[0], end = offsets[b + 1] - offsets[0];
+        float sum[D] = {};
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = rows[i];
+            const float factor = id_weights ? id_weights[i] : 1.0f;
+            auto add = [&](int64_t d, auto n, auto v) { put<n>(sum + d, get<n>(sum + d) + factor * v); };
+            if (row < 0) {  // padding: zeros times their weight
+                each<D>(D, [&](int64_t d, auto n) { add(d, n, lanes<n>{}); });
+            } else if (plain) {
+                each<D, T>(D, [&](int64_t d, auto n) { add(d, n, get<n>(values + row * D + d)); });
+            } else {
+                each_stored<D>(program, call, piece, row, add);
+            }
+        }
+        const float divisor = divisor_of(lookup, output, rows + begin, 1, end - begin);
+        T* to = out + b * output.stride;
+        each<D, T>(D, [&](int64_t d, auto n) { put<n>(to + d, get<n>(sum + d) / divisor); });
+    }
+}
+
 template <class T, int D>
 inline void gather_bags(const Program& program, const Call& call, int64_t l, const Place& place, int64_t first,
-                        int64_t last, float* scratch) {
+                        int64_t last, float* scratch, float* room) {
     const Lookup& lookup = program.lookups[l];
     const Output& output = call.outputs[l];
     const int64_t dim = fixed<D>(lookup.dim);
@@ -645,7 +742,7 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
                     break;
             if (i >= end) return;
         }
-        const bool copies = !id_weights && is_one_row(program, lookup);
+        const bool copies = !id_weights && is_one_row(program, lookup) && is_plain(program, lookup);
         const T* values = nullptr;
         if (copies) {
             const int64_t w = program.pieces[lookup.first_piece].weight;
@@ -659,7 +756,7 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
                 continue;
             }
             vector_of<T, D>(program, call, lookup, r, taken(lookup, id_at(call, place.first_id + i * place.stride)), scratch,
-                            scratch + 2 * dim);
+                            scratch + 2 * dim, room);
             const float factor = id_weights ? id_weights[i * place.stride] : 1.0f;
             if (id_weights)
                 for (int64_t d = 0; d < dim; ++d) scratch[d] *= factor;
@@ -667,6 +764,8 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
         }
         return;
     }
+    if constexpr (std::is_same<T, float>::value && D != 0)
+        if (is_one_row(program, lookup)) return sum_bags<T, D>(program, call, lookup, output, place, first, last);
     float* sum = scratch + dim;
     const int64_t* offsets = call.offsets + lookup.column * call.batch;
     for (int64_t b = first; b < last; ++b) {
@@ -674,7 +773,7 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
         for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
         for (int64_t i = begin; i < end; ++i) {
             vector_of<T, D>(program, call, lookup, rows + i * place.row_stride,
-                            taken(lookup, id_at(call, place.first_id + i)), scratch, scratch + 2 * dim);
+                            taken(lookup, id_at(call, place.first_id + i)), scratch, scratch + 2 * dim, room);
             const float factor = id_weights ? id_weights[i] : 1.0f;
             each<D, T>(dim, [&](int64_t d, auto n) { put<n>(sum + d, get<n>(sum + d) + factor * get<n>(scratch + d)); });
         }
@@ -707,11 +806,14 @@ Outcome forward(const Call& given) {
     int64_t widest = 1;
     for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
     const int64_t scratch_size = 2 * widest + widest_inner(program);
+    int64_t widest_row = 0;  // of those that are unpacked
+    for (int64_t w = 0; w < program.num_weights; ++w)
+        if (program.weights[w].format != PLAIN) widest_row = std::max(widest_row, program.weights[w].width);
     std::atomic<bool> good{true};
     const bool only_checks = call.values == nullptr;
     const int64_t parts = call.num_threads;
     in_parallel(parts, [&](int64_t part) {
-        std::vector<float> scratch(scratch_size);
+        std::vector<float> scratch(scratch_size), room(widest_row);
         int64_t x[BLOCK_OF_IDS];
         uint8_t skip[BLOCK_OF_IDS] = {};
         const int64_t end = call.batch * (part + 1) / parts;
@@ -739,7 +841,7 @@ Outcome forward(const Call& given) {
             for (int64_t l = 0; !only_checks && l < program.num_lookups; ++l) {
                 const Place place = place_of(program, call, l, starts.data());
                 with_dim<T>(program.lookups[l].dim, [&](auto dim) {
-                    gather_bags<T, dim.value>(program, call, l, place, first, last, scratch.data());
+                    gather_bags<T, dim.value>(program, call, l, place, first, last, scratch.data(), room.data());
                 });
             }
         }
@@ -1328,7 +1430,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             if (lookup.projection >= 0) {
                 float* u = scratch + 2 * dim;
                 float* u_gradient = u + lookup.inner;
-                combine_inner<T>(program, call, lookup, rows, taken(lookup, id_at(call, id_place)), saved, u);
+                combine_inner<T>(program, call, lookup, rows, taken(lookup, id_at(call, id_place)), saved, u, nullptr);
                 project_one_back<T, D>(static_cast<const T*>(call.projections[lookup.projection]), u, lookup.inner, dim, g,
                                        u_gradient, projection_sums[lookup.projection]);
                 spread_inner<T>(program, call, lookup, rows, id_place, saved, u_gradient, to, u_gradient + lookup.inner);
@@ -1707,7 +1809,7 @@ inline Outcome run_gather(const Gather& gather) {
 // One weight and a list of rows: a program of one lookup that is given its addresses.
 template <class T, class S>
 void update_of(const RowUpdate& u) {
-    const int64_t words[] = {1, 0, 0, 1, 0, 0, /* Weight */ u.width, 0, u.width, u.num_rows};
+    const int64_t words[] = {1, 0, 0, 1, 0, 0, /* Weight */ u.width, 0, PLAIN, 0, 0, u.width, u.num_rows, PLAIN, 0, 0};
     const Program program(words);
     void* weights[] = {u.weight};
     void* states[] = {u.state0, u.state1};

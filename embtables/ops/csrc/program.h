@@ -49,11 +49,21 @@ struct Piece {
     int64_t projection;  // MIXED: to the lookup's dim, or -1
     int64_t code;        // CODED: rows of the slab; LISTED: where lists begin, and where the last one ends; else -1
     int64_t values;      // LISTED: the lists, of rows of the slab; else -1
+    int64_t slab, rows;  // first row of the slab within the weight, and how many it has
+    int64_t unit;        // of a weight in a format: where the slab's units begin,
+    int64_t block;       // and its scales
 };
+
+// How the rows of a weight are stored: as scalars of the call's type, or (embtables/formats) as integers times a scale, as
+// sums of signs, in float16 or in bfloat16.
+enum Format : int64_t { PLAIN = 0, INTEGERS = 1, SIGNS = 2, HALVES = 3, BRAINS = 4 };
 
 struct Weight {
     int64_t width;
     int64_t start;       // rows of all weights before: addresses count through all weights
+    int64_t format;
+    int64_t bits;        // of a scalar, where it is not plain
+    int64_t share;       // how many rows of a slab have their scales in common; 0: all of them
 };
 
 struct Projection {
@@ -139,6 +149,7 @@ struct Call {
     int64_t* num_gradient_rows;
     void* saved;                      // what keep_rows wrote: the rows as they were, where a gradient depends on them
     int64_t* refused;                 // forward: lookup and id of one that is refused; null: nobody asks
+    const void* const* scales;        // of each weight in bfloat16, where it has any
 };
 
 // Rows of one weight, each to its place in `values`.
