@@ -116,7 +116,7 @@ def test_no_update_is_lost(method: str, backend: str) -> None:
         tables, one = make(method, SGD(1.0)), make(method, SGD(1.0))
         with torch.no_grad():
             for each in (tables, one):
-                each.store.weight(each.store.widths[0]).zero_()
+                each.store.tensor(each.store.weight_names[0]).zero_()
         ids = random_ids(tables, 64) % 7
 
         def work(number: int) -> None:
@@ -125,8 +125,8 @@ def test_no_update_is_lost(method: str, backend: str) -> None:
 
         in_threads(work)
         (one(ids).sum() * (THREADS * LOOKUPS)).backward()
-        width = one.store.widths[0]
-        assert torch.equal(tables.store.weight(width), one.store.weight(width)) and one.store.weight(width).any()
+        weights = [each.store.tensor(each.store.weight_names[0]) for each in (tables, one)]
+        assert torch.equal(*weights) and weights[0].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
