@@ -71,7 +71,7 @@ def foreign(program: ExportedProgram) -> list[str]:
 
 
 class EveryMethod(nn.Module):
-    """A table for each method and each form of what pruned serves, one column of ids each: exported once for all."""
+    """A table for each method, each form of what pruned serves, and precisions, one column of ids each: exported once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +87,16 @@ class EveryMethod(nn.Module):
             served.finalize()
             assert [entry.variant for g in served.plan.groups for entry in g.layout.entries.values()] == [form]
             self.tables[form] = served
+        for method, precision in (
+            ("hash", "bf16"),
+            ("unified", "int8"),
+            ("hash", "int4/slab"),
+            ("robe", "int2"),
+            ("robe", "binary2"),
+            ("pruned", "int4"),
+        ):
+            solved = plan([item], method, "10%", optimizer=None, precision=precision)
+            self.tables[f"{method} {precision}"] = EmbeddingTables(solved).finalize()
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         return {name: tables(ids[:, i : i + 1]) for i, (name, tables) in enumerate(self.tables.items())}
