@@ -71,7 +71,7 @@ def foreign(program: ExportedProgram) -> list[str]:
 
 
 class EveryMethod(nn.Module):
-    """A table for each method, each form of what pruned serves, and precisions, one column of ids each: exported once."""
+    """A table for each method, each form of what pruned serves and some precisions, a column each: exported once."""
 
     def __init__(self) -> None:
         super().__init__()
