@@ -252,7 +252,7 @@ class Adam(FusedOptimizer):
 _AVERAGED = "averaged_"
 
 
-def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
+def averaged(optimizer: FusedOptimizer, horizon: int) -> FusedOptimizer:
     """The same rule, which also keeps the running mean of all weights; ``EmbeddingTables.averaged`` gives it.
 
     mean_t = β_t·mean_{t−1} + (1 − β_t)·w_t after training step t, with β_t = min(t, h) / (min(t, h) + 1): up to step h
@@ -267,12 +267,11 @@ def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
         horizon: h, in training steps.
 
     Raises:
-        ValueError: for an optimizer that is averaged already, or a negative horizon.
+        ValueError: for an optimizer that is averaged already, or a horizon that is no whole number from 1 on; in
+            backward, for tables of half precision, whose numbers cannot count steps.
 
     Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM J. Control Optim. 30(4), 1992.
     """
-    if optimizer.kind.startswith(_AVERAGED):
-        raise ValueError(f"the optimizer {optimizer.kind} keeps a running mean already")
     fields_of = {field.name: getattr(optimizer, field.name) for field in fields(optimizer)}
     rule: Any = _averaged_rule(type(optimizer))
     found: FusedOptimizer = rule(**fields_of, horizon=horizon)
@@ -281,6 +280,8 @@ def averaged(optimizer: FusedOptimizer, horizon: float) -> FusedOptimizer:
 
 def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
     """The rule that also keeps a running mean."""
+    if rule.kind.startswith(_AVERAGED):
+        raise ValueError(f"the optimizer {rule.kind} keeps a running mean already")
     known = _rules.get(_AVERAGED + rule.kind)
     if known is not None and issubclass(known, rule):
         return known
@@ -290,7 +291,14 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
         kind: ClassVar[str] = _AVERAGED + rule.kind
         counts_steps: ClassVar[bool] = True
         _: KW_ONLY
-        horizon: float = 1000.0
+        horizon: float = 1000
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.horizon < 1 or self.horizon != int(self.horizon):
+                raise ValueError(
+                    f"{self.kind}: horizon must be a whole number of steps from 1 on, not {self.horizon!r}"
+                )
 
         @classmethod
         def state_widths(cls, width: int) -> tuple[int, ...]:
@@ -305,6 +313,11 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
             grad: Tensor, weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor
         ) -> tuple[Tensor, Sequence[Tensor]]:
             behind, last = state[-2:]
+            if last.dtype.itemsize < 4:
+                raise ValueError(
+                    "the running mean of weights is not kept in half precision, whose numbers cannot count steps: "
+                    "train these tables in fp32, and serve them in a precision"
+                )
             change, own = rule.update(grad, weight, state[:-2], hyper, step)
             horizon = hyper["horizon"]
             behind = _since(last, step - 1, horizon) * behind + change
@@ -363,7 +376,7 @@ def rule_of(kind: str) -> type[FusedOptimizer]:
 def _known(kind: str) -> type[FusedOptimizer] | None:
     if kind.startswith(_AVERAGED):
         rule = _known(kind.removeprefix(_AVERAGED))
-        return None if rule is None or rule.kind.startswith(_AVERAGED) else _averaged_rule(rule)
+        return None if rule is None else _averaged_rule(rule)
     return _BUILT_IN.get(kind) or _third_party().get(kind)
 
 

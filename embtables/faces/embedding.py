@@ -22,9 +22,10 @@ from embtables.tables import EmbeddingTables
 
 
 def stored_in_full(tables: EmbeddingTables, name: str) -> bool:
-    """Whether a table has a row of its own for each id, which is then the slab of its name."""
+    """Whether a table has a row of fp32 of its own for each id, which is then the slab of its name."""
     entries = (entry for g in tables.plan.groups if (entry := g.layout.entries.get(name)) is not None)
-    return any(entry.variant == FULL for entry in entries)
+    in_full = any(entry.variant == FULL for entry in entries)
+    return in_full and tables.store.is_plain(tables.store.weight_of(name))
 
 
 def trained_weight(tables: EmbeddingTables, name: str) -> Tensor:
@@ -130,7 +131,9 @@ class _OneTable(View):
         if weight is not None:
             errors: list[str] = arguments[4]
             if not stored_in_full(self.tables, self.name):
-                errors.append(f"{prefix}weight: table '{self.name}' is not stored in full, so it cannot take a weight")
+                errors.append(
+                    f"{prefix}weight: table '{self.name}' is not stored in full and in fp32, so it cannot take a weight"
+                )
             elif weight.shape != (slab := self.tables.store.slab(self.name)[: self.num_embeddings]).shape:
                 errors.append(f"size mismatch for {prefix}weight: {list(weight.shape)}, not {list(slab.shape)}")
             else:

@@ -32,10 +32,10 @@ def row_format(name: str) -> RowFormat:
     Raises:
         ValueError: where there is none.
     """
-    if name in FORMATS:
-        return FORMATS[name]
-    kind, slash, share = name.partition("/") if isinstance(name, str) else (name, "", "")
+    kind, slash, share = name.partition("/") if isinstance(name, str) else ("", "", "")
     found = FORMATS.get(kind)
+    if found is not None and not slash:
+        return found
     if slash and isinstance(found, PackedFormat):
         if share == "slab":
             return replace(found, name=name, share=0)
@@ -47,7 +47,9 @@ def row_format(name: str) -> RowFormat:
         )
     if slash and found is not None:
         raise ValueError(f"precision {name!r}: {kind} has no scales that rows could have in common")
-    raise ValueError(f"unknown precision {name!r}{did_you_mean(kind, list(FORMATS))}; there are: {', '.join(FORMATS)}")
+    raise ValueError(
+        f"unknown precision {name!r}{did_you_mean(kind or name, list(FORMATS))}; there are: {', '.join(FORMATS)}"
+    )
 
 
 def weight_name(format_name: str, width: int) -> str:

@@ -128,8 +128,8 @@ class PackedFormat(RowFormat):
         rows, width = integers.shape
         together, count = self.rows_per_unit(width), 8 // self.bits
         units = F.pad(integers, (0, -(width * together) % count, 0, -rows % together)).nan_to_num()
-        fields = units.reshape(-(-rows // together), self.columns(width), count).long()
-        return (fields << self.bits * torch.arange(count, device=fields.device)).sum(-1).to(DTYPES[self.dtype])
+        fields = units.to(DTYPES[self.dtype]).view(-(-rows // together), self.columns(width), count)
+        return reduce(torch.bitwise_or, (fields[..., i] << self.bits * i for i in range(count)))
 
 
 @dataclass(frozen=True)

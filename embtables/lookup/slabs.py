@@ -51,7 +51,8 @@ class Slabs(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of all numbers that are stored in fp32, or what the module was cast to."""
-        return self._place.dtype
+        plain = next((name for name in self.weight_names if self.is_plain(name)), None)
+        return self._place.dtype if plain is None else self.tensor(plain).dtype
 
     def width(self, slab: str) -> int:
         """Columns of a slab."""

@@ -392,11 +392,18 @@ class SparseBlock(Block):
         self.constant("first", [e.entry.values["first_row"] for e in entries])
         self.num_values: int = entries[0].entry.values["entries"]
         self.values = stored_values(group.format, self.num_values)
-        stored, _ = self.values.empty("meta")
-        if stored.numel() != self.code("values").numel():
-            raise ValueError(
-                f"'{self.name}' has {self.num_values:,} entries, but its values are not as many: the plan is damaged"
-            )
+        stored, scales = self.values.empty("meta")
+        for name, wanted in (("values", stored.squeeze(1)), ("scales", scales)):
+            if wanted is None:
+                continue
+            found = self.code(name) if f"{self.name}/{name}" in store.code_names() else torch.empty(())
+            # Numbers in fp32 may have been cast with the tables.
+            same = found.dtype == wanted.dtype or (wanted.dtype == torch.float32 and found.is_floating_point())
+            if found.shape != wanted.shape or not same:
+                raise ValueError(
+                    f"'{self.name}' has {self.num_values:,} entries in {group.format.name}, but its {name} are others: "
+                    "the plan is damaged"
+                )
         for entry in entries:
             first, rows = entry.entry.values["first_row"], entry.table.rows
             if rows is None or first < 0 or first + rows > self.num_rows():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embtables._util.reading import NotYaml, parse_yaml
-from embtables.formats import FP32, row_format
+from embtables.formats import row_format
 from embtables.methods import kinds
 from embtables.sizes.budget import parse_budget
 from embtables.training.config import parse_value
@@ -127,8 +127,6 @@ def in_precisions(methods: Mapping[str, MethodSpec], text: str | None) -> dict[s
 def _in_precision(spec: MethodSpec, precision: str) -> MethodSpec:
     if isinstance(spec, dict) and "kind" not in spec:
         return {pattern: _in_precision(part, precision) for pattern, part in spec.items()}
-    if precision == FP32.name and isinstance(spec, str):
-        return spec
     fields = {"kind": spec} if isinstance(spec, str) else spec
     return {"precision": precision, **fields}
 

@@ -17,21 +17,25 @@ class RunningMean:
     """The mean of everything but the tables, by the weights that ``embtables.optimizers.averaged`` gives each step.
 
     Args:
-        model: the model, whose parameters that are no part of ``tables`` are averaged.
+        model: the model, whose parameters and other numbers, such as the statistics of batch normalization, are
+            averaged where they are no part of ``tables``.
         tables: its tables, with an optimizer that keeps their mean.
         horizon: of the mean, in steps.
     """
 
-    def __init__(self, model: nn.Module, tables: EmbeddingTables, horizon: float) -> None:
+    def __init__(self, model: nn.Module, tables: EmbeddingTables, horizon: int) -> None:
         self.tables, self.horizon = tables, horizon
-        self.parameters = dict(model.named_parameters())
+        ours = {id(tensor) for tensor in (*tables.parameters(), *tables.buffers())}
+        found = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.parameters = {n: t for n, t in found.items() if id(t) not in ours and t.is_floating_point()}
         self.means = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after a step, the first of which is 1."""
         share = 1 / (min(step, self.horizon) + 1)
-        torch._foreach_lerp_(list(self.means.values()), list(self.parameters.values()), share)
+        for name, mean in self.means.items():
+            mean.lerp_(self.parameters[name], share)
 
     @contextmanager
     def applied(self) -> Iterator[EmbeddingTables]:

@@ -47,7 +47,7 @@ def steps_per_epoch(config: RunConfig, data: PreparedDataset) -> int:
     return math.ceil(data.num_rows("train") / config.training.batch_size)
 
 
-def fused_optimizer(tables: TablesConfig, horizon: float | None = None) -> FusedOptimizer | None:
+def fused_optimizer(tables: TablesConfig, horizon: int | None = None) -> FusedOptimizer | None:
     """The fused optimizer of the tables; ``None`` where they are ordinary parameters.
 
     ``horizon``: of the running mean that it keeps, in steps; ``None``: it keeps none.
@@ -59,10 +59,10 @@ def fused_optimizer(tables: TablesConfig, horizon: float | None = None) -> Fused
     return optimizer if optimizer is None or horizon is None else averaged(optimizer, horizon)
 
 
-def horizon_of(config: RunConfig, data: PreparedDataset) -> float | None:
+def horizon_of(config: RunConfig, data: PreparedDataset) -> int | None:
     """The horizon of the running mean of all weights, in steps; ``None`` where there is none."""
     average = config.training.average
-    return None if average is None else average * steps_per_epoch(config, data)
+    return None if average is None else max(1, round(average * steps_per_epoch(config, data)))
 
 
 def method_for(config: RunConfig, num_steps: int) -> Any:

@@ -491,3 +491,16 @@ def test_dlrm_compiles_as_one_graph_with_any_method(method: str) -> None:
     gradients = [torch.autograd.grad(output.square().sum(), [*model.parameters()]) for output in outputs]
     for own, other in zip(*gradients):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+@faces
+def test_packed_tables_have_the_keys_of_their_storage(face: Any) -> None:
+    ours, _, config, _ = face
+    collections = [ours(configs(config), method={"kind": "full", "precision": "int8"}) for _ in range(2)]
+    for collection in collections:
+        collection.tables.finalize()
+    state = collections[0].state_dict()
+    assert {"tables.store.weight_int8_4", "tables.store.scales_int8_4"} <= set(state)
+    collections[1].load_state_dict(state)
+    vectors = [collection.tables.to_dense("a") for collection in collections]
+    assert torch.equal(*vectors) and vectors[0].any()

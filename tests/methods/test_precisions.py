@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from core_cases import all_methods, counted_bytes, falling_counts, method_id, ra
 from packed_rows import kind_of, slab_of
 from scalar import vector
 
-from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, ops, plan
+from embtables import EmbeddingTables, InfeasibleBudget, Plan, TableConfig, ops, plan
+from embtables.faces.embedding import Embedding
 from embtables.formats import FORMATS, PackedFormat, row_format
 from embtables.methods import Method
 
@@ -31,6 +33,7 @@ COUNTS = {
     "slot": shuffled_counts(90),
 }
 PRECISIONS = [name for name in FORMATS if name != "fp32"] + ["int4/slab", "int2/7"]
+METHOD = next(m for m in all_methods() if m.kind == "hash")
 METHODS = pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "drop_feature"], ids=method_id)
 
 
@@ -199,3 +202,40 @@ def test_packed_formats_are_all_there() -> None:
     assert {"int8", "int4", "int2", "binary", "binary2", "binary4"} == {
         name for name, each in FORMATS.items() if isinstance(each, PackedFormat)
     }
+
+
+def test_a_pruned_plan_whose_values_are_others_is_damaged() -> None:
+    solved = plan(CONFIGS, {"kind": "pruned", "precision": "int4"}, "8%", COUNTS)
+    for precision in ("int8", "int4/slab", "binary4", "fp16"):
+        data = json.loads(json.dumps(solved.to_dict()))
+        data["groups"][0]["method"]["precision"] = precision
+        with pytest.raises(
+            ValueError, match=f"entries in {precision}, but its (values|scales) are others: the plan is d"
+        ):
+            EmbeddingTables(Plan.from_dict(data)).finalize()
+
+
+@pytest.mark.parametrize("precision", [["int8"], {"kind": "int8"}, 8, True, "", "int9"])
+def test_what_is_no_precision_is_refused(precision: Any) -> None:
+    with pytest.raises(ValueError, match="unknown precision .*; there are: fp32, fp16"):
+        plan(CONFIGS, "hash", "10%", precision=precision)
+
+
+def test_packed_tables_behind_the_face_of_embedding() -> None:
+    module = Embedding(50, 16, padding_idx=3, method={"kind": "full", "precision": "int8"})
+    vectors = module(torch.arange(50))
+    module.tables.finalize()
+    assert (module(torch.arange(50)) - vectors).abs().max() < 0.01
+    again = Embedding(50, 16, padding_idx=3, method={"kind": "full", "precision": "int8"})
+    again.tables.finalize()
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(torch.arange(50)), module(torch.arange(50)))
+    with pytest.raises(RuntimeError, match="'embedding' is not stored in full and in fp32, so it cannot take a weight"):
+        module.load_state_dict({"weight": torch.zeros(50, 16)})
+
+
+def test_served_tables_are_of_the_type_that_was_assigned() -> None:
+    tables, half = make(METHOD, "int8"), make(METHOD, "int8").half()
+    tables.load_state_dict(half.state_dict(), assign=True)
+    ids = random_ids(tables, 9)
+    assert tables(ids).dtype == tables.serve()(ids).dtype == torch.float16

@@ -22,7 +22,15 @@ from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
 from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
 from embtables.methods import kinds
-from embtables.sweeps.cells import Cell, parse_budgets, parse_methods, parse_variants, points, with_baselines
+from embtables.sweeps.cells import (
+    Cell,
+    in_precisions,
+    parse_budgets,
+    parse_methods,
+    parse_variants,
+    points,
+    with_baselines,
+)
 from embtables.sweeps.planning import cell_config
 from embtables.sweeps.report import markdown
 from embtables.sweeps.runner import Job, last_line, run_jobs, threads_per_job
@@ -72,6 +80,23 @@ def test_methods_and_budgets_of_the_command_line() -> None:
             parse_methods(text)
     with pytest.raises(ValueError, match="empty entry"):
         parse_budgets("50%,,1%")
+
+
+def test_methods_in_several_precisions() -> None:
+    methods = parse_methods("full,{kind: hash, precision: int2},{user_id: full, '*': robe}")
+    found = in_precisions(methods, "fp32, int4")
+    assert list(found) == [
+        "full(precision=fp32)",
+        "full(precision=int4)",
+        "hash(precision=int2)",
+        "user_id: full(precision=fp32), *: robe(precision=fp32)",
+        "user_id: full(precision=int4), *: robe(precision=int4)",
+    ]
+    # Each says its precision, so that none of the configuration takes its place.
+    assert found["full(precision=fp32)"] == {"precision": "fp32", "kind": "full"}
+    assert in_precisions(methods, None) == methods
+    with pytest.raises(ValueError, match="unknown precision 'int5'"):
+        in_precisions(methods, "fp32,int5")
 
 
 def test_all_methods_can_be_asked_for_by_one_word() -> None:

@@ -128,10 +128,16 @@ def test_averaged_rules_are_configured_by_their_kind() -> None:
     assert Plan.from_dict(json.loads(json.dumps(solved.to_dict()))) == solved
     with pytest.raises(ValueError, match="averaged_adam keeps a running mean already"):
         averaged(rule, 5)
-    with pytest.raises(ValueError, match="unknown optimizer 'averaged_averaged_adam'"):
+    with pytest.raises(ValueError, match="averaged_adam keeps a running mean already"):
         optimizer_from_config("averaged_averaged_adam")
     with pytest.raises(ValueError, match="horizon must be a non-negative number, not -1"):
         averaged(Adam(), -1)
+    for horizon in (0, 0.5, 2.5):
+        with pytest.raises(ValueError, match="averaged_adam: horizon must be a whole number of steps from 1 on, not"):
+            averaged(Adam(), horizon)  # type: ignore[arg-type]
+    half = EmbeddingTables(solved).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="the running mean of weights is not kept in half precision"):
+        half(random_ids(half, 8)).sum().backward()
     for tables in (EmbeddingTables(plan(CONFIGS, "hash", "60%")), EmbeddingTables(solved).averaged()):
         with pytest.raises(ValueError, match="keep no running mean of their weights: plan with optimizer="):
             tables.averaged()

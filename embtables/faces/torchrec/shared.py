@@ -244,7 +244,10 @@ def shown_features(tables: EmbeddingTables, features: Sequence[str] | None) -> l
 
 
 def _all_full(tables: EmbeddingTables) -> bool:
-    return all(entry.variant == FULL for g in tables.plan.groups for entry in g.layout.entries.values())
+    """Whether all tables are stored as in the stock collection: a row of fp32 for each id."""
+    store = tables.store
+    in_full = all(entry.variant == FULL for g in tables.plan.groups for entry in g.layout.entries.values())
+    return in_full and all(store.is_plain(name) for name in store.weight_names)
 
 
 def _stored_weights(tables: EmbeddingTables) -> dict[str, list[str]]:
