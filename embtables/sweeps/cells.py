@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embtables._util.reading import NotYaml, parse_yaml
-from embtables.formats import row_format
+from embtables.formats import FP32, row_format
 from embtables.methods import kinds
 from embtables.sizes.budget import parse_budget
 from embtables.training.config import parse_value
@@ -140,7 +140,8 @@ def takes_budget(spec: MethodSpec) -> bool:
 
 def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
     """`methods` and the baselines that it lacks: full first, the others last."""
-    missing: dict[str, MethodSpec] = {kind: kind for kind in BASELINES if kind not in methods}
+    absent = [kind for kind in BASELINES if not {kind, method_label(_in_precision(kind, FP32.name))} & methods.keys()]
+    missing: dict[str, MethodSpec] = {kind: kind for kind in absent}
     first: dict[str, MethodSpec] = {"full": "full"} if "full" in missing else {}
     return {**first, **methods, **missing}
 

@@ -95,6 +95,8 @@ def test_methods_in_several_precisions() -> None:
     # Each says its precision, so that none of the configuration takes its place.
     assert found["full(precision=fp32)"] == {"precision": "fp32", "kind": "full"}
     assert in_precisions(methods, None) == methods
+    # Full tables in fp32 are there already, the two others are not.
+    assert list(with_baselines(found)) == [*found, "drop_feature", "frequency_cutoff"]
     with pytest.raises(ValueError, match="unknown precision 'int5'"):
         in_precisions(methods, "fp32,int5")
 
