@@ -137,7 +137,8 @@ class Method(BaseModel):
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            fields = ", ".join(type(self).model_fields) or "none"
+            own = [name for name in type(self).model_fields if name not in Method.model_fields]
+            fields = ", ".join([*own, *Method.model_fields])
             return f"method {self.kind} has no field '{name}'; its fields: {fields}"
         reason = first["msg"].removeprefix("Value error, ")
         if not name:

@@ -47,7 +47,7 @@ def test_entry_points_are_listed_and_configured_by_their_kind() -> None:
     assert methods.kinds()[-3:] == sorted(CLASSES)
     assert methods.from_config("tensor_train").to_dict() == {"kind": "tensor_train", "max_rank": 64}
     assert methods.from_config({"kind": "hot_cold", "hot_rows": 5}).to_dict()["hot_rows"] == 5
-    with pytest.raises(ValueError, match="method deep_hash has no field 'depth'; its fields: num_hashes"):
+    with pytest.raises(ValueError, match="method deep_hash has no field 'depth'; its fields: num_hashes, precision"):
         methods.from_config({"kind": "deep_hash", "depth": 3})
     with pytest.raises(ValueError, match="unknown method 'dhe'.*deep_hash"):
         methods.from_config("dhe")
