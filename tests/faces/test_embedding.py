@@ -169,7 +169,7 @@ def test_a_weight_that_torch_saved_is_loaded(assign: bool) -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for 0.weight: \[8, 4\], not \[9, 4\]"):
         ours.load_state_dict(nn.Sequential(nn.Embedding(8, 4), nn.EmbeddingBag(9, 4)).state_dict())
     with pytest.raises(
-        RuntimeError, match="weight: table 'embedding' is not stored in full, so it cannot take a weight"
+        RuntimeError, match="weight: table 'embedding' is not stored in full and in fp32, so it cannot take a weight"
     ):
         Embedding(9, 4, method="hash", budget=0.5).load_state_dict(nn.Embedding(9, 4).state_dict())
 
