@@ -40,6 +40,8 @@ class FusedOptimizer:
     kind: ClassVar[str]
     # Whether ``update`` needs the number of the present step, one int64 for all tables.
     counts_steps: ClassVar[bool] = False
+    # Whether the state holds the running mean of the weights, see ``averaged``.
+    keeps_mean: ClassVar[bool] = False
 
     lr: float = 0.01
     l2: float = 0.0
@@ -280,7 +282,7 @@ def averaged(optimizer: FusedOptimizer, horizon: int) -> FusedOptimizer:
 
 def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
     """The rule that also keeps a running mean."""
-    if rule.kind.startswith(_AVERAGED):
+    if rule.keeps_mean:
         raise ValueError(f"the optimizer {rule.kind} keeps a running mean already")
     known = _rules.get(_AVERAGED + rule.kind)
     if known is not None and issubclass(known, rule):
@@ -290,6 +292,7 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
     class Averaged(rule):  # type: ignore[misc, valid-type]
         kind: ClassVar[str] = _AVERAGED + rule.kind
         counts_steps: ClassVar[bool] = True
+        keeps_mean: ClassVar[bool] = True
         _: KW_ONLY
         horizon: float = 1000
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from embtables import ops
-from embtables.formats import DTYPES, SCALE
 from embtables.lookup.graphs import transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
@@ -54,9 +53,12 @@ class NativeLookup:
         # Weights, then projections, by their attributes.
         self._trained = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
         self._shapes = [store.tensor(name).shape for name in self._trained]
-        others = [name for name in self.program.weights if not store.is_plain(name)]
-        # Of weights in other formats than fp32: the type.
-        self._others = {self._trained.index(name): store.tensor(name).dtype for name in others}
+        # Of weights in other formats than fp32: types and shapes of the weight and, where there are any, of its scales.
+        self._others = {
+            i: [(tensor.dtype, tensor.shape) for tensor in store.stored_as(name)]
+            for i, name in enumerate(self.program.weights)
+            if not store.is_plain(name)
+        }
         self._codes = [store.key(name) for name in self.program.codes]
         # Rules with a native form keep at most two tensors; others take all of theirs in PyTorch.
         kept = [[*store.state_names(name), "", ""][:2] for name in self._trained]
@@ -72,20 +74,17 @@ class NativeLookup:
         if [weight.shape for weight in both] != self._shapes:
             return None
         scales: list[Tensor] = []
-        if not self._others:
-            if not ops.fits(both):
-                return None
-        else:
-            plain = [weight for i, weight in enumerate(both) if i not in self._others]
-            if store.dtype != torch.float32 or not ops.fits(plain):
+        if self._others:
+            if store.dtype != torch.float32 or not ops.fits([w for i, w in enumerate(both) if i not in self._others]):
                 return None
             scales = [_NOTHING] * len(self.program.weights)
-            for i, dtype in self._others.items():
-                own = store.scales(self._trained[i])
-                scales[i] = _NOTHING if own is None else own
-                for tensor, wanted in ((both[i], dtype), (own, DTYPES[SCALE])):
-                    if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == wanted):
-                        return None
+            for i, forms in self._others.items():
+                stored = store.stored_as(self._trained[i])
+                if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
+                    return None
+                scales[i] = stored[-1] if len(stored) > 1 else _NOTHING
+        elif not ops.fits(both):
+            return None
         for code, form in zip(codes, self._code_forms):
             if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
                 return None

@@ -101,6 +101,11 @@ class Slabs(nn.Module):
         """Whether a weight, by its attribute, holds the rows themselves, and not a format that ``read`` knows."""
         return self._stored_rows[weight].format == FP32
 
+    def stored_as(self, weight: str) -> list[Tensor]:
+        """The tensor of a weight, by its attribute, and behind it that of its scales, where its format has any."""
+        scales = self.scales(weight)
+        return [self.tensor(weight)] if scales is None else [self.tensor(weight), scales]
+
     def scales(self, weight: str) -> Tensor | None:
         """The scales of a weight, by its attribute; ``None`` where its format has none."""
         return self._buffers.get(scales_name(weight))

@@ -34,7 +34,7 @@ class StoredRows:
         """Appends a slab, and returns its first row."""
         self.rows.append(self.rows[-1] + rows)
         self.units.append(self.units[-1] + -(-rows // self.together))
-        self.blocks.append(self.blocks[-1] + -(-rows // (self.share or max(1, rows))))
+        self.blocks.append(self.blocks[-1] + self.format.scale_blocks(rows, self.width))
         return self.rows[-2]
 
     def empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor | None]:

@@ -113,7 +113,7 @@ class Weights(Slabs):
 
     def is_half(self) -> bool:
         """Whether the weights are of half precision."""
-        return any(self.tensor(name).dtype.itemsize == 2 for name in self.weight_names[:1])
+        return self.dtype.itemsize == 2
 
     # ---- a parameter for each slab --------------------------------------------------------------------------------
 

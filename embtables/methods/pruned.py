@@ -190,9 +190,9 @@ class Tables(NamedTuple):
 
     def _values(self, kept: int) -> tuple[Code, ...]:
         """The values, rows of one scalar each in the format, and their scales."""
-        rows_in = self.format
-        values = Code(f"{self.name}/values", (-(-kept // rows_in.rows_per_unit(1)),), rows_in.dtype, "weights")
-        scales = Code(f"{self.name}/scales", (rows_in.scale_blocks(kept, 1), rows_in.scales), SCALE, "scales")
+        rows_in, stored = self.format, stored_values(self.format, kept)
+        values = Code(f"{self.name}/values", (stored.units[-1],), rows_in.dtype, "weights")
+        scales = Code(f"{self.name}/scales", (stored.blocks[-1], rows_in.scales), SCALE, "scales")
         return (values, scales) if rows_in.scales else (values,)
 
     def _bitmap(self, kept: int, most: int) -> tuple[Code, ...]:

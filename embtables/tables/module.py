@@ -144,7 +144,7 @@ class EmbeddingTables(TableLookup):
             ValueError: where the optimizer keeps none, and for served tables.
         """
         optimizer = self.plan.optimizer
-        if self.served or optimizer is None or not optimizer.kind.startswith("averaged_"):
+        if self.served or optimizer is None or not optimizer.keeps_mean:
             raise ValueError(
                 "these tables keep no running mean of their weights: plan with "
                 "optimizer=embtables.optimizers.averaged(Adam(), horizon=1000)"

@@ -239,3 +239,13 @@ def test_served_tables_are_of_the_type_that_was_assigned() -> None:
     tables.load_state_dict(half.state_dict(), assign=True)
     ids = random_ids(tables, 9)
     assert tables(ids).dtype == tables.serve()(ids).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["weight_int8_16", "scales_int8_16"])
+def test_native_code_reads_nothing_behind_what_was_put_in_the_place_of_weights_or_scales(name: str) -> None:
+    served = make(METHOD, "int8").finalize().eval()
+    assert served.lookups.ops == "native" or ops.instructions() is None
+    served.store._buffers[name] = served.store.tensor(name)[:1]
+    assert served.lookups.ops == "reference"
+    with pytest.raises(IndexError):
+        served(random_ids(served, 40))

@@ -173,7 +173,7 @@ inline int64_t row_within(const Piece& piece, int64_t row) {
 // The bytes of a row, and about where one is stored, counted within its weight: near enough to be asked for ahead.
 template <class T>
 inline int64_t bytes_of(const Weight& w) {
-    return w.format ? (w.bits * w.width + 7) / 8 : w.width * static_cast<int64_t>(sizeof(T));
+    return w.format ? w.unit_bytes() : w.width * static_cast<int64_t>(sizeof(T));
 }
 
 template <class T>
@@ -295,7 +295,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
                 if (piece.kind == BLOCK) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
             }
             if (weight.format != PLAIN && weight.share == 1 && call.scales[piece.weight]) {
-                const int64_t count = weight.format == SIGNS ? weight.bits : 1;
+                const int64_t count = weight.num_scales();
                 const bfloat16* scales = static_cast<const bfloat16*>(call.scales[piece.weight]) - weight.start * count;
                 for (int64_t i = 0; i < n; ++i) __builtin_prefetch(scales + found[i] * count);
             }

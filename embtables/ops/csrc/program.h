@@ -64,6 +64,10 @@ struct Weight {
     int64_t format;
     int64_t bits;        // of a scalar, where it is not plain
     int64_t share;       // how many rows of a slab have their scales in common; 0: all of them
+
+    // Where it is not plain: the bytes of a row (of rows of one scalar: of some of them), and how many scales it has.
+    int64_t unit_bytes() const { return (bits * width + 7) / 8; }
+    int64_t num_scales() const { return format == SIGNS ? bits : 1; }
 };
 
 struct Projection {

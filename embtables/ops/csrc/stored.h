@@ -92,8 +92,7 @@ struct Stored {
 
 inline Stored stored_at(const Program& program, const Call& call, const Piece& piece, int64_t row) {
     const Weight& w = program.weights[piece.weight];
-    const int64_t within = row - w.start - piece.slab, columns = (w.bits * w.width + 7) / 8;
-    const int64_t count = w.format == SIGNS ? w.bits : 1;
+    const int64_t within = row - w.start - piece.slab, columns = w.unit_bytes(), count = w.num_scales();
     const uint8_t* bytes = static_cast<const uint8_t*>(call.weights[piece.weight]) + piece.unit * columns;
     // Divisions take as long as all the rest.
     const int64_t block = w.share == 1 ? within : w.share == 0 ? 0
