@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from benchmarks import machine
 from benchmarks.workload import Workload, sizes
 from embtables import EmbeddingTables, TableConfig, plan
 from embtables._util.files import replacing
-from embtables.formats import FP32, weight_name
+from embtables.formats import FP32, row_format, weight_name
 from embtables.ops import gpu
 
 LR = 0.01
@@ -45,6 +46,7 @@ LOOP, FLAT = "nn.EmbeddingBag × 26", "F.embedding, one flat table"
 COPY = "copy"
 BATCHES = 4  # different ones; their ids alone are larger than the caches of an H100 where batches are large
 RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+PRECISIONS = ("fp16", "int8", "int4", "int2", "binary", "binary2")
 STATE_WIDTHS = {"sgd": lambda d: 0, "rowwise_adagrad": lambda d: 1, "adagrad": lambda d: d, "adam": lambda d: 2 * d}
 SPARSE: dict[str, Callable[..., Any]] = {
     "sgd": torch.optim.SGD,
@@ -82,9 +84,10 @@ class Batches:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def forward_bytes(self) -> float:
-        """Ids and rows are read, vectors are written."""
-        return self.work.num_ids * (8 + 2 * 4 * self.work.dim)
+    def forward_bytes(self, row_bytes: float | None = None) -> float:
+        """Ids and rows, in fp32 or of so many bytes, are read; vectors are written."""
+        vector_bytes = 4 * self.work.dim
+        return self.work.num_ids * (8 + (vector_bytes if row_bytes is None else row_bytes) + vector_bytes)
 
     def update_bytes(self, rule: str) -> float:
         """Gradients are read; weights and state of distinct rows are read and written."""
@@ -134,7 +137,25 @@ def ours(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
             found.append(Contestant("forward", OPERATOR, "", data.forward_bytes(), gather))
         return found
 
-    return (lambda rule=rule: build(rule) for rule in RULES)  # type: ignore[misc]
+    def serve(precision: str) -> list[Contestant]:
+        whole = EmbeddingTables(plan(tables, "full", precision=precision, optimizer=None), device=data.device)
+        module = whole.serve()
+        (name,) = module.store.weight_names
+        num_bytes = data.forward_bytes(row_format(precision).mean_bits(np.array([data.work.dim])).item() / 8)
+
+        def look_up(batch: int) -> None:
+            module(data.ids[batch])
+
+        def unpack(batch: int) -> None:
+            module.store.read(name, data.rows[batch])
+
+        return [
+            Contestant("forward", f"{OURS} in {precision}", "", num_bytes, look_up),
+            Contestant("forward", f"{OPERATOR}, {precision}", "", num_bytes, unpack),
+        ]
+
+    yield from (lambda rule=rule: build(rule) for rule in RULES)  # type: ignore[misc]
+    yield from (lambda precision=precision: serve(precision) for precision in PRECISIONS)  # type: ignore[misc]
 
 
 class Captured:

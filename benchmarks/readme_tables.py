@@ -115,16 +115,23 @@ def speed(report: str, part: str) -> str:
 
 
 def on_a_gpu(folder: str, phase: str) -> str:
-    """Median milliseconds of a call, a row per configuration and a column per contestant; empty where it was not in."""
+    """Median milliseconds of a call by configuration and contestant; empty where one did not take part."""
     results = pd.read_csv(RESULTS / folder / "results.csv", keep_default_na=False)
     results = results[results["phase"] == phase]
+    if phase == "forward":  # of many contestants, none of which has an optimizer
+        by_configuration = list(results.groupby(["dim", "batch"], sort=False))
+        heads = [f"D = {dim}, batch {batch:,}" for (dim, batch), _ in by_configuration]
+        lines = [["", *heads], ["---", *["---:"] * len(heads)]]
+        for name, cells in results.groupby("contestant", sort=False):
+            lines.append([str(name), *(f"{ms:.3f}" for ms in cells["median_ms"].astype(float))])
+        return _rendered(lines)
     names = list(dict.fromkeys(results["contestant"]))
-    by = ["dim", "batch", "optimizer"] if phase != "forward" else ["dim", "batch"]
-    lines = [["D", "batch", *by[2:], *names], [*["---:"] * 2, *["---"] * len(by[2:]), *["---:"] * len(names)]]
-    for key, cells in results.groupby(by, sort=False):
+    lines = [["D", "batch", "optimizer", *names], ["---:", "---:", "---", *["---:"] * len(names)]]
+    for (dim, batch, optimizer), cells in results.groupby(["dim", "batch", "optimizer"], sort=False):
         found = dict(zip(cells["contestant"], cells["median_ms"].astype(float)))
-        ids = [str(key[0]), f"{key[1]:,}", *key[2:]]
-        lines.append([*ids, *(f"{found[name]:.3f}" if name in found else "" for name in names)])
+        lines.append(
+            [str(dim), f"{batch:,}", optimizer, *(f"{found[name]:.3f}" if name in found else "" for name in names)]
+        )
     return _rendered(lines)
 
 

@@ -15,7 +15,7 @@ from embtables.config import TableConfig
 from embtables.hashing import hash_ids, seed_for
 from embtables.lookup.block import Block, Part
 from embtables.lookup.constants import WithConstants
-from embtables.lookup.graphs import bag_sums, intervals
+from embtables.lookup.graphs import bag_sums, intervals, is_exporting
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec
 from embtables.lookup.regularization import Regularizer
@@ -214,7 +214,7 @@ class BlockLookup(WithConstants):
         bad = (ids < 0) | (ids >= size)
         if "error" in self.policies:
             wrong = bad & (policy == 0)
-            if torch.compiler.is_exporting():
+            if is_exporting():
                 torch._assert_async(~wrong.any(), self._refusal)
             elif torch.compiler.is_compiling():
                 ids = ops.refuse_ids(ids, feature, wrong, self._ranges)

@@ -29,6 +29,14 @@ def outside_graphs(reason: str) -> Callable[[Function], Function]:
     return mark
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is at work.
+
+    ``torch.compiler.is_exporting()`` returns this flag, and inside ``torch.compile`` says so too before PyTorch 2.13.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or a forward-mode derivative is at work; graphs have none within them."""
     return not torch.compiler.is_compiling() and transforms()
@@ -67,7 +75,7 @@ def bag_sums(vectors: Tensor, bags: Tensor, weights: Tensor | None) -> Tensor:
     would take bags one by one, and none where there are none. So do transforms: ``F.embedding_bag`` has no
     forward-mode derivative.
     """
-    if not (torch.compiler.is_exporting() or is_transformed()):
+    if not (is_exporting() or is_transformed()):
         index = torch.arange(vectors.shape[0], device=vectors.device)
         return F.embedding_bag(index, vectors, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
     if weights is not None:

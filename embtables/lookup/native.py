@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
-from embtables.lookup.graphs import transforms
+from embtables.lookup.graphs import is_exporting, transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
@@ -124,7 +124,7 @@ class NativeLookup:
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
             suits = suits and not self._others  # whose scales the operator is not given
-            return self.tensors() if suits and not given.rest and not torch.compiler.is_exporting() else None
+            return self.tensors() if suits and not given.rest and not is_exporting() else None
         for tensor in given[:3]:
             if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):
                 return None

@@ -12,7 +12,6 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from embtables.formats import FP32, PackedFormat, ResidualFormat, row_format
 from embtables.lookup.recipe import (
     Address,
     Capped,
@@ -26,7 +25,6 @@ from embtables.lookup.recipe import (
     Row,
 )
 from embtables.lookup.store import Store
-from embtables.lookup.stored_rows import StoredRows
 from embtables.ops.program import CODE_DTYPES, POLICIES, UNBOUNDED
 
 _Refuse: TypeAlias = Callable[[str], NoReturn]
@@ -73,7 +71,7 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     """Whether native code has what a recipe needs; PyTorch looks up the others."""
     if any(store.code(name).dtype not in CODE_DTYPES for name in recipe.codes()):
         return False
-    if any(_format(store.stored_rows(store.weight_of(a.slab))) is None for a in recipe.addresses):
+    if any(store.stored_rows(store.weight_of(a.slab)).form is None for a in recipe.addresses):
         return False
     # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
     return recipe.projection is None or not any(isinstance(address, CircularBlock) for address in recipe.addresses)
@@ -166,7 +164,8 @@ def compile_program(
     weight_words: list[int] = []
     start = 0
     for stored in map(store.stored_rows, weights):
-        weight_words += [stored.width, start, *(_format(stored) or ())]
+        assert stored.form is not None
+        weight_words += [stored.width, start, stored.form.format, stored.form.bits, stored.form.share]
         start += stored.rows[-1]
     weight_words += [0, start, 0, 0, 0]
     projection_words = [n for name in projections for n in store.extra_shapes()[name]]
@@ -178,14 +177,6 @@ def compile_program(
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
     words = torch.tensor(sections, dtype=torch.int64)
     return Program(words, tuple(weights), tuple(projections), tuple(codes), total, most)
-
-
-def _format(stored: StoredRows) -> tuple[int, int, int] | None:
-    """How rows are stored, the bits of a scalar, and how many rows have their scales in common (0: all)."""
-    rows_in = stored.format
-    if isinstance(rows_in, PackedFormat):
-        return 2 if isinstance(rows_in, ResidualFormat) else 1, rows_in.bits, stored.share or 0
-    return {FP32: (0, 0, 0), row_format("fp16"): (3, 16, 1), row_format("bf16"): (4, 16, 1)}.get(rows_in)
 
 
 def _operation(recipe: Recipe) -> tuple[int, int]:

@@ -7,7 +7,9 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from embtables.formats import DTYPES, SCALE, RowFormat
+from embtables.formats import DTYPES, FP32, SCALE, PackedFormat, ResidualFormat, RowFormat, row_format
+from embtables.ops import unpacking
+from embtables.ops.program import PLAIN, RowForm
 
 
 class StoredRows:
@@ -29,12 +31,15 @@ class StoredRows:
         self.together = rows_in.rows_per_unit(width)
         self.share = rows_in.rows_per_scale(width) if rows_in.scales else 1
         self.rows, self.units, self.blocks = [0], [0], [0]  # the first of each slab, and behind the last one
+        self.form = self._form()
+        self._firsts: dict[torch.device, Tensor] = {}
 
     def add(self, rows: int) -> int:
         """Appends a slab, and returns its first row."""
         self.rows.append(self.rows[-1] + rows)
         self.units.append(self.units[-1] + -(-rows // self.together))
         self.blocks.append(self.blocks[-1] + self.format.scale_blocks(rows, self.width))
+        self._firsts = {}
         return self.rows[-2]
 
     def empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor | None]:
@@ -46,8 +51,25 @@ class StoredRows:
             return stored, None
         return stored, torch.empty(blocks, self.format.scales, dtype=DTYPES[SCALE], device=device)
 
+    def _form(self) -> RowForm | None:
+        """What kernels take the format for; ``None`` where they do not have it."""
+        if isinstance(self.format, PackedFormat):
+            kind = 2 if isinstance(self.format, ResidualFormat) else 1
+            return RowForm(kind, self.format.bits, self.share or 0, self.together)
+        halves = {FP32: PLAIN, row_format("fp16"): RowForm(3, 16, 1, 1), row_format("bf16"): RowForm(4, 16, 1, 1)}
+        return halves.get(self.format)
+
+    def firsts(self, device: torch.device) -> Tensor:
+        """The first row, unit and block of scales of every slab, ``[3, slabs]``."""
+        if device not in self._firsts:
+            self._firsts[device] = torch.tensor([self.rows[:-1], self.units[:-1], self.blocks[:-1]], device=device)
+        return self._firsts[device]
+
     def read(self, stored: Tensor, scales: Tensor | None, index: Tensor) -> Tensor:
         """Rows ``[N, width]`` in fp32."""
+        unpack = unpacking(index)
+        if unpack is not None and self.form is not None:
+            return unpack(stored, scales, self.firsts(index.device), index, self.width, self.form)
         if self.together == self.share == 1:
             return self.format.unpack(stored[index], None, None if scales is None else scales[index], self.width)
         firsts = (torch.tensor(each[:-1], device=index.device) for each in (self.rows, self.units, self.blocks))

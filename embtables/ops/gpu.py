@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from embtables.ops import reference
+from embtables.ops.program import RowForm
 from embtables.ops.reference import fused_lookup, update
 
 _plain_update = update._init_fn
@@ -39,7 +40,7 @@ def register_for(device_type: str) -> None:
     """Gives the operators these kernels for one type of device: ``"cpu"`` under Triton's interpreter."""
     fused_lookup.register_kernel(device_type, _lookup)
     update.register_kernel(device_type, _update)
-    reference.eager[device_type] = reference.Kernels(_gather, _Rows.look_up)
+    reference.eager[device_type] = reference.Kernels(_gather, _Rows.look_up, _unpack)
     registered.add(device_type)
 
 
@@ -47,6 +48,12 @@ def _gather(weight: Tensor, index: Tensor) -> Tensor:
     from embtables.ops import gpu_kernels
 
     return gpu_kernels.lookup(weight, index)
+
+
+def _unpack(stored: Tensor, scales: Tensor | None, firsts: Tensor, index: Tensor, width: int, form: RowForm) -> Tensor:
+    from embtables.ops import gpu_kernels
+
+    return gpu_kernels.unpack(stored, scales, firsts, index, width, form)
 
 
 def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:

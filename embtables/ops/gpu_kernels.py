@@ -1,4 +1,4 @@
-"""Triton kernels: the gather, and the step of a fused optimizer from the gradients of looked-up rows.
+"""Triton kernels: the gather, from every row format, and the step of a fused optimizer from the gradients of its rows.
 
 R rows, W width, N looked-up rows, as in ``reference``. Nothing here waits for the GPU: the host never learns how many
 distinct rows there are. Element offsets are 64-bit, sums in float32 at least.
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from embtables.ops.program import PLAIN, RowForm
 from embtables.optimizers import rule_of
 
 # The rules of ``embtables.optimizers`` that ``_step`` has a form of.
@@ -39,16 +40,39 @@ _OPTIONS = {"enable_fp_fusion": False}
 
 def lookup(weight: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [N] of ``weight`` [R, W] → [N, W]. The index has to be in range: a GPU does not check it here."""
-    width = weight.shape[1]
-    _check_contiguous(weight)
-    out = weight.new_empty(index.numel(), width)
+    out = weight.new_empty(index.numel(), weight.shape[1])
+    return _gathered(weight, None, None, index, out, PLAIN)
+
+
+def unpack(stored: Tensor, scales: Tensor | None, firsts: Tensor, index: Tensor, width: int, form: RowForm) -> Tensor:
+    """Rows ``index`` [N] of a weight in a format → [N, W] in float32; the index has to be in range.
+
+    ``stored``, ``scales``: as ``StoredRows.empty`` makes them; ``firsts``: ``StoredRows.firsts``.
+    """
+    out = torch.empty(index.numel(), width, device=stored.device)
+    return _gathered(stored, scales, firsts, index, out, form)
+
+
+def _gathered(
+    stored: Tensor, scales: Tensor | None, firsts: Tensor | None, index: Tensor, out: Tensor, form: RowForm
+) -> Tensor:
+    count, width = out.shape
+    slabs = 0 if firsts is None else firsts.shape[1]
+    # What a form does not read needs a pointer all the same.
+    scales, firsts = stored if scales is None else scales, index if firsts is None else firsts
+    _check_contiguous(stored, scales)
     if not out.numel():
         return out
     columns = min(triton.next_power_of_2(width), 512)
+    if form.together == 1 and 0 < form.bits < 8:
+        columns = max(columns, 8 // form.bits)  # whole bytes
     rows = min(1024 // columns, 256) if columns < 512 else 2
-    grid = triton.cdiv(index.numel(), rows), triton.cdiv(width, columns)
-    with torch.cuda.device_of(weight):
-        _gather[grid](weight, index.contiguous(), out, index.numel(), width, rows, columns, num_warps=4, **_OPTIONS)
+    grid = triton.cdiv(count, rows), triton.cdiv(width, columns)
+    with torch.cuda.device_of(stored):
+        _gather[grid](
+            stored, scales, firsts, index.contiguous(), out, count, slabs,
+            width, stored.shape[1], *form, slabs.bit_length(), rows, columns, num_warps=4, **_OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -93,13 +117,57 @@ def _check_contiguous(*tensors: Tensor) -> None:
         raise ValueError("the weights and optimizer state of a lookup on a GPU must be contiguous")
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gather(weight, index, out, count, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "slabs"])
+def _gather(
+    stored, scales, firsts, index, out, count, slabs, W: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
+    HALVINGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows in any format (1: integers, 2: signs, else scalars): W each, in units of UNIT elements for TOGETHER rows."""
     position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.load(index + position, mask=position < count, other=0).to(tl.int64)
-    inside = (position < count)[:, None] & (column < W)[None, :]
-    values = tl.load(weight + row[:, None] * W + column[None, :], mask=inside)
+    valid = position < count
+    inside = valid[:, None] & (column < W)[None, :]
+    row = tl.load(index + position, mask=valid, other=0).to(tl.int64)
+    unit = row
+    block = row
+    number = tl.zeros([ROWS], dtype=tl.int64)
+    if SHARE != 1 or TOGETHER != 1:
+        # The last slab that begins at the row or before it.
+        slab = tl.zeros([ROWS], dtype=tl.int32)
+        for halving in tl.static_range(HALVINGS):
+            further = slab + (1 << (HALVINGS - 1 - halving))
+            begins = tl.load(firsts + further, mask=further < slabs, other=2**62)
+            slab = tl.where(begins <= row, further, slab)
+        within = row - tl.load(firsts + slab)
+        unit = tl.load(firsts + slabs + slab) + within // TOGETHER
+        number = within % TOGETHER
+        block = tl.load(firsts + 2 * slabs + slab)
+        if SHARE > 0:
+            block += within // SHARE
+    if FORM == 1 or FORM == 2:
+        if TOGETHER == 1:
+            # Each byte once, of which become as many columns as it holds scalars.
+            per: tl.constexpr = 8 // BITS
+            at = tl.program_id(1) * (COLUMNS // per) + tl.arange(0, COLUMNS // per)
+            there = valid[:, None] & (at < UNIT)[None, :]
+            byte = tl.load(stored + unit[:, None] * UNIT + at[None, :], mask=there, other=0).to(tl.int32)
+            shifted = byte[:, :, None] >> (tl.arange(0, per) * BITS)[None, None, :]
+            field = tl.reshape(shifted, [ROWS, COLUMNS]) & (2**BITS - 1)
+        else:
+            byte = tl.load(stored + unit, mask=valid, other=0).to(tl.int32)
+            field = (byte >> (number * BITS).to(tl.int32))[:, None] & (2**BITS - 1)
+        if FORM == 2:
+            values = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+            for j in tl.static_range(BITS):
+                scale = tl.load(scales + block * BITS + j, mask=valid, other=0).to(tl.float32)
+                values += (((field >> j) & 1).to(tl.float32) - 0.5) * scale[:, None]
+        else:
+            scale = tl.load(scales + block, mask=valid, other=0).to(tl.float32)
+            zero: tl.constexpr = 2.0 ** (BITS - 1) - (0.0 if BITS > 2 else 0.5)
+            values = (field.to(tl.float32) - zero) * scale[:, None]
+    else:
+        values = tl.load(stored + unit[:, None] * UNIT + column[None, :], mask=inside).to(out.dtype.element_ty)
     tl.store(out + position[:, None] * W + column[None, :], values, mask=inside)
 
 

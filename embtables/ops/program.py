@@ -21,6 +21,22 @@ LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 15, 16, 5, 3
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
+class RowForm(NamedTuple):
+    """How the rows of a weight are stored, for kernels.
+
+    ``format``: as ``csrc/program.h`` numbers them; ``bits``: of a scalar, 0 where it is plain; ``share``: how many rows
+    of a slab have their scales in common, 0 for all of them; ``together``: how many rows a unit holds.
+    """
+
+    format: int
+    bits: int
+    share: int
+    together: int
+
+
+PLAIN = RowForm(0, 0, 1, 1)
+
+
 class ProgramTensors(NamedTuple):
     """A program and what it reads and writes, as a rule the weights and state of a module, as they are now.
 

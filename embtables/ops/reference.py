@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embtables.ops.program import RowForm
 from embtables.optimizers import rule_of
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
@@ -123,11 +124,19 @@ def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, N
 fused_lookup.register_autograd(_step, setup_context=_keep)
 
 
+Unpack: TypeAlias = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, RowForm], Tensor]
+
+
 class Kernels(NamedTuple):
-    """A device's own ``gather`` (weight, index) and ``look_up`` (the arguments of ``fused_lookup``, differentiable)."""
+    """A device's own ``gather`` (weight, index) and ``look_up`` (the arguments of ``fused_lookup``, differentiable).
+
+    ``unpack``: rows ``[N, W]`` in fp32 from what ``StoredRows`` holds (rows, scales or ``None``, firsts), index [N], W
+    and the form.
+    """
 
     gather: Callable[[Tensor, Tensor], Tensor]
     look_up: Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, str], Tensor]
+    unpack: Unpack
 
 
 # By type of device: what eager lookups call there, since the dispatcher takes several times as long as the kernels.
@@ -143,6 +152,12 @@ def gather(weight: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [N] of ``weight`` [R, W] → [N, W], without a gradient."""
     kernels = _eager(index)
     return weight.index_select(0, index) if kernels is None else kernels.gather(weight, index)
+
+
+def unpacking(index: Tensor) -> Unpack | None:
+    """The kernel that unpacks rows where ``index`` is; ``None`` where PyTorch does it."""
+    kernels = _eager(index)
+    return None if kernels is None else kernels.unpack
 
 
 def fused_rows(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from embtables import EmbeddingTables, TableConfig, plan
+from embtables.formats import row_format
+from embtables.lookup.stored_rows import StoredRows
 from embtables.ops import gpu, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,6 +25,7 @@ on_device = pytest.mark.skipif(
     reason="needs a CUDA GPU; test_in_the_interpreter runs these on the CPU",
 )
 
+PACKED = ["fp16", "bf16", "int8", "int8/64", "int4", "int4/slab", "int2", "binary", "binary/7", "binary2", "binary4"]
 RULES = ["sgd", "rowwise_adagrad", "adagrad", "adam"]
 STORED = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 3, 8, 16, 33, 64]
@@ -118,6 +121,26 @@ def test_rows_are_gathered(kernels: object, dtype: torch.dtype) -> None:
             index = torch.randint(50, (count,)).to([torch.int32, torch.int64][number % 2])
             rows = kernels.lookup(*on(DEVICE, [weight, index]))
             assert rows.dtype == dtype and torch.equal(rows.cpu(), weight[index.long()])
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("name", PACKED)
+def test_rows_are_unpacked(kernels: object, name: str) -> None:
+    """Bit for bit as in PyTorch on the CPU: of many slabs, of which some are empty and no first row begins a block."""
+    for number, width in enumerate(WIDTHS):
+        rows, generator = StoredRows(row_format(name), width), torch.Generator().manual_seed(number)
+        starts = [(rows.add(count), count) for count in (5, 0, 70, 1, 0, 0, 130, 3)]
+        stored, scales = rows.empty(None)
+        for start, count in starts:
+            rows.write(stored, scales, start, torch.randn(count, width, generator=generator) * 10.0 ** -(start % 5))
+        index = torch.randint(rows.rows[-1], (150,), generator=generator)
+        index[:4] = torch.tensor([0, rows.rows[-1] - 1, 5, 75])
+        index = index.to([torch.int32, torch.int64][number % 2])
+        expected = rows.read(stored, scales, index)
+        given = on(DEVICE, [stored, index]), None if scales is None else scales.to(DEVICE)
+        got = kernels.unpack(given[0][0], given[1], rows.firsts(torch.device(DEVICE)), given[0][1], width, rows.form)
+        assert got.dtype == torch.float32 and torch.equal(got.cpu(), expected)
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -232,11 +255,18 @@ def test_nothing_waits_for_the_gpu(kernels: object) -> None:
         DEVICE, [torch.randn(9, 4), index_of(58, 9, 1, hot=40), torch.randn(100, 4), hyper("adam", 0.1)]
     )
     state = on(DEVICE, state_of("adam", 9, 4, torch.float32))
+    rows = StoredRows(row_format("int2"), 4)
+    starts = [rows.add(5), rows.add(9)]
+    packed = rows.empty(DEVICE)
+    for start, count in zip(starts, (5, 9)):
+        rows.write(*packed, start, torch.randn(count, 4, device=DEVICE))
     kernels.lookup(weight, index)
+    rows.read(*packed, index)
     kernels.update_(weight, state, index, grad, h, "adam")
     torch.cuda.set_sync_debug_mode("error")
     try:
         kernels.lookup(weight, index)
+        rows.read(*packed, index)
         kernels.update_(weight, state, index, grad, h, "adam")
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -306,7 +336,7 @@ def test_eager_lookups_go_straight_to_the_kernels(monkeypatch: pytest.MonkeyPatc
     weight, ids = module.store.weight_4, torch.tensor([[0, 1, 2], [3, 4, 5]], device=DEVICE)
     grad = torch.randn(2, 12, device=DEVICE)
     expected = weight.index_select(0, (ids + torch.tensor([0, 0, 9], device=DEVICE)).flatten()).view(2, 12)
-    monkeypatch.setitem(reference.eager, DEVICE, reference.Kernels(gpu._gather, gpu._Rows.look_up))
+    monkeypatch.setitem(reference.eager, DEVICE, reference.Kernels(gpu._gather, gpu._Rows.look_up, gpu._unpack))
     monkeypatch.setattr(reference, "fused_lookup", None)
     with torch.no_grad():
         assert torch.equal(module(ids), expected)
@@ -357,10 +387,66 @@ def test_a_step_as_a_cuda_graph(rule: str) -> None:
         assert torch.equal(tensor, other.store.get_buffer(name)), name
 
 
+def serve(method: str, precision: str, device: str) -> list[Tensor]:
+    """Vectors of a matrix of ids and of bags, from served tables."""
+    chosen = {"kind": method, "precision": precision}
+    tables = EmbeddingTables(plan(TABLES, chosen, None if method == "full" else "60%", optimizer=None), device=device)
+    tables = tables.serve()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(40, (30, 3), generator=generator).to(device)
+    offsets = torch.arange(0, 91).to(device)
+    return [tables(ids).cpu(), tables(ids.t().reshape(-1), offsets).cpu()]
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_triton
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "binary2"])
+def test_what_is_served_as_a_cuda_graph_and_compiled(precision: str) -> None:
+    """Both give what eager lookups give, bit for bit; the graph for other ids than those it was captured with."""
+    configs = [
+        TableConfig("a", 50, 8, ["a", "c"], on_out_of_range="oov"),
+        TableConfig("b", 300, 12, on_out_of_range="hash"),
+    ]
+    tables = EmbeddingTables(plan(configs, "full", precision=precision, optimizer=None), device="cuda").serve()
+    ids = [torch.randint(400, (40, 3), generator=torch.Generator().manual_seed(i)).cuda() for i in range(3)]
+    expected = [tables(batch) for batch in ids]
+    given, graph = ids[0].clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        vectors = tables(given)
+    compiled = torch.compile(tables, fullgraph=True)
+    for batch, wanted in zip(ids, expected):
+        given.copy_(batch)
+        graph.replay()
+        assert torch.equal(vectors, wanted)
+        assert torch.equal(compiled(batch), wanted)
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_triton
+@pytest.mark.parametrize("method", ["full", "hash", "compositional"])
+def test_a_compiled_step_on_a_gpu(method: str) -> None:
+    """It is the eager one, but for the order in which a compiler may add."""
+    configs = [TableConfig("a", 50, 8, ["a", "c"]), TableConfig("b", 300, 8)]
+    solved = plan(configs, method, None if method == "full" else "50%", optimizer="adagrad")
+    one, other = (EmbeddingTables(solved, device="cuda") for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True)
+    grad = torch.randn(40, 24, device="cuda")
+    for i in range(3):
+        ids = torch.randint(50, (40, 3), generator=torch.Generator().manual_seed(i)).cuda()
+        vectors, wanted = compiled(ids), one(ids)
+        torch.testing.assert_close(vectors, wanted)
+        vectors.backward(grad)
+        wanted.backward(grad)
+    for name in ("a", "b"):
+        torch.testing.assert_close(one.to_dense(name), other.to_dense(name))
+
+
 @on_device
 @needs_triton
-def test_tables_train_as_on_the_reference() -> None:
+def test_tables_train_and_serve_as_on_the_reference() -> None:
     """The last test of a process without a GPU: its CPU operators are the kernels from here on."""
+    served = [(m, p) for m in ("full", "compositional", "mixed_dimension", "robe") for p in ("int8", "int4", "binary2")]
+    vectors = [serve(*case, "cpu") for case in served]
     cases = [(method, rule) for method in ("full", "compositional", "mixed_dimension") for rule in RULES]
     cases.append(("robe", "adagrad"))
     expected = [train(*case, "cpu") for case in cases]
@@ -368,6 +454,9 @@ def test_tables_train_as_on_the_reference() -> None:
     for case, wanted in zip(cases, expected):
         for got, want in zip(train(*case, DEVICE), wanted):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for case, wanted in zip(served, vectors):
+        for got, want in zip(serve(*case, DEVICE), wanted):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
@@ -426,12 +515,18 @@ def launch(self, grid):
 
 JITFunction.__getitem__ = launch
 torch.set_default_device("meta")
+from embtables.formats import row_format
+from embtables.lookup.stored_rows import StoredRows
 from embtables.ops import gpu_kernels
 
 for architecture, dtype, width in (80, torch.float32, 16), (90, torch.bfloat16, 64), (90, torch.float64, 33):
     driver.set_active(Driver())
     weight, index = torch.zeros(40, width, dtype=dtype), torch.arange(40)
     gpu_kernels.lookup(weight, index)
+    for name in "int4", "binary4":
+        rows = StoredRows(row_format(name), width)
+        rows.add(30), rows.add(10)
+        gpu_kernels.unpack(*rows.empty(None), rows.firsts(index.device), index, width, rows.form)
     for rule, columns in ("sgd", []), ("rowwise_adagrad", [1]), ("adagrad", [width]), ("adam", [width, width]):
         state = [torch.zeros(40, n) for n in columns] + [torch.tensor(1)] * (rule == "adam")
         hyper = torch.ones({"sgd": 3, "adam": 6}.get(rule, 4), dtype=torch.float64)  # rows are clipped
@@ -450,6 +545,6 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=kept, capture_output=True, text=True)
     lines = result.stdout.splitlines()
-    assert result.returncode == 0 and len(lines) == 3 * (1 + 4 * 2), result.stderr[-4000:]
+    assert result.returncode == 0 and len(lines) == 3 * (1 + 2 + 4 * 2), result.stderr[-4000:]
     vectorized = {" ".join(line.split()[:2]) for line in lines if not line.endswith(" 0")}
     assert vectorized == {f"{a} {name}" for a in (80, 90) for name in ("_gather", "_window_sums", "_step")}
