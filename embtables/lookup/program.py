@@ -116,7 +116,7 @@ def compile_program(
             num_rows,
             -1 if ranks is None else codes.index(ranks.code),
             0 if ranks is None else ranks.first,
-            spec.embedding_dim if projection is None else store.extra_shapes()[projection][0],
+            spec.embedding_dim - recipe.zeros if projection is None else store.extra_shapes()[projection][0],
             -1 if projection is None else projections.index(projection),
         ]
         num_pieces += len(recipe.addresses)
@@ -298,11 +298,16 @@ def _check_widths(spec: InputSpec, recipe: Recipe, store: Store, refuse: _Refuse
                 refuse(f"has an alternative of width {width}{shape}, but its vectors have {dim} dimensions")
         if recipe.projection is not None:
             refuse("has a projection beside those of its alternatives")
+        if recipe.zeros:
+            refuse("has zeros behind its alternatives: zeros follow values that are joined")
         return
     if recipe.combine != "concat" and len(set(widths)) > 1:
         refuse(f"({recipe.combine}) has values of different widths: {', '.join(map(str, widths))}")
+    if recipe.zeros and (recipe.combine != "concat" or recipe.projection is not None):
+        refuse("has zeros, which follow values that are joined, and no projection")
     inner = sum(widths) if recipe.combine == "concat" else widths[0] if widths else dim
-    if recipe.projection is None and inner != dim:
-        refuse(f"has {inner} scalars in all, but its vectors have {dim} dimensions")
+    if recipe.projection is None and (recipe.zeros < 0 or inner + recipe.zeros != dim):
+        zeros = f" and {recipe.zeros} zeros" if recipe.zeros else ""
+        refuse(f"has {inner} scalars in all{zeros}, but its vectors have {dim} dimensions")
     if recipe.projection is not None and extras[recipe.projection] != (inner, dim):
         refuse(f"has {inner} scalars and a projection {list(extras[recipe.projection])}, but its vectors have {dim}")

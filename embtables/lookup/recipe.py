@@ -121,12 +121,14 @@ class Recipe:
         addresses: where the values lie.
         ranks: a remap from id to rank; the addresses are then those of the rank. Signs stay those of the id.
         projection: a dense parameter ``[width, D]`` that the combined vector is multiplied with.
+        zeros: how many zeros follow the values that are joined, which are that many fewer than D.
     """
 
     combine: Combination
     addresses: tuple[Address, ...]
     ranks: Ranks | None = None
     projection: str | None = None
+    zeros: int = 0
 
     def codes(self) -> tuple[str, ...]:
         """The code buffers that it reads."""
@@ -144,9 +146,10 @@ class Recipe:
         return tuple(dict.fromkeys(name for name in (*named, self.projection) if name is not None))
 
 
-def concat(*addresses: Address, ranks: Ranks | None = None, projection: str | None = None) -> Recipe:
+def concat(*addresses: Address, ranks: Ranks | None = None, projection: str | None = None, zeros: int = 0) -> Recipe:
     """The recipe of a vector that is put together from the values at these addresses, one after another.
 
-    With a single address the vector is the value that stands there. ``ranks`` and ``projection`` are as in ``Recipe``.
+    With a single address the vector is the value that stands there. ``ranks``, ``projection`` and ``zeros`` are as in
+    ``Recipe``.
     """
-    return Recipe("concat", addresses, ranks, projection)
+    return Recipe("concat", addresses, ranks, projection, zeros)

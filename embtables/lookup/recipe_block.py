@@ -8,6 +8,7 @@ from itertools import accumulate, groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embtables.hashing import hash_ids, hash_signs
@@ -36,7 +37,7 @@ def shape_of(recipe: Recipe, store: Store) -> Hashable:
         return recipe.combine, ranks, recipe.projection
     scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, CircularBlock))
     kinds = tuple(_kind(a, store) for a in recipe.addresses)
-    return recipe.combine, ranks, recipe.projection, kinds, scalars, _runs(recipe, store)
+    return recipe.combine, ranks, recipe.projection, recipe.zeros, kinds, scalars, _runs(recipe, store)
 
 
 def _runs(recipe: Recipe, store: Store) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ class RecipeBlock(Block):
         super().__init__(store, embedding_dim)
         self.recipes = list(recipes)
         first = recipes[0]
-        self.combination, self.projection = first.combine, first.projection
+        self.combination, self.projection, self.zeros = first.combine, first.projection, first.zeros
         self.rank_code = None if first.ranks is None else first.ranks.code
         self.constant("ranks_from", [0 if r.ranks is None else r.ranks.first for r in recipes])
         self.runs: list[_Run] = []
@@ -119,7 +120,8 @@ class RecipeBlock(Block):
             return torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
         if self.combination == "concat":
             joined = [v.flatten(-2) for v in values]
-            return joined[0] if len(joined) == 1 else torch.cat(joined, dim=-1)
+            vectors = joined[0] if len(joined) == 1 else torch.cat(joined, dim=-1)
+            return F.pad(vectors, (0, self.zeros)) if self.zeros else vectors
         together = values[0] if len(values) == 1 else torch.cat(values, dim=-2)
         if self.combination == "product":
             return reduce(torch.mul, together.unbind(-2))

@@ -47,6 +47,8 @@ METHODS: dict[str, Method] = {
     "product, projected": LowRankHashes(combine="product"),
     "product of two, projected": LowRankHashes(combine="product", num_hashes=2, rank=16),
     "concat, projected": LowRankHashes(combine="concat", num_hashes=4),
+    "concat and zeros": LowRankHashes(combine="concat", num_hashes=2, rank=2, widened=False),
+    "one row and zeros": LowRankHashes(combine="concat", num_hashes=1, widened=False),
 }
 METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # A large eps keeps steps smooth in the gradient, whose last bits are nobody's business.
@@ -133,7 +135,9 @@ class Loops:
             return torch.zeros(config.embedding_dim, dtype=torch.float64)
         found = self.combination(config.name, x)
         widen = f"{self.tables.plan.groups[0].group.name}/widen_{config.embedding_dim}"
-        return found @ self.leaves[widen] if widen in self.leaves else found
+        if widen in self.leaves:
+            return found @ self.leaves[widen]
+        return torch.cat([found, torch.zeros(config.embedding_dim - len(found), dtype=torch.float64)])
 
     def bag(self, config: TableConfig, ids: Sequence[int], weights: Sequence[float] | None, pooling: str) -> Tensor:
         total = torch.zeros(config.embedding_dim, dtype=torch.float64)
@@ -426,6 +430,22 @@ def test_projections_of_circular_blocks_are_left_to_pytorch(signs: bool) -> None
         torch.testing.assert_close(got, step(other, (ids,), 0))
     assert_same(mixed, other)
     assert not got[ids[:, user] == 3][:, :16].any() and got.any()
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@OPTIMIZER
+def test_zeros_follow_circular_blocks_too(signs: bool, optimizer: FusedOptimizer | None) -> None:
+    if optimizer is not None and optimizer.kind == "rowwise_adagrad":
+        pytest.skip("scalars have no rows")
+    method = LowRankHashes(combine="concat", num_hashes=2, rank=2, circular=True, signs=signs, widened=False)
+    ours, reference = make(method, optimizer), make(method, optimizer)
+    assert ours.lookups.ops == "native"
+    for given in ((some_ids(ours, 60, 0),), arguments(ours, bags=True)):
+        got = step(ours, given, 0)
+        with ops.using("reference"):
+            torch.testing.assert_close(got, step(reference, given, 0), rtol=1e-4, atol=2e-5)
+        assert got[:, :4].any() and not got[:, 4:16].any()
+    assert_same(ours, reference)
 
 
 def test_tables_of_one_module_take_all_these_ways_at_once() -> None:

@@ -30,6 +30,7 @@ class LowRankHashes(Method):
         num_hashes: k.
         signs: whether rows have random signs (sum and mean).
         circular: ``"concat"`` of blocks of a circular array instead of rows.
+        widened: whether there is a W; without it zeros follow the values.
     """
 
     kind: ClassVar[str] = "low_rank_hashes"
@@ -40,6 +41,7 @@ class LowRankHashes(Method):
     rows: int = 90
     signs: bool = False
     circular: bool = False
+    widened: bool = True
 
     def floor(self, group: Group) -> Floor:
         return Floor(self.fit(group, 0).serving.num_bytes, "rows and matrices")
@@ -47,13 +49,15 @@ class LowRankHashes(Method):
     def fit(self, group: Group, limit: int) -> Layout:
         width = 1 if self.circular else self.rank
         slabs = tuple(group.slab(table.name, self.rows, width) for table in group.tables)
-        inner = self.rank * (self.num_hashes if self.combine == "concat" else 1)
-        dims = dict.fromkeys(table.embedding_dim for table in group.tables)
-        extras = tuple(Extra(f"{group.name}/widen_{dim}", (inner, dim)) for dim in dims)
+        dims = dict.fromkeys(table.embedding_dim for table in group.tables) if self.widened else {}
+        extras = tuple(Extra(f"{group.name}/widen_{dim}", (self._inner(), dim)) for dim in dims)
         return Layout.of({table.name: Entry("low rank") for table in group.tables}, Form(slabs, extras))
 
+    def _inner(self) -> int:
+        return self.rank * (self.num_hashes if self.combine == "concat" else 1)
+
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
-        name = entry.table.name
+        name, dim = entry.table.name, entry.table.embedding_dim
         addresses: list[Hashed | CircularBlock] = []
         for j in range(self.num_hashes):
             seed = seed_for(group.hash_seed, name, "row", j)
@@ -62,7 +66,9 @@ class LowRankHashes(Method):
                 addresses.append(CircularBlock(name, seed, self.rank, sign_seed))
             else:
                 addresses.append(Hashed(name, seed, sign_seed))
-        return Recipe(self.combine, tuple(addresses), projection=f"{group.name}/widen_{entry.table.embedding_dim}")
+        if not self.widened:
+            return Recipe(self.combine, tuple(addresses), zeros=dim - self._inner())
+        return Recipe(self.combine, tuple(addresses), projection=f"{group.name}/widen_{dim}")
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         super().initialize(layout, group, store, init)

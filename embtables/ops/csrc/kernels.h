@@ -485,7 +485,10 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
     }
 }
 
-// The combination of a lookup that goes on to its projection: of any width, so that it is compiled once.
+// Whether zeros follow the combination.
+inline bool zeros_follow(const Lookup& lookup) { return lookup.projection < 0 && lookup.inner < lookup.dim; }
+
+// The combination of a lookup that is not the whole vector: of any width, so that it is compiled once.
 template <class T>
 __attribute__((noinline)) void combine_inner(const Program& program, const Call& call, const Lookup& lookup,
                                              const int64_t* rows, int64_t id, const T* saved, float* u, float* room) {
@@ -501,6 +504,11 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
     const int64_t dim = fixed<D>(lookup.dim);
     if (lookup.num_pieces == 0 || rows[0] < 0) {
         for (int64_t d = 0; d < dim; ++d) v[d] = 0;
+        return;
+    }
+    if (zeros_follow(lookup)) {
+        combine_inner<T>(program, call, lookup, rows, id, nullptr, v, room);
+        for (int64_t d = lookup.inner; d < dim; ++d) v[d] = 0;
         return;
     }
     if (lookup.projection < 0) return combine<T, D>(program, call, lookup, rows, id, nullptr, v, room);
@@ -638,7 +646,7 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
 }
 
 inline bool is_one_row(const Program& program, const Lookup& lookup) {
-    return lookup.operation == CONCAT && lookup.num_pieces == 1 && lookup.projection < 0 &&
+    return lookup.operation == CONCAT && lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 &&
            program.pieces[lookup.first_piece].kind != BLOCK;
 }
 
@@ -1362,7 +1370,7 @@ __attribute__((always_inline)) inline void spread(const Program& program, const 
     }
 }
 
-// The same where a projection follows: of any width, so that it is compiled once.
+// The same where the combination is not the whole vector: of any width, so that it is compiled once.
 template <class T>
 __attribute__((noinline)) void spread_inner(const Program& program, const Call& call, const Lookup& lookup,
                                             const int64_t* rows, int64_t id_place, const T* saved, const float* g,
@@ -1443,6 +1451,8 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                 const T* row = saved ? saved : row_of<T>(program, call, piece.weight, rows[0]);
                 project_one_back<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, g, to,
                                        projection_sums[piece.projection]);
+            } else if (zeros_follow(lookup)) {
+                spread_inner<T>(program, call, lookup, rows, id_place, saved, g, to, product);
             } else {
                 spread<T, D>(program, call, lookup, rows, id_place, saved, g, to, product);
             }

@@ -30,7 +30,7 @@ struct Lookup {
                          // many as the longest list has of a LISTED piece
     int64_t code;        // remap from id to rank, or -1
     int64_t ranks_from;
-    int64_t inner;       // scalars of the combination
+    int64_t inner;       // scalars of the combination; without a projection zeros follow them up to dim (CONCAT)
     int64_t projection;  // from inner to dim, or -1 where those are the same; never with MIXED or a BLOCK
 };
 
