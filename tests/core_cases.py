@@ -26,6 +26,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "compositional", "operation": "concat"},
     {"kind": "compositional", "num_partitions": 3},
     {"kind": "compositional", "radices": "chinese_remainder"},
+    {"kind": "fewer_dimensions", "projection": True},
     {"kind": "unified", "width": 2},
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
@@ -50,6 +51,11 @@ def trained_methods() -> list[Method]:
 def examples(number: int) -> int:
     """How many random examples a long test takes: ``EMBTABLES_EXAMPLES`` times the number, once where it is not set."""
     return number * int(os.environ.get("EMBTABLES_EXAMPLES", "1"))
+
+
+def projects(method: Method) -> bool:
+    """Whether a method multiplies its rows with dense parameters, which fp32 stores whatever the precision."""
+    return method.kind == "mixed_dimension" or getattr(method, "projection", False)
 
 
 def method_id(method: Method) -> str:
@@ -124,6 +130,8 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         return {"kind": kind, "operation": operation, "num_partitions": partitions, "radices": radices}
     if kind == "mixed_dimension":
         return {"kind": kind, "first_block": draw(st.integers(1, 100)), "block_growth": draw(st.integers(2, 8))}
+    if kind == "fewer_dimensions":
+        return {"kind": kind, "projection": draw(st.booleans())}
     if kind == "unified":
         common = int(np.gcd.reduce(dims))
         widths = [w for w in range(1, common + 1) if common % w == 0]

@@ -114,6 +114,12 @@ def vector(
             return narrow
         projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
         return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
+    if g.method.kind == "fewer_dimensions":
+        width, narrow = entry.values["width"], row(name, x)
+        if not config["projection"]:
+            return narrow + [0.0] * (dim - width)
+        projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
+        return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
     if g.method.kind == "frequency_cutoff":
         return row(name, min(rank_of(x, counts if "by_rank" in entry.variant else None), entry.values["own_rows"]))
     if g.method.kind == "drop_feature":

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, counted_bytes, falling_counts, method_id, shuffled_counts
+from core_cases import all_methods, counted_bytes, falling_counts, method_id, projects, shuffled_counts
 
 from embtables import Plan, TableConfig, plan
 from embtables.formats import FORMATS, FP32, RowFormat, row_format
@@ -112,9 +112,7 @@ def test_every_method_fits_every_format(method: Method, rows_in: RowFormat, expe
             assert layout.serving.num_bytes == full
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in all_methods() if m.kind not in ("pruned", "mixed_dimension")], ids=method_id
-)
+@pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "pruned" and not projects(m)], ids=method_id)
 def test_a_quarter_of_the_bytes_a_scalar_is_four_times_the_budget(method: Method) -> None:
     # Nothing but rows: the index of a pruned table, remaps and projections cost the same in every format.
     counts = tuple(falling_counts(t.rows or 0) for t in TABLES)

@@ -6,12 +6,12 @@ from math import log, sqrt
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from embtables.lookup.recipe import Range, Recipe
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, TableEntry, full_entry, full_layout
+from embtables.methods.projecting import orthogonal_rows
 from embtables.methods.ranking import RankedMethod, counts_by_rank, rank_code, ranks_of, remapped
 from embtables.sizes.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
 
@@ -152,11 +152,7 @@ class MixedDimension(RankedMethod):
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         super().initialize(layout, group, store, init)
         for extra in layout.training.extras:
-            # Orthogonal rows of length √(D/w): the projected vectors keep the standard deviation of the narrow ones.
-            width, widest = extra.shape
-            gaussian = torch.randn(widest, width, generator=init.generator(extra.name))
-            rows = torch.linalg.qr(gaussian).Q.t() * sqrt(widest / width)
-            store.extra(extra.name).copy_(rows)
+            store.extra(extra.name).copy_(orthogonal_rows(extra.shape, init.generator(extra.name)))
 
 
 class _Block(NamedTuple):

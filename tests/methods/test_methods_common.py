@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
+from core_cases import all_methods, falling_counts, method_id, projects, random_ids, shuffled_counts
 from scalar import vector
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def test_vectors_equal_a_scalar_computation(method: Method, budget: str) -> None
 @METHODS
 def test_dense_tables_equal_forward_bit_for_bit(method: Method, budget: str) -> None:
     # Native code adds up a product with a projection in another order than a product of matrices.
-    with ops.using("reference") if method.kind == "mixed_dimension" else nullcontext():
+    with ops.using("reference") if projects(method) else nullcontext():
         check_dense_tables_equal_forward(method, budget)
 
 
@@ -283,12 +283,13 @@ def test_sparse_gradients_equal_dense_ones_and_duplicates_accumulate(method: Met
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
 def test_fused_training_equals_torch_optim(method: Method, name: str) -> None:
     method = method.for_training(10_000)  # no pruning inside these steps
-    fused = make(method, "20%", optimizer={"kind": name, "lr": 0.02}, std=0.5)
+    # With a learning rate at which no method's steps grow, in which the last bits would grow too.
+    fused = make(method, "20%", optimizer={"kind": name, "lr": 0.005}, std=0.5)
     free = make(method, "20%", std=0.5)
     optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(free.parameters(), lr=0.02)
+        torch.optim.SGD(free.parameters(), lr=0.005)
         if name == "sgd"
-        else torch.optim.Adagrad(free.parameters(), lr=0.02, eps=1e-8)
+        else torch.optim.Adagrad(free.parameters(), lr=0.005, eps=1e-8)
     )
     for i in range(8):
         values, offsets = random_bags(fused, 16, seed=i)

@@ -1,0 +1,53 @@
+"""Projections of narrow rows, ``[width, D]``: how they begin, and how they are fitted to trained tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from embtables.sizes.layout import Counts
+
+# Rows that are multiplied in float64 at once.
+_CHUNK = 2**16
+
+
+def orthogonal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A random projection ``[width, D]`` whose rows are orthogonal and have the length √(D/width).
+
+    What it makes of narrow rows has their standard deviation.
+    """
+    width, dim = shape
+    gaussian = torch.randn(dim, width, generator=generator)
+    return torch.linalg.qr(gaussian).Q.t() * sqrt(dim / width)
+
+
+def principal_rows(tables: Iterable[tuple[Tensor, Counts | None]], width: int) -> Tensor:
+    """The projection P ``[width, D]`` onto which trained tables W ``[n, D]`` are projected with the least error.
+
+    Its rows are orthogonal and have the length √(D/width): W ≈ ``narrow_rows(W, P)`` P. They are the first right
+    singular vectors of the tables, one below the other, with the row of each id times the root of its count.
+
+    Args:
+        tables: each with the counts ``[n]`` of its ids, or ``None`` where all ids count the same.
+        width: how many rows the projection has.
+    """
+    gram: Tensor | None = None
+    for weight, counts in tables:
+        # One occurrence more than was counted, so that ids which did not occur yet are not forgotten.
+        shares = torch.ones(len(weight)) if counts is None else torch.from_numpy(counts[: len(weight)] + 1)
+        for part, share in zip(weight.split(_CHUNK), shares.to(weight.device).split(_CHUNK)):
+            rows = part.double()
+            found = rows.t() @ (rows * share.unsqueeze(1))
+            gram = found if gram is None else gram + found
+    assert gram is not None
+    # In ascending order of the singular values.
+    axes = torch.linalg.eigh(gram).eigenvectors[:, -width:].flip(1)
+    return (axes.t() * sqrt(gram.shape[0] / width)).float()
+
+
+def narrow_rows(weight: Tensor, projection: Tensor) -> Tensor:
+    """The rows ``[n, width]`` with which what ``principal_rows`` returned comes closest to ``weight`` ``[n, D]``."""
+    return weight @ (projection.t() * (projection.shape[0] / projection.shape[1]))
