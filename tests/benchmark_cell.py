@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-NOISE = {"full": 1.0, "hash": 1.5, "drop_feature": 2.0, "frequency_cutoff": 2.5}
+PROJECTED = "fewer_dimensions(projection=True)"
+NOISE = {
+    "full": 1.0,
+    "hash": 1.5,
+    "drop_feature": 2.0,
+    "frequency_cutoff": 2.5,
+    "fewer_dimensions": 1.9,
+    PROJECTED: 1.7,
+}
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -43,13 +51,14 @@ def main() -> None:
         time.sleep(0.02)
     if (fake / "die").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    if (fake / f"fail-{args.method}").exists():
+    method = PROJECTED if "projection" in args.method else args.method
+    if (fake / f"fail-{method}").exists():
         print("some progress\rError: the loss is NaN at step 7", file=sys.stderr)
         sys.exit(2)
     rate = next((float(item.split("=")[1]) for item in args.set), 0.05)
     labels = np.load(args.out.parent.parent / "test_labels.npy")
     generator = np.random.default_rng(args.seed)
-    noise = NOISE.get(args.method, 1.2 + len(args.method) / 20) * (1 + 10 * abs(rate - 0.3) if args.set else 1) + (
+    noise = NOISE.get(method, 1.2 + len(method) / 20) * (1 + 10 * abs(rate - 0.3) if args.set else 1) + (
         "1%" == args.budget
     )
     scores = (labels + noise * generator.standard_normal(len(labels))).astype(np.float32)
@@ -57,7 +66,7 @@ def main() -> None:
     np.save(args.out / "test_scores.npy", scores)
     (args.out / "config.yaml").write_text(f"tables: {{learning_rate: {rate}}}\ndense: {{learning_rate: 0.001}}\n")
     plans = json.loads((args.out.parent.parent / "plans.json").read_text())
-    planned = next(p for p in plans if (p["method"], p["budget"]) == (args.method, args.budget))
+    planned = next(p for p in plans if (p["method"], p["budget"]) == (method, args.budget))
     metrics = {
         **{key: planned[key] for key in ("inference_bytes", "training_bytes", "full_bytes", "ratio")},
         "status": "ok",

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from embtables.sweeps.cells import Cell, parse_methods, with_baselines
+from embtables.sweeps.cells import Cell, parse_methods
 from embtables.sweeps.sweep import SweepConfig, describe, run_sweep, train_command
 from embtables.training.config import load_config
 
 CELL = Path(__file__).with_name("benchmark_cell.py")
-METHODS = with_baselines(parse_methods("hash"))
+METHODS = parse_methods("full,hash,drop_feature,frequency_cutoff")
 
 
 def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:

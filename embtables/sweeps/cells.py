@@ -20,8 +20,14 @@ MethodSpec = str | dict[str, Any]
 #: (variant, method, budget); the variant is empty in a sweep without variants, the budget where the method takes none.
 Place = tuple[str, str, str]
 
-#: Rows without which a sweep cannot be read: the upper mark, and two things that cost nothing to try.
-BASELINES = ("full", "drop_feature", "frequency_cutoff")
+#: Rows without which a sweep cannot be read: the upper mark, and what costs nothing to try.
+BASELINES: tuple[MethodSpec, ...] = (
+    "full",
+    "drop_feature",
+    "frequency_cutoff",
+    "fewer_dimensions",
+    {"kind": "fewer_dimensions", "projection": True},
+)
 
 
 # Names get endings such as .failed.json, and most file systems end at 255 bytes.
@@ -138,10 +144,18 @@ def takes_budget(spec: MethodSpec) -> bool:
     return (spec if isinstance(spec, str) else spec["kind"]) != "full"
 
 
+def kind_of(spec: MethodSpec) -> str | None:
+    """The kind of a method; ``None`` where it is several by pattern."""
+    return spec if isinstance(spec, str) else spec.get("kind")
+
+
 def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
     """`methods` and the baselines that it lacks: full first, the others last."""
-    absent = [kind for kind in BASELINES if not {kind, method_label(_in_precision(kind, FP32.name))} & methods.keys()]
-    missing: dict[str, MethodSpec] = {kind: kind for kind in absent}
+    missing: dict[str, MethodSpec] = {}
+    for spec in BASELINES:
+        label = method_label(spec)
+        if not {label, method_label(_in_precision(spec, FP32.name))} & methods.keys():
+            missing[label] = spec
     first: dict[str, MethodSpec] = {"full": "full"} if "full" in missing else {}
     return {**first, **methods, **missing}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from embtables._util.files import replacing
 from embtables.sizes.memory import format_bytes
-from embtables.sweeps.summary import DROP, Point, Summary
+from embtables.sweeps.summary import DROP, FEWER, Point, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 # Okabe and Ito's colors, which the color-blind can tell apart, without the yellow that is too faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195", "#5C4033")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
-_BASELINE_STYLES: dict[str, tuple[str, Any]] = {DROP: ("x", (0, (1, 1.5))), "frequency_cutoff": ("+", (0, (5, 2)))}
-_BASELINE_LABELS = {DROP: "features dropped", "frequency_cutoff": "rare ids cut off"}
+_BASELINE_STYLES: dict[str, tuple[str, Any]] = {
+    DROP: ("x", (0, (1, 1.5))),
+    "frequency_cutoff": ("+", (0, (5, 2))),
+    FEWER: ("1", (0, (3, 1, 1, 1))),
+    f"{FEWER}(projection=True)": ("2", (0, (6, 1))),
+}
+_BASELINE_LABELS = {
+    DROP: "features dropped",
+    "frequency_cutoff": "rare ids cut off",
+    FEWER: "fewer dimensions",
+    f"{FEWER}(projection=True)": "fewer dimensions, projected",
+}
 _GRAY = "#666666"
 _STYLE = {
     "font.size": 10,
@@ -105,8 +115,8 @@ def _draw_methods(axes: Axes, summary: Summary) -> None:
             color=color,
             marker=marker,
             markersize=6,
-            markeredgecolor=color if marker in "x+" else "white",
-            markeredgewidth=1.6 if marker in "x+" else 0.8,
+            markeredgecolor=color if marker in "x+12" else "white",
+            markeredgewidth=1.6 if marker in "x+12" else 0.8,
             linewidth=width,
             linestyle=dashes,
             elinewidth=1.1,

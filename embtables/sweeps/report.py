@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,8 @@ def note(point: Point, summary: Summary) -> str:
         notes.append(f"infeasible: floor {point.floor_bytes:,} bytes")
     if point.below_drop:
         notes.append(f"WORSE than {DROP} ({point.to_drop:+.4f})")
+    if not point.beats_fewer:
+        notes.append(f"no better than {point.fewer} ({point.to_fewer:+.4f})")
     entropy = point.mean("test_normalized_entropy")
     if entropy >= 1:
         notes.append(f"NO BETTER than the base rate (normalized entropy {entropy:.2f})")
@@ -172,21 +174,23 @@ def remarks(summary: Summary) -> list[str]:
             if others
             else f"There is one variant, {first}."
         )
-    flagged = [
-        f"{point.variant + ': ' if point.variant else ''}{point.method} at {point.budget}"
-        for point in summary.points
-        if point.below_drop
-    ]
-    if flagged:
-        found.append(
-            f"Worse than dropping features at the same budget: {', '.join(flagged)}. Find out why before using it."
-        )
+    below_drop = _list(point for point in summary.points if point.below_drop)
+    if below_drop:
+        found.append(f"Worse than dropping features at the same budget: {below_drop}. Find out why before using it.")
+    not_better = _list(point for point in summary.points if not point.beats_fewer)
+    if not_better:
+        found.append(f"No better than full tables of fewer dimensions at the same budget: {not_better}.")
     full = summary.full
     if full is None or not full.num_ok:
         found.append("There is no full table to compare to yet.")
     if summary.config.seeds < LEAST_SEEDS_FOR_P:
         found.append(f"No p-values: they need at least {LEAST_SEEDS_FOR_P} seeds.")
     return found
+
+
+def _list(points: Iterable[Point]) -> str:
+    names = (f"{p.variant + ': ' if p.variant else ''}{p.method} at {p.budget}" for p in points)
+    return ", ".join(names)
 
 
 def learning_rates(summary: Summary) -> str:

@@ -18,12 +18,13 @@ from rich.progress import track
 
 from embtables._util.files import check_seal, remove_leftovers, sealed, sha256, unsealed, write_json
 from embtables._util.reading import inside, read_array, read_json, read_text, read_yaml
-from embtables.sweeps.cells import Cell, takes_budget
+from embtables.sweeps.cells import BASELINES, Cell, kind_of, takes_budget
 from embtables.sweeps.results import COLUMNS, MEASURED, read_metrics
 from embtables.sweeps.sweep import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.training.metrics import bootstrap_auc_difference
 
 DROP = "drop_feature"
+FEWER = "fewer_dimensions"
 LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
 _TEXTS = ("budget", "method", "message", "cell", "variant")
@@ -60,6 +61,8 @@ class Point:
     num_failed: int = 0
     differences: list[Difference] = field(default_factory=list)
     to_drop: float | None = None
+    fewer: str = ""
+    to_fewer: float | None = None
     variant: str = ""
 
     @property
@@ -82,6 +85,14 @@ class Point:
     def below_drop(self) -> bool:
         """Does it do worse, on average over common seeds, than dropping features at the same budget?"""
         return self.to_drop is not None and self.to_drop < 0
+
+    @property
+    def beats_fewer(self) -> bool:
+        """Does it do better, on average over common seeds, than full tables of fewer dimensions?
+
+        They are ``fewer``, at the same budget; True where they have no result, and for baselines.
+        """
+        return self.to_fewer is None or self.to_fewer > 0
 
     @property
     def p_value(self) -> float | None:
@@ -172,6 +183,7 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
     )
     _compare_to_full(summary, resamples, progress)
     _compare_to_drop(summary)
+    _compare_to_fewer(summary)
     return summary
 
 
@@ -267,9 +279,30 @@ def _compare_to_drop(summary: Summary) -> None:
         drop = summary.point(DROP, point.budget, point.variant)
         if drop is None or point.method == DROP or not point.takes_budget:
             continue
-        both = point.rows.merge(drop.rows, on="seed", suffixes=("", "_drop"))
-        if len(both):
-            point.to_drop = float((both["test_auc"] - both["test_auc_drop"]).mean())
+        point.to_drop = _mean_difference(point, drop)
+
+
+def _compare_to_fewer(summary: Summary) -> None:
+    """Every method beside the form of fewer dimensions that did better on validation at its budget."""
+    kinds = {label: kind_of(spec) for label, spec in summary.config.methods.items()}
+    baselines = {kind_of(spec) for spec in BASELINES}
+    for point in summary.points:
+        if kinds[point.method] in baselines:
+            continue
+        rivals = [
+            other
+            for other in summary.of(point.variant).points
+            if kinds[other.method] == FEWER and other.budget == point.budget and other.num_ok
+        ]
+        if rivals:
+            best = max(rivals, key=lambda rival: rival.mean("valid_auc"))
+            point.fewer, point.to_fewer = best.method, _mean_difference(point, best)
+
+
+def _mean_difference(point: Point, other: Point) -> float | None:
+    """Of test AUC, over the seeds that both have; None where there is none."""
+    both = point.rows.merge(other.rows, on="seed", suffixes=("", "_other"))
+    return float((both["test_auc"] - both["test_auc_other"]).mean()) if len(both) else None
 
 
 def _compare_to_full(summary: Summary, resamples: int, progress: bool) -> None:

@@ -15,8 +15,11 @@ from sweep_cases import config_of, read, run
 
 from embtables._util.files import sealed, unsealed
 from embtables.cli.app import run as command_line
+from embtables.sweeps.cells import parse_methods, with_baselines
 from embtables.sweeps.report import line, markdown, sections, write_report
 from embtables.sweeps.summary import Summary, sign_flip_p, summarize
+from embtables.sweeps.sweep import describe
+from embtables.training.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,30 @@ def test_worse_than_dropping_is_flagged(finished: Path) -> None:
         :1
     ]
     assert "WORSE than drop_feature (-" in row
+
+
+def test_what_does_not_beat_fewer_dimensions_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake").mkdir()
+    monkeypatch.setenv("FAKE", str(tmp_path / "fake"))
+    from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
+
+    prepare_synthetic(tmp_path / "data", Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
+    methods = with_baselines(parse_methods("hash,compositional"))
+    config = describe(tmp_path / "data", methods, ["50%"], 2, load_config(), [])
+    run(config, tmp_path / "out", jobs=2)
+    summary = summary_of(tmp_path / "out")
+    # By the noise: hash < projected < compositional < without a projection, which is not the one to beat.
+    assert {point.method for point in summary.points if not point.beats_fewer} == {"compositional"}
+    aucs = [
+        [float(row["test_auc"]) for row in cells(tmp_path / "out", method, "50%")]
+        for method in ("compositional", "fewer_dimensions(projection=True)", "fewer_dimensions")
+    ]
+    assert all(projected > own > plain for own, projected, plain in zip(*aucs))
+    text = markdown(summary, 50, [])
+    assert "No better than full tables of fewer dimensions at the same budget: compositional at 50%." in text
+    row = next(row for row in text.splitlines() if row.startswith("| compositional "))
+    difference = np.subtract(*aucs[:2]).mean()
+    assert f"no better than fewer_dimensions(projection=True) ({difference:+.4f})" in row
 
 
 def test_infeasible_cells_show_their_floors(finished: Path) -> None:

@@ -68,12 +68,17 @@ def test_methods_and_budgets_of_the_command_line() -> None:
         ("compositional(operation=add)", "50%"),
         ("compositional(operation=add)", "1%"),
     ]
-    assert list(with_baselines(parse_methods("hash"))) == ["full", "hash", "drop_feature", "frequency_cutoff"]
-    assert list(with_baselines(parse_methods("hash,drop_feature,full"))) == [
+    fewer = ["fewer_dimensions", "fewer_dimensions(projection=True)"]
+    assert list(with_baselines(parse_methods("hash"))) == ["full", "hash", "drop_feature", "frequency_cutoff", *fewer]
+    assert with_baselines(parse_methods("hash"))[fewer[1]] == {"kind": "fewer_dimensions", "projection": True}
+    given = "hash,drop_feature,full,{kind: fewer_dimensions, projection: true}"
+    assert list(with_baselines(parse_methods(given))) == [
         "hash",
         "drop_feature",
         "full",
+        fewer[1],
         "frequency_cutoff",
+        fewer[0],
     ]
     for text in ("", "hash,{kind: ", "hash,3"):
         with pytest.raises(ValueError, match="method"):
@@ -95,8 +100,9 @@ def test_methods_in_several_precisions() -> None:
     # Each says its precision, so that none of the configuration takes its place.
     assert found["full(precision=fp32)"] == {"precision": "fp32", "kind": "full"}
     assert in_precisions(methods, None) == methods
-    # Full tables in fp32 are there already, the two others are not.
-    assert list(with_baselines(found)) == [*found, "drop_feature", "frequency_cutoff"]
+    # Full tables in fp32 are there already, the others are not.
+    missing = ["drop_feature", "frequency_cutoff", "fewer_dimensions", "fewer_dimensions(projection=True)"]
+    assert list(with_baselines(found)) == [*found, *missing]
     with pytest.raises(ValueError, match="unknown precision 'int5'"):
         in_precisions(methods, "fp32,int5")
 
