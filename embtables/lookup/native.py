@@ -44,9 +44,9 @@ class NativeLookup:
         self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
         recipes = [recipe for _, recipe in lookups]
         # A product's gradient depends on its factors, that of a sum with signs on the ids.
-        products = any(recipe.combine == "product" for recipe in recipes)
+        products = any("product" in (recipe.combine, recipe.rest and recipe.rest.combine) for recipe in recipes)
         self.reads_weights = products or any(recipe.projections() for recipe in recipes)
-        signs = (getattr(address, "sign_seed", None) for recipe in recipes for address in recipe.addresses)
+        signs = (getattr(address, "sign_seed", None) for recipe in recipes for address in recipe.all_addresses())
         self.reads_ids = any(seed is not None for seed in signs)
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
         self.program = compile_program(lookups, num_features, store, block)

@@ -6,6 +6,7 @@ The words of the tensor are described in ``ops/csrc/program.h``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple, NoReturn, TypeAlias
 
@@ -71,8 +72,10 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     """Whether native code has what a recipe needs; PyTorch looks up the others."""
     if any(store.code(name).dtype not in CODE_DTYPES for name in recipe.codes()):
         return False
-    if any(store.stored_rows(store.weight_of(a.slab)).form is None for a in recipe.addresses):
+    if any(store.stored_rows(store.weight_of(a.slab)).form is None for a in recipe.all_addresses()):
         return False
+    if recipe.combine == "alternatives":
+        return recipe.rest is None or is_native(recipe.rest, store)
     # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
     return recipe.projection is None or not any(isinstance(address, CircularBlock) for address in recipe.addresses)
 
@@ -86,7 +89,7 @@ def compile_program(
     steps, as they do in PyTorch.
     """
     recipes = [*(recipe for _, recipe in lookups), *block]
-    slabs = [address.slab for recipe in recipes for address in recipe.addresses]
+    slabs = [address.slab for recipe in recipes for address in recipe.all_addresses()]
     # What the recipes read, and no more: other weights take no part in a step.
     weights = [name for name in store.weight_names if name in {store.weight_of(slab) for slab in slabs}]
     projections = [n for n in store.extra_shapes() if any(n in recipe.projections() for recipe in recipes)]
@@ -95,10 +98,14 @@ def compile_program(
     piece_words: list[int] = []
     num_pieces = 0
     rows_of_feature = [0] * num_features
-    for spec, recipe in lookups:
+    # The rests of alternatives are lookups too, after those that have outputs.
+    rests = [(spec, recipe.rest) for spec, recipe in lookups if recipe.rest is not None]
+    next_rest = len(lookups)
+    for number, (spec, recipe) in enumerate([*lookups, *rests]):
         operation, num_rows = _operation(recipe)
         alternatives = operation == _COMBINATIONS["alternatives"]
-        rows_of_feature[spec.column] += num_rows
+        if number < len(lookups):
+            rows_of_feature[spec.column] += num_rows
         size, ranks = spec.num_embeddings, recipe.ranks
         # An alternative has its projection with its piece.
         projection = None if alternatives else recipe.projection
@@ -118,7 +125,9 @@ def compile_program(
             0 if ranks is None else ranks.first,
             spec.embedding_dim - recipe.zeros if projection is None else store.extra_shapes()[projection][0],
             -1 if projection is None else projections.index(projection),
+            -1 if recipe.rest is None else next_rest,
         ]
+        next_rest += recipe.rest is not None
         num_pieces += len(recipe.addresses)
         column, before = 0, 0
         for address in recipe.addresses:
@@ -172,7 +181,7 @@ def compile_program(
     code_words = [
         word for code in map(store.code, codes) for word in (code.element_size(), _columns(code), code.numel())
     ]
-    counts = [num_features, len(lookups), num_pieces, len(weights), len(projections), len(codes)]
+    counts = [num_features, len(lookups), num_pieces, len(weights), len(projections), len(codes), len(rests)]
     sections = [*counts, *lookup_words, *piece_words, *weight_words, *projection_words, *code_words]
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
     words = torch.tensor(sections, dtype=torch.int64)
@@ -187,7 +196,7 @@ def _operation(recipe: Recipe) -> tuple[int, int]:
     # A projection of one row is an alternative that all ids have.
     projects_a_row = recipe.projection is not None and len(recipe.addresses) == 1 and isinstance(first, Row)
     if recipe.combine == "alternatives" or projects_a_row:
-        return _COMBINATIONS["alternatives"], 1
+        return _COMBINATIONS["alternatives"], 1 if recipe.rest is None else max(1, _operation(recipe.rest)[1])
     return _COMBINATIONS[recipe.combine], len(recipe.addresses)
 
 
@@ -205,7 +214,11 @@ def check_recipe(spec: InputSpec, recipe: Recipe, store: Store) -> None:
     def refuse(reason: str) -> NoReturn:
         raise ValueError(f"table '{spec.table}': its recipe {reason}; fix what recipe() of its method returns")
 
-    combine, addresses, num_ids, extras = recipe.combine, recipe.addresses, spec.num_ids, store.extra_shapes()
+    _check(spec.embedding_dim, spec.num_ids, recipe, store, refuse)
+
+
+def _check(dim: int, num_ids: int | None, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
+    combine, addresses, extras = recipe.combine, recipe.addresses, store.extra_shapes()
     if combine not in _COMBINATIONS:
         refuse(f"has the combination {combine!r}, which is not one of {', '.join(_COMBINATIONS)}")
     least = {"sum": 0, "product": 2}.get(combine, 1)
@@ -216,13 +229,35 @@ def check_recipe(spec: InputSpec, recipe: Recipe, store: Store) -> None:
             refuse(f"has {address!r} among its addresses, which is not an address")
         if not store.has_slab(address.slab):
             refuse(f"reads the slab '{address.slab}', which its layout does not have")
-    _check_codes(recipe, num_ids, store, refuse)
-    for name in recipe.projections():
+    own = replace(recipe, rest=None)
+    _check_codes(own, num_ids, store, refuse)
+    for name in own.projections():
         if name not in extras or len(extras[name]) != 2:
             refuse(f"takes the projection '{name}', which is not a dense parameter [width, D] of its layout")
     for address in addresses:
         _check_address(address, recipe, num_ids, store, refuse)
-    _check_widths(spec, recipe, store, refuse)
+    if combine == "alternatives":
+        _check_alternatives(dim, num_ids, recipe, store, refuse)
+    elif recipe.rest is not None:
+        refuse(f'({combine}) has a rest, which only "alternatives" have')
+    else:
+        _check_widths(dim, recipe, store, refuse)
+
+
+def _check_rest(dim: int, num_ids: int, recipe: Recipe, rest: Recipe, store: Store, refuse: _Refuse) -> None:
+    """``num_ids``: those that the alternatives of ``recipe`` leave over."""
+    if num_ids < 1:
+        refuse("has a rest, but its alternatives hold all ids")
+    if rest.combine == "alternatives" or rest.rest is not None:
+        refuse("has a rest that has alternatives itself")
+    if rest.ranks is not None:
+        refuse("has a rest with ranks of its own, but it counts from the last rank of the alternatives on")
+    if any(isinstance(address, Listed) for address in rest.addresses):
+        refuse("has a rest of lists, which stand alone")
+    shared = {a.slab for a in recipe.addresses} & {a.slab for a in rest.addresses}
+    if shared:
+        refuse(f"has an alternative and a rest that both read the slab '{min(shared)}'")
+    _check(dim, num_ids, rest, store, lambda reason: refuse(f"has a rest, and that one {reason}"))
 
 
 def _check_codes(recipe: Recipe, num_ids: int | None, store: Store, refuse: _Refuse) -> None:
@@ -281,26 +316,34 @@ def _check_address(address: Address, recipe: Recipe, num_ids: int | None, store:
         refuse(f"{place} with a sign, which only sums, means and blocks have")
 
 
-def _check_widths(spec: InputSpec, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
-    dim, extras = spec.embedding_dim, store.extra_shapes()
+def _check_alternatives(dim: int, num_ids: int | None, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
+    extras, held = store.extra_shapes(), sum(store.rows(a.slab) for a in recipe.addresses)
+    if num_ids is None or (held < num_ids and recipe.rest is None):
+        refuse(f"has alternatives for the ids below {held} only, but the table has {num_ids}")
+    of_width: dict[int, str | None] = {}
+    for address in recipe.addresses:
+        assert isinstance(address, Range)
+        width = store.width(address.slab)
+        if of_width.setdefault(width, address.projection) != address.projection:
+            refuse(f"has two alternatives of width {width} with different projections")
+        if width != dim if address.projection is None else extras[address.projection] != (width, dim):
+            shape = "" if address.projection is None else f" and a projection {list(extras[address.projection])}"
+            refuse(f"has an alternative of width {width}{shape}, but its vectors have {dim} dimensions")
+    if recipe.projection is not None:
+        refuse("has a projection beside those of its alternatives")
+    if recipe.zeros:
+        refuse("has zeros behind its alternatives: zeros follow values that are joined")
+    slabs = [address.slab for address in recipe.addresses]
+    for slab in slabs:
+        if slabs.count(slab) > 1:
+            refuse(f"has two alternatives of the slab '{slab}'")
+    if recipe.rest is not None:
+        _check_rest(dim, num_ids - held, recipe, recipe.rest, store, refuse)
+
+
+def _check_widths(dim: int, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
+    extras = store.extra_shapes()
     widths = [a.scalars if isinstance(a, CircularBlock) else store.width(a.slab) for a in recipe.addresses]
-    if recipe.combine == "alternatives":
-        held = sum(store.rows(a.slab) for a in recipe.addresses)
-        if spec.num_ids is None or held < spec.num_ids:
-            refuse(f"has alternatives for the ids below {held} only, but the table has {spec.num_ids}")
-        of_width: dict[int, str | None] = {}
-        for address, width in zip(recipe.addresses, widths):
-            assert isinstance(address, Range)
-            if of_width.setdefault(width, address.projection) != address.projection:
-                refuse(f"has two alternatives of width {width} with different projections")
-            if width != dim if address.projection is None else extras[address.projection] != (width, dim):
-                shape = "" if address.projection is None else f" and a projection {list(extras[address.projection])}"
-                refuse(f"has an alternative of width {width}{shape}, but its vectors have {dim} dimensions")
-        if recipe.projection is not None:
-            refuse("has a projection beside those of its alternatives")
-        if recipe.zeros:
-            refuse("has zeros behind its alternatives: zeros follow values that are joined")
-        return
     if recipe.combine != "concat" and len(set(widths)) > 1:
         refuse(f"({recipe.combine}) has values of different widths: {', '.join(map(str, widths))}")
     if recipe.zeros and (recipe.combine != "concat" or recipe.projection is not None):

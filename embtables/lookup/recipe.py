@@ -122,6 +122,9 @@ class Recipe:
         ranks: a remap from id to rank; the addresses are then those of the rank. Signs stay those of the id.
         projection: a dense parameter ``[width, D]`` that the combined vector is multiplied with.
         zeros: how many zeros follow the values that are joined, which are that many fewer than D.
+        rest: of alternatives: the recipe of the ids that no ``Range`` holds. Its addresses are those of the id (or
+            rank) less the number of ids that the ranges hold, its signs those of the id. It is neither alternatives nor
+            a list, has no ``ranks`` of its own, and reads other slabs than the ranges do.
     """
 
     combine: Combination
@@ -129,11 +132,16 @@ class Recipe:
     ranks: Ranks | None = None
     projection: str | None = None
     zeros: int = 0
+    rest: Recipe | None = None
+
+    def all_addresses(self) -> tuple[Address, ...]:
+        """Its addresses, and those of the rest."""
+        return self.addresses if self.rest is None else (*self.addresses, *self.rest.addresses)
 
     def codes(self) -> tuple[str, ...]:
         """The code buffers that it reads."""
         named = [self.ranks.code] if self.ranks is not None else []
-        for address in self.addresses:
+        for address in self.all_addresses():
             if isinstance(address, Coded):
                 named.append(address.code)
             elif isinstance(address, Listed):
@@ -143,7 +151,8 @@ class Recipe:
     def projections(self) -> tuple[str, ...]:
         """The dense parameters that it reads."""
         named = [a.projection for a in self.addresses if isinstance(a, Range)]
-        return tuple(dict.fromkeys(name for name in (*named, self.projection) if name is not None))
+        named += [self.projection, None if self.rest is None else self.rest.projection]
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
 
 def concat(*addresses: Address, ranks: Ranks | None = None, projection: str | None = None, zeros: int = 0) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from functools import reduce
 from itertools import accumulate, groupby
 from typing import Any
@@ -34,7 +34,8 @@ def shape_of(recipe: Recipe, store: Store) -> Hashable:
     """What recipes must have in common to be looked up together: everything but rows, seeds and where things begin."""
     ranks = None if recipe.ranks is None else recipe.ranks.code
     if recipe.combine == "alternatives":
-        return recipe.combine, ranks, recipe.projection
+        rest = None if recipe.rest is None else shape_of(recipe.rest, store)
+        return recipe.combine, ranks, recipe.projection, rest
     scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, CircularBlock))
     kinds = tuple(_kind(a, store) for a in recipe.addresses)
     return recipe.combine, ranks, recipe.projection, recipe.zeros, kinds, scalars, _runs(recipe, store)
@@ -74,25 +75,17 @@ class RecipeBlock(Block):
         super().__init__(store, embedding_dim)
         self.recipes = list(recipes)
         first = recipes[0]
-        self.combination, self.projection, self.zeros = first.combine, first.projection, first.zeros
         self.rank_code = None if first.ranks is None else first.ranks.code
         self.constant("ranks_from", [0 if r.ranks is None else r.ranks.first for r in recipes])
-        self.runs: list[_Run] = []
-        self.alternatives = _Alternatives(self) if self.combination == "alternatives" else None
-        if self.alternatives is None:
-            start = 0
-            for length in _runs(first, store):
-                addresses = [r.addresses[start : start + length] for r in recipes]
-                self.runs.append(_Run(self, f"run{len(self.runs)}", addresses))
-                start += length
-        self.has_lists = any(run.kind is Listed for run in self.runs)
+        self.values: _Combined | _Alternatives
+        self.values = _Alternatives(self) if first.combine == "alternatives" else _Combined(self, "", recipes)
 
     ranks_from: Tensor
 
     @property
     def may_skip(self) -> bool:  # type: ignore[override]
         """Lists end with −1 where they are short; graphs look for every id among the rows of every kind."""
-        return self.has_lists or (self.alternatives is not None and torch.compiler.is_compiling())
+        return self.values.may_skip
 
     def _ranks(self, ids: Tensor, feature: Tensor) -> Tensor:
         return ids if self.rank_code is None else self.code(self.rank_code, self.ranks_from[feature] + ids)
@@ -102,22 +95,45 @@ class RecipeBlock(Block):
         return self.store.code(name)[index].long()
 
     def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        ranks = self._ranks(ids, feature)
-        if self.alternatives is not None:
-            return self.alternatives.address(ranks, feature)
-        return [Part(run.width, run.rows(ranks, feature), format=run.format) for run in self.runs]
+        return self.values.address(self._ranks(ids, feature), feature)
 
     def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
-        if self.alternatives is not None:
-            vectors = self.alternatives.combine(values, self._ranks(ids, feature), feature, extras)
-        else:
-            vectors = self._combined([run.signed(v, ids, feature) for run, v in zip(self.runs, values)], ids, feature)
+        return self.values.combine(values, self._ranks(ids, feature), ids, feature, extras)
+
+    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
+        return self.values.signature(self._ranks(ids, feature), ids, feature)
+
+
+class _Combined:
+    """Values at all addresses of an id, combined: joined, summed, averaged or multiplied, and then projected.
+
+    Their constants are buffers of the block whose names begin with ``prefix``.
+    """
+
+    def __init__(self, block: RecipeBlock, prefix: str, recipes: Sequence[Recipe]) -> None:
+        first, store = recipes[0], block.store
+        self.combination, self.projection, self.zeros = first.combine, first.projection, first.zeros
+        self.embedding_dim = block.embedding_dim
+        self.runs: list[_Run] = []
+        start = 0
+        for length in _runs(first, store):
+            addresses = [r.addresses[start : start + length] for r in recipes]
+            self.runs.append(_Run(block, f"{prefix}run{len(self.runs)}", addresses))
+            start += length
+        self.may_skip = self.has_lists = any(run.kind is Listed for run in self.runs)
+
+    def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
+        return [Part(run.width, run.rows(ranks, feature), format=run.format) for run in self.runs]
+
+    def combine(self, values: list[Tensor], ranks: Tensor, ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
+        signed = [run.signed(v, ids, feature) for run, v in zip(self.runs, values)]
+        vectors = self._combined(signed, ranks, feature)
         return vectors if self.projection is None else vectors @ extras(self.projection)
 
-    def _combined(self, values: list[Tensor], ids: Tensor, feature: Tensor) -> Tensor:
+    def _combined(self, values: list[Tensor], ranks: Tensor, feature: Tensor) -> Tensor:
         """One vector from values ``[..., P, width]`` of each run."""
         if not values:
-            return torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
+            return torch.zeros(*ranks.shape, self.embedding_dim, device=ranks.device)
         if self.combination == "concat":
             joined = [v.flatten(-2) for v in values]
             vectors = joined[0] if len(joined) == 1 else torch.cat(joined, dim=-1)
@@ -129,13 +145,10 @@ class RecipeBlock(Block):
             return together.sum(-2)
         if not self.has_lists:
             return together.mean(-2)
-        lengths = self.runs[0].lengths(self._ranks(ids, feature), feature)
+        lengths = self.runs[0].lengths(ranks, feature)
         return together.sum(-2) / lengths.clamp(min=1).unsqueeze(-1)
 
-    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
-        ranks = self._ranks(ids, feature)
-        if self.alternatives is not None:
-            return torch.stack(self.alternatives.places(ranks, feature), dim=-1)
+    def signature(self, ranks: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
         found = [run.signature(ranks, ids, feature) for run in self.runs]
         if not found:
             return torch.zeros_like(ids).unsqueeze(-1)
@@ -261,58 +274,96 @@ def _taken(scalars: Sequence[int]) -> slice | list[int]:
 
 
 class _Alternatives:
-    """Looks up each width and format by itself: their positions, one gather, one product of matrices."""
+    """Looks up each width and format by itself: their positions, one gather, one product of matrices; then the rest."""
 
     def __init__(self, block: RecipeBlock) -> None:
         self._block = [block]
         store = block.store
         each = [[a for a in recipe.addresses if isinstance(a, Range)] for recipe in block.recipes]
-        # The kinds of rows, by their numbers.
+        # The kinds of rows, by their numbers. That of the ids that no range holds comes after them.
         found = {(store.width(a.slab), store.format(a.slab)): a.projection for ranges in each for a in ranges}
         self.kinds = sorted(found)
         self.projections = [found[kind] for kind in self.kinds]
-        most = max(map(len, each))
+        rests = [recipe.rest for recipe in block.recipes if recipe.rest is not None]
+        self.rest = _Combined(block, "rest_", rests) if rests else None
+        most = max(map(len, each)) + (self.rest is not None)
         ends, base, kind = [], [], []
         for ranges in each:
-            rows = [store.rows(a.slab) for a in ranges]
-            *stops, _ = accumulate(rows)
-            padding = [0] * (most - len(ranges))
+            stops = [0, *accumulate(store.rows(a.slab) for a in ranges)]
+            # A row is its slab's first row plus the rank, less the ranks before the slab's; the rest counts from 0 on.
+            bases = [store.start(a.slab) - before for a, before in zip(ranges, stops)]
+            kinds = [self.kinds.index((store.width(a.slab), store.format(a.slab))) for a in ranges]
+            if self.rest is not None:
+                bases, kinds = [*bases, -stops[-1]], [*kinds, len(self.kinds)]
+            padding = [0] * (most - len(bases))
             # The last alternative has no end, and what fills up the list is never reached.
-            ends.append([*stops, *[_NO_END] * (most - len(stops))])
-            # A row is its slab's first row plus the rank, less the ranks before the slab's.
-            base.append([store.start(a.slab) - before for a, before in zip(ranges, [0, *stops])] + padding)
-            kind.append([self.kinds.index((store.width(a.slab), store.format(a.slab))) for a in ranges] + padding)
+            inner = stops[1 : len(bases)]
+            ends.append([*inner, *[_NO_END] * (most - len(inner))])
+            base.append(bases + padding)
+            kind.append(kinds + padding)
         block.constant("ends", ends)
         block.constant("base", base)
         block.constant("kind", kind)
+
+    @property
+    def may_skip(self) -> bool:
+        return torch.compiler.is_compiling()
 
     def _constant(self, name: str) -> Any:
         return getattr(self._block[0], name)
 
     def places(self, ranks: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Row of each id, and the number of its kind, in the shape of the ids."""
+        """Row of each id, of those of the rest their rank among them, and the number of its kind, ids by ids."""
         feature = feature.expand_as(ranks)
         number = (ranks.unsqueeze(-1) >= self._constant("ends")[feature]).sum(-1)
         return self._constant("base")[feature, number] + ranks, self._constant("kind")[feature, number]
 
-    def _subsets(self, kind: Tensor) -> Iterator[Tensor]:
-        return ((kind == k).nonzero().squeeze(1) for k in range(len(self.kinds)))
+    def _subsets(self, kind: Tensor) -> list[Tensor]:
+        """The places, counted flat, of the ids of each kind of rows, and of the rest where there is any."""
+        numbers = range(len(self.kinds) + (self.rest is not None))
+        return [(kind.reshape(-1) == number).nonzero().squeeze(1) for number in numbers]
 
     def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
+        rows, kind = self.places(ranks, feature)
         if torch.compiler.is_compiling():
             # How many ids have rows of a kind depends on data, so that each of them is asked for a row of each.
-            rows, kind = self.places(ranks, feature)
-            return [Part(w, torch.where(kind == k, rows, -1), None, f) for k, (w, f) in enumerate(self.kinds)]
-        rows, kind = (place.reshape(-1) for place in self.places(ranks, feature))
-        return [Part(w, rows[subset], subset, f) for (w, f), subset in zip(self.kinds, self._subsets(kind))]
+            parts = [Part(w, torch.where(kind == k, rows, -1), None, f) for k, (w, f) in enumerate(self.kinds)]
+            if self.rest is not None:
+                held = kind < len(self.kinds)
+                of_rest = self.rest.address(torch.where(held, 0, rows), feature)
+                parts += [part._replace(rows=part.rows.masked_fill(held.unsqueeze(-1), -1)) for part in of_rest]
+            return parts
+        rows, subsets = rows.reshape(-1), self._subsets(kind)
+        parts = [Part(w, rows[subset], subset, f) for (w, f), subset in zip(self.kinds, subsets)]
+        if self.rest is not None:
+            subset, feature = subsets[-1], feature.expand_as(ranks).reshape(-1)
+            parts += [p._replace(subset=subset) for p in self.rest.address(rows[subset], feature[subset])]
+        return parts
 
-    def combine(self, values: list[Tensor], ranks: Tensor, feature: Tensor, extras: Extras) -> Tensor:
-        wide = []
+    def combine(self, values: list[Tensor], ranks: Tensor, ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
+        vectors = []
         for projection, rows in zip(self.projections, values):
-            wide.append(rows if projection is None else rows @ extras(projection))
+            vectors.append(rows if projection is None else rows @ extras(projection))
+        of_rest = values[len(self.kinds) :]
+        places, kind = self.places(ranks, feature)
         if torch.compiler.is_compiling():
-            return reduce(torch.add, wide)  # all but one of them are zeros
-        _, kind = self.places(ranks, feature)
-        order = torch.cat(list(self._subsets(kind.reshape(-1))))
-        vectors = torch.cat(wide).index_select(0, order.argsort())
-        return vectors.view(*ranks.shape, vectors.shape[-1])
+            if self.rest is not None:
+                vectors.append(self.rest.combine(of_rest, places, ids, feature, extras))
+            return reduce(torch.add, vectors)  # all but one of them are zeros
+        subsets = self._subsets(kind)
+        if self.rest is not None:
+            own, ids, feature = (t.expand_as(ranks).reshape(-1)[subsets[-1]] for t in (places, ids, feature))
+            vectors.append(self.rest.combine(of_rest, own, ids, feature, extras))
+        ordered = torch.cat(vectors).index_select(0, torch.cat(subsets).argsort())
+        return ordered.view(*ranks.shape, ordered.shape[-1])
+
+    def signature(self, ranks: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
+        rows, kind = self.places(ranks, feature)
+        found = torch.stack([kind, rows], dim=-1)
+        if self.rest is None:
+            return found
+        held = kind < len(self.kinds)
+        of_rest = self.rest.signature(torch.where(held, 0, rows), ids, feature)
+        # The number of a kind, and a row or what the rest has instead.
+        beyond = torch.cat([kind.unsqueeze(-1), of_rest], dim=-1)
+        return torch.where(held.unsqueeze(-1), F.pad(found, (0, beyond.shape[-1] - 2)), beyond)

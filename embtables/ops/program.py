@@ -15,8 +15,8 @@ UNBOUNDED = 2**62
 # How the ids of a bag become one vector: not at all, or so.
 POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
-# How many words ``csrc/program.h`` has for a lookup, a piece, a weight and a code.
-LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 15, 16, 5, 3
+# How many words ``csrc/program.h`` has at the beginning, and for a lookup, a piece, a weight and a code.
+HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 16, 16, 5, 3
 # The types of code buffers that native code reads.
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -62,8 +62,8 @@ class ProgramTensors(NamedTuple):
 
     def most_scalars(self) -> int:
         """The most dimensions of a vector of the program."""
-        num_lookups = int(self.words[1])
-        return int(self.words[6 : 6 + LOOKUP_WORDS * num_lookups].view(-1, LOOKUP_WORDS)[:, 6].max())
+        lookups = self.words[HEADER_WORDS : HEADER_WORDS + LOOKUP_WORDS * int(self.words[1])]
+        return int(lookups.view(-1, LOOKUP_WORDS)[:, 6].max())
 
     def forms(self) -> list[Any]:
         """Types and shapes of what a step reads and writes, by which a backward knows the tensors again."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from embtables._util.files import followed, not_written, replacing
 from embtables.formats import DTYPES, FP32
 from embtables.lookup.features import BlockLookup
-from embtables.lookup.recipe import Coded, Listed
+from embtables.lookup.recipe import Coded, Listed, Range
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.store import Store
 from embtables.lookup.weights import Weights
@@ -162,10 +162,12 @@ def check_codes(blocks: Sequence[BlockLookup], tensors: Mapping[str, Tensor]) ->
             check = _Codes(table.name, block.block.store, tensors)
             if recipe.ranks is not None:
                 check.range("ranks", recipe.ranks.code, recipe.ranks.first, table.rows, table.rows)
-            for address in recipe.addresses:
+            # The rest of alternatives has the ids beyond those that they hold.
+            count = table.rows - sum(check.store.rows(a.slab) for a in recipe.addresses if isinstance(a, Range))
+            for address in recipe.all_addresses():
                 if isinstance(address, Coded):
                     rows = check.store.rows(address.slab)
-                    check.range("codes", address.code, address.first, table.rows, rows, address.column)
+                    check.range("codes", address.code, address.first, count, rows, address.column)
                 elif isinstance(address, Listed):
                     length = check.store.code(address.values).shape[0]
                     check.range("offsets", address.offsets, address.first, table.rows + 1, length + 1)

@@ -210,7 +210,7 @@ struct Integers {
 
 struct Case {
     Random random;
-    std::vector<Lookup> lookups;
+    std::vector<Lookup> lookups, rests;
     std::vector<Piece> pieces;
     std::vector<Projection> projections;
     std::vector<int64_t> widths, rows;  // of each weight
@@ -232,12 +232,15 @@ struct Case {
 
 private:
     std::map<int64_t, std::vector<Slab>> slabs_;  // by width; those of blocks apart
+    bool shares_ = true;                          // whether slabs may be others' too
 
     Slab slab(int64_t width, int64_t rows, bool may_share, bool of_blocks = false);
     int64_t projection(int64_t width, int64_t dim);
     int64_t code(int64_t columns, std::vector<int64_t> values, bool may_be_damaged = true);
     void add_piece(int64_t kind, const Slab& slab, int64_t a, int64_t b, int64_t width, int64_t column, bool sign);
     void make_lookup(Lookup& lookup);
+    void make_pieces(Lookup& lookup, int64_t kind, int64_t known);
+    void make_rest(Lookup& lookup, int64_t known);
     void make_program();
     void make_input();
     void make_values(int64_t last_rule);
@@ -254,7 +257,7 @@ std::string Case::name() const {
 // Rows of a weight of this width: new ones, or those of a slab that is as large.
 Slab Case::slab(int64_t width, int64_t rows_needed, bool may_share, bool of_blocks) {
     std::vector<Slab>& known = slabs_[of_blocks ? 0 : width];
-    if (may_share)
+    if (may_share && shares_)
         for (const Slab& other : known)
             if (other.rows >= rows_needed && random.chance(2)) return other;
     int64_t w = 0;
@@ -299,14 +302,17 @@ int64_t Case::code(int64_t columns, std::vector<int64_t> values, bool may_be_dam
     return static_cast<int64_t>(integers.size()) - 1;
 }
 
+static int64_t any_width(Random& random) {
+    return random.one_of<int64_t>({1, 2, 3, 4, 5, 8, 8, 15, 16, 16, 17, 32, 33, 64, 100});
+}
+
 void Case::make_lookup(Lookup& lookup) {
     lookup.column = random.below(num_features);
-    auto any_width = [&] { return random.one_of<int64_t>({1, 2, 3, 4, 5, 8, 8, 15, 16, 16, 17, 32, 33, 64, 100}); };
-    lookup.dim = lookup.inner = any_width();
+    lookup.dim = lookup.inner = any_width(random);
     lookup.fold_seed = random.any();
     lookup.first_piece = static_cast<int64_t>(pieces.size());
-    lookup.code = lookup.projection = -1;
-    const int64_t dim = lookup.inner, kind = random.below(13);
+    lookup.code = lookup.projection = lookup.rest = -1;
+    const int64_t kind = random.below(13);
     // Hashes and digits take any number of ids; the others have a row for each.
     const bool hashes = kind >= 5 && kind <= 8;
     lookup.size = hashes ? random.one_of<int64_t>({1, 7, 1000, int64_t{1} << 31, int64_t{1} << 40, int64_t{1} << 61}) : random.between(1, 300);
@@ -323,6 +329,45 @@ void Case::make_lookup(Lookup& lookup) {
         std::shuffle(ranks.begin() + lookup.ranks_from, ranks.end(), random.engine);
         lookup.code = code(1, ranks);
     }
+    // Those behind are the rest's.
+    const int64_t held = kind == 2 && known > 1 && !random.chance(3) ? random.between(1, known - 1) : known;
+    make_pieces(lookup, kind, held);
+    if (random.chance(12)) {  // nothing: zeros
+        pieces.resize(lookup.first_piece);
+        lookup.num_pieces = lookup.num_rows = 0, lookup.operation = SUM, lookup.code = -1;
+    } else if (held < known) {
+        make_rest(lookup, known - held);
+    }
+    if (kind != 2 && kind != 8 && random.chance(3)) {
+        lookup.dim = any_width(random);
+        lookup.projection = projection(lookup.inner, lookup.dim);
+    }
+}
+
+// What the ids behind the alternatives are looked up by: it reads no slab of theirs.
+void Case::make_rest(Lookup& lookup, int64_t known) {
+    Lookup rest = lookup;
+    rest.code = -1;
+    rest.first_piece = static_cast<int64_t>(pieces.size());
+    const int64_t kind = random.one_of<int64_t>({0, 1, 3, 4, 6, 6, 7, 8, 8, 9, 10});
+    if (kind != 8 && random.chance(3)) {
+        rest.inner = any_width(random);
+        rest.projection = projection(rest.inner, rest.dim);
+    }
+    shares_ = false;
+    make_pieces(rest, kind, known);
+    shares_ = true;
+    if (random.chance(8)) {
+        pieces.resize(rest.first_piece);
+        rest.num_pieces = rest.num_rows = 0, rest.operation = SUM, rest.projection = -1, rest.inner = rest.dim;
+    }
+    lookup.num_rows = std::max<int64_t>(1, rest.num_rows);
+    lookup.rest = static_cast<int64_t>(lookups.size() + rests.size());
+    rests.push_back(rest);
+}
+
+void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
+    const int64_t dim = lookup.inner;
     lookup.operation = CONCAT;
     switch (kind) {
         case 0:  // a row an id
@@ -429,14 +474,6 @@ void Case::make_lookup(Lookup& lookup) {
         }
     }
     lookup.num_pieces = static_cast<int64_t>(pieces.size()) - lookup.first_piece;
-    if (random.chance(12)) {  // nothing: zeros
-        pieces.resize(lookup.first_piece);
-        lookup.num_pieces = 0, lookup.operation = SUM, lookup.code = -1;
-    }
-    if (kind != 2 && kind != 8 && random.chance(3)) {
-        lookup.dim = any_width();
-        lookup.projection = projection(lookup.inner, lookup.dim);
-    }
     if (lookup.operation != LIST_SUM && lookup.operation != LIST_MEAN)
         lookup.num_rows = lookup.operation == MIXED ? 1 : lookup.num_pieces;
 }
@@ -451,7 +488,8 @@ void Case::make_program() {
         rows_per_example += lookup.num_rows;
     }
     std::vector<int64_t> all{num_features, static_cast<int64_t>(lookups.size()), static_cast<int64_t>(pieces.size()),
-                             static_cast<int64_t>(widths.size()), static_cast<int64_t>(projections.size()), static_cast<int64_t>(integers.size())};
+                             static_cast<int64_t>(widths.size()), static_cast<int64_t>(projections.size()), static_cast<int64_t>(integers.size()),
+                             static_cast<int64_t>(rests.size())};
     auto append = [&](const auto& structs) {
         for (const auto& each : structs) {
             const int64_t* fields = reinterpret_cast<const int64_t*>(&each);
@@ -459,6 +497,7 @@ void Case::make_program() {
         }
     };
     append(lookups);
+    append(rests);
     append(pieces);
     int64_t start = 0;
     for (std::size_t w = 0; w < widths.size(); ++w) {
@@ -590,7 +629,7 @@ void Case::make_single() {
     batch = num_ids = num_rows = random.one_of<int64_t>({0, 1, 5, 40, 999});
     num_values = num_ids * width;
     Lookup lookup{};
-    lookup.size = num, lookup.dim = lookup.inner = width, lookup.num_pieces = lookup.num_rows = 1, lookup.code = lookup.projection = -1;
+    lookup.size = num, lookup.dim = lookup.inner = width, lookup.num_pieces = lookup.num_rows = 1, lookup.code = lookup.projection = lookup.rest = -1;
     lookups = {lookup};
     add_piece(ROW, slab(width, num, false), 0, 0, width, 0, false);
     outputs = {{0, width, NONE}};
@@ -691,19 +730,24 @@ std::vector<double> Reference::vector(const Lookup& lookup, int64_t id, const do
         x = c_.integers[lookup.code].values.at(lookup.ranks_from + x);
         if (x < 0 || x >= lookup.size + (lookup.policy == OOV)) x = 0;
     }
-    if (lookup.projection < 0) return combination(lookup, taken, x, gradient);
-    const std::vector<double> u = combination(lookup, taken, x, nullptr);
-    std::vector<double> u_gradient(lookup.inner, 0.0);
-    for (int64_t j = 0; j < lookup.inner; ++j)
-        for (int64_t d = 0; d < lookup.dim; ++d) {
-            const int64_t at = j * lookup.dim + d;
-            const double p = decoded(c_.projection_weights[lookup.projection].data(), at, c_.dtype);
+    const int64_t held = c_.pieces[lookup.first_piece + lookup.num_pieces - 1].a;
+    const bool beyond = lookup.rest >= 0 && x >= held;
+    const Lookup& by = beyond ? c_.rests[lookup.rest - static_cast<int64_t>(c_.lookups.size())] : lookup;
+    if (beyond) x -= held;
+    if (by.num_pieces == 0) return out;
+    if (by.projection < 0) return combination(by, taken, x, gradient);
+    const std::vector<double> u = combination(by, taken, x, nullptr);
+    std::vector<double> u_gradient(by.inner, 0.0);
+    for (int64_t j = 0; j < by.inner; ++j)
+        for (int64_t d = 0; d < by.dim; ++d) {
+            const int64_t at = j * by.dim + d;
+            const double p = decoded(c_.projection_weights[by.projection].data(), at, c_.dtype);
             out[d] += u[j] * p;
             if (!gradient) continue;
             u_gradient[j] += gradient[d] * p;
-            e_.projection_gradients[lookup.projection][at] += gradient[d] * u[j];
+            e_.projection_gradients[by.projection][at] += gradient[d] * u[j];
         }
-    if (gradient) combination(lookup, taken, x, u_gradient.data());
+    if (gradient) combination(by, taken, x, u_gradient.data());
     return out;
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from embtables.lookup.recipe import (
 from embtables.lookup.store import Store
 from embtables.methods import Method
 from embtables.ops import native, reference
-from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS
+from embtables.ops.program import CODE_WORDS, HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS
 from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
@@ -56,6 +57,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 TABLE = InputSpec("item", "item", 0, 8, 100, "error", 0, None)
 OOV = TABLE._replace(on_out_of_range="oov")
 SMALL = TABLE._replace(num_embeddings=75)
+FIFTY = TABLE._replace(num_embeddings=50)
 WITHOUT_VOCABULARY = TABLE._replace(num_embeddings=None)
 FORM = Form(
     slabs=(
@@ -86,6 +88,11 @@ def compiled(recipe: Recipe, spec: InputSpec = TABLE) -> Program | None:
     return compile_program([(spec, recipe)], 1, store) if is_native(recipe, store) else None
 
 
+def with_rest(rest: Recipe) -> Recipe:
+    """Alternatives for the first 50 ids, and this rest."""
+    return Recipe("alternatives", (Range("small"),), rest=rest)
+
+
 NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
     (concat(Row("wide", 100)), TABLE),
     (concat(Row("wide", 99), ranks=Ranks("rank", 19)), OOV),
@@ -106,9 +113,17 @@ NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
     (Recipe("sum", (Listed("small", "offsets", "values", 4),), projection="square"), TABLE),
     (Recipe("sum", (Hashed("small", 1), Hashed("wide", 2, sign_seed=3)), projection="square"), TABLE),
     (Recipe("product", (Hashed("narrow", 1), Coded("narrow", "codes")), projection="p"), TABLE),
+    (with_rest(concat(Hashed("wide", 1))), TABLE),
+    (with_rest(concat(Row("wide", 150))), TABLE),
+    (with_rest(concat(Row("narrow"), projection="q")), TABLE),
+    (with_rest(Recipe("sum", ())), OOV),
+    (with_rest(concat(CircularBlock("scalars", 3, 8))), TABLE),
+    (with_rest(concat(Coded("wide", "codes", first=70))), TABLE),
+    (with_rest(Recipe("sum", (Hashed("wide", 1), Hashed("wide", 2, sign_seed=3)), projection="square")), TABLE),
 ]
 LEFT_TO_PYTORCH: list[tuple[Recipe, InputSpec]] = [
     (concat(CircularBlock("scalars", 3, 4), projection="p"), TABLE),
+    (with_rest(concat(CircularBlock("scalars", 3, 4), projection="p")), TABLE),
 ]
 BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("which is not one of concat, sum", Recipe("max", (Row("wide"),)), TABLE),  # type: ignore[arg-type]
@@ -161,6 +176,21 @@ BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("width 8 and a projection [4, 8]", Recipe("alternatives", (Range("wide", "p"),)), TABLE),
     ("different projections", Recipe("alternatives", (Range("narrow", "p"), Range("narrow too", "q"))), SMALL),
     ("beside those of its alternatives", Recipe("alternatives", (Range("wide"),), projection="square"), TABLE),
+    ("two alternatives of the slab 'small'", Recipe("alternatives", (Range("small"), Range("small"))), TABLE),
+    ('(concat) has a rest, which only "alternatives" have', replace(concat(Row("wide")), rest=concat()), TABLE),
+    ("has a rest, but its alternatives hold all ids", with_rest(concat(Hashed("wide", 1))), FIFTY),
+    ("has a rest that has alternatives itself", with_rest(Recipe("alternatives", (Range("wide"),))), TABLE),
+    ("has a rest with ranks of its own", with_rest(concat(Row("wide"), ranks=Ranks("rank"))), TABLE),
+    ("a rest of lists", with_rest(Recipe("sum", (Listed("wide", "offsets", "values", 3),))), TABLE),
+    ("an alternative and a rest that both read the slab 'small'", with_rest(concat(Hashed("small", 1))), TABLE),
+    ("a rest, and that one has 4 scalars in all", with_rest(concat(Hashed("narrow", 1))), TABLE),
+    (
+        "that one has the address Row of slab 'wide' from row 151 on for 50 ids",
+        with_rest(concat(Row("wide", 151))),
+        TABLE,
+    ),
+    ("that one reads the code 'codes' from 70 on for 51", with_rest(concat(Coded("wide", "codes", first=70))), OOV),
+    ("that one reads the slab 'other'", with_rest(concat(Hashed("other", 1))), TABLE),
 ]
 
 
@@ -169,8 +199,8 @@ def test_recipes_that_stay_within_their_slabs_are_compiled(recipe: Recipe, spec:
     program = compiled(recipe, spec)
     assert program is not None
     weights, projections = len(program.weights), len(program.projections)
-    expected = 6 + LOOKUP_WORDS + len(recipe.addresses) * PIECE_WORDS + WEIGHT_WORDS * (weights + 1) + 2 * projections
-    expected += len(program.codes) * CODE_WORDS
+    expected = HEADER_WORDS + LOOKUP_WORDS * (1 + (recipe.rest is not None)) + len(recipe.all_addresses()) * PIECE_WORDS
+    expected += WEIGHT_WORDS * (weights + 1) + 2 * projections + len(program.codes) * CODE_WORDS
     assert program.words.numel() == expected
 
 

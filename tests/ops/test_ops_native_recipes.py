@@ -15,6 +15,7 @@ import scalar
 import torch
 from core_cases import random_ids
 from native_cases import assert_same, jagged, state, step
+from third_party.frequent_rows import FrequentRows
 from third_party.low_rank_hashes import LowRankHashes
 from third_party.metadata import Metadata
 from third_party.product_quantization import ProductQuantization
@@ -49,7 +50,21 @@ METHODS: dict[str, Method] = {
     "concat, projected": LowRankHashes(combine="concat", num_hashes=4),
     "concat and zeros": LowRankHashes(combine="concat", num_hashes=2, rank=2, widened=False),
     "one row and zeros": LowRankHashes(combine="concat", num_hashes=1, widened=False),
+    "rest of one row": FrequentRows(rest="capped"),
+    "rest, hashed": FrequentRows(rest="hashed", remap="int32"),
+    "rest, hashed, and narrow rows": FrequentRows(rest="hashed", narrow=True),
+    "rest of narrow rows": FrequentRows(rest="row", narrow=True, remap="int64"),
+    "rest of sums": FrequentRows(rest="sum"),
+    "rest of means with signs": FrequentRows(rest="mean", remap="int16"),
+    "rest of products": FrequentRows(rest="product", narrow=True),
+    "rest, joined": FrequentRows(rest="concat", narrow=True),
+    "rest of codes": FrequentRows(rest="codes", remap="int16"),
+    "rest of blocks": FrequentRows(rest="blocks"),
+    "rest of blocks, and narrow rows": FrequentRows(rest="blocks", narrow=True, remap="int16"),
+    "rest of sums, projected": FrequentRows(rest="projected", narrow=True),
+    "rest of nothing": FrequentRows(rest="nothing"),
 }
+RESTS = [name for name in METHODS if name.startswith("rest")]
 METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # A large eps keeps steps smooth in the gradient, whose last bits are nobody's business.
 FUSED: list[FusedOptimizer] = [SGD(lr=0.01), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1, eps=0.01), Adam(lr=0.1, eps=0.01)]
@@ -65,6 +80,8 @@ def any_threads() -> Iterator[None]:
 
 
 def make(method: Method, optimizer: FusedOptimizer | None, **options: Any) -> EmbeddingTables:
+    if isinstance(method, FrequentRows) and method.rest == "blocks" and isinstance(optimizer, RowWiseAdagrad):
+        optimizer = Adagrad(lr=0.1, eps=0.01)  # scalars of blocks have no rows
     return EmbeddingTables(plan(TABLES, method, None, optimizer=optimizer), seed=3, std=0.5, **options)
 
 
@@ -105,6 +122,8 @@ class Loops:
             for attribute in attributes:
                 total = total + self.row(f"{name}/attributes", attribute)
             return total / max(1, len(attributes)) if method.combine == "mean" else total
+        if isinstance(method, FrequentRows):
+            return self.frequent(name, x)
         seed, numbers = self.tables.plan.hash_seed, range(method.num_hashes)
         rows = [self.row(name, scalar.hash_address(x, seed, name, j, method.rows)) for j in numbers]
         if method.signs:
@@ -113,6 +132,54 @@ class Loops:
             return torch.cat(rows)
         result = reduce(torch.mul if method.combine == "product" else torch.add, rows)
         return result / len(rows) if method.combine == "mean" else result
+
+    def frequent(self, name: str, x: int) -> Tensor:
+        group, config = self.tables.plan.groups[0].group.name, next(t for t in TABLES if t.name == name)
+        rank, dim = self.codes[f"{name}/remap"][x] if self.method.remap else x, config.embedding_dim
+        assert config.rows is not None
+        held = min(self.method.first, config.rows // 3)
+        if rank < held:
+            return self.row(f"{name}/first", rank)
+        rank -= held
+        if self.method.narrow:
+            if rank < held:
+                return self.row(f"{name}/narrow", rank) @ self.leaves[f"{group}/widen_4_{dim}"]
+            rank -= held
+        return self.of_rest(name, x, rank, dim, f"{group}/widen_3_{dim}")
+
+    def of_rest(self, name: str, x: int, rank: int, dim: int, widen: str) -> Tensor:
+        """``x``: the id, from which signs come; ``rank``: how many of the rest come before it."""
+        seed, rest, kind = self.tables.plan.hash_seed, f"{name}/rest", self.method.rest
+        if kind in ("capped", "row"):
+            return self.row(rest, 0) if kind == "capped" else self.row(rest, rank) @ self.leaves[widen]
+        if kind == "nothing":
+            return torch.zeros(dim, dtype=torch.float64)
+        if kind == "product":
+            digits = (rank % 11, rank // 11 % 11, rank // 121 % 11)
+            return reduce(torch.mul, [self.row(f"{rest}{j}", digit) for j, digit in enumerate(digits)])
+        if kind == "codes":
+            return torch.cat([self.row(f"{rest}{j}", c) for j, c in enumerate(self.codes[f"{name}/codes"][rank])])
+
+        def row(j: int, size: int) -> int:
+            return scalar.hash_address(rank, seed, name, j, size)
+
+        def sign(j: int) -> float:
+            return scalar.sign_of(x, scalar.seed_of(seed, name, "sign", j))
+
+        if kind == "concat":
+            return torch.cat([self.row(f"{rest}{j}", row(j, 11)) for j in range(3)])
+        if kind == "blocks":
+            count = -(-dim // 5)
+            widths = [dim // count + (j < dim % count) for j in range(count)]
+            starts = [row(j, 90) for j in range(count)]
+            return torch.cat(
+                [sign(j) * self.row(rest, (starts[j] + o) % 90) for j in range(count) for o in range(widths[j])]
+            )
+        if kind == "mean":
+            return sum((sign(j) * self.row(rest, row(j, 30)) for j in range(2)), torch.zeros(dim)) / 2
+        rows = [self.row(rest, row(j, 30)) for j in range({"hashed": 1, "projected": 2, "sum": 3}[kind])]
+        total = reduce(torch.add, rows)
+        return total @ self.leaves[widen] if kind == "projected" else total
 
     def attributes(self, name: str, x: int) -> list[int]:
         begin, end = self.codes[f"{name}/offsets"][x : x + 2]
@@ -326,7 +393,10 @@ def test_small_and_empty_batches(method: Method) -> None:
     assert not tables(torch.zeros(0, dtype=torch.int64), nothing).any()
 
 
-@pytest.mark.parametrize("method", [METHODS["codes"], METHODS["sum of lists"], METHODS["sum, projected"]])
+IN_GRAPHS = ["codes", "sum of lists", "sum, projected", "rest of means with signs", "rest of blocks, and narrow rows"]
+
+
+@pytest.mark.parametrize("method", [METHODS[name] for name in IN_GRAPHS], ids=IN_GRAPHS)
 def test_compiled_steps_leave_the_same_weights(method: Method) -> None:
     torch.compiler.reset()
     eager, compiled = make(method, FUSED[2]), make(method, FUSED[2])
@@ -336,6 +406,32 @@ def test_compiled_steps_leave_the_same_weights(method: Method) -> None:
         step(eager, (ids,), seed)
         graph(ids).backward(torch.randn(64, 62, generator=torch.Generator().manual_seed(seed)))
     assert_same(eager, compiled)
+
+
+@pytest.mark.parametrize("name", ["rest of sums, projected", "rest of codes"])
+def test_rests_in_graphs_without_native_code_equal_native_code(name: str) -> None:
+    """In graphs every id is looked up among the alternatives and among the rest."""
+    torch.compiler.reset()
+    native, compiled = make(METHODS[name], FUSED[2]), make(METHODS[name], FUSED[2])
+    ids = some_ids(native, 64, 0)
+    expected = step(native, (ids,), 0)
+    with ops.using("reference"):
+        assert compiled.lookups.ops == "reference"
+        graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        got = graph(ids)
+        got.backward(torch.randn(64, 62, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(got.detach(), expected, rtol=1e-4, atol=2e-5)
+    assert_same(native, compiled)
+
+
+@pytest.mark.parametrize("name", RESTS)
+def test_ids_of_a_rest_collide_where_their_vectors_are_equal(name: str) -> None:
+    tables = make(METHODS[name], None)
+    loops = Loops(tables)
+    for table, ids in (("city", range(40)), ("item", range(250))):
+        vectors = [tuple(loops.combination(table, x).tolist()) for x in ids]
+        shared = sum(vectors.count(vector) > 1 for vector in vectors) / len(vectors)
+        assert tables.collision_share(table) == pytest.approx(shared)
 
 
 # ---- codes -----------------------------------------------------------------------------------------------------------
@@ -391,6 +487,54 @@ def test_damaged_codes_and_ranks_count_as_zero(wrong: int, projected: bool, opti
 
 class DamagedLists(Loops):
     """A list is what lies within the values, up to its longest, and a row that its slab does not have is row 0."""
+
+    def frequent(self, name: str, x: int) -> Tensor:
+        group, config = self.tables.plan.groups[0].group.name, next(t for t in TABLES if t.name == name)
+        rank, dim = self.codes[f"{name}/remap"][x] if self.method.remap else x, config.embedding_dim
+        assert config.rows is not None
+        held = min(self.method.first, config.rows // 3)
+        if rank < held:
+            return self.row(f"{name}/first", rank)
+        rank -= held
+        if self.method.narrow:
+            if rank < held:
+                return self.row(f"{name}/narrow", rank) @ self.leaves[f"{group}/widen_4_{dim}"]
+            rank -= held
+        return self.of_rest(name, x, rank, dim, f"{group}/widen_3_{dim}")
+
+    def of_rest(self, name: str, x: int, rank: int, dim: int, widen: str) -> Tensor:
+        """``x``: the id, from which signs come; ``rank``: how many of the rest come before it."""
+        seed, rest, kind = self.tables.plan.hash_seed, f"{name}/rest", self.method.rest
+        if kind in ("capped", "row"):
+            return self.row(rest, 0) if kind == "capped" else self.row(rest, rank) @ self.leaves[widen]
+        if kind == "nothing":
+            return torch.zeros(dim, dtype=torch.float64)
+        if kind == "product":
+            digits = (rank % 11, rank // 11 % 11, rank // 121 % 11)
+            return reduce(torch.mul, [self.row(f"{rest}{j}", digit) for j, digit in enumerate(digits)])
+        if kind == "codes":
+            return torch.cat([self.row(f"{rest}{j}", c) for j, c in enumerate(self.codes[f"{name}/codes"][rank])])
+
+        def row(j: int, size: int) -> int:
+            return scalar.hash_address(rank, seed, name, j, size)
+
+        def sign(j: int) -> float:
+            return scalar.sign_of(x, scalar.seed_of(seed, name, "sign", j))
+
+        if kind == "concat":
+            return torch.cat([self.row(f"{rest}{j}", row(j, 11)) for j in range(3)])
+        if kind == "blocks":
+            count = -(-dim // 5)
+            widths = [dim // count + (j < dim % count) for j in range(count)]
+            starts = [row(j, 90) for j in range(count)]
+            return torch.cat(
+                [sign(j) * self.row(rest, (starts[j] + o) % 90) for j in range(count) for o in range(widths[j])]
+            )
+        if kind == "mean":
+            return sum((sign(j) * self.row(rest, row(j, 30)) for j in range(2)), torch.zeros(dim)) / 2
+        rows = [self.row(rest, row(j, 30)) for j in range({"hashed": 1, "projected": 2, "sum": 3}[kind])]
+        total = reduce(torch.add, rows)
+        return total @ self.leaves[widen] if kind == "projected" else total
 
     def attributes(self, name: str, x: int) -> list[int]:
         begin, end = self.codes[f"{name}/offsets"][x : x + 2]

@@ -216,10 +216,14 @@ inline void address_lists(const Program& program, const Call& call, const Lookup
     });
 }
 
-// The addresses of n ids; rows has n * num_rows of them, `stride` from id to id.
+template <class T>
+void address_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
+                          const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride);
+
+// The addresses of n ids; rows has num_rows of them for each, `stride` from id to id, or for id i at `places[i]` strides.
 template <class T>
 inline void address(const Program& program, const Call& call, const Lookup& lookup, int64_t* x, const uint8_t* skip,
-                    int64_t n, int64_t* rows, int64_t stride) {
+                    int64_t n, int64_t* rows, int64_t stride, const int64_t* places = nullptr) {
     if (lookup.code >= 0) {
         const uint64_t end = static_cast<uint64_t>(lookup.size + (lookup.policy == OOV));
         bool outside = false;
@@ -234,76 +238,97 @@ inline void address(const Program& program, const Call& call, const Lookup& look
             for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint64_t>(x[i]) < end ? x[i] : 0;
     }
     if (is_list(lookup)) return address_lists<T>(program, call, lookup, x, skip, n, rows, stride);
+    if (lookup.operation == MIXED && !places)
+        return address_alternatives<T>(program, call, lookup, x, skip, n, rows, stride);
     const Piece* pieces = program.pieces + lookup.first_piece;
     int64_t found[BLOCK_OF_IDS];
     for (int64_t c = 0; c < lookup.num_rows; ++c) {
         const Piece& piece = pieces[c];
-        if (lookup.operation == MIXED) {
-            for (int64_t i = 0; i < n; ++i) {
-                // Which alternative it is cannot be foreseen, so that counting is faster than stopping.
-                int64_t j = 0;
-                for (int64_t k = 0; k + 1 < lookup.num_pieces; ++k) j += x[i] >= pieces[k].a;
-                const Weight& w = program.weights[pieces[j].weight];
-                const int64_t row = pieces[j].base + x[i];
-                found[i] = w.start + row;
-                __builtin_prefetch(stored_near<T>(call, pieces[j].weight, w, row));
-            }
-        } else {
-            const Weight& weight = program.weights[piece.weight];
-            const int64_t base = weight.start + piece.base;
-            switch (piece.kind) {
-                case HASH:
-                case BLOCK:
-                    if (piece.b < (int64_t{1} << 32)) {
-                        for (int64_t i = 0; i < n; ++i)
-                            found[i] = base + hash_small(x[i], piece.a, static_cast<uint64_t>(piece.b));
-                    } else {
-                        for (int64_t i = 0; i < n; ++i) found[i] = base + hash_id(x[i], piece.a, piece.b);
-                    }
-                    break;
-                case DIGIT:
-                    for (int64_t i = 0; i < n; ++i) {
-                        uint64_t q = static_cast<uint64_t>(x[i]);
-                        const uint64_t divisor = static_cast<uint64_t>(piece.a), radix = static_cast<uint64_t>(piece.b);
-                        if ((q | divisor | radix) >> 32) {
-                            q = q / divisor % radix;
-                        } else {  // 32-bit division is several times faster
-                            const uint32_t small = static_cast<uint32_t>(q) / static_cast<uint32_t>(divisor);
-                            q = small < radix ? small : small % static_cast<uint32_t>(radix);
-                        }
-                        found[i] = base + static_cast<int64_t>(q);
-                    }
-                    break;
-                case CUT:
-                    for (int64_t i = 0; i < n; ++i) found[i] = base + (x[i] < piece.a ? x[i] : piece.a);
-                    break;
-                case CODED: {
-                    const int64_t columns = program.codes[piece.code].columns;
-                    with_code(program, call, piece.code, [&](auto* codes) {
-                        for (int64_t i = 0; i < n; ++i)
-                            found[i] = base + row_within(piece, codes[piece.a + x[i] * columns]);
-                    });
-                    break;
+        const Weight& weight = program.weights[piece.weight];
+        const int64_t base = weight.start + piece.base;
+        switch (piece.kind) {
+            case HASH:
+            case BLOCK:
+                if (piece.b < (int64_t{1} << 32)) {
+                    for (int64_t i = 0; i < n; ++i)
+                        found[i] = base + hash_small(x[i], piece.a, static_cast<uint64_t>(piece.b));
+                } else {
+                    for (int64_t i = 0; i < n; ++i) found[i] = base + hash_id(x[i], piece.a, piece.b);
                 }
-                default:
-                    for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
+                break;
+            case DIGIT:
+                for (int64_t i = 0; i < n; ++i) {
+                    uint64_t q = static_cast<uint64_t>(x[i]);
+                    const uint64_t divisor = static_cast<uint64_t>(piece.a), radix = static_cast<uint64_t>(piece.b);
+                    if ((q | divisor | radix) >> 32) {
+                        q = q / divisor % radix;
+                    } else {  // 32-bit division is several times faster
+                        const uint32_t small = static_cast<uint32_t>(q) / static_cast<uint32_t>(divisor);
+                        q = small < radix ? small : small % static_cast<uint32_t>(radix);
+                    }
+                    found[i] = base + static_cast<int64_t>(q);
+                }
+                break;
+            case CUT:
+                for (int64_t i = 0; i < n; ++i) found[i] = base + (x[i] < piece.a ? x[i] : piece.a);
+                break;
+            case CODED: {
+                const int64_t columns = program.codes[piece.code].columns;
+                with_code(program, call, piece.code, [&](auto* codes) {
+                    for (int64_t i = 0; i < n; ++i)
+                        found[i] = base + row_within(piece, codes[piece.a + x[i] * columns]);
+                });
+                break;
             }
-            const int64_t bytes = weight.format ? bytes_of<T>(weight) : piece.width * static_cast<int64_t>(sizeof(T));
-            for (int64_t i = 0; i < n; ++i) {
-                const char* row = stored_near<T>(call, piece.weight, weight, found[i] - weight.start);
-                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-                if (piece.kind == BLOCK) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
-            }
-            if (weight.format != PLAIN && weight.share == 1 && call.scales[piece.weight]) {
-                const int64_t count = weight.num_scales();
-                const bfloat16* scales = static_cast<const bfloat16*>(call.scales[piece.weight]) - weight.start * count;
-                for (int64_t i = 0; i < n; ++i) __builtin_prefetch(scales + found[i] * count);
-            }
+            default:
+                for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
+        }
+        const int64_t bytes = weight.format ? bytes_of<T>(weight) : piece.width * static_cast<int64_t>(sizeof(T));
+        for (int64_t i = 0; i < n; ++i) {
+            const char* row = stored_near<T>(call, piece.weight, weight, found[i] - weight.start);
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+            if (piece.kind == BLOCK) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
+        }
+        if (weight.format != PLAIN && weight.share == 1 && call.scales[piece.weight]) {
+            const int64_t count = weight.num_scales();
+            const bfloat16* scales = static_cast<const bfloat16*>(call.scales[piece.weight]) - weight.start * count;
+            for (int64_t i = 0; i < n; ++i) __builtin_prefetch(scales + found[i] * count);
         }
         if (lookup.has_padding)
             for (int64_t i = 0; i < n; ++i) found[i] = skip[i] ? PADDING : found[i];
-        for (int64_t i = 0; i < n; ++i) rows[i * stride + c] = found[i];
+        if (places)
+            for (int64_t i = 0; i < n; ++i) rows[places[i] * stride + c] = found[i];
+        else
+            for (int64_t i = 0; i < n; ++i) rows[i * stride + c] = found[i];
     }
+}
+
+// The same of alternatives, and of the rest of the ids.
+template <class T>
+void address_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
+                          const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride) {
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    const int64_t held = pieces[lookup.num_pieces - 1].a;
+    for (int64_t i = 0; i < n; ++i) {
+        // Which alternative it is cannot be foreseen, so that counting is faster than stopping.
+        const int64_t rank = x[i] < held ? x[i] : 0;
+        int64_t j = 0;
+        for (int64_t k = 0; k + 1 < lookup.num_pieces; ++k) j += rank >= pieces[k].a;
+        const Weight& w = program.weights[pieces[j].weight];
+        const int64_t row = pieces[j].base + rank;
+        __builtin_prefetch(stored_near<T>(call, pieces[j].weight, w, row));
+        const bool pads = lookup.has_padding && skip[i];
+        rows[i * stride] = pads ? PADDING : x[i] < held ? w.start + row : NOTHING;
+        for (int64_t c = 1; c < lookup.num_rows; ++c) rows[i * stride + c] = pads ? PADDING : NOTHING;
+    }
+    if (lookup.rest < 0) return;
+    int64_t beyond[BLOCK_OF_IDS], places[BLOCK_OF_IDS], count = 0;
+    uint8_t skipped[BLOCK_OF_IDS];
+    for (int64_t i = 0; i < n; ++i) {
+        beyond[count] = x[i] - held, places[count] = i, skipped[count] = skip[i];
+        count += x[i] >= held;
+    }
+    address<T>(program, call, program.lookups[lookup.rest], beyond, skipped, count, rows, stride, places);
 }
 
 // Calls f with the dimension as a constant where it is a common one: loops over it are then a few vector instructions.
@@ -350,6 +375,22 @@ inline float scalar_of(const Program& program, const Call& call, const Piece& pi
         if constexpr (decltype(n)::value == 1) value = v;
     });
     return value;
+}
+
+// What an id is looked up by that has this first address: the lookup itself, or its rest.
+inline const Lookup& looked_up_by(const Program& program, const Lookup& lookup, int64_t row) {
+    if (lookup.rest < 0) return lookup;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+        const Piece& piece = program.pieces[lookup.first_piece + c];
+        const int64_t within = row - program.weights[piece.weight].start - piece.slab;
+        if (static_cast<uint64_t>(within) < static_cast<uint64_t>(piece.rows)) return lookup;
+    }
+    return program.lookups[lookup.rest];
+}
+
+// What says where the addresses of an id belong, in all but the one address of an alternative.
+inline const Lookup& with_addresses(const Program& program, const Lookup& lookup) {
+    return lookup.rest < 0 || program.lookups[lookup.rest].num_rows == 0 ? lookup : program.lookups[lookup.rest];
 }
 
 // MIXED: the width and the projection of an address, which follow from its weight.
@@ -506,20 +547,21 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
         for (int64_t d = 0; d < dim; ++d) v[d] = 0;
         return;
     }
-    if (zeros_follow(lookup)) {
-        combine_inner<T>(program, call, lookup, rows, id, nullptr, v, room);
-        for (int64_t d = lookup.inner; d < dim; ++d) v[d] = 0;
+    const Lookup& by = looked_up_by(program, lookup, rows[0]);
+    if (zeros_follow(by)) {
+        combine_inner<T>(program, call, by, rows, id, nullptr, v, room);
+        for (int64_t d = by.inner; d < dim; ++d) v[d] = 0;
         return;
     }
-    if (lookup.projection < 0) return combine<T, D>(program, call, lookup, rows, id, nullptr, v, room);
-    combine_inner<T>(program, call, lookup, rows, id, nullptr, u, room);
-    project_one<T, D>(static_cast<const T*>(call.projections[lookup.projection]), u, lookup.inner, dim, v);
+    if (by.projection < 0) return combine<T, D>(program, call, by, rows, id, nullptr, v, room);
+    combine_inner<T>(program, call, by, rows, id, nullptr, u, room);
+    project_one<T, D>(static_cast<const T*>(call.projections[by.projection]), u, by.inner, dim, v);
 }
 
 // Room that ids of any lookup need beside their vectors for combinations that a projection follows.
 inline int64_t widest_inner(const Program& program) {
     int64_t widest = 0;
-    for (int64_t l = 0; l < program.num_lookups; ++l)
+    for (int64_t l = 0; l < program.num_lookups + program.num_rests; ++l)
         if (program.lookups[l].projection >= 0) widest = std::max(widest, program.lookups[l].inner);
     return widest;
 }
@@ -529,22 +571,15 @@ inline int64_t widest_inner(const Program& program) {
 // Which alternative an id has cannot be foreseen, so that a processor would guess wrong at most ids. Sorted by
 // alternative, a block of ids runs through code for one width, with the projection in registers.
 
-// Those of n ids whose rows lie in a weight: their numbers among the n, and how many they are.
-inline int64_t ids_in_weight(const Program& program, int64_t weight, const int64_t* rows, int64_t stride, int64_t n, int64_t* index) {
-    const int64_t first = program.weights[weight].start, last = program.weights[weight + 1].start;
+// Those of n ids whose rows lie in the slab of a piece: their numbers among the n, and how many they are.
+inline int64_t ids_in_slab(const Program& program, const Piece& piece, const int64_t* rows, int64_t stride, int64_t n, int64_t* index) {
+    const int64_t first = program.weights[piece.weight].start + piece.slab, last = first + piece.rows;
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
         index[count] = i;
         count += rows[i * stride] >= first && rows[i * stride] < last;
     }
     return count;
-}
-
-inline const Piece* alternative_in(const Program& program, const Lookup& lookup, int64_t weight) {
-    const Piece* pieces = program.pieces + lookup.first_piece;
-    for (int64_t c = 0; c < lookup.num_pieces; ++c)
-        if (pieces[c].weight == weight) return pieces + c;
-    return nullptr;
 }
 
 // Calls f with the width as a constant where it is one that a narrow row of a common dimension has.
@@ -610,7 +645,7 @@ inline void project_back(const float* values, int64_t start, const float* projec
         for (int c = 0; c < C; ++c) put<N>(total + j * D + c * N, sums[j][c]);
 }
 
-// The vectors of up to BLOCK_OF_IDS ids; whether that was possible.
+// The vectors of up to BLOCK_OF_IDS ids, but for those of the rest; whether that was possible.
 template <class T, int D>
 bool gather_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
                          int64_t row_stride, int64_t n, T* out, int64_t stride) {
@@ -619,20 +654,21 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
     } else {
         int64_t index[BLOCK_OF_IDS];
         int64_t found = 0;
-        for (int64_t w = 0; w < program.num_weights; ++w) {
-            const Piece* piece = alternative_in(program, lookup, w);
-            const int64_t count = piece ? ids_in_weight(program, w, rows, row_stride, n, index) : 0;
+        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+            const Piece& piece = program.pieces[lookup.first_piece + c];
+            const int64_t count = ids_in_slab(program, piece, rows, row_stride, n, index);
             if (count == 0) continue;
             found += count;
-            const float* values = static_cast<const float*>(call.weights[w]);
-            const int64_t start = program.weights[w].start, width = program.weights[w].width;
-            if (program.weights[w].format != PLAIN) return false;
-            if (piece->projection < 0) {
+            const Weight& weight = program.weights[piece.weight];
+            const float* values = static_cast<const float*>(call.weights[piece.weight]);
+            const int64_t start = weight.start, width = weight.width;
+            if (weight.format != PLAIN) return false;
+            if (piece.projection < 0) {
                 for (int64_t k = 0; k < count; ++k)
                     std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - start) * D, D * sizeof(float));
                 continue;
             }
-            const float* projection = static_cast<const float*>(call.projections[piece->projection]);
+            const float* projection = static_cast<const float*>(call.projections[piece.projection]);
             const bool done = with_narrow_width<D>(width, [&](auto v) {
                 project<D, v>(values, start, projection, rows, row_stride, index, count, out, stride);
             });
@@ -645,9 +681,19 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
     }
 }
 
+// Whether every id has one row of one weight and takes it as it is.
 inline bool is_one_row(const Program& program, const Lookup& lookup) {
-    return lookup.operation == CONCAT && lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 &&
-           program.pieces[lookup.first_piece].kind != BLOCK;
+    const Piece& first = program.pieces[lookup.first_piece];
+    if (lookup.operation == CONCAT)
+        return lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 && first.kind != BLOCK;
+    if (lookup.operation != MIXED || program.weights[first.weight].format != PLAIN) return false;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+        const Piece& piece = program.pieces[lookup.first_piece + c];
+        if (piece.weight != first.weight || piece.projection >= 0) return false;
+    }
+    if (lookup.rest < 0) return true;
+    const Lookup& rest = program.lookups[lookup.rest];
+    return rest.num_pieces == 1 && program.pieces[rest.first_piece].weight == first.weight && is_one_row(program, rest);
 }
 
 inline bool is_plain(const Program& program, const Lookup& lookup) {
@@ -742,15 +788,13 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
     if (!pools) {
         int64_t begin = first, end = last;
         ids_of_bags(call, lookup, begin, end);
-        if (lookup.operation == MIXED && !id_weights) {
-            int64_t i = begin;
-            for (; i < end; i += BLOCK_OF_IDS)
-                if (!gather_alternatives<T, D>(program, call, lookup, rows + i * place.row_stride, place.row_stride,
-                                               std::min(BLOCK_OF_IDS, end - i), out + i * output.stride, output.stride))
-                    break;
-            if (i >= end) return;
-        }
         const bool copies = !id_weights && is_one_row(program, lookup) && is_plain(program, lookup);
+        // Whose vectors are written already.
+        bool alternatives = lookup.operation == MIXED && !id_weights && !copies;
+        for (int64_t i = begin; alternatives && i < end; i += BLOCK_OF_IDS)
+            alternatives = gather_alternatives<T, D>(program, call, lookup, rows + i * place.row_stride, place.row_stride,
+                                                     std::min(BLOCK_OF_IDS, end - i), out + i * output.stride, output.stride);
+        if (alternatives && lookup.rest < 0) return;
         const T* values = nullptr;
         if (copies) {
             const int64_t w = program.pieces[lookup.first_piece].weight;
@@ -763,6 +807,7 @@ inline void gather_bags(const Program& program, const Call& call, int64_t l, con
                 std::memcpy(to, values + r[0] * dim, dim * sizeof(T));
                 continue;
             }
+            if (alternatives && (r[0] < 0 || &looked_up_by(program, lookup, r[0]) == &lookup)) continue;
             vector_of<T, D>(program, call, lookup, r, taken(lookup, id_at(call, place.first_id + i * place.stride)), scratch,
                             scratch + 2 * dim, room);
             const float factor = id_weights ? id_weights[i * place.stride] : 1.0f;
@@ -1180,15 +1225,21 @@ struct Flow {
     int64_t num_ids;
 };
 
+inline bool takes_slices(const Program& program, const Lookup& lookup) {
+    if (lookup.projection >= 0 || lookup.operation == MULT || lookup.operation == MEAN || lookup.operation == LIST_MEAN)
+        return false;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+        const Piece& piece = program.pieces[lookup.first_piece + c];
+        if (piece.has_sign || piece.projection >= 0) return false;
+    }
+    return true;
+}
+
 inline bool is_direct(const Program& program, const Call& call, int64_t l) {
     const Lookup& lookup = program.lookups[l];
     if (lookup.num_pieces == 0) return true;
-    if (call.id_weights || lookup.projection >= 0) return false;
-    if (lookup.operation != CONCAT && lookup.operation != SUM && lookup.operation != LIST_SUM) return false;
-    if (call.offsets && call.outputs[l].pooling == POOL_MEAN) return false;
-    for (int64_t c = 0; c < lookup.num_pieces; ++c)
-        if (program.pieces[lookup.first_piece + c].has_sign) return false;
-    return true;
+    if (call.id_weights || (call.offsets && call.outputs[l].pooling == POOL_MEAN)) return false;
+    return takes_slices(program, lookup) && (lookup.rest < 0 || takes_slices(program, program.lookups[lookup.rest]));
 }
 
 // Where the gradient of row c lies among an id's own values: all rows of a list have the same one.
@@ -1202,8 +1253,11 @@ inline const Piece& piece_at(const Program& program, const Lookup& lookup, int64
 }
 
 // Whether the gradient depends on what the rows are.
-inline bool reads_rows(const Lookup& lookup) {
-    return lookup.operation == MULT || lookup.operation == MIXED || lookup.projection >= 0;
+inline bool reads_rows(const Program& program, const Lookup& lookup) {
+    if (lookup.operation == MULT || lookup.projection >= 0) return true;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c)
+        if (program.pieces[lookup.first_piece + c].projection >= 0) return true;
+    return lookup.rest >= 0 && reads_rows(program, program.lookups[lookup.rest]);
 }
 
 // Examples whose gradients of the projections are added up by themselves first: the same for any number of threads.
@@ -1212,10 +1266,11 @@ constexpr int64_t CHUNK = 512;
 // Asks for rows that will be read.
 template <class T>
 inline void prefetch_rows(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows) {
-    if (rows[0] < 0 || !reads_rows(lookup)) return;
-    for (int64_t c = 0; c < lookup.num_rows && rows[c] >= 0; ++c) {
-        int64_t w = piece_at(program, lookup, c).weight;
-        if (lookup.operation == MIXED) {
+    if (rows[0] < 0) return;
+    const Lookup& by = looked_up_by(program, lookup, rows[0]);
+    for (int64_t c = 0; c < by.num_rows && rows[c] >= 0; ++c) {
+        int64_t w = piece_at(program, by, c).weight;
+        if (by.operation == MIXED) {
             w = 0;
             for (int64_t k = 1; k < program.num_weights; ++k) w += rows[0] >= program.weights[k].start;
         }
@@ -1223,8 +1278,8 @@ inline void prefetch_rows(const Program& program, const Call& call, const Lookup
     }
 }
 
-// Gradients of the rows of up to BLOCK_OF_IDS ids with alternatives; whether that was possible: it begins with nothing
-// that it cannot finish.
+// Gradients of the rows of up to BLOCK_OF_IDS ids with alternatives, but for those of the rest; whether that was possible:
+// it begins with nothing that it cannot finish.
 template <int D>
 bool own_of_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
                          int64_t row_stride, int64_t n, const float* gradient, int64_t stride, float* own,
@@ -1238,28 +1293,35 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
         }
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
         int64_t index[BLOCK_OF_IDS];
-        for (int64_t w = 0; w < program.num_weights; ++w) {
-            const Piece* piece = alternative_in(program, lookup, w);
-            const int64_t count = piece ? ids_in_weight(program, w, rows, row_stride, n, index) : 0;
-            if (count == 0) continue;
-            if (piece->projection >= 0) {
-                const float* values = static_cast<const float*>(call.weights[w]);
+        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+            const Piece& piece = program.pieces[lookup.first_piece + c];
+            const int64_t count = ids_in_slab(program, piece, rows, row_stride, n, index);
+            const int64_t start = program.weights[piece.weight].start;
+            const float* values = static_cast<const float*>(call.weights[piece.weight]);
+            if (piece.projection >= 0)
                 for (int64_t k = 0; k < count; ++k)
-                    __builtin_prefetch(values + (rows[index[k] * row_stride] - program.weights[w].start) * piece->width);
-            }
-            if (piece->projection < 0) {
+                    __builtin_prefetch(values + (rows[index[k] * row_stride] - start) * piece.width);
+            if (piece.projection < 0) {
                 for (int64_t k = 0; k < count; ++k)
                     std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
                 continue;
             }
-            with_narrow_width<D>(piece->width, [&](auto v) {
-                project_back<D, v>(static_cast<const float*>(call.weights[w]), program.weights[w].start,
-                                   static_cast<const float*>(call.projections[piece->projection]), rows, row_stride, index,
-                                   count, gradient, stride, own, own_stride, projection_sums[piece->projection]);
+            with_narrow_width<D>(piece.width, [&](auto v) {
+                project_back<D, v>(values, start, static_cast<const float*>(call.projections[piece.projection]), rows,
+                                   row_stride, index, count, gradient, stride, own, own_stride,
+                                   projection_sums[piece.projection]);
             });
         }
         return true;
     }
+}
+
+// How many values an id has: room for its rows too, where a gradient that depends on them may have to keep them.
+inline int64_t own_stride_of(const Program& program, const Lookup& lookup) {
+    if (lookup.rest >= 0) return std::max(lookup.inner, own_stride_of(program, program.lookups[lookup.rest]));
+    const bool one = lookup.operation == CONCAT || lookup.operation == MIXED ||
+                     (is_list(lookup) && !reads_rows(program, lookup));
+    return one ? lookup.inner : lookup.num_rows * lookup.inner;
 }
 
 // The flows of all lookups; the number of values that are made.
@@ -1273,9 +1335,7 @@ inline int64_t find_flows(const Program& program, const Call& call, std::vector<
         Flow& flow = flows[l];
         flow = {is_direct(program, call, l), own_size, 0, last - first};
         if (flow.direct) continue;
-        // Room for the rows too, where a gradient that depends on them may have to keep them.
-        const bool one = lookup.operation == CONCAT || lookup.operation == MIXED || (is_list(lookup) && !reads_rows(lookup));
-        flow.own_stride = one ? lookup.inner : lookup.num_rows * lookup.inner;
+        flow.own_stride = own_stride_of(program, lookup);
         own_size += flow.num_ids * flow.own_stride;
     }
     return own_size;
@@ -1291,15 +1351,16 @@ int64_t keep_rows(const Call& call) {
     const int64_t size = find_flows(program, call, flows);
     for (int64_t l = 0; call.saved && l < program.num_lookups; ++l) {
         const Lookup& lookup = program.lookups[l];
-        if (flows[l].direct || !reads_rows(lookup)) continue;
+        if (flows[l].direct || !reads_rows(program, lookup)) continue;
         const Place place = place_of(program, call, l, starts.data());
         for (int64_t i = 0; i < flows[l].num_ids; ++i) {
             const int64_t* rows = call.rows + place.rows + i * place.row_stride;
             T* to = static_cast<T*>(call.saved) + flows[l].own_start + i * flows[l].own_stride;
-            for (int64_t c = 0; c < lookup.num_rows && rows[c] >= 0; ++c) {
-                const Piece& piece = lookup.operation == MIXED ? alternative_of(program, lookup, rows[0])
-                                                               : piece_at(program, lookup, c);
-                std::memcpy(to + own_column(program, lookup, c), row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
+            const Lookup& by = looked_up_by(program, lookup, rows[0]);
+            if (!reads_rows(program, by)) continue;
+            for (int64_t c = 0; c < by.num_rows && rows[c] >= 0; ++c) {
+                const Piece& piece = by.operation == MIXED ? alternative_of(program, by, rows[0]) : piece_at(program, by, c);
+                std::memcpy(to + own_column(program, by, c), row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
             }
         }
     }
@@ -1405,19 +1466,18 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     const bool pools = call.offsets && output.pooling != NONE;
     float* g = scratch;
     float* product = scratch + dim;
+    const bool reads = reads_rows(program, lookup);
+    bool alternatives = false;  // whose values are made already
     if constexpr (std::is_same<T, float>::value) {
-        if (lookup.operation == MIXED && !pools && !id_weights && !call.saved) {
-            int64_t begin = first, end = last;
-            ids_of_bags(call, lookup, begin, end);
-            int64_t i = begin;
-            for (; i < end; i += BLOCK_OF_IDS)
-                if (!own_of_alternatives<D>(program, call, lookup, call.rows + place.rows + i * place.row_stride,
-                                            place.row_stride, std::min(BLOCK_OF_IDS, end - i), gradient + i * output.stride,
-                                            output.stride, own + flow.own_start + i * flow.own_stride, flow.own_stride,
-                                            projection_sums))
-                    break;
-            if (i >= end) return;
-        }
+        alternatives = lookup.operation == MIXED && !pools && !id_weights && !call.saved;
+        int64_t begin = first, end = last;
+        ids_of_bags(call, lookup, begin, end);
+        for (int64_t i = begin; alternatives && i < end; i += BLOCK_OF_IDS)
+            alternatives = own_of_alternatives<D>(program, call, lookup, call.rows + place.rows + i * place.row_stride,
+                                                  place.row_stride, std::min(BLOCK_OF_IDS, end - i),
+                                                  gradient + i * output.stride, output.stride,
+                                                  own + flow.own_start + i * flow.own_stride, flow.own_stride, projection_sums);
+        if (alternatives && lookup.rest < 0) return;
     }
     for (int64_t b = first; b < last; ++b) {
         int64_t begin = b, end = b + 1;
@@ -1425,8 +1485,10 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
         const int64_t* rows = call.rows + place.rows + begin * place.row_stride;
         const float divisor = pools ? divisor_of(lookup, output, rows, place.row_stride, end - begin) : 1.0f;
         for (int64_t i = begin; i < end; ++i, rows += place.row_stride) {
-            if (i + AHEAD < place.num_ids) prefetch_rows<T>(program, call, lookup, rows + AHEAD * place.row_stride);
+            if (reads && i + AHEAD < place.num_ids) prefetch_rows<T>(program, call, lookup, rows + AHEAD * place.row_stride);
             if (rows[0] < 0) continue;
+            const Lookup& by = looked_up_by(program, lookup, rows[0]);
+            if (alternatives && &by == &lookup) continue;
             const int64_t at = i * place.stride;
             const T* from = gradient + (pools ? b : i) * output.stride;
             __builtin_prefetch(from + AHEAD * output.stride);
@@ -1435,15 +1497,15 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             float* to = own + flow.own_start + i * flow.own_stride;
             const T* saved = call.saved ? static_cast<const T*>(call.saved) + flow.own_start + i * flow.own_stride : nullptr;
             const int64_t id_place = place.first_id + at;
-            if (lookup.projection >= 0) {
+            if (by.projection >= 0) {
                 float* u = scratch + 2 * dim;
-                float* u_gradient = u + lookup.inner;
-                combine_inner<T>(program, call, lookup, rows, taken(lookup, id_at(call, id_place)), saved, u, nullptr);
-                project_one_back<T, D>(static_cast<const T*>(call.projections[lookup.projection]), u, lookup.inner, dim, g,
-                                       u_gradient, projection_sums[lookup.projection]);
-                spread_inner<T>(program, call, lookup, rows, id_place, saved, u_gradient, to, u_gradient + lookup.inner);
-            } else if (lookup.operation == MIXED) {
-                const Piece& piece = alternative_of(program, lookup, rows[0]);
+                float* u_gradient = u + by.inner;
+                combine_inner<T>(program, call, by, rows, taken(lookup, id_at(call, id_place)), saved, u, nullptr);
+                project_one_back<T, D>(static_cast<const T*>(call.projections[by.projection]), u, by.inner, dim, g, u_gradient,
+                                       projection_sums[by.projection]);
+                spread_inner<T>(program, call, by, rows, id_place, saved, u_gradient, to, u_gradient + by.inner);
+            } else if (by.operation == MIXED) {
+                const Piece& piece = alternative_of(program, by, rows[0]);
                 if (piece.projection < 0) {
                     each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
                     continue;
@@ -1451,10 +1513,10 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                 const T* row = saved ? saved : row_of<T>(program, call, piece.weight, rows[0]);
                 project_one_back<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, g, to,
                                        projection_sums[piece.projection]);
-            } else if (zeros_follow(lookup)) {
-                spread_inner<T>(program, call, lookup, rows, id_place, saved, g, to, product);
+            } else if (zeros_follow(by)) {
+                spread_inner<T>(program, call, by, rows, id_place, saved, g, to, product);
             } else {
-                spread<T, D>(program, call, lookup, rows, id_place, saved, g, to, product);
+                spread<T, D>(program, call, by, rows, id_place, saved, g, to, product);
             }
         }
     }
@@ -1478,6 +1540,12 @@ __attribute__((noinline)) inline void add_block(Workspace& stretches, const Prog
         left -= length, source += static_cast<uint64_t>(length), row += static_cast<uint64_t>(length);
         if (row == end) row = start;
     }
+}
+
+// The piece of an address that is this one of the rest, or else one of these alternatives.
+inline const Piece& piece_of(const Program& program, const Lookup* alternatives, const Piece& piece, int64_t row) {
+    const bool alternative = alternatives && piece.kind == BLOCK && &looked_up_by(program, *alternatives, row) == alternatives;
+    return alternative ? program.pieces[alternatives->first_piece] : piece;
 }
 
 // The rows of one part: those of ids in order, first by example, with offsets by lookup.
@@ -1677,16 +1745,16 @@ void backward(const Call& call, const Call& gradients) {
     int64_t most_rows = 0, most_stretches = 0;
     for (int64_t l = 0; l < program.num_lookups; ++l) {
         const Lookup& lookup = program.lookups[l];
-        if (lookup.num_pieces == 0) continue;
-        if (program.pieces[lookup.first_piece].kind != BLOCK) {
-            most_rows += flows[l].num_ids * lookup.num_rows;
-            continue;
-        }
-        // A block is cut where the slab ends, a short slab being run through repeatedly, and at each end of a region,
-        // of which every run may meet one however short it is.
-        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-            const Piece& p = program.pieces[lookup.first_piece + c];
-            most_stretches += flows[l].num_ids * (2 * (2 + p.width / p.b) + (p.width >> REGION_BITS));
+        if (lookup.rest >= 0) most_rows += flows[l].num_ids;
+        const Lookup& by = with_addresses(program, lookup);
+        for (int64_t c = 0; c < by.num_rows; ++c) {
+            const Piece& p = piece_at(program, by, c);
+            // A block is cut where the slab ends, a short slab being run through repeatedly, and at each end of a region,
+            // of which every run may meet one however short it is.
+            if (p.kind == BLOCK)
+                most_stretches += flows[l].num_ids * (2 * (2 + p.width / p.b) + (p.width >> REGION_BITS));
+            else
+                most_rows += flows[l].num_ids;
         }
     }
     std::vector<Workspace>& works = keep.works;
@@ -1702,20 +1770,22 @@ void backward(const Call& call, const Call& gradients) {
             struct Slot {
                 const Piece* piece;
                 uint64_t source, stride;
-                bool mixed;
+                const Lookup* alternatives;  // of which it may be one instead, where that makes a difference
             };
             std::vector<Slot> slots;
             for (int64_t l = 0; l < program.num_lookups; ++l) {
                 const Lookup& lookup = program.lookups[l];
                 const Output& output = call.outputs[l];
+                const Lookup& by = with_addresses(program, lookup);
                 for (int64_t c = 0; c < lookup.num_rows; ++c) {
-                    const Piece* piece = &piece_at(program, lookup, c);
-                    const uint64_t column = static_cast<uint64_t>(lookup.operation == CONCAT ? piece->column : 0);
+                    const Piece* piece = &piece_at(program, by, c);
+                    const uint64_t column = static_cast<uint64_t>(by.operation == CONCAT ? piece->column : 0);
+                    const Lookup* alternatives = piece->kind == BLOCK && lookup.rest >= 0 ? &lookup : nullptr;
                     if (flows[l].direct)
-                        slots.push_back({piece, static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride), false});
+                        slots.push_back({piece, static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride), alternatives});
                     else
-                        slots.push_back({piece, OWN | static_cast<uint64_t>(flows[l].own_start + gradient_column(program, lookup, c)),
-                                         static_cast<uint64_t>(flows[l].own_stride), false});
+                        slots.push_back({piece, OWN | static_cast<uint64_t>(flows[l].own_start + gradient_column(program, by, c)),
+                                         static_cast<uint64_t>(flows[l].own_stride), alternatives});
                 }
             }
             const int64_t n = static_cast<int64_t>(slots.size());
@@ -1723,14 +1793,14 @@ void backward(const Call& call, const Call& gradients) {
             for (int64_t b = 0; b < call.batch; ++b)
                 for (int64_t k = 0; k < n; ++k, ++row)
                     if (*row >= 0)
-                        add_row(work, stretches, program, *slots[k].piece, static_cast<uint64_t>(*row),
-                                slots[k].source + static_cast<uint64_t>(b) * slots[k].stride, p, ps);
+                        add_row(work, stretches, program, piece_of(program, slots[k].alternatives, *slots[k].piece, *row),
+                                static_cast<uint64_t>(*row), slots[k].source + static_cast<uint64_t>(b) * slots[k].stride, p, ps);
             return;
         }
         for (int64_t l = 0; l < program.num_lookups; ++l) {
             const Lookup& lookup = program.lookups[l];
             const Output& output = call.outputs[l];
-            const Piece* pieces = program.pieces + lookup.first_piece;
+            const Lookup& by = with_addresses(program, lookup);
             const int64_t* row = call.rows + starts[l];
             for (int64_t b = 0; b < call.batch; ++b) {
                 int64_t begin = b, end = b + 1;
@@ -1739,12 +1809,14 @@ void backward(const Call& call, const Call& gradients) {
                     for (int64_t c = 0; c < lookup.num_rows; ++c, ++row) {
                         if (*row < 0) continue;
                         const int64_t from = output.pooling == NONE ? i : b;
-                        const int64_t column = lookup.operation == CONCAT ? pieces[c].column : 0;
+                        const Piece& piece = piece_at(program, by, c);
+                        const int64_t column = by.operation == CONCAT ? piece.column : 0;
                         const uint64_t source =
                             flows[l].direct
                                 ? static_cast<uint64_t>(output.start + from * output.stride + column)
-                                : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + gradient_column(program, lookup, c));
-                        add_row(work, stretches, program, piece_at(program, lookup, c), static_cast<uint64_t>(*row), source, p, ps);
+                                : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + gradient_column(program, by, c));
+                        add_row(work, stretches, program, piece_of(program, lookup.rest >= 0 ? &lookup : nullptr, piece, *row),
+                                static_cast<uint64_t>(*row), source, p, ps);
                     }
             }
         }
@@ -1819,7 +1891,7 @@ inline Outcome run_gather(const Gather& gather) {
 // One weight and a list of rows: a program of one lookup that is given its addresses.
 template <class T, class S>
 void update_of(const RowUpdate& u) {
-    const int64_t words[] = {1, 0, 0, 1, 0, 0, /* Weight */ u.width, 0, PLAIN, 0, 0, u.width, u.num_rows, PLAIN, 0, 0};
+    const int64_t words[] = {1, 0, 0, 1, 0, 0, 0, /* Weight */ u.width, 0, PLAIN, 0, 0, u.width, u.num_rows, PLAIN, 0, 0};
     const Program program(words);
     void* weights[] = {u.weight};
     void* states[] = {u.state0, u.state1};

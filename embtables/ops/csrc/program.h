@@ -14,7 +14,8 @@ enum RuleKind : int64_t { SGD = 0, ROWWISE_ADAGRAD = 1, ADAGRAD = 2, ADAM = 3, D
 constexpr int64_t OWN_HYPER[] = {0, 1, 1, 3};
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-// A (table, feature) pair: an output. All fields of all structs are int64, so that they are rows of the tensor.
+// A (table, feature) pair: an output; or what the ids of such a lookup are looked up by that none of its alternatives has,
+// its rest. All fields of all structs are int64, so that they are rows of the tensor.
 struct Lookup {
     int64_t column;      // of its feature among the input's columns
     int64_t size;        // ids of the table
@@ -26,12 +27,14 @@ struct Lookup {
     int64_t operation;
     int64_t first_piece;
     int64_t num_pieces;
-    int64_t num_rows;    // addresses an id: one a piece, but one in all where pieces are alternatives (MIXED), and as
-                         // many as the longest list has of a LISTED piece
+    int64_t num_rows;    // addresses an id: one a piece, but one in all where pieces are alternatives (MIXED), or as
+                         // many as the rest has; and as many as the longest list has of a LISTED piece
     int64_t code;        // remap from id to rank, or -1
     int64_t ranks_from;
     int64_t inner;       // scalars of the combination; without a projection zeros follow them up to dim (CONCAT)
     int64_t projection;  // from inner to dim, or -1 where those are the same; never with MIXED or a BLOCK
+    int64_t rest;        // MIXED: the number of the lookup of its rest, which reads no slab of a piece, or -1. It takes
+                         // ranks less those of the pieces; its addresses stand where those of an alternative would.
 };
 
 // Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK).
@@ -86,12 +89,13 @@ struct Code {
     int64_t length;      // integers in all
 };
 
-// What stands for the address of a padding id, and behind the end of a list.
+// What stands for the address of a padding id, and behind the end of a list or the one address of an alternative.
 constexpr int64_t PADDING = -1, NOTHING = -2;
 
 struct Program {
-    int64_t num_features, num_lookups, num_pieces, num_weights, num_projections, num_codes, rows_per_example, total_rows;
-    const Lookup* lookups;
+    int64_t num_features, num_lookups, num_pieces, num_weights, num_projections, num_codes, num_rests;
+    int64_t rows_per_example, total_rows;
+    const Lookup* lookups;          // those with outputs, and the rests behind them
     const Piece* pieces;
     const Weight* weights;          // num_weights + 1; the last one ends the rows
     const Projection* projections;
@@ -104,9 +108,10 @@ struct Program {
         num_weights = words[3];
         num_projections = words[4];
         num_codes = words[5];
-        const int64_t* next = words + 6;
+        num_rests = words[6];
+        const int64_t* next = words + 7;
         lookups = reinterpret_cast<const Lookup*>(next);
-        next += num_lookups * (sizeof(Lookup) / 8);
+        next += (num_lookups + num_rests) * (sizeof(Lookup) / 8);
         pieces = reinterpret_cast<const Piece*>(next);
         next += num_pieces * (sizeof(Piece) / 8);
         weights = reinterpret_cast<const Weight*>(next);
