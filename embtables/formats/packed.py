@@ -100,28 +100,35 @@ class PackedFormat(RowFormat):
         integers = integers[:, :width] if number is None else integers.gather(1, number.unsqueeze(1))
         return self.decode(integers, scales.float())
 
+    def rounded(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
+        scales = self.scales_for(values).float() if scales is None else scales
+        return self.decode(self.integers(values, scales), scales)
+
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The integers of blocks of scalars ``[blocks, n]``, and the scales of each block, ``[blocks, scales]``."""
+        scales = self.scales_for(values)
+        return self.integers(values, scales.float()), scales
+
+    def scales_for(self, values: Tensor) -> Tensor:
+        """The scales ``[blocks, scales]`` that blocks of scalars ``[blocks, n]`` are stored with."""
         magnitudes = values.abs()
         if self.bits > 2:
-            scales = _rounded_up(magnitudes.amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1))
-        else:
-            scales = 2.0 ** (2 - self.bits) * magnitudes.mean(dim=1, keepdim=True)
-            for _ in range(_ROUNDS):
-                levels = self._nearest(values, scales) - self.zero
-                scales = (values * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
-            scales = scales.to(DTYPES[SCALE])
-        return self._nearest(values, scales.float()), scales
+            return _rounded_up(magnitudes.amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1))
+        scales = 2.0 ** (2 - self.bits) * magnitudes.mean(dim=1, keepdim=True)
+        for _ in range(_ROUNDS):
+            levels = self.integers(values, scales) - self.zero
+            scales = (values * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
+        return scales.to(DTYPES[SCALE])
+
+    def integers(self, values: Tensor, scales: Tensor) -> Tensor:
+        """The integers ``[blocks, n]``, as floating-point numbers, that stand for scalars under scales in fp32."""
+        middle = ceil(self.zero)
+        nearest = (values / torch.where(scales > 0, scales, 1.0) + (self.zero - middle)).round() + middle
+        return nearest.clamp(1 if self.bits > 2 else 0, 2**self.bits - 1)
 
     def decode(self, integers: Tensor, scales: Tensor) -> Tensor:
         """Scalars ``[N, width]`` from their integers and the scales of each row, ``[N, scales]`` in fp32."""
         return (integers.float() - self.zero) * scales
-
-    def _nearest(self, values: Tensor, scales: Tensor) -> Tensor:
-        """The integers, as floating-point numbers, whose levels are nearest."""
-        middle = ceil(self.zero)
-        nearest = (values / torch.where(scales > 0, scales, 1.0) + (self.zero - middle)).round() + middle
-        return nearest.clamp(1 if self.bits > 2 else 0, 2**self.bits - 1)
 
     def _joined(self, integers: Tensor) -> Tensor:
         """The units ``[units, columns]`` of integers ``[rows, width]``."""
@@ -145,15 +152,20 @@ class ResidualFormat(PackedFormat):
     def scales(self) -> int:
         return self.bits
 
-    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        integers, scales = torch.zeros_like(values), []
+    def scales_for(self, values: Tensor) -> Tensor:
+        scales: list[Tensor] = []
+        for _ in range(self.bits):
+            scales.append((2 * values.abs().mean(dim=1, keepdim=True)).to(DTYPES[SCALE]))
+            values = values - _sign(values) * scales[-1].float()
+        return torch.cat(scales, dim=1)
+
+    def integers(self, values: Tensor, scales: Tensor) -> Tensor:
+        integers = torch.zeros_like(values)
         for j in range(self.bits):
-            scale = (2 * values.abs().mean(dim=1, keepdim=True)).to(DTYPES[SCALE])
-            positive = (values >= 0).float()
-            integers += positive * 2**j
-            values = values - (positive - 0.5) * scale.float()
-            scales.append(scale)
-        return integers, torch.cat(scales, dim=1)
+            sign = _sign(values)
+            integers += (sign + 0.5) * 2**j
+            values = values - sign * scales[:, j : j + 1]
+        return integers
 
     def decode(self, integers: Tensor, scales: Tensor) -> Tensor:
         signs = _fields(integers.unsqueeze(-1), self.bits, 1) - 0.5
@@ -173,6 +185,11 @@ def _fields(integers: Tensor, count: int, bits: int) -> Tensor:
     """
     divisors = 2 ** (bits * torch.arange(count, device=integers.device, dtype=torch.int32))
     return torch.div(integers.int(), divisors, rounding_mode="floor") % 2**bits
+
+
+def _sign(values: Tensor) -> Tensor:
+    """½ where a value is 0 or more, −½ elsewhere."""
+    return (values >= 0).float() - 0.5
 
 
 def _rounded_up(scales: Tensor) -> Tensor:

@@ -108,3 +108,12 @@ class RowFormat:
             width: columns of the slab.
         """
         return stored.float()
+
+    def rounded(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Rows ``[N, width]`` in fp32 as ``unpack`` would give them after ``pack``.
+
+        Args:
+            values: the rows, in fp32.
+            scales: ``[N, scales]`` in fp32, those of each row; ``None``: those that each row has where it is alone.
+        """
+        return values.to(DTYPES[self.dtype]).float()

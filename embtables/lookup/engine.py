@@ -262,10 +262,11 @@ class Lookup(nn.Module):
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
         # Regularization works on the vectors of single ids, and stages may listen to the gradients of single rows:
-        # native code shows neither.
+        # native code shows neither. Nor does it round rows before it combines them.
         # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
         unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
-        tensors = None if native is None or regularizes or step.listeners or unknown else native.takes(given, step)
+        in_pytorch = regularizes or step.listeners or step.rounding is not None or unknown
+        tensors = None if native is None or in_pytorch else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         result = None
         try:

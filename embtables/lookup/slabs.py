@@ -67,6 +67,10 @@ class Slabs(nn.Module):
         found = self._slabs[slab][1]
         return weight_name(found.format, found.width)
 
+    def slabs_of(self, weight: str) -> list[str]:
+        """The slabs whose rows a weight holds, by its attribute, in their order."""
+        return [name for name in self._slabs if self.weight_of(name) == weight]
+
     def has_slab(self, name: str) -> bool:
         return name in self._slabs
 

@@ -16,6 +16,7 @@ from embtables.lookup.accumulation import Accumulation, accumulated_rows
 from embtables.lookup.block import Part
 from embtables.lookup.graphs import is_transformed
 from embtables.lookup.listening import listened_to
+from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Step:
     counts = False
     stages: Sequence[Stage] = ()
     listeners: Sequence[Stage] = ()
+    rounding: Rounding | None = None
     updates = False
     _locks = False
 
@@ -62,8 +64,11 @@ class Step:
             # They hear of every lookup, not only of the one that begins a step.
             self.listeners = [stage for stage in stages if stage.listens_to]
             self.updates = store.optimizer is not None
+            self.rounding = store.rounding
             # A lookup alone: its reading of rows that are updated, and what it counts. In graphs the operators lock.
-            self._locks = (self.updates or bool(self.stages)) and not torch.compiler.is_compiling()
+            self._locks = (
+                self.updates or bool(self.stages) or self.rounding is not None
+            ) and not torch.compiler.is_compiling()
 
     def __enter__(self) -> Step:
         if self.store.device.type == "meta":
@@ -131,6 +136,10 @@ class Step:
         return [value for value in values if value is not None]
 
     def _rows(self, name: str, index: Tensor) -> Tensor:
+        rows = self._stored_rows(name, index)
+        return rows if self.rounding is None else self.rounding.rounded(rows, name, self.store.tensor(name), index)
+
+    def _stored_rows(self, name: str, index: Tensor) -> Tensor:
         store, weight = self.store, self.store.tensor(name)
         _refuse_pieces(weight)
         if self.updates:
@@ -165,13 +174,17 @@ class Step:
     def _rows_that_are(self, name: str, index: Tensor) -> Tensor:
         """``_rows``, and zeros for an index of −1, in shapes that do not depend on data, as graphs need them."""
         store, weight = self.store, self.store.tensor(name)
-        if self.updates:
-            if self.accumulation is not None:
-                return accumulated_rows(store, name, index, self.accumulation, may_skip=True)
+        there = index.unsqueeze(-1) >= 0
+        if not self.updates:
+            return torch.where(there, self._rows(name, index.clamp(min=0)), 0)
+        if self.accumulation is not None:
+            rows = accumulated_rows(store, name, index, self.accumulation, may_skip=True)
+        else:
             state = store.state_for_step(name)
-            rows: Tensor = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule)
+            rows = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule)
+        if self.rounding is None:
             return rows
-        return torch.where(index.unsqueeze(-1) >= 0, self._rows(name, index.clamp(min=0)), 0)
+        return torch.where(there, self.rounding.rounded(rows, name, weight, index.clamp(min=0)), 0)
 
     def extra(self, name: str) -> Tensor:
         """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""

@@ -12,6 +12,7 @@ from embtables import ops
 from embtables._util.numbers import is_non_negative
 from embtables.formats import DTYPES, FP32
 from embtables.lookup.accumulation import Accumulation
+from embtables.lookup.rounding import Rounding
 from embtables.lookup.weights import Weights
 from embtables.optimizers import FusedOptimizer, rule_of
 from embtables.sizes.layout import Form
@@ -52,6 +53,8 @@ class Store(Weights):
         super().__init__(forms, as_parameters=trainable and optimizer is None, sparse=sparse, device=device)
         self.optimizer = optimizer if trainable else None
         self.accumulation: Accumulation | None = None
+        # Of the rows that a training step reads; ``None``: it computes with the fp32 rows.
+        self.rounding: Rounding | None = None
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
         # Where it requires none, the tables are frozen.
         self.hook = torch.zeros((), device="cpu", requires_grad=True)

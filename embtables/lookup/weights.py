@@ -131,7 +131,7 @@ class Weights(Slabs):
         for name in self.weight_names:
             weight = self._parameters.pop(name)
             assert weight is not None
-            slabs = {slab.name: slab.rows for _, slab in self._slabs.values() if self.weight_of(slab.name) == name}
+            slabs = {slab: self.rows(slab) for slab in self.slabs_of(name)}
             self.split_weights[name] = SplitWeight(weight.data, slabs)
 
     @property

@@ -29,6 +29,10 @@ def memory_of(tables: EmbeddingTables) -> Memory:
     if tables.served:
         training = tables.plan.training_bytes
     by_kind |= {"optimizer state": state} if state else {}
+    if tables.store.rounding is not None:
+        scales = storage_bytes(tables.store.rounding.buffers())
+        by_kind |= {"scales": scales} if scales else {}
+        training += scales
     regularizers = [block.regularizer for block in tables.lookups.blocks if block.regularizer is not None]
     counts = [regularizer.counts for regularizer in regularizers if regularizer.counts is not None]
     if counts:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
 from embtables.plan.solver import Plan
 from embtables.sizes.memory import Memory
@@ -18,6 +19,7 @@ from embtables.tables.files import check_codes, dtype_of, reading_file, write_fi
 from embtables.tables.initialize import initialize
 from embtables.tables.looking_up import TableLookup
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
+from embtables.tables.rounding import rounded_slabs
 
 
 class EmbeddingTables(TableLookup):
@@ -101,6 +103,47 @@ class EmbeddingTables(TableLookup):
         # to_empty leaves the addressing constants undefined too, and they follow from the plan.
         self._build(self.store)
         initialize(self.plan, self.store, self.seed, self.std)
+        if self.store.rounding is not None:
+            self.fake_quantize()
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fake_quantize(self) -> None:
+        """Quantization-aware training from now on: lookups that train compute with rows rounded as they are served.
+
+        The rows themselves stay fp32: gradients, taken at the rounded rows, go straight through to them, and the
+        optimizer updates them as before. So a row learns where its rounded form does best, which pays below 4 bits.
+        Rows with scales of their own are rounded exactly as ``serve`` would at that moment. Of scales that rows have in
+        common, as in ``"int4/64"``, the latest ones are kept beside the tables, in state dicts too, and found anew as
+        their rows are looked up. What does not train is not rounded: ``serve`` gives what is to be evaluated. Where
+        nothing is served in another format than it is trained in, nothing changes.
+
+        Lookups that train go through PyTorch then, not through native code. Call it before ``load_state_dict`` of a
+        state that was saved after it.
+
+        Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation",
+        arXiv:1308.3432, 2013; Jacob et al., "Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference", CVPR 2018.
+
+        Raises:
+            ValueError: for served tables, tables on the meta device, and a method that serves something else than its
+                rows, as ``pruned`` does.
+
+        Example::
+
+            tables = EmbeddingTables(plan(configs, "full", precision="int2"))
+            train(tables)            # most of the training
+            tables.fake_quantize()
+            train(tables)            # the last part, of an epoch or more
+            tables.finalize()
+        """
+        if self.served:
+            raise ValueError("served tables are not trained, so there is nothing to round: fake_quantize() before")
+        if self.store.device.type == "meta":
+            raise ValueError("tables on the meta device have no rows to round: fake_quantize() after to_empty()")
+        if rounded_slabs(self.plan):
+            self.store.rounding = Rounding(self.store, self.serve().store)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 

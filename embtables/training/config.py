@@ -211,6 +211,13 @@ class TrainingConfig(_Section):
         description="horizon, in epochs, of a running mean of all weights, which is evaluated, kept and served; "
         "null: the weights themselves",
     )
+    quantize_from: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="epoch from which on training computes with rows rounded as they are served; what was best before "
+        "does not count then; null: rows are rounded when they are served",
+    )
     clip_norm: float | None = Field(
         default=None,
         gt=0,
@@ -231,6 +238,15 @@ class TrainingConfig(_Section):
         default=60.0, ge=0, description="a checkpoint is written at every evaluation and after as many seconds"
     )
     keep_checkpoint: bool = Field(default=True, description="false: delete the checkpoint when the run is finished")
+
+    @model_validator(mode="after")
+    def _quantizes_before_the_end(self) -> TrainingConfig:
+        if self.quantize_from is not None and self.quantize_from >= self.epochs:
+            raise ValueError(
+                f"training.quantize_from is {self.quantize_from:g}, but there are {self.epochs} epochs: give less, by "
+                "an epoch or more"
+            )
+        return self
 
     @field_validator("threads")
     @classmethod

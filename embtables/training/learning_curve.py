@@ -106,8 +106,8 @@ def remarks(rows: Sequence[Row], monitor: str, *, out_of_patience: bool) -> list
     return found
 
 
-def draw_curve(rows: Sequence[Row], monitor: str, path: Path) -> None:
-    """Losses and validation metrics against epochs, as SVG; the best evaluation is marked."""
+def draw_curve(rows: Sequence[Row], kept: float, path: Path) -> None:
+    """Losses and validation metrics against epochs, as SVG; the epoch whose model is ``kept`` is marked."""
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -133,9 +133,8 @@ def draw_curve(rows: Sequence[Row], monitor: str, path: Path) -> None:
             points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
             if points:
                 axes.plot(*zip(*points), color=color, marker=marker, markersize=4, label=label)
-        best = max(rows, key=lambda row: value_of(row, monitor))
         for axes, label in ((losses, "log loss"), (ranking, "on validation")):
-            axes.axvline(best["epoch"], color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="kept")
+            axes.axvline(kept, color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="kept")
             axes.set_xlabel("epoch")
             axes.set_ylabel(label)
             axes.legend(frameon=False, fontsize=9)

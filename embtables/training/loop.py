@@ -42,7 +42,7 @@ from embtables.training.learning_curve import COLUMNS, Row, draw_curve, overfitt
 from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
-from embtables.training.planning import horizon_of, labels, method_label, steps_per_epoch
+from embtables.training.planning import horizon_of, labels, method_label, quantization_step, steps_per_epoch
 
 __all__ = ["CHECKPOINT", "Run"]
 
@@ -69,7 +69,12 @@ class _Progress:
     curve: list[Row] = field(default_factory=list)
     finished: bool = False
 
-    def check(self, epochs: int, steps_per_epoch: int, monitor: str) -> None:
+    def counted(self, quantization: int | None) -> list[Row]:
+        """The evaluations that count: once training rounds rows, from the step ``quantization`` on, those after it."""
+        begun = quantization is not None and self.step > quantization
+        return [row for row in self.curve if row["step"] > quantization] if begun else self.curve
+
+    def check(self, epochs: int, steps_per_epoch: int, monitor: str, quantization: int | None) -> None:
         """``ValueError`` where no run of so many epochs and steps, chosen by this monitor, can be so far."""
         steps = self.epoch * steps_per_epoch + self.batch
         within = 0 <= self.batch < steps_per_epoch and 0 <= self.epoch <= epochs
@@ -87,12 +92,12 @@ class _Progress:
         columns = [(set(row), *map(type, row.values())) for row in self.curve]
         if any(names != set(COLUMNS) or not {*types} <= {int, float, type(None)} for names, *types in columns):
             raise ValueError("an evaluation has other columns than numbers of this release")
-        values = {row["step"]: value_of(row, monitor) for row in self.curve}
-        if self.curve and values.get(self.best_step) != self.best:
+        values = {row["step"]: value_of(row, monitor) for row in self.counted(quantization)}
+        if values and values.get(self.best_step) != self.best:
             raise ValueError(f"there was no evaluation of {self.best} at its best step {self.best_step}")
         if self.stale != sum(step > self.best_step for step in values):
             raise ValueError(f"its best step is not {self.stale} evaluations ago")
-        if self.finished and not self.curve:
+        if self.finished and not values:
             raise ValueError("it is finished without an evaluation")
 
 
@@ -123,6 +128,7 @@ class Run:
         if config.tables.regularization:
             tables.regularize(config.tables.regularization, data.frequencies)
         self.optimization = Optimization(config, model, tables)
+        self.quantization = quantization_step(config, data, tables.plan)
         horizon = horizon_of(config, data)
         self.mean = None if horizon is None else RunningMean(model, tables, horizon)
         varying = bool(data.list_features or data.histories)
@@ -164,6 +170,8 @@ class Run:
                     compiles = self.compilation is not None and self.compilation.is_due(batch)
                     if compiles:
                         bar.note("compiling the model …")
+                    if progress.step == self.quantization:
+                        self._quantize()
                     self._step(batch, watch)
                     self._advance()
                     if self.mean is not None:
@@ -208,6 +216,11 @@ class Run:
         watch.gradients()
         self.optimization.step()
 
+    def _quantize(self) -> None:
+        """Training rounds rows from now on. What was best before was trained for other rows, and does not count."""
+        self.tables.fake_quantize()
+        self.progress.best, self.progress.best_step, self.progress.stale = -math.inf, 0, 0
+
     def _advance(self) -> None:
         progress = self.progress
         progress.step += 1
@@ -237,8 +250,9 @@ class Run:
         progress.finished = progress.epoch == training.epochs or out_of_patience
 
     def _stages_done(self) -> bool:
-        """Whether no method is under way, such as in the middle of pruning, when the AUC may fall and recover."""
-        return all(stage.done() for stage in self.tables.stages)
+        """Whether nothing is to come, such as the end of pruning or rounded rows, when the AUC may fall and recover."""
+        begun = self.quantization is None or self.progress.step > self.quantization
+        return begun and all(stage.done() for stage in self.tables.stages)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -253,7 +267,7 @@ class Run:
             value = value_of(measured, monitor)
             if value > progress.best:
                 progress.best, progress.best_step, progress.stale = value, progress.step, 0
-                save_served(self._best(), self._description(), served, dense_state(self.model))
+                save_served(self._best(), _described(self.config, self.data), served, dense_state(self.model))
             else:
                 progress.stale += 1
         rates = self.optimization.learning_rates()
@@ -279,18 +293,6 @@ class Run:
             },
         )
         return abs(value)
-
-    def _description(self) -> Served:
-        settings, data = self.config.model, self.data
-        return Served(
-            settings.name,
-            settings.hyperparameters,
-            data.feature_names,
-            data.dense_features,
-            data.list_features,
-            data.histories,
-            data.max_history,
-        )
 
     def _best(self) -> Path:
         return self.checkpoint / f"best-{self.progress.best_step}"
@@ -329,7 +331,9 @@ class Run:
         try:
             self.progress = _PROGRESS.validate_python(state["progress"])
             training = self.config.training
-            self.progress.check(training.epochs, self.steps_per_epoch, training.monitor)
+            self.progress.check(training.epochs, self.steps_per_epoch, training.monitor, self.quantization)
+            if self.quantization is not None and self.progress.step > self.quantization:
+                self.tables.fake_quantize()  # its scales are a part of the state
             if training.threads is None:
                 # The order of sums depends on the number of threads.
                 torch.set_num_threads(check_threads(state["threads"]))
@@ -352,6 +356,7 @@ class Run:
     def _finish(self, events: Events) -> dict[str, Any]:
         """The numbers of the best model, taken from its served files; the only place where the test split is read."""
         progress, training = self.progress, self.config.training
+        counted = progress.counted(self.quantization)
         if not self._best().is_dir():
             raise ValueError(f"{self._best()} is missing: delete {self.checkpoint / 'last.pt'} to start again")
         copy_served(self._best(), self.out / "served")
@@ -366,7 +371,7 @@ class Run:
         with replacing(self.out / "test_scores.npy") as temporary, temporary.open("wb") as file:
             np.save(file, test.logits.astype(np.float32))
         write_curve(progress.curve, self.out / "validation.csv")
-        draw_curve(progress.curve, training.monitor, self.out / "validation.svg")
+        draw_curve(progress.curve, _epochs(progress.best_step, self.steps_per_epoch), self.out / "validation.svg")
         memory = tables.memory()
         events.write(progress.step, {f"test/{name.removeprefix('test_')}": value for name, value in measured.items()})
         return {
@@ -387,8 +392,8 @@ class Run:
             "peak_rss_bytes": self._peak_rss() or None,
             "collision_share": share_of_colliding_ids(self.tables),
             "lookup_latency_us": latency,
-            "overfitting": overfitting(progress.curve, training.monitor),
-            "remarks": remarks(progress.curve, training.monitor, out_of_patience=progress.epoch < training.epochs),
+            "overfitting": overfitting(counted, training.monitor),
+            "remarks": remarks(counted, training.monitor, out_of_patience=progress.epoch < training.epochs),
             "test_scores_sha256": sha256(self.out / "test_scores.npy"),
         }
 
@@ -413,6 +418,18 @@ class _Meter:
             self.events.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
             self.bar.loss(mean)
             self.losses, self.examples, self.seconds = [], 0, 0.0
+
+
+def _described(config: RunConfig, data: PreparedDataset) -> Served:
+    return Served(
+        config.model.name,
+        config.model.hyperparameters,
+        data.feature_names,
+        data.dense_features,
+        data.list_features,
+        data.histories,
+        data.max_history,
+    )
 
 
 def _epochs(step: int, steps_per_epoch: int) -> int | float:

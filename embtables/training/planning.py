@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
 from embtables.optimizers import FusedOptimizer, averaged, optimizer_from_config
 from embtables.plan.solver import Plan, plan
+from embtables.tables.rounding import rounded_slabs
 from embtables.training.config import RunConfig, TablesConfig
 
 # CTR models over-fit within a few epochs and early stop ends them there (Zhang et al., "Towards Understanding the
@@ -22,6 +24,7 @@ __all__ = [
     "method_for",
     "method_label",
     "plan_tables",
+    "quantization_step",
     "selected",
     "steps_per_epoch",
 ]
@@ -65,6 +68,18 @@ def horizon_of(config: RunConfig, data: PreparedDataset) -> int | None:
     return None if average is None else max(1, round(average * steps_per_epoch(config, data)))
 
 
+def quantization_step(config: RunConfig, data: PreparedDataset, solved: Plan) -> int | None:
+    """How many steps are done when training begins to round rows as they are served; ``None`` where it never does.
+
+    Raises:
+        ValueError: for a method whose rows cannot be rounded.
+    """
+    begin = config.training.quantize_from
+    if begin is None or not rounded_slabs(solved):
+        return None
+    return int(Fraction(str(begin)) * steps_per_epoch(config, data))
+
+
 def method_for(config: RunConfig, num_steps: int) -> Any:
     """The configured method, or pattern → method, settled for a training of ``num_steps``.
 
@@ -88,7 +103,7 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
     """
     tables = config.tables
     hash_seed = config.training.seed if tables.hash_seed is None else tables.hash_seed
-    return plan(
+    solved = plan(
         data.table_configs(tables.embedding_dim),
         method_for(config, min(config.training.epochs, _SCHEDULED_EPOCHS) * steps_per_epoch(config, data)),
         tables.budget,
@@ -98,6 +113,8 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
         hash_seed=hash_seed,
         precision=tables.precision,
     )
+    quantization_step(config, data, solved)  # so that what cannot be trained so is refused before anything is trained
+    return solved
 
 
 def method_label(method: str | dict[str, Any]) -> str:

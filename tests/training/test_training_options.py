@@ -528,8 +528,8 @@ def test_over_fitting_is_said_at_the_end_of_train(toy, tmp_path, capsys):
 
 def test_the_figure_of_the_curve(tmp_path):
     rows = rows_of([0.70, 0.74, 0.72], [0.6, 0.5, 0.4], [1, 2, 3])
-    draw_curve(rows, "auc", tmp_path / "one.svg")
-    draw_curve(rows, "auc", tmp_path / "two.svg")
+    draw_curve(rows, 2, tmp_path / "one.svg")
+    draw_curve(rows, 2, tmp_path / "two.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     text = "".join(ElementTree.parse(tmp_path / "one.svg").getroot().itertext())
     assert "log loss" in text and "AUC" in text and "gauc_mean" not in text

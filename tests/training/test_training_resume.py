@@ -133,7 +133,7 @@ EVERYTHING = [
     *("tables.regularization=0.1", "tables.method=hash", "tables.budget=60%", "tables.learning_rate=0.05"),
     *("training.monitor=gauc_weighted", "training.plateau_factor=0.3", "training.clip_norm=0.1"),
     *("training.autocast=bf16", "training.evaluations_per_epoch=1.5"),
-    *("training.average=0.5", "tables.precision=int4"),
+    *("training.average=0.5", "tables.precision=int4", "training.quantize_from=1.2"),
 ]
 
 
