@@ -56,10 +56,12 @@ def compress_(
     table's own). Modules of torch.nn that share a weight, and modules at several places, become one table; a collection
     shares no storage with other modules. What cannot be honored is left alone, and the report says why.
 
-    Tables kept in full, and ``pruned`` ones, go on with the weights they have; others start anew, with the standard
-    deviation of the weights that they replace. Tables that share one storage, as those of ``unified`` and ``robe`` do,
-    start with that of their weights together, and the report names those whose scale that changes: a pattern of
-    ``method`` for each of them gives them storages of their own. ``padding_idx`` and ``sparse`` carry over.
+    Tables kept in full, and those of methods that take trained weights over, such as ``pruned`` and
+    ``mixed_dimension``, go on with what their rows can hold of the weights they have; others start anew, with the
+    standard deviation of the weights that they replace. Tables that share one storage, as those of ``unified`` and
+    ``robe`` do, start with that of their weights together, and the report names those whose scale that changes: a
+    pattern of ``method`` for each of them gives them storages of their own. ``padding_idx`` and ``sparse`` carry
+    over.
 
     A table that an optimizer has trained already and that starts anew is named in a warning.
 
@@ -383,8 +385,8 @@ def _swap(
     ]
     if lost:
         warnings.warn(
-            f"what {few(lost)} learned so far is lost, since these tables start anew: only full and pruned tables go "
-            "on with the weights they have",
+            f"what {few(lost)} learned so far is lost, since these tables start anew: their method does not take "
+            "trained weights over",
             stacklevel=3,
         )
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
