@@ -10,7 +10,7 @@ import typer
 from embtables._util.files import check_seal, followed, remove_leftovers
 from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
-from embtables.training.config import load_config, parse_value
+from embtables.training.config import RunConfig, load_config, parse_value, with_tables
 from embtables.training.export import MODEL, TABLES, WEIGHTS, check_served, copy_served
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
@@ -71,6 +71,14 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as dense.weight_decay=1e-6; repeatable."),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER: {FIELD: VALUE}",
+            help="A further run of the same training, served in another precision: 'runs/int8: {precision: int8}'; "
+            "repeatable.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train one model with one method at one budget.
@@ -86,11 +94,15 @@ def train(
     dense part in bfloat16, and training.compile=true compiles it; tables.regularization is the L2 of the ids that a
     batch holds; training.average=0.4 evaluates, keeps and serves a running mean of all weights over 0.4 epochs.
 
+    --also serves the same training in other precisions too. Each has a folder of its own, and the numbers that it would
+    have in a training of its own: its best model is chosen, and it is out of patience, by validation of its own form.
+
     Examples:
 
     \b
       embtables train data/demo --method hash --budget 10% --out runs/hash
       embtables train data/demo --method frequency_cutoff --budget 1% --precision int4 --out runs/int4
+      embtables train data/demo --method full --out runs/fp32 --also 'runs/int4: {precision: int4}'
       embtables train data/demo --config run.yaml --set top_units=[256,128] --out runs/wide
       embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
       embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
@@ -117,7 +129,8 @@ def train(
         "training.device": device,
     }
     resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
-    result = Trainer(resolved, PreparedDataset(data), out, show_progress=not quiet).run()
+    beside = {folder: other for text in also or [] for folder, other in _beside(text, resolved).items()}
+    result = Trainer(resolved, PreparedDataset(data), out, also=beside, show_progress=not quiet).run()
     if result["status"] != "ok":
         raise ValueError(str(result["message"]))
     ratio = f" ({result['ratio']:.2%} of full)" if result["ratio"] is not None else ""
@@ -175,6 +188,20 @@ def value_of(text: str | None, flag: str) -> Any:
     if text is not None and value is None:
         raise ValueError(f"{flag} {text}: a value is needed; for the default leave {flag} out")
     return value
+
+
+def _beside(text: str, config: RunConfig) -> dict[Path, RunConfig]:
+    """``--also``: the configuration with other fields of its tables, by the folder.
+
+    Raises:
+        ValueError: for a text of another form.
+    """
+    found = parse_value(text, "--also")
+    if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
+        raise ValueError(
+            f"--also {text!r} is not of the form FOLDER: {{FIELD: VALUE}}, such as 'runs/int8: {{precision: int8}}'"
+        )
+    return {Path(str(folder)): with_tables(config, fields) for folder, fields in found.items()}
 
 
 def names_of(text: str | None) -> list[str] | None:

@@ -148,6 +148,15 @@ class Plan:
         data = {key: value for key, value in self.to_dict().items() if key not in ("budget_bytes", "optimizer")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
 
+    @property
+    def training_fingerprint(self) -> bytes:
+        """32 bytes that plans have in common whose tables train alike, and are served in different precisions."""
+        data = {**self.to_dict(), "budget_bytes": None}
+        for g in data["groups"]:
+            g["method"] = {name: value for name, value in g["method"].items() if name != "precision"}
+            g["layout"] = {name: value for name, value in g["layout"].items() if name != "serving"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+
     def to_pandas(self) -> pd.DataFrame:
         """A row per table (``inference_bytes`` of its own storage) and one for what a group shares."""
         import pandas as pd

@@ -54,5 +54,6 @@ def plan_points(
                 "training_bytes": solved.training_bytes,
                 "full_bytes": full,
                 "ratio": solved.inference_bytes / full if full else None,
+                "trains": solved.training_fingerprint.hex(),
             }
     return planned

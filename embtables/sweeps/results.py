@@ -49,6 +49,7 @@ COLUMNS = (
     "valid_logloss",
     "valid_gauc_weighted",
     "valid_gauc_mean",
+    "trained_with",
 )
 
 # What the sweep itself knows of a cell; a run's own word on these is not asked for.
@@ -63,6 +64,7 @@ _OF_THE_SWEEP = (
     "cell",
     "message",
     "variant",
+    "trained_with",
 )
 
 
@@ -104,6 +106,7 @@ def row(cell: Cell, status: str, dataset: str, model: str, values: Mapping[str, 
         "cell": cell.name,
         "message": values.get("message"),
         "variant": cell.variant,
+        "trained_with": values.get("trained_with"),
     }
 
 
@@ -121,7 +124,7 @@ def write_hparams(row: Mapping[str, Any], folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     coordinates = {name: row[name] for name in ("dataset", "variant", "model", "method", "budget", "seed")}
-    skipped = {*coordinates, "status", "cell", "message"}
+    skipped = {*coordinates, "status", "cell", "message", "trained_with"}
     numbers = {
         name: float(value)
         for name, value in row.items()

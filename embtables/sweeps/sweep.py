@@ -22,7 +22,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from embtables.sweeps import results
 from embtables.sweeps.cells import Cell, MethodSpec, Place, file_name, points, takes_budget
 from embtables.sweeps.planning import cell_config, plan_points
 from embtables.sweeps.runner import Ended, Job, run_jobs, threads_per_job
-from embtables.training.config import RunConfig
+from embtables.training.config import RunConfig, parse_value
 from embtables.training.environment import environment
 from embtables.training.learning_curve import value_of
 from embtables.training.loop import CHECKPOINT
@@ -265,9 +265,31 @@ class _Sweep:
     def run(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
 
-    def job(self, cell: Cell, command: Command) -> Job:
+    def job(self, cell: Cell, beside: Sequence[Cell], command: Command) -> Job:
+        """What trains `cell`, and with it the cells `beside` it, which are the same training in another form."""
         run = self.run(cell)
-        return Job(cell.name, command(self.config, cell, run), run.with_name(f"{cell.name}.log"))
+        words = command(self.config, cell, run)
+        for other in beside:
+            spec = {"method": self.config.methods[other.method]}
+            tables = spec | {"budget": parse_value(other.budget, "budget")} if other.budget else spec
+            words += ["--also", json.dumps({str(self.run(other)): tables})]
+        return Job(cell.name, words, run.with_name(f"{cell.name}.log"))
+
+    def trainings(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """The cells that are not finished, one training each: the first one trains, and serves the others too.
+
+        With it go all those of its kind that come after it, finished or not, so that a sweep that was stopped in the
+        midst of a training goes on with the same one. Where the training depends on how it is served, each cell is one.
+        """
+        found: dict[tuple[Any, ...], list[Cell]] = {}
+        for cell in filter(self.feasible, cells):
+            training = self.config.trains[cell.variant].training
+            alone = training.quantize_from is not None or training.plateau_factor is not None
+            same = cell.place if alone else (cell.variant, self.plans[cell.place]["trains"])
+            found.setdefault((same, cell.seed, cell.learning_rate), []).append(cell)
+        pending = {cell.name for cell in self.pending(cells)}
+        first = {key: next((i for i, c in enumerate(alike) if c.name in pending), None) for key, alike in found.items()}
+        return [alike[first[key] :] for key, alike in found.items() if first[key] is not None]
 
     def failure(self, cell: Cell) -> Path:
         return self.run(cell).with_name(f"{cell.name}.failed.json")
@@ -380,24 +402,26 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
         bar = progress.add_task("cells", total=num_points * runs_of_a_point)
 
         def run(cells: list[Cell]) -> None:
-            pending = sweep.pending(cells)
+            trainings = sweep.trainings(cells)
+            pending = [cell for training in trainings for cell in training]
             progress.advance(bar, 0)
             done = sum(map(sweep.feasible, cells)) - len(pending)
             progress.update(bar, completed=progress.tasks[0].completed + done)
-            by_name = {cell.name: cell for cell in pending}
+            by_name = {training[0].name: training for training in trainings}
             active: list[str] = []
 
             def show(change: Callable[[str], None], name: str) -> None:
                 change(name)
                 progress.update(bar, description=", ".join(active) or "cells")
 
-            queue = (sweep.job(cell, command) for cell in pending)
+            queue = (sweep.job(first, beside, command) for first, *beside in trainings)
             for ended in run_jobs(queue, jobs, lambda job: show(active.append, job.name), lock):
                 show(active.remove, ended.job.name)
-                outcome = sweep.note_end(by_name[ended.job.name], ended)
+                for cell in by_name[ended.job.name]:
+                    outcome = sweep.note_end(cell, ended)
+                    console.print(f"{cell.name}  {ended.seconds:.0f} s  {outcome}", highlight=False, markup=False)
+                    progress.advance(bar)
                 sweep.collect()
-                console.print(f"{ended.job.name}  {ended.seconds:.0f} s  {outcome}", highlight=False, markup=False)
-                progress.advance(bar)
 
         if config.learning_rates:
             run(sweep.tuning_cells())

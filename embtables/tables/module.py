@@ -171,21 +171,34 @@ class EmbeddingTables(TableLookup):
     # ---- serving, saving, loading --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def serve(self) -> EmbeddingTables:
-        """The tables in the form that is exported; the same object where that is the trained form."""
-        if self.served or all(g.layout.serving == g.layout.training for g in self.plan.groups):
+    def serve(self, plan: Plan | None = None) -> EmbeddingTables:
+        """The tables in the form that is exported; the same object where that is the trained form.
+
+        Args:
+            plan: another plan of the same training, such as one of another precision, to whose form they are brought;
+                ``None`` for their own.
+
+        Raises:
+            ValueError: for a plan whose tables train otherwise, and another one than their own for served tables.
+        """
+        target = self._checked_plan(plan)
+        if target is self.plan and (self.served or all(g.layout.serving == g.layout.training for g in target.groups)):
             return self
-        return self._served_from(self.store)
+        return self._served_from(self.store, target)
 
     @torch.no_grad()
-    def averaged(self) -> EmbeddingTables:
+    def averaged(self, plan: Plan | None = None) -> EmbeddingTables:
         """The running mean of the weights in the form that is exported, as new tables; these stay as they are.
 
         With a plan whose optimizer keeps one (``embtables.optimizers.averaged``).
 
+        Args:
+            plan: as in ``serve``.
+
         Raises:
-            ValueError: where the optimizer keeps none, and for served tables.
+            ValueError: where the optimizer keeps none, for served tables, and for a plan as in ``serve``.
         """
+        target = self._checked_plan(plan)
         optimizer = self.plan.optimizer
         if self.served or optimizer is None or not optimizer.keeps_mean:
             raise ValueError(
@@ -196,12 +209,25 @@ class EmbeddingTables(TableLookup):
         mean.to(self.store.dtype)
         for name, tensor in mean.stored().items():
             tensor.copy_(self.store.running_mean(name) if tensor.is_floating_point() else self.store.tensor(name))
-        return self._served_from(mean)
+        return self._served_from(mean, target)
 
-    def _served_from(self, trained: Store) -> EmbeddingTables:
-        served = self._empty_served(self.plan, trained.device)
+    def _checked_plan(self, plan: Plan | None) -> Plan:
+        """The plan by which these tables are to be served."""
+        if plan is None or plan.fingerprint == self.plan.fingerprint:
+            return self.plan
+        if self.served or plan.training_fingerprint != self.plan.training_fingerprint:
+            raise ValueError(
+                "served tables stay in the form that they have"
+                if self.served
+                else "the tables of that plan train otherwise, so that these cannot be served in its form: plans may "
+                "differ in precision alone"
+            )
+        return plan
+
+    def _served_from(self, trained: Store, plan: Plan) -> EmbeddingTables:
+        served = self._empty_served(plan, trained.device)
         served.to(trained.dtype)
-        for g in self.plan.groups:
+        for g in plan.groups:
             g.method.serve(g.layout, g.group, trained, served.store)
         return served.train(self.training)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from embtables.plan.solver import Plan
 from embtables.tables import EmbeddingTables
 
 __all__ = ["RunningMean"]
@@ -38,12 +39,12 @@ class RunningMean:
             mean.lerp_(self.parameters[name], share)
 
     @contextmanager
-    def applied(self) -> Iterator[EmbeddingTables]:
-        """The model has the means for its parameters meanwhile; yields its tables of means, as they are served."""
+    def applied(self) -> Iterator[Callable[[Plan | None], EmbeddingTables]]:
+        """The model has the means for its parameters meanwhile; yields what serves its tables of means by a plan."""
         weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._fill(self.means)
         try:
-            yield self.tables.averaged()
+            yield self.tables.averaged
         finally:
             self._fill(weights)
 

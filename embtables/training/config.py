@@ -41,6 +41,7 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_value",
+    "with_tables",
 ]
 
 
@@ -370,6 +371,19 @@ def load_config(
         model.hyperparameters = {**chosen.hyperparameters_for(model.name), **model.hyperparameters}
     _check_names(without_section, config.model.name)
     return config
+
+
+def with_tables(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
+    """The configuration with other fields of its tables: ``{"precision": "int8"}``.
+
+    Raises:
+        ValueError: one sentence that names the field.
+    """
+    values = config.model_dump()
+    try:
+        return RunConfig.model_validate({**values, "tables": {**values["tables"], **fields}})
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from None
 
 
 def homes(name: str) -> list[str]:

@@ -6,19 +6,18 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from embtables._util.files import replacing, sealed, sha256, write_json
+from embtables._util.files import sealed, write_json
 from embtables.datasets import Batch, PreparedDataset
 from embtables.tables import EmbeddingTables
 from embtables.training.averaging import RunningMean
@@ -26,33 +25,20 @@ from embtables.training.checkpoint import load_checkpoint, random_state, restore
 from embtables.training.compilation import Compilation, uncompiled
 from embtables.training.config import RunConfig, check_threads
 from embtables.training.environment import peak_rss_bytes
-from embtables.training.evaluation import (
-    all_metrics,
-    check_logits,
-    lookup_latency_us,
-    main_metrics,
-    score,
-    share_of_colliding_ids,
-    slice_metrics,
-    table_norms,
-    to_device,
-)
-from embtables.training.export import Served, copy_served, dense_state, load_served, save_served
-from embtables.training.learning_curve import COLUMNS, Row, draw_curve, overfitting, remarks, value_of, write_curve
+from embtables.training.evaluation import check_logits, share_of_colliding_ids, table_norms, to_device
+from embtables.training.learning_curve import COLUMNS, Row, value_of, write_curve
 from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
-from embtables.training.planning import horizon_of, labels, method_label, quantization_step, steps_per_epoch
+from embtables.training.outcome import CHECKPOINT, Outcome, Selection, epochs_of
+from embtables.training.planning import horizon_of, method_label, quantization_step, steps_per_epoch
 
 __all__ = ["CHECKPOINT", "Run"]
 
-CHECKPOINT = "checkpoint"
-"""The folder in a run's folder that holds what a resume needs."""
-
 
 @dataclass
-class _Progress:
-    """How far a run is: what a checkpoint holds beside tensors."""
+class _Progress(Selection):
+    """How far a run is: what a checkpoint holds beside tensors. What is chosen is the run's own served form."""
 
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
@@ -61,13 +47,10 @@ class _Progress:
     train_seconds: float = 0.0
     compile_seconds: float = 0.0  # of the steps that compiled the model
     peak_rss_bytes: int = 0
-    best: float = -math.inf  # of the monitor, the log loss negated
-    best_step: int = 0
-    stale: int = 0  # evaluations since the best one
     loss_sum: float = 0.0  # of the examples since the last evaluation
     loss_examples: int = 0
-    curve: list[Row] = field(default_factory=list)
     finished: bool = False
+    others: dict[str, Selection] = field(default_factory=dict)  # of further served forms, by their folders' names
 
     def counted(self, quantization: int | None) -> list[Row]:
         """The evaluations that count: once training rounds rows, from the step ``quantization`` on, those after it."""
@@ -87,17 +70,10 @@ class _Progress:
             raise ValueError("something was counted below 0, or without end")
         if self.examples and not self.train_seconds:
             raise ValueError("it took no time")
-        if [row.get("step") for row in self.curve] != sorted({row.get("step", 0) for row in self.curve}):
-            raise ValueError("its evaluations are not in order")
-        columns = [(set(row), *map(type, row.values())) for row in self.curve]
-        if any(names != set(COLUMNS) or not {*types} <= {int, float, type(None)} for names, *types in columns):
-            raise ValueError("an evaluation has other columns than numbers of this release")
-        values = {row["step"]: value_of(row, monitor) for row in self.counted(quantization)}
-        if values and values.get(self.best_step) != self.best:
-            raise ValueError(f"there was no evaluation of {self.best} at its best step {self.best_step}")
-        if self.stale != sum(step > self.best_step for step in values):
-            raise ValueError(f"its best step is not {self.stale} evaluations ago")
-        if self.finished and not values:
+        self.check_curve(self.counted(quantization), monitor)
+        for other in self.others.values():
+            other.check_curve(other.curve, monitor)
+        if self.finished and not self.counted(quantization):
             raise ValueError("it is finished without an evaluation")
 
 
@@ -105,7 +81,10 @@ _PROGRESS = TypeAdapter(_Progress)
 
 
 class Run:
-    """A run that is under way in the folder ``out``; ``identity`` is what a resume must have in common with it."""
+    """A run that is under way in the folder ``out``; ``identity`` is what a resume must have in common with it.
+
+    ``others`` are further forms in which the same training is served, each chosen, and stopped, as in a run of its own.
+    """
 
     def __init__(
         self,
@@ -116,6 +95,7 @@ class Run:
         tables: EmbeddingTables,
         model: nn.Module,
         *,
+        others: Sequence[Outcome] = (),
         show_progress: bool = False,
     ) -> None:
         self.config, self.data, self.out, self.show_progress = config, data, out, show_progress
@@ -123,7 +103,8 @@ class Run:
         self.device = torch.device(config.training.device)
         self.identity = {**identity, "plan": tables.plan.fingerprint.hex()}
         self.checkpoint = out / CHECKPOINT
-        self.progress = _Progress()
+        self.outcomes = [Outcome(config, data, out, tables.plan), *others]
+        self._follow(_Progress(others={other.out.name: Selection() for other in others}))
         self.steps_per_epoch = steps_per_epoch(config, data)
         if config.tables.regularization:
             tables.regularize(config.tables.regularization, data.frequencies)
@@ -133,6 +114,13 @@ class Run:
         self.mean = None if horizon is None else RunningMean(model, tables, horizon)
         varying = bool(data.list_features or data.histories)
         self.compilation = Compilation(model, config.training.batch_size, varying) if config.training.compile else None
+
+    def _follow(self, progress: _Progress) -> None:
+        """Goes on from here."""
+        own, *others = self.outcomes
+        self.progress = own.selection = progress
+        for other in others:
+            other.selection = progress.others[other.out.name]
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -147,7 +135,8 @@ class Run:
             events.close()
         write_json(self.out / "metrics.json", sealed(result))
         if not self.config.training.keep_checkpoint:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            for outcome in self.outcomes:
+                shutil.rmtree(outcome.out / CHECKPOINT, ignore_errors=True)
         return result
 
     def _train(self, events: Events) -> None:
@@ -219,7 +208,7 @@ class Run:
     def _quantize(self) -> None:
         """Training rounds rows from now on. What was best before was trained for other rows, and does not count."""
         self.tables.fake_quantize()
-        self.progress.best, self.progress.best_step, self.progress.stale = -math.inf, 0, 0
+        self.progress.begin_anew()
 
     def _advance(self) -> None:
         progress = self.progress
@@ -246,8 +235,13 @@ class Run:
         patience = training.patience
         if progress.stale and training.plateau_factor is not None and self._stages_done():
             self.optimization.lower_learning_rates(training.plateau_factor, training.min_learning_rate)
-        out_of_patience = patience is not None and progress.stale >= patience and self._stages_done()
-        progress.finished = progress.epoch == training.epochs or out_of_patience
+        for selection in (outcome.selection for outcome in self._under_way()):
+            selection.over = patience is not None and selection.stale >= patience and self._stages_done()
+        progress.finished = progress.epoch == training.epochs or not self._under_way()
+
+    def _under_way(self) -> list[Outcome]:
+        """The served forms that are not out of patience."""
+        return [outcome for outcome in self.outcomes if not outcome.selection.over]
 
     def _stages_done(self) -> bool:
         """Whether nothing is to come, such as the end of pruning or rounded rows, when the AUC may fall and recover."""
@@ -257,45 +251,40 @@ class Run:
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def _evaluate(self, events: Events) -> float:
-        """Validation of the served form; the best one so far is kept on disk. Returns the monitored metric."""
+        """Validation of each served form; the best one so far is kept on disk. Returns the first one's monitor."""
         progress, monitor = self.progress, self.config.training.monitor
-        means = nullcontext(self.tables.serve()) if self.mean is None else self.mean.applied()
-        with means as served, _serving(self.model, self.tables, served), uncompiled():
-            scored = score(self.model, self.data, "valid", self.config.training.evaluation_batch_size, self.device)
-            measured = {f"valid_{name}": value for name, value in main_metrics(scored).items()}
-            measured["valid_auc_tail"] = slice_metrics(scored, self.data)["auc_tail"]
-            value = value_of(measured, monitor)
-            if value > progress.best:
-                progress.best, progress.best_step, progress.stale = value, progress.step, 0
-                save_served(self._best(), _described(self.config, self.data), served, dense_state(self.model))
-            else:
-                progress.stale += 1
         rates = self.optimization.learning_rates()
-        progress.curve.append(
-            {
-                "step": progress.step,
-                "epoch": _epochs(progress.step, self.steps_per_epoch),
-                "train_loss": progress.loss_sum / progress.loss_examples,
-                **measured,
-                **{name.replace("/", "_"): rate for name, rate in rates.items()},
-            }
-        )
+        under_way = self._under_way()
+        with nullcontext(self.tables.serve) if self.mean is None else self.mean.applied() as serve:
+            for outcome in under_way:
+                served = serve(outcome.plan)
+                with _serving(self.model, self.tables, served), uncompiled():
+                    measured = outcome.evaluate(self.model, served, self.device, progress.step)
+                outcome.selection.curve.append(
+                    {
+                        "step": progress.step,
+                        "epoch": epochs_of(progress.step, self.steps_per_epoch),
+                        "train_loss": progress.loss_sum / progress.loss_examples,
+                        **measured,
+                        **{name.replace("/", "_"): rate for name, rate in rates.items()},
+                    }
+                )
         progress.loss_sum, progress.loss_examples = 0.0, 0
-        memory = self.tables.memory()
-        events.write(
-            progress.step,
-            {
-                **{name.replace("_", "/", 1): metric for name, metric in measured.items()},
-                f"valid/best_{monitor}": abs(progress.best),
-                "bytes/inference": memory.inference_bytes,
-                "bytes/training": memory.training_bytes,
-                **table_norms(self.tables),
-            },
-        )
-        return abs(value)
-
-    def _best(self) -> Path:
-        return self.checkpoint / f"best-{self.progress.best_step}"
+        shown = under_way[0].selection
+        measured = {name: shown.curve[-1][name] for name in COLUMNS if name.startswith("valid_")}
+        if shown is progress:
+            memory = self.tables.memory()
+            events.write(
+                progress.step,
+                {
+                    **{name.replace("_", "/", 1): metric for name, metric in measured.items()},
+                    f"valid/best_{monitor}": abs(progress.best),
+                    "bytes/inference": memory.inference_bytes,
+                    "bytes/training": memory.training_bytes,
+                    **table_norms(self.tables),
+                },
+            )
+        return abs(value_of(measured, monitor))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -312,15 +301,14 @@ class Run:
             **({} if self.mean is None else {"mean": self.mean.state_dict()}),
         }
         save_checkpoint(folder / "last.pt", self.identity, state)
-        write_curve(self.progress.curve, self.out / "validation.csv")
+        for outcome in self.outcomes:
+            write_curve(outcome.selection.curve, outcome.out / "validation.csv")
         # Only now does no checkpoint refer to an earlier best.
         self._remove_stale()
 
     def _remove_stale(self) -> None:
-        """Best models that the checkpoint does not refer to, such as those of a run that was killed before its save."""
-        for other in self.checkpoint.glob("best-*"):
-            if other != self._best():
-                shutil.rmtree(other)
+        for outcome in self.outcomes:
+            outcome.remove_stale()
 
     def resume(self) -> None:
         """Go on from the last checkpoint, where there is one; ``ValueError`` where it is damaged."""
@@ -329,7 +317,7 @@ class Run:
             return
         state = load_checkpoint(path, self.identity)
         try:
-            self.progress = _PROGRESS.validate_python(state["progress"])
+            self._follow(_PROGRESS.validate_python(state["progress"]))
             training = self.config.training
             self.progress.check(training.epochs, self.steps_per_epoch, training.monitor, self.quantization)
             if self.quantization is not None and self.progress.step > self.quantization:
@@ -354,47 +342,31 @@ class Run:
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self, events: Events) -> dict[str, Any]:
-        """The numbers of the best model, taken from its served files; the only place where the test split is read."""
-        progress, training = self.progress, self.config.training
-        counted = progress.counted(self.quantization)
-        if not self._best().is_dir():
-            raise ValueError(f"{self._best()} is missing: delete {self.checkpoint / 'last.pt'} to start again")
-        copy_served(self._best(), self.out / "served")
-        model = load_served(self.out / "served", self.device, model=type(self.model))
-        tables = model.embeddings
-        assert isinstance(tables, EmbeddingTables)
-        valid = score(model, self.data, "valid", training.evaluation_batch_size, self.device)
-        first = to_device(next(self.data.batches("valid", training.batch_size)), self.device)
-        latency = lookup_latency_us(tables, first)
-        test = score(model, self.data, "test", training.evaluation_batch_size, self.device)
-        measured = {f"test_{name}": value for name, value in all_metrics(test, self.data).items()}
-        with replacing(self.out / "test_scores.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, test.logits.astype(np.float32))
-        write_curve(progress.curve, self.out / "validation.csv")
-        draw_curve(progress.curve, _epochs(progress.best_step, self.steps_per_epoch), self.out / "validation.svg")
-        memory = tables.memory()
-        events.write(progress.step, {f"test/{name.removeprefix('test_')}": value for name, value in measured.items()})
+        """What metrics.json says of this run; those of further served forms are written before it is."""
+        own, *others = self.outcomes
+        for outcome in self.outcomes:
+            if not outcome.best.is_dir():
+                raise ValueError(f"{outcome.best} is missing: delete {self.checkpoint / 'last.pt'} to start again")
+        for other in others:
+            curve = other.selection.curve
+            result = other.finish(type(self.model), self.device, curve, self._of_training)
+            write_json(other.out / "metrics.json", sealed({**result, "trained_with": self.out.name}))
+        counted = self.progress.counted(self.quantization)
+        result = own.finish(type(self.model), self.device, counted, self._of_training)
+        tested = {name: value for name, value in result.items() if name.startswith("test_") and "scores" not in name}
+        events.write(self.progress.step, {name.replace("_", "/", 1): value for name, value in tested.items()})
+        return result
+
+    def _of_training(self) -> dict[str, Any]:
+        """What the metrics of every form that is served say of the training."""
+        progress = self.progress
         return {
-            "status": "ok",
-            **labels(self.config, self.data),
-            "inference_bytes": memory.inference_bytes,
             "training_bytes": self.tables.memory().training_bytes,
-            "full_bytes": memory.full_bytes,
-            "ratio": memory.inference_bytes / memory.full_bytes if memory.full_bytes else None,
-            **{f"valid_{name}": value for name, value in main_metrics(valid).items()},
-            **measured,
-            "best_epoch": _epochs(progress.best_step, self.steps_per_epoch),
-            "epochs": _epochs(progress.step, self.steps_per_epoch),
-            "steps": progress.step,
             "examples_per_second": progress.examples / progress.train_seconds if progress.examples else None,
             "train_seconds": progress.train_seconds,
             "compile_seconds": progress.compile_seconds if self.compilation is not None else None,
             "peak_rss_bytes": self._peak_rss() or None,
             "collision_share": share_of_colliding_ids(self.tables),
-            "lookup_latency_us": latency,
-            "overfitting": overfitting(counted, training.monitor),
-            "remarks": remarks(counted, training.monitor, out_of_patience=progress.epoch < training.epochs),
-            "test_scores_sha256": sha256(self.out / "test_scores.npy"),
         }
 
 
@@ -418,23 +390,6 @@ class _Meter:
             self.events.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
             self.bar.loss(mean)
             self.losses, self.examples, self.seconds = [], 0, 0.0
-
-
-def _described(config: RunConfig, data: PreparedDataset) -> Served:
-    return Served(
-        config.model.name,
-        config.model.hyperparameters,
-        data.feature_names,
-        data.dense_features,
-        data.list_features,
-        data.histories,
-        data.max_history,
-    )
-
-
-def _epochs(step: int, steps_per_epoch: int) -> int | float:
-    epochs = step / steps_per_epoch
-    return int(epochs) if epochs == int(epochs) else round(epochs, 4)
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

@@ -13,8 +13,8 @@ A run is one folder::
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 from embtables.training.initialization import initialize
 from embtables.training.loop import CHECKPOINT, Run
+from embtables.training.outcome import Outcome
 from embtables.training.planning import labels, plan_tables, selected
 
 __all__ = ["Trainer"]
@@ -53,9 +54,20 @@ __all__ = ["Trainer"]
 # Fields that may differ between a run and its resume: they do not touch the result.
 _FREE = ("training.threads", "training.log_every", "training.checkpoint_seconds", "training.keep_checkpoint")
 
+# Fields by which runs of one training may differ, as far as their plans train the same.
+_OF_THE_FORM = ("tables.method", "tables.budget", "tables.precision")
+
 
 class Trainer:
     """Trains one model into ``out``, or goes on with what an interrupted run left there.
+
+    Args:
+        config: of the run.
+        data: the prepared data.
+        out: the run's folder.
+        also: further runs of the very same training that serve it in another form, such as another precision: their
+            configurations, by their folders. Each has the numbers that it would have in a training of its own.
+        show_progress: whether to draw a bar.
 
     Example::
 
@@ -64,7 +76,16 @@ class Trainer:
         print(result["test_auc"])
     """
 
-    def __init__(self, config: RunConfig, data: PreparedDataset, out: Path, *, show_progress: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: PreparedDataset,
+        out: Path,
+        *,
+        also: Mapping[Path, RunConfig] | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        self.others = [Trainer(other, data, folder) for folder, other in (also or {}).items()]
         self.config, self.data, self.show_progress = config, selected(config, data), show_progress
         self.out = followed(out)
         self.device = torch.device(config.training.device)
@@ -83,10 +104,11 @@ class Trainer:
             FloatingPointError: a loss, gradient or weight became NaN or infinite; the sentence names step and tensor.
         """
         identity = self._identity()
-        self._refuse_links()
-        # What a killed run was writing when it died.
-        remove_leftovers(self.out, self.checkpoint)
-        self._refuse_other(identity)
+        for each in (self, *self.others):
+            each._refuse_links()
+            # What a killed run was writing when it died.
+            remove_leftovers(each.out, each.checkpoint)
+            each._refuse_other(each._identity())
         if (self.out / "metrics.json").exists():
             return self._metrics()
         for split in ("train", "valid", "test"):
@@ -104,6 +126,12 @@ class Trainer:
             plan = plan_tables(self.config, self.data)
         except InfeasibleBudget as error:
             return self._write_infeasible(identity, error)
+        plans = [other._plan_beside(self.config, plan) for other in self.others]
+        if self.others:
+            names = [each.out.name for each in (self, *self.others)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"the folders of one training need names of their own, not {', '.join(names)}")
+            identity["also"] = {other.out.name: found.fingerprint.hex() for other, found in zip(self.others, plans)}
         keep_freed_memory()
         with _threads(self.config.training.threads), _own_random_numbers(self.device):
             _seed(self.config.training.seed)
@@ -118,15 +146,48 @@ class Trainer:
             model = build_model(settings.name, tables, len(self.data.dense_features), settings.hyperparameters)
             initialize(model, settings.initialization)
             model.to(self.device)
-            self.out.mkdir(parents=True, exist_ok=True)
-            with locked(self.out):
-                self._refuse_other(identity)  # again: another process may have been here meanwhile
+            with ExitStack() as locks:
+                for each in (self, *self.others):
+                    each.out.mkdir(parents=True, exist_ok=True)
+                    locks.enter_context(locked(each.out))
+                    each._refuse_other(each._identity())  # again: another process may have been here meanwhile
                 if (self.out / "metrics.json").exists():
                     return self._metrics()
-                run = Run(self.config, self.data, self.out, identity, tables, model, show_progress=self.show_progress)
+                others = [Outcome(o.config, o.data, o.out, found) for o, found in zip(self.others, plans)]
+                run = Run(
+                    *(self.config, self.data, self.out, identity, tables, model),
+                    others=others,
+                    show_progress=self.show_progress,
+                )
                 run.resume()  # before anything is written: a start that is refused leaves the folder as it was
-                self._write_start(identity, plan)
+                for each, found in ((self, plan), *zip(self.others, plans)):
+                    each._write_start(each._identity(), found)
                 return run.run()
+
+    def _plan_beside(self, config: RunConfig, plan: Plan) -> Plan:
+        """The plan of this run, which is to be served beside one of ``config`` that trains ``plan``.
+
+        Raises:
+            ValueError: where the two would not train the same.
+        """
+        training = config.training
+        if training.quantize_from is not None or training.plateau_factor is not None:
+            which = "quantize_from" if training.quantize_from is not None else "plateau_factor"
+            raise ValueError(
+                f"training.{which} lets the training depend on how the tables are served: train {self.out} by itself"
+            )
+        mine, theirs = (
+            {name: value for name, value in each.flat().items() if name not in _OF_THE_FORM}
+            for each in (self.config, config)
+        )
+        found = plan_tables(self.config, self.data)
+        if mine != theirs or found.training_fingerprint != plan.training_fingerprint:
+            raise ValueError(
+                f"{self.out} would be another training: what is served beside a run may differ in precision alone"
+            )
+        if found.fingerprint == plan.fingerprint:
+            raise ValueError(f"{self.out} would be served as the run itself is")
+        return found
 
     def _metrics(self) -> dict[str, Any]:
         path = self.out / "metrics.json"

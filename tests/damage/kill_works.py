@@ -24,7 +24,7 @@ import embtables.sweeps.report  # noqa: F401
 from embtables import EmbeddingTables, TableConfig, plan
 from embtables._util.interrupts import interruptible
 from embtables.cli.app import run as main
-from embtables.training import loop
+from embtables.training import outcome
 
 
 def commands(*each: list[str]) -> int:
@@ -34,7 +34,7 @@ def commands(*each: list[str]) -> int:
 
 def train(*arguments: str) -> int:
     """Drawing takes longer than all the rest of these runs, and most kills would meet it."""
-    loop.draw_curve = lambda rows, monitor, path: path.write_text(repr(rows))  # type: ignore[assignment]
+    outcome.draw_curve = lambda rows, monitor, path: path.write_text(repr(rows))  # type: ignore[assignment]
     return main(list(arguments))
 
 

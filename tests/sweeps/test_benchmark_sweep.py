@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import yaml
 from sweep_cases import CELL, config_of, fake_cell, read, run
 
 import embtables.sweeps.sweep as sweep_module
+from embtables._util.files import sealed, write_json
 from embtables.cli.app import run as main
 from embtables.datasets import PreparedDataset
 from embtables.datasets.readers.synthetic import Synthetic, prepare_synthetic
@@ -410,6 +411,55 @@ def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) 
         assert [str(whole[name]) for name in ("test_auc", "valid_auc")] == [row["test_auc"], row["valid_auc"]]
     log = (tmp_path / "killed" / "cells" / "full-s0.log").read_text()
     assert "test AUC" in log
+
+
+def test_one_training_is_scored_in_every_precision(tmp_path: Path) -> None:
+    """Where sizes are the same, as those of full tables; each with the numbers of a run of its own."""
+    prepare_synthetic(tmp_path / "data", Synthetic(rows=6_000, cardinalities=(300, 100), num_dense=2, seed=3))
+    sets = ["epochs=3", "batch_size=256", "threads=1", "tables.learning_rate=0.1"]
+    command = [sys.executable, "-m", "embtables", "sweep", str(tmp_path / "data"), "--methods", "full", "--seeds", "1"]
+    command += ["--no-baselines", "--precisions", "int4,binary", "--out", str(tmp_path / "sweep")]
+    command += [part for field in sets for part in ("--set", field)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "sweep")
+    specs = in_precisions(parse_methods("full"), "int4,binary")
+    assert [(row["method"], row["trained_with"]) for row in rows] == list(zip(specs, ["", rows[0]["cell"]]))
+    assert [log.stem for log in (tmp_path / "sweep" / "cells").glob("*.log")] == [rows[0]["cell"]]
+    for row in rows:
+        config = cell_config(load_config(overrides=sets), specs[row["method"]], "", seed=0)
+        whole = Trainer(config, PreparedDataset(tmp_path / "data"), tmp_path / row["method"]).run()
+        for name in ("test_auc", "valid_auc", "test_logloss", "best_epoch", "epochs", "inference_bytes"):
+            assert str(whole[name]) == row[name], (row["method"], name)
+
+
+def trainings(config: SweepConfig, folder: Path, finished: Sequence[str] = ()) -> list[list[str]]:
+    """The names of the cells of each training that is left."""
+    sweep = sweep_module._Sweep(config, folder, sweep_module._plans(config, PreparedDataset(Path(config.data))))
+    for name in finished:
+        (folder / "cells" / name).mkdir(parents=True)
+        write_json(folder / "cells" / name / "metrics.json", sealed({"status": "ok"}))
+    return [[cell.name for cell in each] for each in sweep.trainings(sweep.main_cells())]
+
+
+def test_cells_of_one_training(data: Path, tmp_path: Path) -> None:
+    methods = in_precisions(parse_methods("full,hash"), "fp32,int8,binary")
+    fp32, int8, binary = (f"full_precision={p}-s0" for p in ("fp32", "int8", "binary"))
+    hashed = [[f"hash_precision={p}-10pct-s0"] for p in ("fp32", "int8", "binary")]
+
+    def described(*overrides: str) -> SweepConfig:
+        return describe(data, methods, ["10%"], 1, load_config(overrides=overrides), [])
+
+    assert trainings(described(), tmp_path / "a") == [[fp32, int8, binary], *hashed]
+    # What comes after the first that is left goes along, finished or not.
+    assert trainings(described(), tmp_path / "b", [int8]) == [[fp32, int8, binary], *hashed]
+    assert trainings(described(), tmp_path / "c", [fp32]) == [[int8, binary], *hashed]
+    assert trainings(described(), tmp_path / "d", [fp32, int8, binary]) == hashed
+    # Of a training that depends on how it is served there are as many as forms.
+    for option in ("training.quantize_from=1", "training.plateau_factor=0.5"):
+        assert trainings(described(option), tmp_path / option) == [[fp32], [int8], [binary], *hashed]
+    several = describe(data, methods, ["10%"], 2, load_config(), [])
+    assert [len(each) for each in trainings(several, tmp_path / "e")] == [3, 1, 1, 1] * 2
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------

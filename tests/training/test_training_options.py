@@ -24,7 +24,7 @@ from embtables.datasets.negatives import Negatives
 from embtables.datasets.readers.interactions import Interactions, prepare_interactions
 from embtables.models import MLP, build_model
 from embtables.models.blocks import bags
-from embtables.training import Trainer, load_config, load_served, loop, metrics
+from embtables.training import Trainer, load_config, load_served, metrics, outcome
 from embtables.training.evaluation import score, slice_feature, to_device
 from embtables.training.learning_curve import draw_curve, overfitting, remarks
 from embtables.training.lookup_hooks import intercept
@@ -310,7 +310,7 @@ def prescribed(monkeypatch, *rows):
         seen.append(row)
         return dict(zip(("auc", "gauc_weighted", "gauc_mean", "logloss"), row))
 
-    monkeypatch.setattr(loop, "main_metrics", next_row)
+    monkeypatch.setattr(outcome, "main_metrics", next_row)
 
 
 @pytest.mark.parametrize(("fused", "optimizer"), [("true", "adam"), ("false", "adagrad")])
@@ -502,7 +502,7 @@ def test_rare_ids_that_still_improve_at_an_early_stop_are_told():
 
 def test_remarks_are_printed_and_the_preset_learns(log, tmp_path, monkeypatch, capsys):
     flags = ["--preset", "bars", "--epochs", "2", "--quiet", "--batch-size", "200", "--set", "training.patience=null"]
-    monkeypatch.setattr(loop, "remarks", lambda rows, monitor, out_of_patience: [f"{len(rows)}, {out_of_patience}"])
+    monkeypatch.setattr(outcome, "remarks", lambda rows, monitor, out_of_patience: [f"{len(rows)}, {out_of_patience}"])
     assert main(["train", str(log.path), *flags, "--out", str(tmp_path / "run")]) == 0
     assert "Note: 2, False\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["remarks"] == ["2, False"]

@@ -7,7 +7,7 @@ from training_cases import config_of, curve_of
 
 from embtables.datasets import Synthetic, prepare_synthetic
 from embtables.sweeps.planning import plan_points
-from embtables.training import Trainer, loop
+from embtables.training import Trainer, loop, outcome
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def rounded(monkeypatch):
 @pytest.fixture
 def worse_and_worse(monkeypatch):
     """Validation metrics that fall from one evaluation to the next."""
-    left, measure = iter(range(90, 0, -1)), loop.main_metrics
-    monkeypatch.setattr(loop, "main_metrics", lambda scored: {**measure(scored), "auc": next(left) / 100})
+    left, measure = iter(range(90, 0, -1)), outcome.main_metrics
+    monkeypatch.setattr(outcome, "main_metrics", lambda scored: {**measure(scored), "auc": next(left) / 100})
 
 
 @pytest.mark.parametrize(("begin", "steps"), [(0, 0), (0.5, 2), (1, 5), (1.3, 6)])
