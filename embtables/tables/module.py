@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
+from embtables.methods.base import Stage
 from embtables.plan.solver import Plan
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
@@ -74,10 +76,12 @@ class EmbeddingTables(TableLookup):
 
     # ---- building ------------------------------------------------------------------------------------------------
 
-    def _build(self, store: Store) -> None:
-        """The lookup over a store: a block for each group, variant and dimension."""
+    def _build(self, store: Store, stages: list[Stage] | None = None) -> None:
+        """The lookup over a store: a block for each group, variant and dimension; stages begin, or are these."""
         blocks, order = build_blocks(self.plan, store, self.feature_names, served=self.served)
-        self._look_up_in(store, blocks, order, [] if self.served else build_stages(self.plan, store))
+        if stages is None:
+            stages = [] if self.served else build_stages(self.plan, store)
+        self._look_up_in(store, blocks, order, stages)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingTables:
         """Moves and casts like any module; what leaves the meta device gets the constants that follow from the plan."""
@@ -238,6 +242,20 @@ class EmbeddingTables(TableLookup):
             self.served = True
             self._build(served.store)
         return self
+
+    @contextmanager
+    def as_served(self) -> Iterator[None]:
+        """Within this ``with`` block lookups give what ``finalize`` would make of them; afterwards all is as before."""
+        if self.served:
+            yield
+            return
+        trained, stages = self.store, self.stages
+        self.finalize()
+        try:
+            yield
+        finally:
+            self.served = False
+            self._build(trained, stages)
 
     @classmethod
     def _empty_served(cls, plan: Plan, device: torch.device | str | None) -> EmbeddingTables:

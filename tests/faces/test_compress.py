@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embtables import Embedding, EmbeddingBag, EmbeddingTables, InfeasibleBudget, compress_
+from embtables import Embedding, EmbeddingBag, EmbeddingTables, InfeasibleBudget, TableConfig, compress_, plan
 from embtables.methods import Hash, Unified
 
 X = torch.randint(0, 400, (64,), generator=torch.Generator().manual_seed(0))
@@ -128,6 +128,69 @@ def test_full_loses_nothing(trained: int) -> None:
     torch.testing.assert_close(model(X), twin(X))
     for name, table in dense(twin).items():
         torch.testing.assert_close(dense(model)[name], table)
+
+
+def loss(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float((model(X) - 1).pow(2).mean())
+
+
+@pytest.mark.parametrize("method", ["full", "hash", "pruned", {"item": "full"}])
+@pytest.mark.parametrize("precision", [None, "binary"])
+def test_the_report_says_what_it_cost(method: Any, precision: str | None) -> None:
+    """Of the served form, as ``finalize`` shows afterwards; training goes on in fp32, as without being evaluated."""
+    model = Model()
+    dense_part = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(5):
+        step(model, dense_part)
+    del dense_part
+    twin, before = copy.deepcopy(model), loss(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what starts anew
+        options = {"precision": precision, "optimizer": "adam" if method == "pruned" else None}
+        budget = None if method in ("full", {"item": "full"}) else "20%"
+        report = compress_(model, method, budget, evaluate=loss, **options)
+        quiet = compress_(twin, method, budget, **options)
+    assert report.measured_before == before and quiet.measured_before is quiet.measured_after is None
+    assert f"evaluate: {before:.6g} before, " in str(report) and "evaluate" not in str(quiet)
+    after = report.measured_after
+    assert after is not None and (after == before) == (precision is None and budget is None)
+    for each in (model, twin):
+        head = torch.optim.SGD(each.parameters(), lr=0.1)
+        assert not any(module.served for module in each.modules() if isinstance(module, EmbeddingTables))
+        changed = copy.deepcopy(each)
+        for module in changed.modules():
+            if isinstance(module, EmbeddingTables):
+                module.finalize()
+        assert loss(changed) == after
+        step(each, head)
+    for (name, one), other in zip(model.state_dict().items(), twin.state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+def test_what_measures_nothing_is_refused_before_anything_is_changed() -> None:
+    model = Model()
+    with pytest.raises(ValueError, match="evaluate must return a number, such as a loss, not a NoneType"):
+        compress_(model, "full", evaluate=lambda model: None)  # type: ignore[arg-type, return-value]
+    assert isinstance(model.item, nn.Embedding)
+
+
+def test_stages_go_on_after_tables_were_shown_as_served() -> None:
+    tables = EmbeddingTables(plan([TableConfig("item", 100, 8)], "pruned", "20%", optimizer="adam"))
+    ids = torch.arange(50).unsqueeze(1)
+    for _ in range(3):
+        tables(ids).sum().backward()
+    state = {name: tensor.clone() for name, tensor in tables.state_dict().items()}
+    with torch.no_grad():
+        expected = tables.serve()(ids)
+        with tables.as_served():
+            assert torch.equal(tables(ids), expected) and tables.served
+            with tables.as_served():
+                assert torch.equal(tables(ids), expected)
+            assert tables.served
+    assert not tables.served and all(torch.equal(tables.state_dict()[name], tensor) for name, tensor in state.items())
+    tables(ids).sum().backward()
+    assert int(tables.optimizer_state_dict()["stage_0_steps"]) == 4
 
 
 def test_pruned_keeps_trained_weights() -> None:

@@ -48,6 +48,8 @@ class Compression:
             them.
         copies: tables whose old weights were equal to another's, as a deep copy's are, with the other's name. The rows
             of the new ones stand for other ids, so nothing may be copied or averaged between the two.
+        measured_before: what ``evaluate`` gave of the model as it was; ``None`` where it was not given.
+        measured_after: what it gave with the new tables in the form in which they will be served.
     """
 
     plan: Plan
@@ -58,6 +60,8 @@ class Compression:
     moved: Sequence[str]
     not_freed: Sequence[str]
     copies: Mapping[str, str] = field(default_factory=dict)
+    measured_before: float | None = None
+    measured_after: float | None = None
 
     @property
     def kept(self) -> list[str]:
@@ -121,6 +125,9 @@ class Compression:
             f"{len(self.tables)} tables: {self.bytes_before:,} B before, {self.bytes_after:,} B served after{budget}, "
             f"{share}"
         )
+        before, after = self.measured_before, self.measured_after
+        if before is not None and after is not None:
+            lines.append(f"evaluate: {before:.6g} before, {after:.6g} as it is served after ({after - before:+.2g})")
         if self.anew:
             lines.append(f"starting anew, so train them: {few(self.anew)}")
         if self.untrained:

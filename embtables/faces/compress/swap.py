@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from math import sqrt
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ def compress_(
     hash_seed: int = 0,
     on_out_of_range: OutOfRange = "error",
     precision: str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Compression:
     """Swaps the embedding tables inside any model for compressed ones, in place, under one joint budget.
 
@@ -83,6 +85,9 @@ def compress_(
         on_out_of_range: what ids outside a table's range do from now on, as in ``TableConfig``.
         precision: what rows are served in, as in ``embtables.plan``: ``compress_(model, "full", precision="int8")``
             keeps all that a trained model has learned but for the rounding, which ``finalize`` of its tables does.
+        evaluate: measures a model, such as its loss on a validation set; the report then says what compression cost. It
+            is called with the model as it is, before anything is changed, and once more at the end, with the new tables
+            in the form in which they will be served.
 
     Returns:
         What was swapped, left alone and moved; ``print`` it.
@@ -100,6 +105,8 @@ def compress_(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
     refuse_wrappers(model)
+    before = None if evaluate is None else _measured(evaluate, model)
+    known = set(map(id, model.modules()))
     given = _optimizers(rebind, model)
     patterns = by_pattern(method)
     finding = find(model, list(patterns))
@@ -128,7 +135,22 @@ def compress_(
             stacklevel=2,
         )
     shared = {line["shared_by"]: line["inference_bytes"] for line in solved.lines() if line["shared_by"] is not None}
-    return Compression(solved, shown, shared, left_alone, left_bytes, moved, not_freed, copies)
+    after = None
+    if evaluate is not None:
+        with ExitStack() as served:
+            for module in list(model.modules()):
+                if isinstance(module, EmbeddingTables) and id(module) not in known:
+                    served.enter_context(module.as_served())
+            after = _measured(evaluate, model)
+    return Compression(solved, shown, shared, left_alone, left_bytes, moved, not_freed, copies, before, after)
+
+
+def _measured(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    found = evaluate(model)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"evaluate must return a number, such as a loss, not a {type(found).__name__}") from None
 
 
 def _optimizers(rebind: Optimizer | Sequence[Optimizer], model: nn.Module) -> list[Optimizer]:
