@@ -88,6 +88,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
     {"kind": "mixed_dimension", "first_block": 8, "block_growth": 2},
+    {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
     _PRUNING | {"schedule": "exponential"},
 ]
 
@@ -138,6 +139,8 @@ ONE_DIM = ("one dim", "policies")
 ARRANGEMENTS = (*ONE_DIM, "shared features", "odd dims", "wide")
 # Methods that take tables without a vocabulary are tried on such, too.
 HASHING = ("hash", "multi_hash", "unified", "robe")
+# Methods that need to know how often ids occur.
+COUNTED = ("frequency_cutoff", "banded")
 
 
 def arrangement(name: str) -> list[TableConfig]:
@@ -239,7 +242,7 @@ def grid(full: bool = False) -> Iterator[Case]:
             arrangements.append("no vocabulary")
         tables = choose("tables", arrangements)
         sums = pooling == "sum" or call in ("forward", "lookup")
-        counted = "frequency_cutoff" in method
+        counted = any(kind in method for kind in COUNTED)
         case = dict(
             call=call,
             tables=tables,

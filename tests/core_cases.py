@@ -30,7 +30,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "unified", "width": 2},
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
+    {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
 ]
+# Those that have to know how often ids occur.
+NEEDS_COUNTS = ("banded", "frequency_cutoff")
 
 
 # Every format twice: by its name, and with scales of some other number of rows.
@@ -55,7 +58,8 @@ def examples(number: int) -> int:
 
 def projects(method: Method) -> bool:
     """Whether a method multiplies its rows with dense parameters, which fp32 stores whatever the precision."""
-    return method.kind == "mixed_dimension" or getattr(method, "projection", False)
+    narrow = getattr(method, "projection", False) or getattr(method, "widths", ())
+    return method.kind == "mixed_dimension" or bool(narrow)
 
 
 def method_id(method: Method) -> str:
@@ -132,6 +136,11 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         return {"kind": kind, "first_block": draw(st.integers(1, 100)), "block_growth": draw(st.integers(2, 8))}
     if kind == "fewer_dimensions":
         return {"kind": kind, "projection": draw(st.booleans())}
+    if kind == "banded":
+        precisions = draw(st.lists(st.sampled_from(PRECISIONS), max_size=4))
+        widths = draw(st.lists(st.integers(1, 9), max_size=3))
+        prior_count = draw(st.sampled_from([0.0, 3.0, 100.0]))
+        return {"kind": kind, "precisions": precisions, "widths": widths, "prior_count": prior_count}
     if kind == "unified":
         common = int(np.gcd.reduce(dims))
         widths = [w for w in range(1, common + 1) if common % w == 0]
@@ -181,7 +190,7 @@ def cases(
     frequencies = None
     if max(t.num_embeddings for t in tables) <= 10_000:
         frequencies = {t.name: draw(counts(t.num_embeddings)) for t in tables if draw(st.booleans())}
-    if "frequency_cutoff" in needed:
+    if needed & set(NEEDS_COUNTS):
         frequencies = {t.name: draw(counts(t.num_embeddings)) for t in tables}
     precision = draw(st.sampled_from(precisions))
     if isinstance(chosen, dict) and "kind" not in chosen and draw(st.booleans()):

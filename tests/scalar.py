@@ -104,10 +104,12 @@ def vector(
         if config["operation"] == "concat":
             return [v for part in parts for v in part]
         return [sum(c) if config["operation"] == "add" else prod(c) for c in zip(*parts)]
-    if g.method.kind == "mixed_dimension":
+    if g.method.kind in ("mixed_dimension", "banded"):
         rank, block = rank_of(x, counts if "by_rank" in entry.variant else None), 0
-        while rank >= size[block]:
+        while block < len(size) and rank >= size[block]:
             rank, block = rank - size[block], block + 1
+        if block == len(size):
+            return row(f"{name}/shared", 0)
         width = entry.values["widths"][block]
         narrow = row(f"{name}/{block}", rank)
         if width == dim:

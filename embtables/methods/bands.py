@@ -52,24 +52,24 @@ class BandedMethod(RankedMethod):
 
     shares_lowest: ClassVar[bool]
 
-    def levels(self, group: Group, dim: int) -> list[Level]:
+    def _levels(self, group: Group, dim: int) -> list[Level]:
         """The levels of tables of a dimension, the lowest first; rows of the highest are those of a full table."""
         raise NotImplementedError
 
-    def climb(self, group: Group) -> Climb:
+    def _climb(self, group: Group) -> Climb:
         """All steps by which the ids of all tables climb from the lowest level to the highest."""
         raise NotImplementedError
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
-    def solved(self, group: Group) -> Solved:
+    def _solved(self, group: Group) -> Solved:
         """All sizes that the tables of a group can have."""
         return group.once(f"bands of {self!r}", lambda: Solved(self, group))
 
     def fit(self, group: Group, limit: int) -> Layout:
         if limit >= group.full_bytes:
             return full_layout(group)
-        solved, starts = self.solved(group), remapped(group)
+        solved, starts = self._solved(group), remapped(group)
         entries: dict[str, Entry] = {}
         slabs: list[Slab] = []
         narrow: set[tuple[int, int]] = set()
@@ -94,7 +94,7 @@ class BandedMethod(RankedMethod):
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
-    def ranges(self, entry: TableEntry, group: Group) -> tuple[Range, ...]:
+    def _ranges(self, entry: TableEntry, group: Group) -> tuple[Range, ...]:
         """The bands of a table, as alternatives of a recipe."""
         name, dim = entry.table.name, entry.table.embedding_dim
         return tuple(
@@ -120,7 +120,7 @@ class BandedMethod(RankedMethod):
             if table.name not in weights or entry.entry.variant == FULL:
                 continue
             vectors, ids = weights[table.name], _ids_by_rank(entry, group, store)
-            for band in self.ranges(entry, group):
+            for band in self._ranges(entry, group):
                 slab = store.slab(band.slab)
                 # The row for ids that are out of range, which a trained table does not have, stays as it is.
                 places = (ids[: len(slab)] < len(vectors)).nonzero().squeeze(1)
@@ -150,13 +150,13 @@ class Solved:
     def __init__(self, method: BandedMethod, group: Group) -> None:
         self._group, self._shares = group, method.shares_lowest
         self._starts, self._full = remapped(group), group.rows_bytes(group.num_rows)
-        of_dim = {dim: method.levels(group, dim) for dim in {table.embedding_dim for table in group.tables}}
+        of_dim = {dim: method._levels(group, dim) for dim in {table.embedding_dim for table in group.tables}}
         self.levels = [of_dim[table.embedding_dim] for table in group.tables]
         # Of the ids that share a row the last one would be alone in it, and has it for itself.
         self.ids = group.num_rows - self._shares
         self._lowest = np.zeros((len(self.levels), max(map(len, self.levels))), dtype=np.int64)
         self._lowest[:, 0] = self.ids
-        self._climb = climb = method.climb(group)
+        self._climb = climb = method._climb(group)
         own = np.empty(len(climb.table), dtype=np.int64)
         for t, steps in enumerate(by_table(climb.table, len(self.levels))):
             standing = np.zeros((len(steps), len(self.levels[t])), dtype=np.int64)

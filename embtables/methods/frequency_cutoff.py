@@ -8,7 +8,7 @@ import numpy as np
 
 from embtables.lookup.recipe import Capped, Recipe, concat
 from embtables.methods.base import Floor, TableEntry, full_layout
-from embtables.methods.ranking import RankedMethod, counts_by_rank, rank_code, ranks_of, remapped
+from embtables.methods.ranking import RankedMethod, check_counted, counts_by_rank, rank_code, ranks_of, remapped
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Form, Group, Layout
 
@@ -24,12 +24,7 @@ class FrequencyCutoff(RankedMethod):
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
         super().check(group, optimizer)
-        for table, counts in zip(group.tables, group.counts):
-            if counts is None:
-                raise ValueError(
-                    f"table '{table.name}': method frequency_cutoff needs to know how often ids occur: "
-                    "give its counts as frequencies={table: counts}, or to an Embedding as frequencies=counts"
-                )
+        check_counted(group, self.kind)
 
     def floor(self, group: Group) -> Floor:
         remap = sum(code.num_bytes for code in rank_code(group))

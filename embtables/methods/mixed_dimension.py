@@ -41,13 +41,13 @@ class MixedDimension(BandedMethod):
     block_growth: int = Field(default=4, ge=2)
 
     def floor(self, group: Group) -> Floor:
-        least = min(self.solved(group).path.floor(), group.full_bytes)
+        least = min(self._solved(group).path.floor(), group.full_bytes)
         return Floor(least, "one scalar per id, and the projection")
 
-    def levels(self, group: Group, dim: int) -> list[Level]:
+    def _levels(self, group: Group, dim: int) -> list[Level]:
         return [Level(width, group.format) for width in range(1, dim + 1)]
 
-    def climb(self, group: Group) -> Climb:
+    def _climb(self, group: Group) -> Climb:
         """The blocks' widths as the power law turns back, from the narrowest to everything at D."""
         blocks = [
             (t, start, end, popularity)
@@ -87,7 +87,7 @@ class MixedDimension(BandedMethod):
         return Entry("mixed_by_rank", values | {"ranks_from": ranks_from})
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
-        return Recipe("alternatives", self.ranges(entry, group), ranks_of(entry, group))
+        return Recipe("alternatives", self._ranges(entry, group), ranks_of(entry, group))
 
 
 def _time(popularity: Floats, dim: Ints, width: Ints) -> Floats:

@@ -28,6 +28,16 @@ class RankedMethod(Method):
         return make_ranks(group) if layout.training.codes else {}
 
 
+def check_counted(group: Group, kind: str) -> None:
+    """Raises ``ValueError``, naming the table, where a method of this kind is not told how often ids occur."""
+    for table, counts in zip(group.tables, group.counts):
+        if counts is None:
+            raise ValueError(
+                f"table '{table.name}': method {kind} needs to know how often ids occur: "
+                "give its counts as frequencies={table: counts}, or to an Embedding as frequencies=counts"
+            )
+
+
 def is_ranked(counts: Counts) -> bool:
     """Whether a table's ids are sorted by their counts ``[n]`` already, so that an id is its own rank."""
     return bool((np.diff(counts[_RESERVED:]) <= 0).all())

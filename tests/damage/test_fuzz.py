@@ -199,6 +199,7 @@ METHODS: list[tuple[Any, str | None, bool]] = [
     ("pruned", "15%", False),
     ("pruned", "2%", False),
     ("frequency_cutoff", "40%", True),
+    ("banded", "40%", True),
     ("drop_feature", "40%", False),
 ]
 
@@ -224,7 +225,7 @@ def test_tables_that_claim_more_ids_than_there_are_rows(number: int, tmp_path: P
 
         path.write_bytes(fuzzing.described(whole, claim))
         (entry,) = (g.layout.entries[table.name] for g in stored.groups if table.name in g.layout.entries)
-        if entry.variant in ("full", "mixed_by_rank", "cut_off_by_rank", "bitmap", "compressed rows"):
+        if entry.variant in ("full", "mixed_by_rank", "banded_by_rank", "cut_off_by_rank", "bitmap", "compressed rows"):
             with pytest.raises(ValueError, match=f"{path.name} .*'{table.name}'"):
                 read_tables(path)
         else:

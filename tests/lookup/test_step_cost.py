@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids
+from core_cases import NEEDS_COUNTS, all_methods, falling_counts, method_id, random_ids
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,9 +16,7 @@ from embtables.methods import Method
 
 
 def make(method: Method, configs: list[TableConfig], budget: Any, optimizer: Any = "adagrad") -> EmbeddingTables:
-    counts = (
-        {c.name: falling_counts(c.num_embeddings or 0) for c in configs} if method.kind == "frequency_cutoff" else None
-    )
+    counts = {c.name: falling_counts(c.num_embeddings or 0) for c in configs} if method.kind in NEEDS_COUNTS else None
     try:
         solved = plan(configs, method, None if method.kind == "full" else budget, counts, optimizer)
     except InfeasibleBudget as error:

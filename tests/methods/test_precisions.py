@@ -76,12 +76,20 @@ def test_served_vectors_equal_a_scalar_computation(method: Method, precision: st
             np.testing.assert_allclose(dense[x], expected, rtol=1e-5, atol=1e-6, err_msg=f"{config.name} {x}")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4", "int4/slab"])
+EXACT_TO_HALF_A_STEP = ["fp16", "bf16", "int8", "int4", "int4/slab"]
+
+
+@pytest.mark.parametrize("precision", EXACT_TO_HALF_A_STEP)
 @METHODS
 def test_rows_move_by_at_most_half_a_step(method: Method, precision: str) -> None:
     tables = make(method, precision)
     served = tables.serve()
-    for slab in (slab for g in tables.plan.groups for slab in g.layout.serving.slabs):
+    slabs = [slab for g in tables.plan.groups for slab in g.layout.serving.slabs]
+    if method.kind == "banded":
+        # Bands of fewer bits have fewer levels than their scalars need.
+        slabs = [slab for slab in slabs if slab.format in EXACT_TO_HALF_A_STEP]
+    for slab in slabs:
+        precision = slab.format
         trained, stored = slab_of(tables, slab.name), slab_of(served, slab.name)
         if precision in ("fp16", "bf16"):
             bits = 11 if precision == "fp16" else 8

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from core_cases import (
+    NEEDS_COUNTS,
     PRECISIONS,
     Case,
     all_methods,
@@ -54,7 +55,7 @@ def own_bytes(solved: Plan) -> dict[str, int]:
 @pytest.mark.slow
 @given(
     cases(max_rows=2_000, precisions=PRECISIONS)
-    | cases(max_rows=10**9, use=[k for k in kinds() if k != "frequency_cutoff"], precisions=PRECISIONS),
+    | cases(max_rows=10**9, use=[k for k in kinds() if k not in NEEDS_COUNTS], precisions=PRECISIONS),
     st.data(),
 )
 @settings(max_examples=examples(400))
@@ -122,7 +123,7 @@ def test_hash_like_methods_use_the_budget(case: Case, share: float, counted: boo
     assert 0.95 * budget <= solve(case, budget).inference_bytes <= budget
 
 
-@pytest.mark.parametrize("kind", [k for k in kinds() if k not in ("frequency_cutoff", "full")])
+@pytest.mark.parametrize("kind", [k for k in kinds() if k not in (*NEEDS_COUNTS, "full")])
 def test_a_billion_ids_are_planned_without_a_table_of_them(kind: str) -> None:
     tables = [TableConfig("ids", 10**9, 16), TableConfig("small", 10, 16)]
     try:
@@ -233,6 +234,8 @@ TABLES = [TableConfig("user", 100, 8), TableConfig("item", 50, 8)]
         ({"kind": "hash", "size": 3}, "method hash has no field 'size'"),
         ({"kind": "multi_hash", "num_hashes": 1}, "method multi_hash, field 'num_hashes'.*not 1"),
         ({"kind": "multi_hash", "operation": "max"}, "method multi_hash, field 'operation'"),
+        ({"kind": "banded", "precisions": ["int4", "int3"]}, "method banded, field 'precisions': unknown.*'int3'"),
+        ({"kind": "banded", "widths": [4, 0]}, "method banded, field 'widths.1'.*not 0"),
         ({"user": "hash"}, "matches table 'item'"),
         ({"user": "hash", "*": "hash", "none_*": "hash"}, "pattern 'none_\\*'"),
         ({"*": "nope"}, "unknown method 'nope'"),
@@ -298,8 +301,9 @@ def test_other_bad_arguments() -> None:
         plan(TABLES, "hash")
     with pytest.raises(ValueError, match="robe.*rowwise_adagrad.*adagrad"):
         plan(TABLES, "robe", "10%", optimizer="rowwise_adagrad")
-    with pytest.raises(ValueError, match="table 'user'.*frequency_cutoff.*frequencies"):
-        plan(TABLES, "frequency_cutoff", "10%")
+    for kind in NEEDS_COUNTS:
+        with pytest.raises(ValueError, match=f"table 'user'.*{kind}.*frequencies"):
+            plan(TABLES, kind, "10%")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ METHODS: list[Any] = [
     "hash",
     "mixed_dimension",
     "frequency_cutoff",
+    "banded",
     "compositional",
     {"kind": "multi_hash", "signs": True},
     {"kind": "robe", "signs": True},

@@ -1,0 +1,184 @@
+"""Ids by rank in bands, of which each has its width and precision; the rarest share a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Annotated, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+
+from embtables.formats import RowFormat, row_format
+from embtables.lookup.recipe import Capped, Recipe, concat
+from embtables.lookup.stored_rows import StoredRows
+from embtables.methods.bands import BandedMethod, Climb, Level, shared_row
+from embtables.methods.base import Floor, TableEntry
+from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, ranks_of
+from embtables.optimizers import FusedOptimizer
+from embtables.sizes.layout import Entry, Group
+
+# Rows of random numbers on which the rounding of a format is measured: eight blocks of the default scales.
+_SAMPLE = 512
+
+
+class Banded(BandedMethod):
+    """Bands: ids in the order of their frequency, the more frequent the more bits; the rarest share a row.
+
+    A band has rows of one width w and one precision p. Those of full width are vectors as they stand; others are
+    multiplied with a projection ``[w, D]``, one for each w and D: e(x) = E_b[x]·P_w. The ids beyond the last band share
+    one trained row of their table. Bands are ranges of ranks, which cost no bytes.
+
+    Where the bands of all tables end is solved under the one budget. An id that occurs n times is worth
+    v(x) = n·n/(n + κ)·q(w, p): its lookups, times the share of what its row learns that is signal, times the share q of
+    that which the row keeps. q is what rounding leaves of a Gaussian row, 1 − E‖x − x̂‖²/E‖x‖², times what w of D
+    columns hold of a vector whose j-th direction has a variance in proportion to 1/j. Each byte goes to the id, of all
+    tables, to which it is worth most. So the bytes of rows are divided as well as they can be, but for less than one
+    row; these last bytes move the boundary of one band id by id. A larger budget moves no id down.
+
+    It needs ``frequencies``.
+
+    Args:
+        precisions: what bands may be stored in, beside ``precision``, where that takes fewer bits. No row of one's own
+            is always among the choices.
+        widths: how many columns rows may have beside D.
+        prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
+        precision: what the most frequent ids and the shared rows are stored in, and all of a table that fits in full;
+            fp32 where neither it nor ``plan`` says another.
+
+    Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems", ISIT 2021
+    (blocks of ids by frequency); Li et al., "Mixed-Precision Embeddings for Large-Scale Recommendation Models", 2024
+    (precision by frequency group, 0 bits among them).
+    """
+
+    kind: ClassVar[str] = "banded"
+    shares_lowest: ClassVar[bool] = True
+    precisions: tuple[str, ...] = ("int8", "int4", "int2", "binary")
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    prior_count: float = Field(default=100.0, ge=0, allow_inf_nan=False)
+
+    @field_validator("precisions")
+    @classmethod
+    def _check_precisions(cls, precisions: tuple[str, ...]) -> tuple[str, ...]:
+        for precision in precisions:
+            row_format(precision)
+        return precisions
+
+    def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
+        super().check(group, optimizer)
+        check_counted(group, self.kind)
+
+    def floor(self, group: Group) -> Floor:
+        why = "one shared row per table" + (
+            " and the ranks of ids that are not numbered by frequency" if rank_code(group) else ""
+        )
+        return Floor(min(self._solved(group).path.floor(), group.full_bytes), why)
+
+    # ---- what rows are worth -------------------------------------------------------------------------------------
+
+    def _levels(self, group: Group, dim: int) -> list[Level]:
+        return [choice.level for choice in self._choices(group, dim)]
+
+    def _choices(self, group: Group, dim: int) -> list[Choice]:
+        formats = [row_format(precision) for precision in self.precisions]
+        return choices(group.format, formats, dim, self.widths)
+
+    def _climb(self, group: Group) -> Climb:
+        """Ids of one count climb together, and those of all tables in the order of what that is worth per bit."""
+        parts = []
+        for t, (table, counts) in enumerate(zip(group.tables, group.counts)):
+            assert counts is not None
+            # The last id would be alone in the shared row, so it never needs one of its own.
+            ranked = counts_by_rank(counts)[:-1].astype(np.float64)
+            starts = np.concatenate([[0], np.flatnonzero(np.diff(ranked)) + 1])[: len(ranked)]
+            ends = np.append(starts[1:], len(ranked))[: len(starts)]
+            each = ranked[starts]
+            signal = each * (each / np.maximum(each + self.prior_count, 1.0))
+            kinds = self._choices(group, table.embedding_dim)
+            slopes = np.array([_slope(less, more) for less, more in zip(kinds, kinds[1:])])
+            # Neither rises, whatever the last digit: ids climb level by level, and none before a more frequent one.
+            signal, slopes = np.minimum.accumulate(signal), np.minimum.accumulate(slopes)
+            level = np.repeat(np.arange(1, len(kinds)), len(starts))
+            worth = np.outer(slopes, signal).ravel()
+            of_all = (np.tile(column, len(slopes)) for column in (starts, ends))
+            parts.append((np.full(len(level), t), level, *of_all, worth))
+        table_, level, start, end, worth = (np.concatenate(column) for column in zip(*parts))
+        # Of ids that are worth nothing on any level, all reach one before any goes on to the next.
+        order = np.lexsort((level, -worth))
+        return Climb(table_[order], level[order], start[order], end[order])
+
+    # ---- the module ----------------------------------------------------------------------------------------------
+
+    def _entry(self, bands: Sequence[tuple[int, Level]], ranks_from: int | None) -> Entry:
+        values = {
+            "rows": [rows for rows, _ in bands],
+            "widths": [level.width for _, level in bands],
+            "precisions": [level.format.name for _, level in bands],
+        }
+        if ranks_from is None or not bands:
+            return Entry("banded", values)
+        return Entry("banded_by_rank", values | {"ranks_from": ranks_from})
+
+    def recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        bands, shared = self._ranges(entry, group), concat(Capped(shared_row(entry.table.name)))
+        return Recipe("alternatives", bands, ranks_of(entry, group), rest=shared) if bands else shared
+
+
+class Choice(NamedTuple):
+    """A kind of rows, the bits of one of them, and the share of a vector that it keeps."""
+
+    level: Level
+    bits: float
+    kept: float
+
+
+def choices(rows_in: RowFormat, formats: Sequence[RowFormat], dim: int, widths: Sequence[int]) -> list[Choice]:
+    """The kinds of rows that are best for some number of bits, the smallest first; at the front the shared row.
+
+    They are the corners of the concave hull of what rows keep over their bits: no kind between two of them keeps more
+    than a mixture of the two.
+
+    Args:
+        rows_in: the format of full tables, in which the last of the kinds is.
+        formats: others, of which those count that take fewer bits and keep less.
+        dim: D, the width of the last kind.
+        widths: others, of which those below D count.
+    """
+    full = Level(dim, rows_in)
+    largest = _choice(full, dim)
+    levels = (Level(width, each) for each in (rows_in, *formats) for width in {dim, *(w for w in widths if w < dim)})
+    smaller = [c for c in (_choice(level, dim) for level in levels) if c.bits < largest.bits and c.kept < largest.kept]
+    hull = [Choice(full, 0.0, 0.0)]
+    for choice in [*sorted(smaller, key=lambda c: (c.bits, -c.kept)), largest]:
+        if choice.bits == hull[-1].bits:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], choice) >= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _choice(level: Level, dim: int) -> Choice:
+    bits = float(level.format.mean_bits(np.array([level.width]))[0])
+    return Choice(level, bits, _kept_of_width(level.width, dim) * _kept_of_rounding(level.format, level.width))
+
+
+def _slope(less: Choice, more: Choice) -> float:
+    return (more.kept - less.kept) / (more.bits - less.bits)
+
+
+def _kept_of_width(width: int, dim: int) -> float:
+    """What the first directions hold of a vector whose j-th direction has a variance in proportion to 1/j."""
+    variances = 1 / np.arange(1, dim + 1)
+    return float(variances[:width].sum() / variances.sum())
+
+
+@cache
+def _kept_of_rounding(rows_in: RowFormat, width: int) -> float:
+    """What a format keeps of rows of standard normal numbers: 1 less the squared error, as a share of the squares."""
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((_SAMPLE, width), dtype=np.float32))
+    stored = StoredRows(rows_in, width)
+    stored.add(_SAMPLE)
+    error = stored.read(*rows_in.pack(rows), torch.arange(_SAMPLE, device=rows.device)) - rows
+    return max(0.0, 1 - float(error.double().square().sum() / rows.double().square().sum()))

@@ -1,0 +1,222 @@
+"""Bands: what the rows of an id are worth, and that the budget goes where it is worth most."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from core_cases import counted_bytes, falling_counts, shuffled_counts
+
+from embtables import EmbeddingTables, Plan, TableConfig, compress_, plan
+from embtables.formats import FORMATS, FP32, RowFormat, row_format
+from embtables.methods import Banded
+from embtables.methods.banded import Choice, choices
+
+Counts = npt.NDArray[np.int64]
+
+
+def kinds_of(method: Banded, rows_in: RowFormat, dim: int) -> list[Choice]:
+    return choices(rows_in, [row_format(each) for each in method.precisions], dim, method.widths)
+
+
+def bands(solved: Plan, name: str) -> list[tuple[int, int, str]]:
+    """(rows, width, precision) of each band of a table that is not stored in full."""
+    values = solved.groups[0].layout.entries[name].values
+    return list(zip(values["rows"], values["widths"], values["precisions"]))
+
+
+def kind_of_each(solved: Plan, table: TableConfig, top: str = "fp32") -> list[tuple[int, str] | None]:
+    """Width and precision of each rank of a table; ``None`` where it shares a row."""
+    n, entry = int(table.rows or 0), solved.groups[0].layout.entries[table.name]
+    if entry.variant == "full":
+        return [(table.embedding_dim, top)] * n
+    own: list[tuple[int, str] | None] = [(w, p) for rows, w, p in bands(solved, table.name) for _ in range(rows)]
+    return own + [None] * (n - len(own))
+
+
+# ---- what a row keeps ------------------------------------------------------------------------------------------------
+
+
+def kept(method: Banded, precision: str, width: int) -> float:
+    """What a full-width row of this precision keeps, of one that keeps everything."""
+    return {c.level.format.name: c.kept for c in kinds_of(method, FP32, width)}[precision]
+
+
+def test_what_is_kept_is_what_rounding_leaves_of_gaussian_rows() -> None:
+    # Max, "Quantizing for minimum distortion", IRE Trans. IT 6, 1960: equally spaced levels, one and two bits.
+    assert kept(Banded(), "binary", 64) == pytest.approx(2 / np.pi, rel=0.02)
+    assert kept(Banded(), "int2", 64) == pytest.approx(1 - 0.1188, rel=0.02)
+    rows = np.random.default_rng(5).standard_normal((4_000, 64))
+    for precision, steps in (("int4", 7), ("int8", 127)):
+        scale = np.abs(rows).max(axis=1, keepdims=True) / steps
+        error = float(np.square(np.round(rows / scale) * scale - rows).sum() / np.square(rows).sum())
+        assert 1 - kept(Banded(), precision, 64) == pytest.approx(error, rel=0.05)
+    assert kept(Banded(), "fp32", 64) == 1
+
+
+def test_of_kinds_of_rows_those_are_chosen_that_no_mixture_of_others_beats() -> None:
+    for top, dim in product(("fp32", "int8", "int4/slab"), (1, 2, 5, 16, 40)):
+        method = Banded(precisions=tuple(FORMATS), widths=(1, 2, 3, 8, 20))
+        found = kinds_of(method, row_format(top), dim)
+        assert found[0].bits == found[0].kept == 0
+        assert (found[-1].level.width, found[-1].level.format.name) == (dim, top)
+        slopes = [(b.kept - a.kept) / (b.bits - a.bits) for a, b in zip(found, found[1:])]
+        assert slopes == sorted(slopes, reverse=True) and slopes[-1] > 0
+        # No other kind lies above the line through the two next to it.
+        bits, keeps = np.array([c.bits for c in found]), np.array([c.kept for c in found])
+        for precision, width in product(FORMATS, {w for w in (1, 2, 3, 8, 20, dim) if w <= dim}):
+            alone = Banded(precisions=(precision,), widths=(width,) if width < dim else ())
+            for choice in kinds_of(alone, row_format(top), dim)[1:-1]:
+                assert choice.kept <= np.interp(choice.bits, bits, keeps) * (1 + 1e-9)
+
+
+def test_a_narrow_row_keeps_its_part_of_the_variance() -> None:
+    found = {c.level.width: c.kept for c in kinds_of(Banded(precisions=(), widths=(1, 2, 4)), FP32, 8)}
+    whole = sum(1 / j for j in range(1, 9))
+    assert found == pytest.approx(
+        {8: 1.0} | {w: sum(1 / j for j in range(1, w + 1)) / whole for w in (1, 2, 4)} | {8: 1.0}
+    )
+
+
+# ---- the division of the budget --------------------------------------------------------------------------------------
+
+# Rows of their own scales, so that the bytes of a table are the sum of those of its rows.
+PRECISIONS = ("int8/1", "int4/1", "binary/1")
+
+
+def worth(count: int, prior_count: float, share: float) -> float:
+    return count * count / (count + prior_count) * share if count else 0.0
+
+
+@pytest.mark.parametrize("prior_count", [0.0, 5.0, 100.0])
+@pytest.mark.parametrize("precisions", [PRECISIONS, ("int4/1",), ()])
+def test_no_other_division_of_the_same_bytes_is_worth_more(precisions: tuple[str, ...], prior_count: float) -> None:
+    """All divisions of all budgets, one by one."""
+    tables = [TableConfig("a", 5, 8), TableConfig("b", 3, 16)]
+    counts = {"a": np.array([90, 90, 30, 8, 1]), "b": np.array([200, 200, 5])}
+    method = Banded(precisions=precisions, prior_count=prior_count)
+    kinds = {t.name: kinds_of(method, FP32, t.embedding_dim) for t in tables}
+    # The last id of each table has the shared row for itself.
+    ids = [(t.name, int(n)) for t in tables for n in counts[t.name][:-1]]
+    best: dict[int, float] = {}
+    for chosen in product(*([(c.kept, int(c.bits) // 8) for c in kinds[name]] for name, _ in ids)):
+        num_bytes = sum(own for _, own in chosen)
+        total = sum(worth(n, prior_count, share) for (_, n), (share, _) in zip(ids, chosen))
+        best[num_bytes] = max(best.get(num_bytes, 0.0), total)
+    shared = sum(4 * t.embedding_dim for t in tables)
+    unused = []
+    for budget in range(shared, shared + max(best) + 10):
+        solved = plan(tables, method, budget, counts)
+        found = 0.0
+        for table in tables:
+            share = {(c.level.width, c.level.format.name): c.kept for c in kinds[table.name]}
+            for n, kind in zip(counts[table.name][:-1], kind_of_each(solved, table)):
+                found += worth(int(n), prior_count, share[kind]) if kind else 0.0
+        used = solved.inference_bytes - shared
+        assert found == pytest.approx(max(value for num_bytes, value in best.items() if num_bytes <= used), rel=1e-12)
+        unused.append(budget - solved.inference_bytes)
+    assert max(unused[:-10]) < 64  # less than the largest row
+
+
+@pytest.mark.parametrize("widths", [(), (2, 4)])
+@pytest.mark.parametrize("ranked", [True, False])
+def test_a_larger_budget_moves_no_id_down(ranked: bool, widths: tuple[int, ...]) -> None:
+    tables = [TableConfig("a", 300, 8), TableConfig("b", 120, 16, on_out_of_range="oov"), TableConfig("c", 40, 8)]
+    make = falling_counts if ranked else shuffled_counts
+    counts = {t.name: make(t.num_embeddings or 0) for t in tables}
+    method = Banded(widths=widths, prior_count=10)
+    order: dict[str, dict[Any, int]] = {}
+    for t in tables:
+        kinds = kinds_of(method, FP32, t.embedding_dim)[1:]
+        order[t.name] = {None: 0} | {(c.level.width, c.level.format.name): i for i, c in enumerate(kinds, 1)}
+    least = {t.name: np.zeros(t.rows or 0, dtype=np.int64) for t in tables}
+    for budget in range(2_000, 20_000, 89):
+        solved = plan(tables, method, budget, counts)
+        for t in tables:
+            now = np.array([order[t.name][kind] for kind in kind_of_each(solved, t)])
+            assert (now >= least[t.name]).all() and (np.diff(now) <= 0).all()
+            least[t.name] = now
+    assert solved.inference_bytes == solved.full_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "binary", "int8/slab"])
+@pytest.mark.parametrize("widths", [(), (1, 4, 8)])
+def test_uses_the_budget(precision: str, widths: tuple[int, ...]) -> None:
+    tables = [TableConfig("large", 150_000, 16), TableConfig("other", 100_000, 10), TableConfig("small", 900, 8)]
+    counts = {t.name: falling_counts(t.num_embeddings or 0) for t in tables}
+    full = plan(tables, "full", precision=precision).inference_bytes
+    # A projection, which is only paid for as a whole, is little at any of these budgets.
+    for budget in np.geomspace(full / (100 if widths else 2_000), full, 25).astype(int).tolist():
+        solved = plan(tables, Banded(widths=widths), budget, counts, precision=precision)
+        assert 0.95 * budget <= solved.inference_bytes <= budget
+
+
+def test_with_one_precision_it_is_the_cut_off() -> None:
+    tables = [TableConfig("a", 3_000, 8), TableConfig("b", 500, 16)]
+    counts = {"a": np.arange(3_000, 0, -1), "b": 20 * np.arange(500, 0, -1) + 1}
+    for budget in ("3%", "10%", "30%", "80%"):
+        banded = plan(tables, Banded(precisions=(), prior_count=0), budget, counts)
+        cut_off = plan(tables, "frequency_cutoff", budget, counts)
+        for name in counts:
+            rows = cut_off.groups[0].layout.entries[name].values["own_rows"]
+            assert bands(banded, name) == ([(rows, 8 if name == "a" else 16, "fp32")] if rows else [])
+
+
+def test_precision_is_that_of_the_most_frequent_ids_and_of_the_shared_row() -> None:
+    tables = [TableConfig("a", 5_000, 16)]
+    counts = {"a": falling_counts(5_000)}
+    for precision, lower in (("fp32", {"int8", "int4", "binary"}), ("int8", {"int4", "binary"}), ("binary", set())):
+        found = set()
+        for budget in ("0.2%", "1%", "2.5%", "5%", "20%"):
+            solved = plan(tables, Banded(precisions=("int8", "int4", "binary")), budget, counts, precision=precision)
+            slabs = {slab.name: slab.format for slab in solved.groups[0].layout.serving.slabs}
+            assert slabs.get("a/shared", precision) == precision
+            found |= set(slabs.values())
+        assert found == {precision} | lower
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("widths", [(), (3,)])
+@pytest.mark.parametrize("ranked", [True, False])
+def test_takes_over_what_a_trained_table_learned(ranked: bool, widths: tuple[int, ...]) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Embedding(400, 6)})
+    before = model["a"].weight.detach().clone()
+    counts = {"a": falling_counts(400) if ranked else shuffled_counts(400)}
+    method = Banded(precisions=("int8",), widths=widths)
+    report = compress_(model, method, 900 + (0 if ranked else 4 * 401), frequencies=counts, on_out_of_range="oov")
+    assert report.kept == ["a"]
+    order = np.arange(400) if ranked else np.argsort(-counts["a"], kind="stable")
+    found = model["a"](torch.arange(400)).detach()
+    start = 0
+    for rows, width, _ in bands(report.plan, "a"):
+        own = order[start : start + rows]
+        assert torch.equal(found[own], before[own]) == (width == 6)
+        start += rows
+    assert 0 < start < 399 and {width for _, width, _ in bands(report.plan, "a")} == {6, *widths}
+    rest = torch.from_numpy(order[start:].copy())
+    torch.testing.assert_close(found[rest], before[rest].mean(dim=0).expand(len(rest), 6))
+
+
+def test_each_band_is_served_in_its_precision() -> None:
+    table = TableConfig("a", 2_000, 16)
+    solved = plan([table], "banded", "6%", {"a": falling_counts(2_000)})
+    assert {p for _, _, p in bands(solved, "a")} >= {"int8", "int4", "int2", "binary"}
+    tables = EmbeddingTables(solved, std=0.3)
+    trained = tables.to_dense("a").detach()
+    tables.finalize()
+    assert counted_bytes(tables) == solved.inference_bytes
+    served, start = tables.to_dense("a"), 0
+    for rows, _, precision in bands(solved, "a"):
+        own = trained[start : start + rows]
+        packed = EmbeddingTables(plan([TableConfig("t", rows, 16)], "full", precision=precision))
+        packed.store.slab("t").copy_(own)
+        packed.finalize()
+        assert torch.equal(served[start : start + rows], packed.to_dense("t"))
+        start += rows
+    assert torch.equal(served[start:], trained[start:])
