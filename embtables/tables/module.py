@@ -217,7 +217,7 @@ class EmbeddingTables(TableLookup):
 
     def _checked_plan(self, plan: Plan | None) -> Plan:
         """The plan by which these tables are to be served."""
-        if plan is None or plan.fingerprint == self.plan.fingerprint:
+        if plan is None or plan is self.plan or plan.fingerprint == self.plan.fingerprint:
             return self.plan
         if self.served or plan.training_fingerprint != self.plan.training_fingerprint:
             raise ValueError(

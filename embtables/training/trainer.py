@@ -190,6 +190,16 @@ class Trainer:
         return found
 
     def _metrics(self) -> dict[str, Any]:
+        """The metrics of this run, which is finished.
+
+        Raises:
+            ValueError: where they are damaged, or another run of the same training is not finished.
+        """
+        lacking = [str(other.out) for other in self.others if not (other.out / "metrics.json").exists()]
+        if lacking:
+            raise ValueError(
+                f"{self.out} is finished, and {lacking[0]} is not, so that this takes a training of its own"
+            )
         path = self.out / "metrics.json"
         try:
             done = read_json(inside(self.out, path.name))

@@ -141,6 +141,16 @@ def test_a_training_that_depends_on_its_form_has_one(option, data, tmp_path):
         Trainer(config_of(option), data, tmp_path / "fp32", also=also).run()
 
 
+def test_what_comes_too_late_is_refused(data, tmp_path):
+    config = config_of("training.epochs=1")
+    first = Trainer(config, data, tmp_path / "fp32").run()
+    also = {tmp_path / "int4": config_of("training.epochs=1", "tables.precision=int4")}
+    with pytest.raises(ValueError, match="fp32 is finished, and .*int4 is not, so that this takes a training of its"):
+        Trainer(config, data, tmp_path / "fp32", also=also).run()
+    Trainer(also[tmp_path / "int4"], data, tmp_path / "int4").run()
+    assert Trainer(config, data, tmp_path / "fp32", also=also).run() == first
+
+
 def test_folders_of_one_name_are_refused(data, tmp_path):
     also = {tmp_path / "a" / "run": config_of("tables.precision=int4")}
     with pytest.raises(ValueError, match="the folders of one training need names of their own, not run, run"):
