@@ -1,7 +1,8 @@
 """Ids by how often they occur, for methods that treat frequent ids better than rare ones.
 
 Prepared data numbers ids by their frequency, and a range of frequencies is then a range of ids, which costs no bytes.
-Tables whose ids are in another order need a remap from id to rank: an int32 each, counted under ``index``.
+Tables whose ids are in another order need a remap from id to rank: an integer each, counted under
+``index``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from embtables.sizes.layout import Code, Counts, Group, Layout
 
 # Prepared data gives id 0 to missing values and id 1 to unseen ones; from 2 on ids fall in frequency.
 _RESERVED = 2
+# The integers that ranks are stored as, and for how many ids each will do.
+_RANKS = (("uint8", 2**8), ("int16", 2**15), ("int32", 2**31), ("int64", 2**63))
 
 
 class RankedMethod(Method):
@@ -73,11 +76,15 @@ def _remapped(group: Group) -> dict[str, int]:
 def rank_code(group: Group) -> tuple[Code, ...]:
     """The code buffer that gives the rank of each id, for all tables of a group that need one, one after another.
 
-    It is an int32 for each id. There is none, and the tuple is empty, where the ids of all tables are ranks already.
+    It is the smallest integer that holds all of these ranks for each id. There is none, and the tuple is empty, where
+    the ids of all tables are ranks already.
     """
     names = remapped(group)
-    num_ids = sum(len(c) for t, c in zip(group.tables, group.counts) if t.name in names and c is not None)
-    return (Code(rank_code_name(group), (num_ids,), "int32", "index"),) if num_ids else ()
+    sizes = [len(c) for t, c in zip(group.tables, group.counts) if t.name in names and c is not None]
+    if not sizes:
+        return ()
+    dtype = next(dtype for dtype, most in _RANKS if max(sizes) <= most)
+    return (Code(rank_code_name(group), (sum(sizes),), dtype, "index"),)
 
 
 def rank_code_name(group: Group) -> str:
@@ -96,11 +103,11 @@ def ranks_of(entry: TableEntry, group: Group) -> Ranks | None:
 def make_ranks(group: Group) -> dict[str, Any]:
     """The content of the remap, by the name of its code."""
     names = remapped(group)
-    ranks = [_ranks(c) for t, c in zip(group.tables, group.counts) if t.name in names and c is not None]
-    return {rank_code_name(group): np.concatenate(ranks)} if ranks else {}
+    counts = [c for t, c in zip(group.tables, group.counts) if t.name in names and c is not None]
+    return {code.name: np.concatenate([_ranks(c, code.dtype) for c in counts]) for code in rank_code(group)}
 
 
-def _ranks(counts: Counts) -> np.ndarray[Any, np.dtype[np.int32]]:
-    ranks = np.empty(len(counts), dtype=np.int32)
-    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts), dtype=np.int32)
+def _ranks(counts: Counts, dtype: str) -> np.ndarray[Any, Any]:
+    ranks = np.empty(len(counts), dtype=dtype)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
     return ranks

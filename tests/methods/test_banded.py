@@ -189,7 +189,7 @@ def test_takes_over_what_a_trained_table_learned(ranked: bool, widths: tuple[int
     before = model["a"].weight.detach().clone()
     counts = {"a": falling_counts(400) if ranked else shuffled_counts(400)}
     method = Banded(precisions=("int8",), widths=widths)
-    report = compress_(model, method, 900 + (0 if ranked else 4 * 401), frequencies=counts, on_out_of_range="oov")
+    report = compress_(model, method, 900 + (0 if ranked else 2 * 401), frequencies=counts, on_out_of_range="oov")
     assert report.kept == ["a"]
     order = np.arange(400) if ranked else np.argsort(-counts["a"], kind="stable")
     found = model["a"](torch.arange(400)).detach()

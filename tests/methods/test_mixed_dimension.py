@@ -92,7 +92,7 @@ def test_takes_over_what_a_trained_table_learned(ranked: bool) -> None:
     before = {name: module.weight.detach().clone() for name, module in model.items()}
     make = falling_counts if ranked else shuffled_counts
     counts = {name: make(len(weight)) for name, weight in before.items()}
-    report = compress_(model, MixedDimension(first_block=20), 6_000 if ranked else 6_000 + 4 * 380, frequencies=counts)
+    report = compress_(model, MixedDimension(first_block=20), 6_000 if ranked else 6_000 + 2 * 380, frequencies=counts)
     assert report.kept == ["a", "b"] and report.anew == []
     layout = report.plan.groups[0].layout
     of_width: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -236,8 +236,8 @@ def ranked(kind: str) -> EmbeddingTables:
     return EmbeddingTables(plan(RANKED, kind, "40%", counts, "adagrad"), std=0.5)
 
 
-@pytest.mark.parametrize("kind", ["mixed_dimension", "frequency_cutoff"])
-@pytest.mark.parametrize("rank", [40, 2**31 - 1, -1])
+@pytest.mark.parametrize("kind", ["mixed_dimension", "frequency_cutoff", "banded"])
+@pytest.mark.parametrize("rank", [40, 2**15 - 1, -1])
 def test_ranks_that_are_none_are_refused_before_anything_is_taken(kind: str, rank: int, tmp_path: Path) -> None:
     tables = ranked(kind)
     damaged = {k: v.clone() for k, v in ranked(kind).state_dict().items()}
@@ -276,7 +276,7 @@ def test_codes_that_lead_out_of_their_slab_are_refused(
     sound.load_state_dict(before)
 
 
-@pytest.mark.parametrize("kind", ["mixed_dimension", "frequency_cutoff"])
+@pytest.mark.parametrize("kind", ["mixed_dimension", "frequency_cutoff", "banded"])
 def test_codes_of_another_type_go_through_pytorch(kind: str) -> None:
     tables = ranked(kind)
     ids = torch.tensor([[299, 39], [300, 0], [5, 5]])
