@@ -27,6 +27,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "compositional", "num_partitions": 3},
     {"kind": "compositional", "radices": "chinese_remainder"},
     {"kind": "fewer_dimensions", "projection": True},
+    {"kind": "low_rank", "inner_dim": 12},
     {"kind": "unified", "width": 2},
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
@@ -59,7 +60,12 @@ def examples(number: int) -> int:
 def projects(method: Method) -> bool:
     """Whether a method multiplies its rows with dense parameters, which fp32 stores whatever the precision."""
     narrow = getattr(method, "projection", False) or getattr(method, "widths", ())
-    return method.kind == "mixed_dimension" or bool(narrow)
+    return method.kind in ("mixed_dimension", "low_rank") or bool(narrow)
+
+
+def folds(method: Method) -> bool:
+    """Whether what a method serves is a product of what it trains, which has other last bits."""
+    return getattr(method, "inner_dim", None) is not None
 
 
 def method_id(method: Method) -> str:
@@ -141,6 +147,8 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         widths = draw(st.lists(st.integers(1, 9), max_size=3))
         prior_count = draw(st.sampled_from([0.0, 3.0, 100.0]))
         return {"kind": kind, "precisions": precisions, "widths": widths, "prior_count": prior_count}
+    if kind == "low_rank":
+        return {"kind": kind, "inner_dim": draw(st.none() | st.integers(1, 50))}
     if kind == "unified":
         common = int(np.gcd.reduce(dims))
         widths = [w for w in range(1, common + 1) if common % w == 0]

@@ -122,6 +122,13 @@ def vector(
             return narrow + [0.0] * (dim - width)
         projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
         return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
+    if g.method.kind == "low_rank":
+        found = row(f"{name}/rows", x)
+        # Folded already, where it is served.
+        factors = [extra for extra in (f"{name}/fold", f"{name}/basis") if extra in tables.store.extra_shapes()]
+        for matrix in (tables.store.extra(factor).tolist() for factor in factors):
+            found = [sum(v * line[c] for v, line in zip(found, matrix)) for c in range(len(matrix[0]))]
+        return found
     if g.method.kind == "frequency_cutoff":
         return row(name, min(rank_of(x, counts if "by_rank" in entry.variant else None), entry.values["own_rows"]))
     if g.method.kind == "drop_feature":

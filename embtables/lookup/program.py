@@ -123,9 +123,11 @@ def compile_program(
             num_rows,
             -1 if ranks is None else codes.index(ranks.code),
             0 if ranks is None else ranks.first,
-            spec.embedding_dim - recipe.zeros if projection is None else store.extra_shapes()[projection][0],
+            _inner(spec, recipe, store),
             -1 if projection is None else projections.index(projection),
             -1 if recipe.rest is None else next_rest,
+            -1 if recipe.inner is None else projections.index(recipe.inner),
+            0 if recipe.inner is None else store.extra_shapes()[recipe.inner][1],
         ]
         next_rest += recipe.rest is not None
         num_pieces += len(recipe.addresses)
@@ -194,10 +196,17 @@ def _operation(recipe: Recipe) -> tuple[int, int]:
     if isinstance(first, Listed):
         return _OF_LISTS[recipe.combine], first.longest
     # A projection of one row is an alternative that all ids have.
-    projects_a_row = recipe.projection is not None and len(recipe.addresses) == 1 and isinstance(first, Row)
+    projected = recipe.projection is not None and recipe.inner is None
+    projects_a_row = projected and len(recipe.addresses) == 1 and isinstance(first, Row)
     if recipe.combine == "alternatives" or projects_a_row:
         return _COMBINATIONS["alternatives"], 1 if recipe.rest is None else max(1, _operation(recipe.rest)[1])
     return _COMBINATIONS[recipe.combine], len(recipe.addresses)
+
+
+def _inner(spec: InputSpec, recipe: Recipe, store: Store) -> int:
+    """How many scalars a recipe's combination has; of alternatives as many as the vector."""
+    first = recipe.inner or (None if _operation(recipe)[0] == _COMBINATIONS["alternatives"] else recipe.projection)
+    return spec.embedding_dim - recipe.zeros if first is None else store.extra_shapes()[first][0]
 
 
 def _columns(code: Tensor) -> int:
@@ -333,6 +342,8 @@ def _check_alternatives(dim: int, num_ids: int | None, recipe: Recipe, store: St
         refuse("has a projection beside those of its alternatives")
     if recipe.zeros:
         refuse("has zeros behind its alternatives: zeros follow values that are joined")
+    if recipe.inner is not None:
+        refuse("has an inner projection, which only values that go on to another one have")
     slabs = [address.slab for address in recipe.addresses]
     for slab in slabs:
         if slabs.count(slab) > 1:
@@ -349,6 +360,12 @@ def _check_widths(dim: int, recipe: Recipe, store: Store, refuse: _Refuse) -> No
     if recipe.zeros and (recipe.combine != "concat" or recipe.projection is not None):
         refuse("has zeros, which follow values that are joined, and no projection")
     inner = sum(widths) if recipe.combine == "concat" else widths[0] if widths else dim
+    if recipe.inner is not None:
+        if recipe.projection is None:
+            refuse("has an inner projection, which only values that go on to another one have")
+        if extras[recipe.inner][0] != inner:
+            refuse(f"has {inner} scalars and an inner projection {list(extras[recipe.inner])}")
+        inner = extras[recipe.inner][1]
     if recipe.projection is None and (recipe.zeros < 0 or inner + recipe.zeros != dim):
         zeros = f" and {recipe.zeros} zeros" if recipe.zeros else ""
         refuse(f"has {inner} scalars in all{zeros}, but its vectors have {dim} dimensions")

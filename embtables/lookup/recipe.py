@@ -125,6 +125,7 @@ class Recipe:
         rest: of alternatives: the recipe of the ids that no ``Range`` holds. Its addresses are those of the id (or
             rank) less the number of ids that the ranges hold, its signs those of the id. It is neither alternatives nor
             a list, has no ``ranks`` of its own, and reads other slabs than the ranges do.
+        inner: a dense parameter ``[width, width of the projection]`` that the combined vector is multiplied with first.
     """
 
     combine: Combination
@@ -133,6 +134,7 @@ class Recipe:
     projection: str | None = None
     zeros: int = 0
     rest: Recipe | None = None
+    inner: str | None = None
 
     def all_addresses(self) -> tuple[Address, ...]:
         """Its addresses, and those of the rest."""
@@ -151,7 +153,8 @@ class Recipe:
     def projections(self) -> tuple[str, ...]:
         """The dense parameters that it reads."""
         named = [a.projection for a in self.addresses if isinstance(a, Range)]
-        named += [self.projection, None if self.rest is None else self.rest.projection]
+        named += [self.inner, self.projection]
+        named += [] if self.rest is None else [self.rest.inner, self.rest.projection]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
 

@@ -38,7 +38,8 @@ def shape_of(recipe: Recipe, store: Store) -> Hashable:
         return recipe.combine, ranks, recipe.projection, rest
     scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, CircularBlock))
     kinds = tuple(_kind(a, store) for a in recipe.addresses)
-    return recipe.combine, ranks, recipe.projection, recipe.zeros, kinds, scalars, _runs(recipe, store)
+    behind = recipe.inner, recipe.projection, recipe.zeros
+    return recipe.combine, ranks, behind, kinds, scalars, _runs(recipe, store)
 
 
 def _runs(recipe: Recipe, store: Store) -> tuple[int, ...]:
@@ -112,7 +113,8 @@ class _Combined:
 
     def __init__(self, block: RecipeBlock, prefix: str, recipes: Sequence[Recipe]) -> None:
         first, store = recipes[0], block.store
-        self.combination, self.projection, self.zeros = first.combine, first.projection, first.zeros
+        self.combination, self.zeros = first.combine, first.zeros
+        self.projections = [name for name in (first.inner, first.projection) if name is not None]
         self.embedding_dim = block.embedding_dim
         self.runs: list[_Run] = []
         start = 0
@@ -128,7 +130,7 @@ class _Combined:
     def combine(self, values: list[Tensor], ranks: Tensor, ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         signed = [run.signed(v, ids, feature) for run, v in zip(self.runs, values)]
         vectors = self._combined(signed, ranks, feature)
-        return vectors if self.projection is None else vectors @ extras(self.projection)
+        return reduce(torch.matmul, map(extras, self.projections), vectors)
 
     def _combined(self, values: list[Tensor], ranks: Tensor, feature: Tensor) -> Tensor:
         """One vector from values ``[..., P, width]`` of each run."""

@@ -204,6 +204,10 @@ class Method(BaseModel):
         """
         return None
 
+    def served_recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        """How the served form of the table is looked up; the same by default."""
+        return self.recipe(entry, group)
+
     def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block | None:
         """The lookup in the form that is served; the same by default."""
         return self.block(entries, group, store)

@@ -36,7 +36,7 @@ def build_blocks(
             block = own[variant, pairs[0][0].table.embedding_dim]
             # Rows of tables in full are their own; others of the group may be read by its blocks too.
             may_be_native = variant == FULL or all(b is None for (v, _), b in own.items() if v != FULL)
-            for built, looked_up in _by_shape(g, block, pairs, store):
+            for built, looked_up in _by_shape(g, block, pairs, store, served):
                 tables = [entry.table for entry, _ in looked_up]
                 features = [feature for _, feature in looked_up]
                 lookup = BlockLookup(
@@ -59,14 +59,15 @@ def _block(g: GroupPlan, entries: list[TableEntry], store: Store, served: bool) 
 
 
 def _by_shape(
-    g: GroupPlan, block: Block | None, pairs: list[tuple[TableEntry, str]], store: Store
+    g: GroupPlan, block: Block | None, pairs: list[tuple[TableEntry, str]], store: Store, served: bool
 ) -> list[tuple[Block, list[tuple[TableEntry, str]]]]:
     if block is not None:
         return [(block, pairs)]
+    recipe_of = g.method.served_recipe if served else g.method.recipe
     alike: dict[Hashable, tuple[list[Recipe], list[tuple[TableEntry, str]]]] = {}
     for entry, feature in pairs:
         full = entry.entry.variant == FULL
-        recipe = concat(Row(entry.table.name)) if full else g.method.recipe(entry, g.group)
+        recipe = concat(Row(entry.table.name)) if full else recipe_of(entry, g.group)
         recipes, members = alike.setdefault(shape_of(recipe, store), ([], []))
         recipes.append(recipe)
         members.append((entry, feature))

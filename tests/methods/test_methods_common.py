@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import NEEDS_COUNTS, all_methods, falling_counts, method_id, projects, random_ids, shuffled_counts
+from core_cases import (
+    NEEDS_COUNTS,
+    all_methods,
+    falling_counts,
+    folds,
+    method_id,
+    projects,
+    random_ids,
+    shuffled_counts,
+)
 from scalar import vector
 from torch import Tensor
 
@@ -105,11 +114,13 @@ def check_dense_tables_equal_forward(method: Method, budget: str) -> None:
             ("slot", "slot"),
         ]
         expected = torch.cat([dense[table][column[feature]] for table, feature in uses], dim=1)
-        assert torch.equal(tables(ids), expected)
-        assert torch.equal(tables(ids.int()), expected)
+        # The last bit of a product of matrices depends on how many rows there are.
+        exact = {"rtol": 1e-5, "atol": 1e-6} if folds(method) else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(tables(ids), expected, **exact)
+        torch.testing.assert_close(tables(ids.int()), expected, **exact)
         # One at a time, and as flat values: the same vectors.
-        assert torch.equal(torch.cat([tables(line.unsqueeze(0)) for line in ids[:20]]), expected[:20])
-        assert torch.equal(tables(ids.t().reshape(-1), torch.arange(ids.numel() + 1)), expected)
+        torch.testing.assert_close(torch.cat([tables(line.unsqueeze(0)) for line in ids[:20]]), expected[:20], **exact)
+        torch.testing.assert_close(tables(ids.t().reshape(-1), torch.arange(ids.numel() + 1)), expected, **exact)
 
 
 def random_bags(tables: EmbeddingTables, batch: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -330,7 +341,8 @@ def test_training_lowers_the_loss_and_serving_keeps_what_was_learned(method: Met
             trained_rows.copy_(rows.read(*stored.pack(trained_rows.clone()), torch.arange(slab.rows)))
     trained = tables(ids).detach()
     # Pruning ends at the served number of entries, so that nothing is lost on the way out.
-    torch.testing.assert_close(served(ids), trained, rtol=0, atol=0 if method.kind != "pruned" else 0.2)
+    atol = 0.2 if method.kind == "pruned" else 1e-6 if folds(method) else 0
+    torch.testing.assert_close(served(ids), trained, rtol=0, atol=atol)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------

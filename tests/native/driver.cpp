@@ -241,6 +241,7 @@ private:
     void make_lookup(Lookup& lookup);
     void make_pieces(Lookup& lookup, int64_t kind, int64_t known);
     void make_rest(Lookup& lookup, int64_t known);
+    void project(Lookup& lookup);
     void make_program();
     void make_input();
     void make_values(int64_t last_rule);
@@ -311,7 +312,7 @@ void Case::make_lookup(Lookup& lookup) {
     lookup.dim = lookup.inner = any_width(random);
     lookup.fold_seed = random.any();
     lookup.first_piece = static_cast<int64_t>(pieces.size());
-    lookup.code = lookup.projection = lookup.rest = -1;
+    lookup.code = lookup.projection = lookup.inner_projection = lookup.rest = -1;
     const int64_t kind = random.below(13);
     // Hashes and digits take any number of ids; the others have a row for each.
     const bool hashes = kind >= 5 && kind <= 8;
@@ -340,8 +341,19 @@ void Case::make_lookup(Lookup& lookup) {
     }
     if (kind != 2 && kind != 8 && random.chance(3)) {
         lookup.dim = any_width(random);
-        lookup.projection = projection(lookup.inner, lookup.dim);
+        project(lookup);
+    } else if (lookup.operation == CONCAT && lookup.num_pieces > 0 && random.chance(3)) {
+        lookup.dim += random.between(1, 20);  // zeros
     }
+}
+
+// One projection behind the combination, or two.
+void Case::project(Lookup& lookup) {
+    if (random.chance(2)) {
+        lookup.middle = any_width(random);
+        lookup.inner_projection = projection(lookup.inner, lookup.middle);
+    }
+    lookup.projection = projection(lookup.inner_projection < 0 ? lookup.inner : lookup.middle, lookup.dim);
 }
 
 // What the ids behind the alternatives are looked up by: it reads no slab of theirs.
@@ -352,14 +364,16 @@ void Case::make_rest(Lookup& lookup, int64_t known) {
     const int64_t kind = random.one_of<int64_t>({0, 1, 3, 4, 6, 6, 7, 8, 8, 9, 10});
     if (kind != 8 && random.chance(3)) {
         rest.inner = any_width(random);
-        rest.projection = projection(rest.inner, rest.dim);
+        project(rest);
+    } else if ((kind <= 1 || kind == 6 || kind == 8) && rest.dim > 1 && random.chance(3)) {
+        rest.inner = random.between(1, rest.dim - 1);  // and zeros
     }
     shares_ = false;
     make_pieces(rest, kind, known);
     shares_ = true;
     if (random.chance(8)) {
         pieces.resize(rest.first_piece);
-        rest.num_pieces = rest.num_rows = 0, rest.operation = SUM, rest.projection = -1, rest.inner = rest.dim;
+        rest.num_pieces = rest.num_rows = 0, rest.operation = SUM, rest.projection = rest.inner_projection = -1, rest.inner = rest.dim;
     }
     lookup.num_rows = std::max<int64_t>(1, rest.num_rows);
     lookup.rest = static_cast<int64_t>(lookups.size() + rests.size());
@@ -629,7 +643,8 @@ void Case::make_single() {
     batch = num_ids = num_rows = random.one_of<int64_t>({0, 1, 5, 40, 999});
     num_values = num_ids * width;
     Lookup lookup{};
-    lookup.size = num, lookup.dim = lookup.inner = width, lookup.num_pieces = lookup.num_rows = 1, lookup.code = lookup.projection = lookup.rest = -1;
+    lookup.size = num, lookup.dim = lookup.inner = width, lookup.num_pieces = lookup.num_rows = 1, lookup.code = lookup.rest = -1;
+    lookup.projection = lookup.inner_projection = -1;
     lookups = {lookup};
     add_piece(ROW, slab(width, num, false), 0, 0, width, 0, false);
     outputs = {{0, width, NONE}};
@@ -674,6 +689,7 @@ private:
     // The vector of an id, and with `gradient` what reaches its rows.
     std::vector<double> vector(const Lookup& lookup, int64_t id, const double* gradient);
     std::vector<double> combination(const Lookup& lookup, int64_t taken, int64_t x, const double* gradient);
+    std::vector<double> projected(int64_t number, const std::vector<double>& u, const double* gradient, std::vector<double>& u_gradient);
     void bag(int64_t l, int64_t first, int64_t last, int64_t stride, int64_t at, bool pools);
     void update(std::vector<double>& w, std::vector<double>* s, const std::vector<double>& gradient, int64_t row, int64_t width) const;
 };
@@ -735,19 +751,38 @@ std::vector<double> Reference::vector(const Lookup& lookup, int64_t id, const do
     const Lookup& by = beyond ? c_.rests[lookup.rest - static_cast<int64_t>(c_.lookups.size())] : lookup;
     if (beyond) x -= held;
     if (by.num_pieces == 0) return out;
-    if (by.projection < 0) return combination(by, taken, x, gradient);
+    if (by.projection < 0) {
+        const std::vector<double> joined = combination(by, taken, x, gradient);
+        std::copy(joined.begin(), joined.end(), out.begin());
+        return out;
+    }
     const std::vector<double> u = combination(by, taken, x, nullptr);
     std::vector<double> u_gradient(by.inner, 0.0);
-    for (int64_t j = 0; j < by.inner; ++j)
-        for (int64_t d = 0; d < by.dim; ++d) {
-            const int64_t at = j * by.dim + d;
-            const double p = decoded(c_.projection_weights[by.projection].data(), at, c_.dtype);
+    if (by.inner_projection < 0) {
+        out = projected(by.projection, u, gradient, u_gradient);
+    } else {
+        std::vector<double> nothing, middle_gradient(by.middle, 0.0);
+        out = projected(by.projection, projected(by.inner_projection, u, nullptr, nothing), gradient, middle_gradient);
+        if (gradient) projected(by.inner_projection, u, middle_gradient.data(), u_gradient);
+    }
+    if (gradient) combination(by, taken, x, u_gradient.data());
+    return out;
+}
+
+// u · projection, and with `gradient` what reaches u and the projection.
+std::vector<double> Reference::projected(int64_t number, const std::vector<double>& u, const double* gradient,
+                                         std::vector<double>& u_gradient) {
+    const Projection& shape = c_.projections[number];
+    std::vector<double> out(shape.dim, 0.0);
+    for (int64_t j = 0; j < shape.width; ++j)
+        for (int64_t d = 0; d < shape.dim; ++d) {
+            const int64_t at = j * shape.dim + d;
+            const double p = decoded(c_.projection_weights[number].data(), at, c_.dtype);
             out[d] += u[j] * p;
             if (!gradient) continue;
             u_gradient[j] += gradient[d] * p;
-            e_.projection_gradients[by.projection][at] += gradient[d] * u[j];
+            e_.projection_gradients[number][at] += gradient[d] * u[j];
         }
-    if (gradient) combination(by, taken, x, u_gradient.data());
     return out;
 }
 

@@ -48,6 +48,10 @@ METHODS: dict[str, Method] = {
     "product, projected": LowRankHashes(combine="product"),
     "product of two, projected": LowRankHashes(combine="product", num_hashes=2, rank=16),
     "concat, projected": LowRankHashes(combine="concat", num_hashes=4),
+    "one row, projected twice": LowRankHashes(num_hashes=1, narrowed=True),
+    "mean with signs, projected twice": LowRankHashes(combine="mean", signs=True, rank=8, narrowed=True),
+    "product, projected twice": LowRankHashes(combine="product", narrowed=True),
+    "concat, projected twice": LowRankHashes(combine="concat", num_hashes=4, narrowed=True),
     "concat and zeros": LowRankHashes(combine="concat", num_hashes=2, rank=2, widened=False),
     "one row and zeros": LowRankHashes(combine="concat", num_hashes=1, widened=False),
     "rest of one row": FrequentRows(rest="capped"),
@@ -201,7 +205,9 @@ class Loops:
         if x == config.padding_idx:
             return torch.zeros(config.embedding_dim, dtype=torch.float64)
         found = self.combination(config.name, x)
-        widen = f"{self.tables.plan.groups[0].group.name}/widen_{config.embedding_dim}"
+        name = self.tables.plan.groups[0].group.name
+        widen, narrow = f"{name}/widen_{config.embedding_dim}", f"{name}/narrow"
+        found = found @ self.leaves[narrow] if narrow in self.leaves else found
         if widen in self.leaves:
             return found @ self.leaves[widen]
         return torch.cat([found, torch.zeros(config.embedding_dim - len(found), dtype=torch.float64)])

@@ -31,7 +31,7 @@ def small(optimizer: str | None, method: Any = "full", seed: int = 0, device: st
 
 
 def train(tables: EmbeddingTables, steps: range) -> None:
-    free = [] if tables.plan.optimizer is not None else [torch.optim.SGD(tables.parameters(), lr=0.1)]
+    free = [] if tables.plan.optimizer is not None else [torch.optim.SGD(tables.parameters(), lr=0.01)]
     for step in steps:
         ids = random_ids(tables, 16, seed=step)
         ((tables(ids) - torch.linspace(-1, 1, 8)) ** 2).sum().backward()

@@ -31,6 +31,7 @@ class LowRankHashes(Method):
         signs: whether rows have random signs (sum and mean).
         circular: ``"concat"`` of blocks of a circular array instead of rows.
         widened: whether there is a W; without it zeros follow the values.
+        narrowed: whether a matrix for all tables makes 3 scalars of the combination first, which W then widens.
     """
 
     kind: ClassVar[str] = "low_rank_hashes"
@@ -42,6 +43,7 @@ class LowRankHashes(Method):
     signs: bool = False
     circular: bool = False
     widened: bool = True
+    narrowed: bool = False
 
     def floor(self, group: Group) -> Floor:
         return Floor(self.fit(group, 0).serving.num_bytes, "rows and matrices")
@@ -50,7 +52,10 @@ class LowRankHashes(Method):
         width = 1 if self.circular else self.rank
         slabs = tuple(group.slab(table.name, self.rows, width) for table in group.tables)
         dims = dict.fromkeys(table.embedding_dim for table in group.tables) if self.widened else {}
-        extras = tuple(Extra(f"{group.name}/widen_{dim}", (self._inner(), dim)) for dim in dims)
+        inner = 3 if self.narrowed else self._inner()
+        extras = tuple(Extra(f"{group.name}/widen_{dim}", (inner, dim)) for dim in dims)
+        if self.narrowed:
+            extras += (Extra(f"{group.name}/narrow", (self._inner(), 3)),)
         return Layout.of({table.name: Entry("low rank") for table in group.tables}, Form(slabs, extras))
 
     def _inner(self) -> int:
@@ -68,7 +73,8 @@ class LowRankHashes(Method):
                 addresses.append(Hashed(name, seed, sign_seed))
         if not self.widened:
             return Recipe(self.combine, tuple(addresses), zeros=dim - self._inner())
-        return Recipe(self.combine, tuple(addresses), projection=f"{group.name}/widen_{dim}")
+        inner = f"{group.name}/narrow" if self.narrowed else None
+        return Recipe(self.combine, tuple(addresses), projection=f"{group.name}/widen_{dim}", inner=inner)
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         super().initialize(layout, group, store, init)

@@ -555,14 +555,21 @@ inline void vector_of(const Program& program, const Call& call, const Lookup& lo
     }
     if (by.projection < 0) return combine<T, D>(program, call, by, rows, id, nullptr, v, room);
     combine_inner<T>(program, call, by, rows, id, nullptr, u, room);
-    project_one<T, D>(static_cast<const T*>(call.projections[by.projection]), u, by.inner, dim, v);
+    if (by.inner_projection < 0)
+        return project_one<T, D>(static_cast<const T*>(call.projections[by.projection]), u, by.inner, dim, v);
+    float* middle = u + by.inner;
+    project_one<T, 0>(static_cast<const T*>(call.projections[by.inner_projection]), u, by.inner, by.middle, middle);
+    project_one<T, D>(static_cast<const T*>(call.projections[by.projection]), middle, by.middle, dim, v);
 }
 
-// Room that ids of any lookup need beside their vectors for combinations that a projection follows.
+// Room that ids of any lookup need beside their vectors for combinations that a projection follows, or two.
 inline int64_t widest_inner(const Program& program) {
     int64_t widest = 0;
-    for (int64_t l = 0; l < program.num_lookups + program.num_rests; ++l)
-        if (program.lookups[l].projection >= 0) widest = std::max(widest, program.lookups[l].inner);
+    for (int64_t l = 0; l < program.num_lookups + program.num_rests; ++l) {
+        const Lookup& lookup = program.lookups[l];
+        if (lookup.projection >= 0)
+            widest = std::max(widest, lookup.inner + (lookup.inner_projection < 0 ? 0 : lookup.middle));
+    }
     return widest;
 }
 
@@ -1501,8 +1508,19 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                 float* u = scratch + 2 * dim;
                 float* u_gradient = u + by.inner;
                 combine_inner<T>(program, call, by, rows, taken(lookup, id_at(call, id_place)), saved, u, nullptr);
-                project_one_back<T, D>(static_cast<const T*>(call.projections[by.projection]), u, by.inner, dim, g, u_gradient,
-                                       projection_sums[by.projection]);
+                const T* projection = static_cast<const T*>(call.projections[by.projection]);
+                if (by.inner_projection < 0) {
+                    project_one_back<T, D>(projection, u, by.inner, dim, g, u_gradient, projection_sums[by.projection]);
+                } else {
+                    const T* first = static_cast<const T*>(call.projections[by.inner_projection]);
+                    float* middle = u_gradient + 2 * by.inner;
+                    float* middle_gradient = middle + by.middle;
+                    project_one<T, 0>(first, u, by.inner, by.middle, middle);
+                    project_one_back<T, D>(projection, middle, by.middle, dim, g, middle_gradient,
+                                           projection_sums[by.projection]);
+                    project_one_back<T, 0>(first, u, by.inner, by.middle, middle_gradient, u_gradient,
+                                           projection_sums[by.inner_projection]);
+                }
                 spread_inner<T>(program, call, by, rows, id_place, saved, u_gradient, to, u_gradient + by.inner);
             } else if (by.operation == MIXED) {
                 const Piece& piece = alternative_of(program, by, rows[0]);

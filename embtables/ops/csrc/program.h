@@ -35,6 +35,8 @@ struct Lookup {
     int64_t projection;  // from inner to dim, or -1 where those are the same; never with MIXED or a BLOCK
     int64_t rest;        // MIXED: the number of the lookup of its rest, which reads no slab of a piece, or -1. It takes
                          // ranks less those of the pieces; its addresses stand where those of an alternative would.
+    int64_t inner_projection;  // from inner to middle, from where the projection goes on to dim; or -1
+    int64_t middle;
 };
 
 // Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK).
