@@ -77,6 +77,8 @@ _PRUNING = {"kind": "pruned", "warmup_steps": 1, "prune_steps": 2, "interval": 1
 
 # Configurations besides the default one of every kind.
 VARIANTS: list[dict[str, Any]] = [
+    {"kind": "hash", "addressing": "random"},
+    {"kind": "multi_hash", "addressing": "random"},
     {"kind": "multi_hash", "num_hashes": 3, "operation": "mean"},
     {"kind": "multi_hash", "num_hashes": 2, "operation": "concat"},
     {"kind": "multi_hash", "num_hashes": 4, "operation": "sum", "signs": True},
@@ -87,6 +89,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "unified", "width": 2},
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
+    {"kind": "robe", "block_size": 3, "addressing": "random"},
     {"kind": "mixed_dimension", "first_block": 8, "block_growth": 2},
     {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
     _PRUNING | {"schedule": "exponential"},

@@ -9,11 +9,13 @@
 
 from embtables.config import TableConfig
 from embtables.formats import RowFormat
-from embtables.hashing import hash_ids, hash_signs, mix, seed_for, to_range
+from embtables.hashing import balanced_ids, hash_ids, hash_signs, mix, seed_for, to_range, turn_for
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.engine import Touched
 from embtables.lookup.recipe import (
     Address,
+    Balanced,
+    BalancedBlock,
     Capped,
     CircularBlock,
     Coded,
@@ -27,6 +29,7 @@ from embtables.lookup.recipe import (
     concat,
 )
 from embtables.lookup.store import Store
+from embtables.methods.addressing import SharingMethod
 from embtables.methods.base import (
     Floor,
     Initializer,
@@ -46,6 +49,8 @@ from embtables.sizes.layout import FULL, Code, Counts, Entry, Extra, Form, Group
 __all__ = [
     "FULL",
     "Address",
+    "Balanced",
+    "BalancedBlock",
     "Block",
     "Capped",
     "CircularBlock",
@@ -72,6 +77,7 @@ __all__ = [
     "Recipe",
     "Row",
     "RowFormat",
+    "SharingMethod",
     "Slab",
     "Stage",
     "Store",
@@ -79,6 +85,7 @@ __all__ = [
     "TableEntry",
     "Touched",
     "allocate",
+    "balanced_ids",
     "chunk_widths",
     "collision_weights",
     "concat",
@@ -97,4 +104,5 @@ __all__ = [
     "shared_layout",
     "split",
     "to_range",
+    "turn_for",
 ]

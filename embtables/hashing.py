@@ -68,6 +68,37 @@ def hash_ids(ids: Tensor, seed: Tensor, size: Tensor) -> Tensor:
     return to_range(mix(ids ^ seed), size)
 
 
+def turn_for(hash_seed: int, *key: str | int, lookup: int) -> int:
+    """By how much of a circle a lookup turns each further block of ids (``balanced_ids``): a signed 64-bit fraction.
+
+    It is that of a random seed, and a golden section of the circle more for each lookup. Two ids that meet in one
+    lookup meet in the next one too if the multiples of the golden section that belong to their blocks coincide there,
+    and no number's multiples stay apart for longer: of up to m²/6 ids with m rows no two meet in both lookups.
+    """
+    return _signed((seed_for(hash_seed, *key, "turn") + lookup * _INCREMENT) % 2**64)
+
+
+def balanced_ids(
+    ids: Tensor, start: Tensor, turn: Tensor, size: Tensor, in_turn: Tensor, scalars: Tensor | int = 1
+) -> Tensor:
+    """The row of each id, or the first of its ``scalars`` consecutive rows: an int64 from 0 to ``size`` − 1.
+
+    Ids lie side by side around a circle of ``size`` rows, ``in_turn`` of them in one turn: ⌊size/scalars⌋. Id x, in
+    place p of turn k, x = k·in_turn + p, has row (s(k) + p·scalars) mod size, where s(k) is the number of rows by which
+    turn k is displaced: start + k·turn, a fraction of the circle in the upper 32 bits of an int64, times size. So every
+    turn has each row once, but for fewer than ``scalars`` rows in which no id fits any more; ids of one turn never
+    meet, and which ids of two turns meet is as random as ``turn``. From 2**31 rows on s(k) is (start + k·turn) mod
+    size, without the lowest two bits.
+
+    ``ids`` are int64 from 0 on and of any shape; the others are int64 tensors that broadcast to it.
+    """
+    number = torch.div(ids, in_turn, rounding_mode="floor")
+    fraction = number * turn + start
+    of_few, of_many = (_shift_right(fraction, 32) * size) >> 32, _shift_right(fraction, 2) % size
+    row = (ids - number * in_turn) * scalars + torch.where(size < 2**31, of_few, of_many)
+    return torch.where(row < size, row, row - size)
+
+
 def hash_signs(ids: Tensor, seed: Tensor) -> Tensor:
     """A sign for each id, float32 1 or −1: one bit of a hash. Its seed must be another than that of the addresses."""
     return ((mix(ids ^ seed) >> 62 & 1) * 2 - 1).to(torch.float32)

@@ -19,6 +19,8 @@ from embtables.methods import Method, from_config, kinds
 
 # Configurations besides the default one of every kind.
 VARIANTS: list[dict[str, Any]] = [
+    {"kind": "hash", "addressing": "random"},
+    {"kind": "multi_hash", "addressing": "random"},
     {"kind": "multi_hash", "num_hashes": 3, "operation": "mean"},
     {"kind": "multi_hash", "num_hashes": 2, "operation": "concat"},
     {"kind": "multi_hash", "num_hashes": 4, "operation": "sum", "signs": True},
@@ -32,6 +34,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
     {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
+    {"kind": "robe", "block_size": 3, "addressing": "random"},
 ]
 # Those that have to know how often ids occur.
 NEEDS_COUNTS = ("banded", "frequency_cutoff")
@@ -127,11 +130,14 @@ def log_integers(draw: st.DrawFn, low: int, high: int) -> int:
 @st.composite
 def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
     """A configuration of a kind that fits tables of these dimensions."""
+    addressing = draw(st.sampled_from(["balanced", "random"]))
+    if kind == "hash":
+        return {"kind": kind, "addressing": addressing}
     if kind == "multi_hash":
         k = draw(st.integers(2, 4))
         operation = draw(st.sampled_from(["sum", "mean", "concat"] if min(dims) >= k else ["sum", "mean"]))
         signs = operation != "concat" and draw(st.booleans())
-        return {"kind": kind, "num_hashes": k, "operation": operation, "signs": signs}
+        return {"kind": kind, "num_hashes": k, "operation": operation, "signs": signs, "addressing": addressing}
     if kind == "compositional":
         operation = draw(st.sampled_from(["mult", "add", "concat"]))
         most = min(min(dims), 4) if operation == "concat" else 4
@@ -152,9 +158,10 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
     if kind == "unified":
         common = int(np.gcd.reduce(dims))
         widths = [w for w in range(1, common + 1) if common % w == 0]
-        return {"kind": kind, "width": draw(st.none() | st.sampled_from(widths))}
+        return {"kind": kind, "width": draw(st.none() | st.sampled_from(widths)), "addressing": addressing}
     if kind == "robe":
-        return {"kind": kind, "block_size": draw(st.integers(1, 16)), "signs": draw(st.booleans())}
+        size, signs = draw(st.integers(1, 16)), draw(st.booleans())
+        return {"kind": kind, "block_size": size, "signs": signs, "addressing": addressing}
     return {"kind": kind}
 
 

@@ -44,6 +44,26 @@ def hash_address(x: int, hash_seed: int, table: str, lookup: int, size: int) -> 
     return bucket(mix64((x ^ seed_of(hash_seed, table, "row", lookup)) & MASK), size)
 
 
+GOLDEN_SECTION = 0x9E3779B97F4A7C15  # of 2**64
+
+
+def turn_of(hash_seed: int, table: str, lookup: int) -> int:
+    return (seed_of(hash_seed, table, "turn") + lookup * GOLDEN_SECTION) & MASK
+
+
+def balanced_row(x: int, start: int, turn: int, size: int, scalars: int = 1) -> int:
+    """The first row of id x, ids being laid side by side in turns of a circle of ``size`` rows."""
+    number, place = divmod(x, size // scalars)
+    fraction = (start + number * turn) & MASK
+    displaced = (fraction >> 32) * size >> 32 if size < 2**31 else (fraction >> 2) % size
+    return (place * scalars + displaced) % size
+
+
+def balanced_address(x: int, hash_seed: int, table: str, lookup: int, size: int, scalars: int = 1) -> int:
+    start, turn = seed_of(hash_seed, table, "row", lookup), turn_of(hash_seed, table, lookup)
+    return balanced_row(x, start, turn, size, scalars)
+
+
 def vector(
     tables: EmbeddingTables,
     name: str,
@@ -73,11 +93,18 @@ def vector(
     if entry.variant == "full":
         return row(name, x)
     size = entry.values.get("rows")
+
+    def address(lookup: int, rows: int, scalars: int = 1) -> int:
+        """Where the values of one lookup begin."""
+        if entry.values.get("addressing") == "balanced":
+            return balanced_address(x, seed, name, lookup, rows, scalars)
+        return hash_address(x, seed, name, lookup, rows)
+
     if g.method.kind == "hash":
-        return row(name, hash_address(x, seed, name, 0, size))
+        return row(name, address(0, size))
     if g.method.kind == "multi_hash":
         lookups = range(config["num_hashes"])
-        addresses = [hash_address(x, seed, name, j, size) for j in lookups]
+        addresses = [address(j, size) for j in lookups]
         if config["operation"] == "concat":
             return [v for j in lookups for v in row(f"{name}/{j}", addresses[j])]
         signs = [sign_of(x, seed_of(seed, name, "sign", j)) if config["signs"] else 1.0 for j in lookups]
@@ -85,13 +112,14 @@ def vector(
         return [v / len(lookups) for v in total] if config["operation"] == "mean" else total
     if g.method.kind == "unified":
         rows, width = stored(g.group.name).shape
-        return [v for j in range(dim // width) for v in row(g.group.name, hash_address(x, seed, name, j, rows))]
+        return [v for j in range(dim // width) for v in row(g.group.name, address(j, rows))]
     if g.method.kind == "robe":
         array = stored(g.group.name).flatten()
         found = []
         for coordinate in range(dim):
             block, offset = divmod(coordinate, config["block_size"])
-            place = (hash_address(x, seed, name, block, len(array)) + offset) % len(array)
+            scalars = min(config["block_size"], dim - block * config["block_size"])
+            place = (address(block, len(array), scalars) + offset) % len(array)
             sign = sign_of(x, seed_of(seed, name, "sign", block)) if config["signs"] else 1.0
             found.append(sign * float(array[place]))
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ import torch
 from core_cases import all_methods, falling_counts, method_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scalar import MASK, bucket, hash_address, mix64, seed_of, sign_of
+from scalar import MASK, balanced_address, balanced_row, bucket, hash_address, mix64, seed_of, sign_of, turn_of
 
-from embtables import EmbeddingTables, TableConfig, plan
-from embtables.hashing import hash_ids, hash_signs, mix, seed_for, to_range
-from embtables.methods import Method
+from embtables import EmbeddingTables, Plan, TableConfig, plan
+from embtables.hashing import balanced_ids, hash_ids, hash_signs, mix, seed_for, to_range, turn_for
+from embtables.methods import Method, from_config
 from embtables.tables.reading import block_of
 
 pytestmark = pytest.mark.core
@@ -145,6 +146,103 @@ def test_signs_are_balanced_and_independent_of_rows() -> None:
         assert abs(float(signs[rows == row].mean())) < 5 / 20_000**0.5
 
 
+# ---- balanced addresses ----------------------------------------------------------------------------------------------
+
+# id, start, turn, size, scalars → row, computed once with Python's integers (tests/scalar.py).
+GOLDEN_BALANCED = [
+    (0, 0, 0, 10, 1, 0),
+    (0, 12345, -7, 10, 1, 0),
+    (10, 0, 4611686018427387904, 10, 1, 2),
+    (123456789, 987654321, -6148914691236517206, 1000003, 1, 456420),
+    (4294967295, 7, 1, 2147483647, 1, 1),
+    (1099511627781, -1, 1234567891011, 4294967296, 1, 2126647492),
+    (2305843009213693951, 5, -9223372036854775808, 97, 1, 43),
+    (41, -9223372036854775808, 2305843009213693953, 100, 8, 27),
+    (77, 6148914691236517205, 99, 1021, 3, 571),
+    (1000000000000, 9223372036854775807, 4052555153018976267, 1000000000, 64, 625123265),
+]
+
+
+@pytest.mark.parametrize(("x", "start", "turn", "size", "scalars", "row"), GOLDEN_BALANCED)
+def test_golden_balanced_addresses(x: int, start: int, turn: int, size: int, scalars: int, row: int) -> None:
+    found = balanced_ids(tensor(x), tensor(start), tensor(turn), tensor(size), tensor(size // scalars), scalars)
+    assert int(found) == row
+
+
+def test_golden_turns() -> None:
+    # A seed of blake2b, and 0x9E3779B97F4A7C15 more for each lookup, as a signed number of 64 bits.
+    assert turn_for(0, "user", lookup=0) == seed_for(0, "user", "turn") == -5243658494244285333
+    assert turn_for(0, "user", lookup=1) == 6157056325078913152
+    assert turn_for(0, "user", lookup=3) == -7935002183693793110
+
+
+def balanced(n: int, size: int, hash_seed: int = 0, lookup: int = 0, scalars: int = 1) -> torch.Tensor:
+    """The first rows of the ids 0 … n − 1 of a table 't'."""
+    start, turn = seed_for(hash_seed, "t", "row", lookup), turn_for(hash_seed, "t", lookup=lookup)
+    return balanced_ids(torch.arange(n), *map(tensor, (start, turn, size, size // scalars)), scalars)
+
+
+@given(
+    st.lists(st.integers(0, 2**61), min_size=1, max_size=20),
+    int64s,
+    int64s,
+    st.integers(1, 2**61) | st.integers(1, 1000),
+    st.integers(1, 40),
+)
+@settings(max_examples=500)
+def test_balanced_addresses_equal_those_of_exact_integers(
+    ids: list[int], start: int, turn: int, size: int, scalars: int
+) -> None:
+    scalars = min(scalars, size)
+    found = balanced_ids(tensor(ids), *map(tensor, (start, turn, size, size // scalars)), scalars)
+    assert found.tolist() == [balanced_row(x, start, turn, size, scalars) for x in ids]
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 211])
+def test_every_row_has_as_many_ids_as_any_other_or_one_fewer(n: int) -> None:
+    for size in range(1, n + 1):
+        for lookup in range(3):
+            rows = balanced(n, size, lookup=lookup)
+            loads = torch.bincount(rows, minlength=size)
+            assert loads.numel() == size and int(loads.max() - loads.min()) <= 1
+            for turn in rows.split(size):  # the first of them are the most frequent ids
+                assert turn.unique().numel() == turn.numel()
+
+
+@pytest.mark.parametrize("size", [8, 9, 100, 1021, 1024])
+@pytest.mark.parametrize("scalars", [1, 3, 8])
+def test_blocks_of_one_turn_lie_side_by_side(size: int, scalars: int) -> None:
+    n, in_turn = 5 * (size // scalars), size // scalars
+    first = balanced(n, size, scalars=scalars)
+    for turn in first.split(in_turn):
+        places = ((turn.unsqueeze(1) + torch.arange(scalars)) % size).flatten()
+        assert places.unique().numel() == in_turn * scalars > size - scalars
+        assert ((places - places[0]) % size == torch.arange(in_turn * scalars)).all()
+    loads = torch.bincount(((first.unsqueeze(1) + torch.arange(scalars)) % size).flatten(), minlength=size)
+    # Five turns leave out fewer than `scalars` scalars each.
+    assert int(loads.max()) == 5 and int(loads.sum()) == 5 * in_turn * scalars
+
+
+@pytest.mark.parametrize("size", [12, 50, 211])
+def test_ids_that_meet_in_one_lookup_do_not_in_the_next(size: int) -> None:
+    n = size * size // 6
+    for hash_seed in range(30):
+        first, second, third = (balanced(n, size, hash_seed, lookup) for lookup in range(3))
+        assert (first * size + second).unique().numel() == n
+        assert (second * size + third).unique().numel() == n
+
+
+def test_ids_of_two_turns_meet_at_random() -> None:
+    size, seeds = 40, 1500
+    met = torch.zeros(size)
+    for hash_seed in range(seeds):
+        rows = balanced(2 * size, size, hash_seed)
+        met[int((rows[size:] == rows[0]).nonzero())] += 1
+    # χ² with size − 1 degrees of freedom, five deviations either way, as for loads above.
+    chi2 = float(((met - seeds / size) ** 2 / (seeds / size)).sum())
+    assert abs(chi2 - (size - 1)) < 5 * (2 * (size - 1)) ** 0.5
+
+
 # ---- addresses of tables ---------------------------------------------------------------------------------------------
 
 TABLES = [TableConfig("user", 5000, 8), TableConfig("item", 3000, 8), TableConfig("city", 40, 8)]
@@ -230,3 +328,32 @@ def test_hash_looks_up_the_rows_that_exact_integers_say() -> None:
     rows = [hash_address(x, 0, "raw", 0, 1009) for x in ids.flatten().tolist()]
     assert torch.equal(raw(ids), raw.store.slab("raw")[rows])
     assert seed_of(0, "raw", "row", 0) == seed_for(0, "raw", "row", 0)
+    assert turn_of(0, "raw", 2) == turn_for(0, "raw", lookup=2) % 2**64
+
+
+@pytest.mark.parametrize("kind", HASHING)
+def test_what_has_no_vocabulary_is_hashed_and_random_addresses_are_by_choice(kind: str) -> None:
+    def addressing(method: Method, table: TableConfig) -> object:
+        return plan([table], method, 4096, optimizer=None).groups[0].layout.entries["t"].values.get("addressing")
+
+    with_ids, without = TableConfig("t", 5000, 8), TableConfig("t", None, 8)
+    balanced, random = from_config(kind), from_config({"kind": kind, "addressing": "random"})
+    assert addressing(balanced, with_ids) == "balanced"
+    assert addressing(balanced, without) is addressing(random, with_ids) is addressing(random, without) is None
+    assert "addressing" not in balanced.to_dict() and random.to_dict()["addressing"] == "random"
+
+
+def test_addresses_of_plans_that_say_nothing_of_them_stay_what_they_were() -> None:
+    table = TableConfig("t", 5000, 4)
+    data = plan([table], "hash", 4 * 4 * 1009, optimizer=None).to_dict()
+    new = EmbeddingTables(Plan.from_dict(deepcopy(data)))
+    assert data["groups"][0]["layout"]["entries"]["t"]["values"].pop("addressing") == "balanced"
+    old = EmbeddingTables(Plan.from_dict(deepcopy(data)))
+    assert old.plan.fingerprint != new.plan.fingerprint
+    ids = [0, 1, 1009, 4999]
+    for tables, address in ((old, hash_address), (new, balanced_address)):
+        rows = [address(x, 0, "t", 0, 1009) for x in ids]
+        assert torch.equal(tables(tensor(ids).unsqueeze(1)), tables.store.slab("t")[rows])
+    data["groups"][0]["layout"]["entries"]["t"]["values"]["addressing"] = "dealt"
+    with pytest.raises(ValueError, match="table 't' has the addressing 'dealt'"):
+        EmbeddingTables(Plan.from_dict(data))

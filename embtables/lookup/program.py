@@ -15,6 +15,8 @@ from torch import Tensor
 
 from embtables.lookup.recipe import (
     Address,
+    Balanced,
+    BalancedBlock,
     Capped,
     CircularBlock,
     Coded,
@@ -31,7 +33,18 @@ from embtables.ops.program import CODE_DTYPES, POLICIES, UNBOUNDED
 _Refuse: TypeAlias = Callable[[str], NoReturn]
 _COMBINATIONS = {"concat": 0, "sum": 1, "mean": 2, "product": 3, "alternatives": 4}
 _OF_LISTS = {"sum": 5, "mean": 6}
-_ADDRESSES: dict[type, int] = {Row: 0, Range: 0, Hashed: 1, Digit: 2, Capped: 3, CircularBlock: 4, Coded: 5, Listed: 6}
+_ADDRESSES: dict[type, int] = {
+    Row: 0,
+    Range: 0,
+    Hashed: 1,
+    Digit: 2,
+    Capped: 3,
+    CircularBlock: 4,
+    Coded: 5,
+    Listed: 6,
+    Balanced: 7,
+    BalancedBlock: 8,
+}
 
 
 class InputSpec(NamedTuple):
@@ -77,7 +90,9 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     if recipe.combine == "alternatives":
         return recipe.rest is None or is_native(recipe.rest, store)
     # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
-    return recipe.projection is None or not any(isinstance(address, CircularBlock) for address in recipe.addresses)
+    return recipe.projection is None or not any(
+        isinstance(address, (CircularBlock, BalancedBlock)) for address in recipe.addresses
+    )
 
 
 def compile_program(
@@ -134,8 +149,8 @@ def compile_program(
         column, before = 0, 0
         for address in recipe.addresses:
             width, rows, start = store.width(address.slab), store.rows(address.slab), store.start(address.slab)
-            scalars = address.scalars if isinstance(address, CircularBlock) else width
-            a, b, code, values = 0, 0, -1, -1
+            scalars = address.scalars if isinstance(address, (CircularBlock, BalancedBlock)) else width
+            a, b, code, values, turn = 0, 0, -1, -1, 0
             if isinstance(address, Row):
                 start, a = start + address.first, UNBOUNDED
             elif isinstance(address, Range):
@@ -143,6 +158,8 @@ def compile_program(
                 a = before
             elif isinstance(address, (Hashed, CircularBlock)):
                 a, b = address.seed, rows
+            elif isinstance(address, (Balanced, BalancedBlock)):
+                a, b, turn = address.start, rows, address.turn
             elif isinstance(address, Digit):
                 a, b = address.divisor, rows
             elif isinstance(address, Capped):
@@ -170,6 +187,7 @@ def compile_program(
                 store.start(address.slab),
                 rows,
                 *store.stored_rows(store.weight_of(address.slab)).place(store.start(address.slab)),
+                turn,
             ]
             column += scalars if recipe.combine == "concat" else 0
     weight_words: list[int] = []
@@ -311,7 +329,7 @@ def _check_address(address: Address, recipe: Recipe, num_ids: int | None, store:
         refuse(f"{place} from row {address.first} on for {num_ids} ids, but the slab has {rows} rows")
     if isinstance(address, Digit) and address.divisor < 1:
         refuse(f"{place} with the divisor {address.divisor}, which is below 1")
-    if isinstance(address, CircularBlock):
+    if isinstance(address, (CircularBlock, BalancedBlock)):
         if combine != "concat" or width != 1 or not 1 <= address.scalars <= rows:
             refuse(
                 f"{place} of {address.scalars} scalars: blocks are joined, of a slab of width 1, and at most all of it"
@@ -321,7 +339,7 @@ def _check_address(address: Address, recipe: Recipe, num_ids: int | None, store:
     if isinstance(address, Listed) and address.longest < 1:
         refuse(f"{place} of at most {address.longest} rows")
     signed = getattr(address, "sign_seed", None) is not None
-    if signed and combine not in ("sum", "mean") and not isinstance(address, CircularBlock):
+    if signed and combine not in ("sum", "mean") and not isinstance(address, (CircularBlock, BalancedBlock)):
         refuse(f"{place} with a sign, which only sums, means and blocks have")
 
 
@@ -354,7 +372,9 @@ def _check_alternatives(dim: int, num_ids: int | None, recipe: Recipe, store: St
 
 def _check_widths(dim: int, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
     extras = store.extra_shapes()
-    widths = [a.scalars if isinstance(a, CircularBlock) else store.width(a.slab) for a in recipe.addresses]
+    widths = [
+        a.scalars if isinstance(a, (CircularBlock, BalancedBlock)) else store.width(a.slab) for a in recipe.addresses
+    ]
     if recipe.combine != "concat" and len(set(widths)) > 1:
         refuse(f"({recipe.combine}) has values of different widths: {', '.join(map(str, widths))}")
     if recipe.zeros and (recipe.combine != "concat" or recipe.projection is not None):

@@ -34,6 +34,24 @@ class Hashed:
 
 
 @dataclass(frozen=True)
+class Balanced:
+    """Id x has a row of the slab that as many ids have as any other, or one fewer (``embtables.hashing.balanced_ids``).
+
+    A slab of m rows is dealt out to m ids after the other: ids 0 … m − 1 have a row each, and so have the next m, which
+    begin at another row. It is for tables with a vocabulary, whose ids are numbers from 0 on.
+
+    ``start`` and ``turn``: signed 64-bit fractions of the slab, where the first m ids begin, and how much further each
+    m ids begin than those before; ``seed_for`` and ``turn_for`` of ``embtables.hashing`` give them. ``sign_seed``: as
+    in ``Hashed``.
+    """
+
+    slab: str
+    start: int
+    turn: int
+    sign_seed: int | None = None
+
+
+@dataclass(frozen=True)
 class Digit:
     """Id x has row ⌊x/divisor⌋ mod m of the slab, which has m rows: one digit of x in a mixed radix."""
 
@@ -57,6 +75,21 @@ class CircularBlock:
 
     slab: str
     seed: int
+    scalars: int
+    sign_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class BalancedBlock:
+    """Id x has ``scalars`` consecutive rows of a slab of width 1, which begins again at its end.
+
+    As many ids as fit side by side have rows of their own, and so have as many again that begin at another row.
+    ``start``, ``turn`` and ``sign_seed``: as in ``Balanced``.
+    """
+
+    slab: str
+    start: int
+    turn: int
     scalars: int
     sign_seed: int | None = None
 
@@ -101,7 +134,7 @@ class Range:
     projection: str | None = None
 
 
-Address: TypeAlias = Row | Hashed | Digit | Capped | CircularBlock | Coded | Listed | Range
+Address: TypeAlias = Row | Hashed | Balanced | Digit | Capped | CircularBlock | BalancedBlock | Coded | Listed | Range
 
 
 class Ranks(NamedTuple):

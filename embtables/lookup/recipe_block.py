@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embtables.hashing import hash_ids, hash_signs
+from embtables.hashing import balanced_ids, hash_ids, hash_signs
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.recipe import (
     Address,
+    Balanced,
+    BalancedBlock,
     Capped,
     CircularBlock,
     Coded,
@@ -28,6 +30,9 @@ from embtables.lookup.recipe import (
 from embtables.lookup.store import Store
 
 _NO_END = 2**62
+# Addresses that a seed decides, and those of them that have several rows of a slab of width 1.
+_SEEDED = (Hashed, Balanced, CircularBlock, BalancedBlock)
+_BLOCKS = (CircularBlock, BalancedBlock)
 
 
 def shape_of(recipe: Recipe, store: Store) -> Hashable:
@@ -36,17 +41,17 @@ def shape_of(recipe: Recipe, store: Store) -> Hashable:
     if recipe.combine == "alternatives":
         rest = None if recipe.rest is None else shape_of(recipe.rest, store)
         return recipe.combine, ranks, recipe.projection, rest
-    scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, CircularBlock))
+    scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, _BLOCKS))
     kinds = tuple(_kind(a, store) for a in recipe.addresses)
     behind = recipe.inner, recipe.projection, recipe.zeros
     return recipe.combine, ranks, behind, kinds, scalars, _runs(recipe, store)
 
 
 def _runs(recipe: Recipe, store: Store) -> tuple[int, ...]:
-    """The lengths of the runs of addresses that are found together: neighbors of one kind and, if hashed, one slab."""
+    """The lengths of the runs of addresses that are found together: neighbors of one kind and, if seeded, one slab."""
 
     def together(address: Address) -> Hashable:
-        return _kind(address, store), address.slab if isinstance(address, (Hashed, CircularBlock)) else None
+        return _kind(address, store), address.slab if isinstance(address, _SEEDED) else None
 
     return tuple(len(list(members)) for _, members in groupby(recipe.addresses, together))
 
@@ -54,7 +59,7 @@ def _runs(recipe: Recipe, store: Store) -> tuple[int, ...]:
 def _kind(address: Address, store: Store) -> Hashable:
     """What neighboring addresses must have in common to be found together."""
     own: tuple[Any, ...] = ()
-    if isinstance(address, (Hashed, CircularBlock)):
+    if isinstance(address, _SEEDED):
         own = (address.sign_seed is not None,)
     if isinstance(address, Coded):
         own = (address.code,)
@@ -172,22 +177,27 @@ class _Run:
         self.format = block.store.format(sample.slab)
         starts, rows = block.store.start, block.store.rows
         self._keep("base", [[starts(a.slab) + getattr(a, "first", 0) for a in each] for each in addresses], Row)
-        self._keep("base", [[starts(a.slab) for a in each] for each in addresses], Hashed, Digit, Capped)
-        self._keep("base", [[starts(a.slab) for a in each] for each in addresses], CircularBlock, Coded, Listed)
-        self._keep("size", [[rows(a.slab) for a in each] for each in addresses], Hashed, Digit, CircularBlock)
+        others = (*_SEEDED, Digit, Capped, Coded, Listed)
+        self._keep("base", [[starts(a.slab) for a in each] for each in addresses], *others)
+        self._keep("size", [[rows(a.slab) for a in each] for each in addresses], *_SEEDED, Digit)
         self._keep("last", [[rows(a.slab) - 1 for a in each] for each in addresses], Capped)
         for field, kinds in (
             ("seed", (Hashed, CircularBlock)),
+            ("start", (Balanced, BalancedBlock)),
+            ("turn", (Balanced, BalancedBlock)),
+            ("scalars", (BalancedBlock,)),
             ("divisor", (Digit,)),
             ("first", (Coded, Listed)),
             ("column", (Coded,)),
         ):
             self._keep(field, [[getattr(a, field, 0) for a in each] for each in addresses], *kinds)
+        in_turn = [[rows(a.slab) // getattr(a, "scalars", 1) for a in each] for each in addresses]
+        self._keep("in_turn", in_turn, Balanced, BalancedBlock)
         self.has_signs = getattr(sample, "sign_seed", None) is not None
         if self.has_signs:
             self._keep("sign_seed", [[getattr(a, "sign_seed", 0) for a in each] for each in addresses], self.kind)
-        if isinstance(sample, CircularBlock):
-            scalars = [a.scalars for a in addresses[0] if isinstance(a, CircularBlock)]
+        if isinstance(sample, _BLOCKS):
+            scalars = [a.scalars for a in addresses[0] if isinstance(a, _BLOCKS)]
             self.longest, self.taken = max(scalars), _taken(scalars)
             block.constant(f"{name}_offset", list(range(self.longest)))
         if isinstance(sample, Listed):
@@ -205,8 +215,8 @@ class _Run:
         """Rows ``[..., P]``, and of blocks and lists the scalars or rows of each, one after another."""
         if self.kind is Listed:
             return self._listed(ids, feature)
-        if self.kind is CircularBlock:
-            scalars = self._hashed(ids, feature).unsqueeze(-1) + self._constant("offset")
+        if self.kind in _BLOCKS:
+            scalars = self._seeded(ids, feature).unsqueeze(-1) + self._constant("offset")
             within = scalars % self._constant("size")[feature].unsqueeze(-1)
             return (self._constant("base")[feature].unsqueeze(-1) + within).flatten(-2)[..., self.taken]
         return self._constant("base")[feature] + self._in_slab(ids, feature)
@@ -214,8 +224,8 @@ class _Run:
     def _in_slab(self, ids: Tensor, feature: Tensor) -> Tensor:
         """Rows ``[..., P]`` counted within the slab."""
         each = ids.unsqueeze(-1)
-        if self.kind in (Hashed, CircularBlock):
-            return self._hashed(ids, feature)
+        if self.kind in _SEEDED:
+            return self._seeded(ids, feature)
         if self.kind is Digit:
             # Integers only: a quotient by way of floating point is wrong beyond 2**24 (float32) or 2**53.
             quotient = torch.div(each, self._constant("divisor")[feature], rounding_mode="floor")
@@ -228,8 +238,13 @@ class _Run:
             return codes.view(codes.shape[0], -1)[place].long()
         return each
 
-    def _hashed(self, ids: Tensor, feature: Tensor) -> Tensor:
-        return hash_ids(ids.unsqueeze(-1), self._constant("seed")[feature], self._constant("size")[feature])
+    def _seeded(self, ids: Tensor, feature: Tensor) -> Tensor:
+        each, size = ids.unsqueeze(-1), self._constant("size")[feature]
+        if self.kind in (Hashed, CircularBlock):
+            return hash_ids(each, self._constant("seed")[feature], size)
+        start, turn, in_turn = (self._constant(name)[feature] for name in ("start", "turn", "in_turn"))
+        scalars = self._constant("scalars")[feature] if self.kind is BalancedBlock else 1
+        return balanced_ids(each, start, turn, size, in_turn, scalars)
 
     def _bounds(self, ids: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Where the lists ``[..., P]`` begin and how long they are."""
@@ -257,7 +272,7 @@ class _Run:
 
     def _signs(self, ids: Tensor, feature: Tensor) -> Tensor:
         signs = hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature])
-        return signs if self.kind is Hashed else signs.repeat_interleave(self.longest, dim=-1)[..., self.taken]
+        return signs if self.kind not in _BLOCKS else signs.repeat_interleave(self.longest, dim=-1)[..., self.taken]
 
     def signature(self, ranks: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
         if self.kind is Listed:

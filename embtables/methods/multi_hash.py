@@ -10,20 +10,22 @@ import numpy as np
 from pydantic import Field
 
 from embtables.config import TableConfig
-from embtables.hashing import seed_for
-from embtables.lookup.recipe import Hashed, Recipe, concat
+from embtables.lookup.recipe import Recipe, concat
 from embtables.lookup.store import Store
-from embtables.methods.base import Floor, Initializer, Method, TableEntry, chunk_widths, full_entry
+from embtables.methods.addressing import SharingMethod
+from embtables.methods.base import Floor, Initializer, TableEntry, chunk_widths, full_entry
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.budget import allocate, collision_weights
 from embtables.sizes.layout import FULL, Counts, Entry, Form, Group, Layout, Slab
 
 
-class MultiHash(Method):
+class MultiHash(SharingMethod):
     """k hashes per id: e(x) = Σ_j s_j(x)·E[h_j(x)], their mean, or the concatenation of k rows of width D/k.
 
     Sum and mean look k times into one table ``[m, D]``; concatenation has k tables ``[m, D/k]``. Two ids have the same
-    vector only if all k rows agree, about once in m^k/k! pairs, or m^k.
+    vector only if all k rows agree. Hashes of ids without a vocabulary do so about once in m^k/k! pairs, or m^k. Over
+    a vocabulary the h_j are balanced (``addressing``): each of them gives m ids that follow one another every row once,
+    and of up to m²/6 ids no two agree in all h_j.
 
     Args:
         num_hashes: k.
@@ -70,7 +72,7 @@ class MultiHash(Method):
         if full_bytes is not None and (as_many or sum(slab.num_bytes for slab in slabs) >= full_bytes):
             entry, slab = full_entry(group, table)
             return entry, [slab]
-        return Entry("hashed", {"rows": rows}), slabs
+        return self.shared_entry("hashed", table, rows=rows), slabs
 
     def _bytes(self, group: Group, rows: Counts) -> Counts:
         """Bytes of each table with so many hashed rows, kept in full where it has as many ids or that costs no more."""
@@ -83,11 +85,9 @@ class MultiHash(Method):
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         name, numbers = entry.table.name, range(self.num_hashes)
-        seeds = [seed_for(group.hash_seed, name, "row", j) for j in numbers]
         if self.operation == "concat":
-            return concat(*(Hashed(f"{name}/{j}", seed) for j, seed in enumerate(seeds)))
-        signs = [seed_for(group.hash_seed, name, "sign", j) if self.signs else None for j in numbers]
-        return Recipe(self.operation, tuple(Hashed(name, seed, sign) for seed, sign in zip(seeds, signs)))
+            return concat(*(self.row(entry, group, f"{name}/{j}", j) for j in numbers))
+        return Recipe(self.operation, tuple(self.row(entry, group, name, j, self.signs) for j in numbers))
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         # A sum of k rows has k times a row's variance, a mean 1/k of it.

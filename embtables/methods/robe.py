@@ -6,19 +6,21 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from embtables.hashing import seed_for
-from embtables.lookup.recipe import CircularBlock, Recipe, concat
-from embtables.methods.base import Floor, Method, TableEntry, shared_layout
+from embtables.lookup.recipe import Recipe, concat
+from embtables.methods.addressing import SharingMethod
+from embtables.methods.base import Floor, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.layout import Entry, Group, Layout
+from embtables.sizes.layout import Group, Layout
 
 
-class Robe(Method):
-    """ROBE: every vector is cut into blocks of Z scalars, each read from a hashed place of one circular array.
+class Robe(SharingMethod):
+    """ROBE: every vector is cut into blocks of Z scalars, each read from some place of one circular array.
 
-    e_{cZ+o}(x) = g_c(x)·A[(h_c(x) + o) mod M], A of M scalars for all tables, h_c hashed with a seed of its own for
-    every table and block. M is exact to the scalar. Scalars have no rows, so row-wise optimizer state has no meaning
-    here. Tables that cost next to nothing are kept apart, in full.
+    e_{cZ+o}(x) = g_c(x)·A[(h_c(x) + o) mod M], A of M scalars for all tables, h_c with seeds of its own for every table
+    and block. For tables with a vocabulary h_c is balanced (``addressing``): ⌊M/Z⌋ ids that follow one another lie side
+    by side around the array, and so do as many again from another place on. Without a vocabulary h_c is a hash. M is
+    exact to the scalar. Scalars have no rows, so row-wise optimizer state has no meaning here. Tables that cost next to
+    nothing are kept apart, in full.
 
     Args:
         block_size: Z. Larger blocks mean fewer cache misses and less variance; 1 is HashedNets.
@@ -43,13 +45,11 @@ class Robe(Method):
 
     def fit(self, group: Group, limit: int) -> Layout:
         size = self.block_size
-        return shared_layout(group, limit, 1, size, lambda t: Entry("blocks", {"blocks": -(-t.embedding_dim // size)}))
+        return shared_layout(
+            group, limit, 1, size, lambda t: self.shared_entry("blocks", t, blocks=-(-t.embedding_dim // size))
+        )
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         dim, size = entry.table.embedding_dim, self.block_size
-        blocks = []
-        for c in range(entry.entry.values["blocks"]):
-            seed, sign = (seed_for(group.hash_seed, entry.table.name, purpose, c) for purpose in ("row", "sign"))
-            scalars = min(size, dim - c * size)
-            blocks.append(CircularBlock(group.name, seed, scalars, sign if self.signs else None))
-        return concat(*blocks)
+        sizes = (min(size, dim - c * size) for c in range(entry.entry.values["blocks"]))
+        return concat(*(self.scalars(entry, group, group.name, c, n, self.signs) for c, n in enumerate(sizes)))

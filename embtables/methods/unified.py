@@ -8,19 +8,20 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from embtables.hashing import seed_for
-from embtables.lookup.recipe import Hashed, Recipe, concat
-from embtables.methods.base import Floor, Method, TableEntry, shared_layout
+from embtables.lookup.recipe import Recipe, concat
+from embtables.methods.addressing import SharingMethod
+from embtables.methods.base import Floor, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.layout import Entry, Group, Layout
+from embtables.sizes.layout import Group, Layout
 
 
-class Unified(Method):
+class Unified(SharingMethod):
     """Unified embedding (feature multiplexing): all tables share one storage E of shape ``[M, width]``.
 
-    e_t(x) = [E[h_{t,1}(x)]; …; E[h_{t,c}(x)]] with c = embedding_dim / width lookups and a hash of its own for every
-    table and lookup. Tables that cost next to nothing are kept apart, in full, since their few ids would be hot rows
-    for everybody else.
+    e_t(x) = [E[h_{t,1}(x)]; …; E[h_{t,c}(x)]] with c = embedding_dim / width lookups, each with rows h_{t,j}(x) of its
+    own. For tables with a vocabulary these are balanced within the table (``addressing``): M of its ids that follow one
+    another have every row once in each lookup. Between tables they meet at random. Tables that cost next to nothing are
+    kept apart, in full, since their few ids would be hot rows for everybody else.
 
     Args:
         width: of the rows, a divisor of every ``embedding_dim``. By default half of their greatest common divisor
@@ -59,9 +60,8 @@ class Unified(Method):
     def fit(self, group: Group, limit: int) -> Layout:
         width = self._width(group)
         return shared_layout(
-            group, limit, width, 1, lambda t: Entry("multiplexed", {"lookups": t.embedding_dim // width})
+            group, limit, width, 1, lambda t: self.shared_entry("multiplexed", t, lookups=t.embedding_dim // width)
         )
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
-        seeds = (seed_for(group.hash_seed, entry.table.name, "row", j) for j in range(entry.entry.values["lookups"]))
-        return concat(*(Hashed(group.name, seed) for seed in seeds))
+        return concat(*(self.row(entry, group, group.name, j) for j in range(entry.entry.values["lookups"])))

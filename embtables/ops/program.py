@@ -16,7 +16,7 @@ UNBOUNDED = 2**62
 POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
 # How many words ``csrc/program.h`` has at the beginning, and for a lookup, a piece, a weight and a code.
-HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 18, 16, 5, 3
+HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 18, 17, 5, 3
 # The types of code buffers that native code reads.
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 

@@ -150,6 +150,9 @@ def collision_weights(group: Group) -> Floats:
     with probability (1 − Σp²)/m. The sum of T·(1 − Σp²)/m over the tables, whose rows of d scalars have to fit in the
     budget, is least where m is in proportion to √(T·(1 − Σp²)/d) (by a Lagrange multiplier).
 
+    Of balanced rows it is an upper bound: ids of one turn never meet, so that two lookups meet with probability
+    (1 − ΣP²)/m, where P are the shares of the turns, each of m ids. These depend on m, and leave no such proportion.
+
     Without counts every table gets the same share of its own rows, and small tables a little more: at least a small
     share of the average.
     """

@@ -191,6 +191,12 @@ static int64_t hashed(int64_t id, int64_t seed, int64_t size) {
     return static_cast<int64_t>((static_cast<unsigned __int128>(upper) * static_cast<uint64_t>(size)) >> 62);
 }
 
+static int64_t dealt(int64_t id, const Piece& piece, int64_t scalars) {  // to fewer than 2**31 rows
+    const int64_t number = id / (piece.b / scalars), place = id % (piece.b / scalars);
+    const uint64_t turned = static_cast<uint64_t>(piece.a) + static_cast<uint64_t>(number) * static_cast<uint64_t>(piece.turn);
+    return (place * scalars + static_cast<int64_t>((turned >> 32) * static_cast<uint64_t>(piece.b) >> 32)) % piece.b;
+}
+
 static double sign_of(const Piece& piece, int64_t id) {
     if (!piece.has_sign) return 1;
     return (splitmix(static_cast<uint64_t>(id) ^ static_cast<uint64_t>(piece.sign_seed)) >> 62) & 1 ? 1 : -1;
@@ -276,7 +282,7 @@ Slab Case::slab(int64_t width, int64_t rows_needed, bool may_share, bool of_bloc
 
 void Case::add_piece(int64_t kind, const Slab& slab, int64_t a, int64_t b, int64_t width, int64_t column, bool sign) {
     pieces.push_back({kind, slab.weight, slab.base, a, b, width, column, sign, sign ? random.any() : 0, -1, -1, -1, slab.base,
-                      slab.rows, slab.base, 0});
+                      slab.rows, slab.base, 0, kind == BALANCED || kind == BALANCED_BLOCK ? random.any() : 0});
 }
 
 // One of this shape, which lookups may share.
@@ -382,6 +388,9 @@ void Case::make_rest(Lookup& lookup, int64_t known) {
 
 void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
     const int64_t dim = lookup.inner;
+    // Balanced addresses take what has a vocabulary.
+    const bool balances = lookup.policy != ANY && random.chance(2);
+    const int64_t hash = balances ? BALANCED : HASH;
     lookup.operation = CONCAT;
     switch (kind) {
         case 0:  // a row an id
@@ -429,7 +438,7 @@ void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
             int64_t column = 0;
             while (column < dim) {
                 const int64_t width = random.chance(2) ? dim - column : random.between(1, dim - column), size = random.between(1, 200);
-                add_piece(HASH, slab(width, size, true), random.any(), size, width, column, false);
+                add_piece(hash, slab(width, size, true), random.any(), size, width, column, false);
                 column += width;
             }
             break;
@@ -439,7 +448,7 @@ void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
             const bool signs = random.chance(2);
             const int64_t count = random.between(1, 4), size = random.between(1, 200);
             const Slab rows_of_all = slab(dim, size, true);
-            for (int64_t c = 0; c < count; ++c) add_piece(HASH, rows_of_all, random.any(), size, dim, 0, signs);
+            for (int64_t c = 0; c < count; ++c) add_piece(hash, rows_of_all, random.any(), size, dim, 0, signs);
             break;
         }
         case 9:
@@ -455,7 +464,7 @@ void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
                 const bool sign = (lookup.operation == SUM || lookup.operation == MEAN) && random.chance(3);
                 const Slab rows_of_code = slab(width, size, false);
                 if (c && random.chance(4)) {
-                    add_piece(HASH, rows_of_code, random.any(), size, width, column, sign);
+                    add_piece(hash, rows_of_code, random.any(), size, width, column, sign);
                 } else {
                     add_piece(CODED, rows_of_code, first * columns + random.below(columns), size, width, column, false);
                     pieces.back().code = number;
@@ -484,7 +493,7 @@ void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
             const bool signs = random.chance(2);
             const Slab array = slab(1, size, true, true);
             for (int64_t column = 0; column < dim; column += block)
-                add_piece(BLOCK, array, random.any(), size, std::min(block, dim - column), column, signs);
+                add_piece(balances ? BALANCED_BLOCK : BLOCK, array, random.any(), size, std::min(block, dim - column), column, signs);
         }
     }
     lookup.num_pieces = static_cast<int64_t>(pieces.size()) - lookup.first_piece;
@@ -713,6 +722,8 @@ int64_t Reference::row(const Piece& piece, int64_t x) const {
     switch (piece.kind) {
         case HASH:
         case BLOCK: return hashed(x, piece.a, piece.b);
+        case BALANCED: return dealt(x, piece, 1);
+        case BALANCED_BLOCK: return dealt(x, piece, piece.width);
         case DIGIT: return x / piece.a % piece.b;
         case CUT: return std::min(x, piece.a);
         case CODED: {
@@ -832,7 +843,7 @@ std::vector<double> Reference::combination(const Lookup& lookup, int64_t taken, 
             if (k < 0 || k >= piece.width) continue;
             auto scalar = [&](const Piece& p) {
                 const int64_t at = row(p, x);
-                if (p.kind == BLOCK) return Scalar{p.weight, p.base + (at + k) % p.b, 0};
+                if (p.is_block()) return Scalar{p.weight, p.base + (at + k) % p.b, 0};
                 return Scalar{p.weight, p.base + at, k};
             };
             const double factor = sign_of(piece, taken) / (lookup.operation == MEAN ? count : 1);

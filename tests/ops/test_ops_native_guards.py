@@ -21,6 +21,8 @@ from third_party.product_quantization import ProductQuantization
 from embtables import EmbeddingTables, TableConfig, ops, plan
 from embtables.lookup.program import InputSpec, Program, check_recipe, compile_program, is_native
 from embtables.lookup.recipe import (
+    Balanced,
+    BalancedBlock,
     Capped,
     CircularBlock,
     Coded,
@@ -103,6 +105,9 @@ NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
     (concat(Row("wide", 100)), TABLE),
     (concat(Row("wide", 99), ranks=Ranks("rank", 19)), OOV),
     (concat(Hashed("small", 5)), WITHOUT_VOCABULARY),
+    (concat(Balanced("small", -5, 2**62)), OOV),
+    (concat(BalancedBlock("scalars", 3, 7, 6), BalancedBlock("scalars", 4, -7, 2, sign_seed=1)), TABLE),
+    (Recipe("mean", (Balanced("small", 0, 1, sign_seed=0), Hashed("wide", 1))), TABLE),
     (concat(Digit("narrow", 1), Digit("narrow too", 25)), WITHOUT_VOCABULARY),
     (concat(Capped("small"), ranks=Ranks("rank", 20)), TABLE),
     (concat(CircularBlock("scalars", 3, 6), CircularBlock("scalars", 4, 2, sign_seed=1)), TABLE),
@@ -132,6 +137,7 @@ NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
 LEFT_TO_PYTORCH: list[tuple[Recipe, InputSpec]] = [
     (concat(CircularBlock("scalars", 3, 4), projection="p"), TABLE),
     (with_rest(concat(CircularBlock("scalars", 3, 4), projection="p")), TABLE),
+    (concat(BalancedBlock("scalars", 3, 5, 4), projection="p"), TABLE),
 ]
 BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("which is not one of concat, sum", Recipe("max", (Row("wide"),)), TABLE),  # type: ignore[arg-type]
@@ -144,7 +150,12 @@ BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("divisor 0, which is below 1", concat(Digit("wide", 0)), TABLE),
     ("no num_embeddings", concat(Row("wide")), WITHOUT_VOCABULARY),
     ("no num_embeddings", concat(Capped("wide")), WITHOUT_VOCABULARY),
+    ("no num_embeddings", concat(Balanced("wide", 1, 2)), WITHOUT_VOCABULARY),
+    ("no num_embeddings", concat(BalancedBlock("scalars", 1, 2, 8)), WITHOUT_VOCABULARY),
     ("at most all of it", concat(CircularBlock("scalars", 1, 65)), TABLE),
+    ("at most all of it", concat(BalancedBlock("scalars", 1, 2, 65)), TABLE),
+    ("of a slab of width 1", concat(BalancedBlock("wide", 1, 2, 8)), TABLE),
+    ("with a sign", Recipe("product", (Balanced("wide", 1, 2, sign_seed=1), Row("wide"))), TABLE),
     ("of a slab of width 1", concat(CircularBlock("wide", 1, 8)), TABLE),
     ("blocks are joined", Recipe("sum", (CircularBlock("scalars", 1, 8),)), TABLE),
     ("has 4 scalars in all", concat(Hashed("narrow", 1)), TABLE),

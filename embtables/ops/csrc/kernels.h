@@ -112,6 +112,33 @@ inline float hash_sign(int64_t id, int64_t seed) {
     return ((mix(static_cast<uint64_t>(id ^ seed)) >> 62) & 1) ? 1.0f : -1.0f;
 }
 
+// The rows of n ids, all of them from 0 to end − 1, as embtables.hashing.balanced_ids.
+inline void balanced(const Piece& piece, int64_t end, const int64_t* x, int64_t n, int64_t base, int64_t* rows) {
+    const int64_t size = piece.b, scalars = piece.kind == BALANCED ? 1 : piece.width, in_turn = size / scalars;
+    const uint64_t start = static_cast<uint64_t>(piece.a), turn = static_cast<uint64_t>(piece.turn);
+    auto row = [=](int64_t place, int64_t displaced) {
+        const int64_t at = place * scalars + displaced;
+        return base + (at < size ? at : at - size);
+    };
+    auto few = [=](uint64_t fraction) { return static_cast<int64_t>((fraction >> 32) * static_cast<uint64_t>(size) >> 32); };
+    if (end <= INT32_MAX && size <= INT32_MAX) {
+        // By its reciprocal, a quotient of such numbers is right or one too small.
+        const uint64_t reciprocal = UINT32_MAX / static_cast<uint64_t>(in_turn);
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t least = static_cast<int64_t>(static_cast<uint64_t>(x[i]) * reciprocal >> 32), left = x[i] - least * in_turn;
+            const int64_t more = left >= in_turn;
+            rows[i] = row(left - (more ? in_turn : 0), few(static_cast<uint64_t>(least + more) * turn + start));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t number = x[i] / in_turn;
+        const uint64_t fraction = static_cast<uint64_t>(number) * turn + start;
+        const int64_t many = static_cast<int64_t>((fraction >> 2) % static_cast<uint64_t>(size));
+        rows[i] = row(x[i] - number * in_turn, size <= INT32_MAX ? few(fraction) : many);
+    }
+}
+
 // Lookups are worked on some ids at a time: while the rows of one lookup are found and on their way, so are the next's.
 constexpr int64_t BLOCK_OF_IDS = 64;
 
@@ -256,6 +283,10 @@ inline void address(const Program& program, const Call& call, const Lookup& look
                     for (int64_t i = 0; i < n; ++i) found[i] = base + hash_id(x[i], piece.a, piece.b);
                 }
                 break;
+            case BALANCED:
+            case BALANCED_BLOCK:
+                balanced(piece, lookup.size + (lookup.policy == OOV), x, n, base, found);
+                break;
             case DIGIT:
                 for (int64_t i = 0; i < n; ++i) {
                     uint64_t q = static_cast<uint64_t>(x[i]);
@@ -287,7 +318,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
         for (int64_t i = 0; i < n; ++i) {
             const char* row = stored_near<T>(call, piece.weight, weight, found[i] - weight.start);
             for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-            if (piece.kind == BLOCK) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
+            if (piece.is_block()) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
         }
         if (weight.format != PLAIN && weight.share == 1 && call.scales[piece.weight]) {
             const int64_t count = weight.num_scales();
@@ -444,7 +475,7 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             for (int64_t c = 0; c < lookup.num_pieces; ++c) {
                 const Piece& piece = pieces[c];
                 float* out = v + piece.column;
-                if (piece.kind == BLOCK) {
+                if (piece.is_block()) {
                     const Weight& weight = program.weights[piece.weight];
                     const T* scalars = static_cast<const T*>(call.weights[piece.weight]) + (rows[c] - weight.start);
                     const float sign = piece.has_sign ? hash_sign(id, piece.sign_seed) : 1.0f;
@@ -692,7 +723,7 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
 inline bool is_one_row(const Program& program, const Lookup& lookup) {
     const Piece& first = program.pieces[lookup.first_piece];
     if (lookup.operation == CONCAT)
-        return lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 && first.kind != BLOCK;
+        return lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 && !first.is_block();
     if (lookup.operation != MIXED || program.weights[first.weight].format != PLAIN) return false;
     for (int64_t c = 0; c < lookup.num_pieces; ++c) {
         const Piece& piece = program.pieces[lookup.first_piece + c];
@@ -1562,14 +1593,14 @@ __attribute__((noinline)) inline void add_block(Workspace& stretches, const Prog
 
 // The piece of an address that is this one of the rest, or else one of these alternatives.
 inline const Piece& piece_of(const Program& program, const Lookup* alternatives, const Piece& piece, int64_t row) {
-    const bool alternative = alternatives && piece.kind == BLOCK && &looked_up_by(program, *alternatives, row) == alternatives;
+    const bool alternative = alternatives && piece.is_block() && &looked_up_by(program, *alternatives, row) == alternatives;
     return alternative ? program.pieces[alternatives->first_piece] : piece;
 }
 
 // The rows of one part: those of ids in order, first by example, with offsets by lookup.
 inline void add_row(Workspace& work, Workspace& stretches, const Program& program, const Piece& piece, uint64_t row,
                     uint64_t source, uint64_t part, uint64_t parts) {
-    if (piece.kind == BLOCK) return add_block(stretches, program, piece, row, source, part, parts);
+    if (piece.is_block()) return add_block(stretches, program, piece, row, source, part, parts);
     // Written in any case and then counted or not: whose a row is cannot be foreseen.
     work.entries.data[work.entries.size] = {row, source};
     work.entries.size += belongs(row >> LINE_BITS, part, parts);
@@ -1769,7 +1800,7 @@ void backward(const Call& call, const Call& gradients) {
             const Piece& p = piece_at(program, by, c);
             // A block is cut where the slab ends, a short slab being run through repeatedly, and at each end of a region,
             // of which every run may meet one however short it is.
-            if (p.kind == BLOCK)
+            if (p.is_block())
                 most_stretches += flows[l].num_ids * (2 * (2 + p.width / p.b) + (p.width >> REGION_BITS));
             else
                 most_rows += flows[l].num_ids;
@@ -1798,7 +1829,7 @@ void backward(const Call& call, const Call& gradients) {
                 for (int64_t c = 0; c < lookup.num_rows; ++c) {
                     const Piece* piece = &piece_at(program, by, c);
                     const uint64_t column = static_cast<uint64_t>(by.operation == CONCAT ? piece->column : 0);
-                    const Lookup* alternatives = piece->kind == BLOCK && lookup.rest >= 0 ? &lookup : nullptr;
+                    const Lookup* alternatives = piece->is_block() && lookup.rest >= 0 ? &lookup : nullptr;
                     if (flows[l].direct)
                         slots.push_back({piece, static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride), alternatives});
                     else

@@ -4,7 +4,7 @@
 
 namespace embtables {
 
-enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4, CODED = 5, LISTED = 6 };
+enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4, CODED = 5, LISTED = 6, BALANCED = 7, BALANCED_BLOCK = 8 };
 // The last two are those of a LISTED piece, which stands alone.
 enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4, LIST_SUM = 5, LIST_MEAN = 6 };
 enum Policy : int64_t { ANY = -1, REFUSE = 0, FOLD = 1, OOV = 2 };
@@ -32,21 +32,21 @@ struct Lookup {
     int64_t code;        // remap from id to rank, or -1
     int64_t ranks_from;
     int64_t inner;       // scalars of the combination; without a projection zeros follow them up to dim (CONCAT)
-    int64_t projection;  // from inner to dim, or -1 where those are the same; never with MIXED or a BLOCK
+    int64_t projection;  // from inner to dim, or -1 where those are the same; never with MIXED or blocks
     int64_t rest;        // MIXED: the number of the lookup of its rest, which reads no slab of a piece, or -1. It takes
                          // ranks less those of the pieces; its addresses stand where those of an alternative would.
     int64_t inner_projection;  // from inner to middle, from where the projection goes on to dim; or -1
     int64_t middle;
 };
 
-// Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK).
+// Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK, BALANCED_BLOCK).
 struct Piece {
     int64_t kind;
     int64_t weight;
     int64_t base;        // first row (scalar) of its slab within the weight
-    int64_t a;           // HASH, BLOCK: seed; DIGIT: divisor; CUT: greatest row; MIXED: the first rank beyond;
-                         // CODED, LISTED: where in its code the ids of the table begin
-    int64_t b;           // HASH, BLOCK, CODED, LISTED: rows (scalars) of the slab; DIGIT: radix
+    int64_t a;           // HASH, BLOCK: seed; BALANCED, BALANCED_BLOCK: start; DIGIT: divisor; CUT: greatest row;
+                         // MIXED: the first rank beyond; CODED, LISTED: where in its code the ids of the table begin
+    int64_t b;           // DIGIT: radix; HASH, CODED, LISTED, BALANCED and blocks: rows (scalars) of the slab
     int64_t width;       // scalars it contributes
     int64_t column;      // where they go in the vector (CONCAT)
     int64_t has_sign;
@@ -57,6 +57,9 @@ struct Piece {
     int64_t slab, rows;  // first row of the slab within the weight, and how many it has
     int64_t unit;        // of a weight in a format: where the slab's units begin,
     int64_t block;       // and its scales
+    int64_t turn;        // BALANCED, BALANCED_BLOCK: how much of the slab each turn begins beyond the one before
+
+    bool is_block() const { return kind == BLOCK || kind == BALANCED_BLOCK; }
 };
 
 // How the rows of a weight are stored: as scalars of the call's type, or (embtables/formats) as integers times a scale, as
