@@ -155,7 +155,7 @@ class EmbeddingTables(TableLookup):
     def to_dense(self, table: str, rows: slice = slice(None)) -> Tensor:
         """The equivalent full table ``[n, D]``, or some of its rows: what ``forward`` gives for these ids.
 
-        Bit for bit, but for products of matrices (mixed_dimension): their last bit depends on how many rows there are.
+        Bit for bit, but for products of matrices (low_rank, …): their last bit depends on how many rows there are.
 
         Raises:
             ValueError: for an unknown table, or one without ``num_embeddings``.

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from core_cases import random_ids
-from torch import Tensor
+from torch import Tensor, nn
 
-from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, ops, plan
+from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, compress_, ops, plan
 from embtables.plan.solver import GroupPlan
 from embtables.sizes.layout import Group
 
@@ -88,6 +88,32 @@ def test_trained_tables_keep_their_best_approximation(method: Any, counted: bool
         expected = (left[:, :rank] * values[:rank]) @ right[:rank] / root
         for form in (tables, tables.serve()):
             np.testing.assert_allclose(form.to_dense(name).numpy(), expected, rtol=1e-4, atol=2e-5)
+
+
+class Scores(nn.Module):
+    """Dot products of users and items whose vectors have few directions that matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        basis = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+        found = (torch.randn(n, 32, generator=generator) * 0.5 ** torch.arange(32) @ basis for n in (800, 300))
+        self.user, self.item = (nn.Embedding.from_pretrained(weight, freeze=False) for weight in found)
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        return (self.user(users) * self.item(items)).sum(-1)
+
+
+@pytest.mark.parametrize("method", ["low_rank", WIDE, {"kind": "fewer_dimensions", "projection": True}], ids=str)
+def test_a_model_that_is_compressed_keeps_its_scores(method: Any) -> None:
+    model = Scores()
+    users, items = torch.arange(800), torch.arange(800) % 300
+    before = model(users, items).detach()
+    report = compress_(model, method, "30%")
+    assert report.kept == ["user", "item"] and report.bytes_after < 0.3 * report.bytes_before
+    after = model(users, items).detach()
+    # A quarter of the directions: what is lost of a vector is 2**-9 of it, and less of its square.
+    assert float((after - before).square().mean()) < 1e-6 * float(before.square().mean())
 
 
 def test_what_is_kept_goes_on_training_in_all_directions() -> None:
