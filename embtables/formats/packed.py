@@ -115,7 +115,8 @@ class PackedFormat(RowFormat):
         if self.bits > 2:
             return _rounded_up(magnitudes.amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1))
         scales = 2.0 ** (2 - self.bits) * magnitudes.mean(dim=1, keepdim=True)
-        for _ in range(_ROUNDS):
+        # Of two levels it is the best one already, since each scalar has the level of its sign whatever the scale is.
+        for _ in range(_ROUNDS if self.bits > 1 else 0):
             levels = self.integers(values, scales) - self.zero
             scales = (values * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
         return scales.to(DTYPES[SCALE])
