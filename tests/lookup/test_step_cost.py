@@ -138,6 +138,22 @@ def test_the_tensors_of_a_step_do_not_grow_with_the_rows(method: Method, optimiz
         assert seen[0].shapes == seen[1].shapes
 
 
+@pytest.mark.parametrize("precision", ["binary/1", "int2/64"])
+def test_steps_that_round_rows_do_not_grow_with_the_rows(precision: str) -> None:
+    """Those among them that find scales anew: of 40 steps of 64 lookups two, by blocks of 64 rows."""
+    seen = []
+    for rows in (10**4, 10**6):
+        tables = EmbeddingTables(plan([TableConfig("a", rows, 4)], "full", optimizer="adam", precision=precision))
+        tables.fake_quantize()
+        ids = torch.arange(64).view(64, 1)
+        watch = LargestTensor({t.untyped_storage()._cdata for t in tables.buffers()})
+        with watch:
+            for _ in range(40):
+                step(tables, ids)()
+        seen.append(watch)
+    assert 0 < seen[0].numel <= 64 * 64 and seen[0].shapes == seen[1].shapes
+
+
 @pytest.mark.parametrize("method", ["full", "hash"])
 def test_peak_memory_and_shapes_are_those_of_100_thousand_rows_for_10_million(method: str) -> None:
     peaks, shapes = [], []
