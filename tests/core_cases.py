@@ -142,7 +142,7 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         operation = draw(st.sampled_from(["mult", "add", "concat"]))
         most = min(min(dims), 4) if operation == "concat" else 4
         partitions = draw(st.none() | st.integers(2, most)) if most >= 2 else None
-        radices = draw(st.sampled_from(["quotient_remainder", "chinese_remainder"]))
+        radices = draw(st.sampled_from([None, "quotient_remainder", "chinese_remainder"]))
         return {"kind": kind, "operation": operation, "num_partitions": partitions, "radices": radices}
     if kind == "mixed_dimension":
         return {"kind": kind, "first_block": draw(st.integers(1, 100)), "block_growth": draw(st.integers(2, 8))}

@@ -125,9 +125,10 @@ def vector(
         return found
     if g.method.kind == "compositional":
         parts, quotient = [], x
+        default = "chinese_remainder" if config["operation"] == "concat" else "quotient_remainder"
         for j, radix in enumerate(size):
             parts.append(row(f"{name}/{j}", quotient % radix))
-            if config["radices"] == "quotient_remainder":
+            if (config["radices"] or default) == "quotient_remainder":
                 quotient //= radix
         if config["operation"] == "concat":
             return [v for part in parts for v in part]

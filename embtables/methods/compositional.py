@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import gcd, prod, sqrt
+from math import lcm, prod, sqrt
 from operator import mul
 from typing import ClassVar, Literal
 
@@ -25,20 +25,22 @@ Radices = Literal["quotient_remainder", "chinese_remainder"]
 MAX_PARTITIONS = 8
 # Spread of the factors that start near 1, so that ids which share the largest factor are not equal at the start.
 _NOISE = 0.01
-# The greedy coprime moduli from c on stay below c + this, for every c that a table of up to 2**40 rows can need.
-_COPRIME_SPREAD = {1: 0, 2: 1}
-_MOST_COPRIME_SPREAD = 48
 
 
 class Compositional(Method):
     """e(x) = W₀[x₀] ∘ … ∘ W_{k−1}[x_{k−1}], where the digits (x₀, …, x_{k−1}) are different for every id x.
 
-    ``operation``: ``"mult"`` and ``"add"`` combine k rows of D, ``"concat"`` joins k rows of about D/k.
-    ``radices``: ``"quotient_remainder"`` takes the digits of x in the mixed radix (m, c, …, c): x₀ = x mod m, and the
-    others are digits of the quotient; ``"chinese_remainder"`` takes x modulo pairwise coprime numbers. Either code is
-    unique since the product of the radices reaches the number of ids.
-    ``num_partitions``: k, from 2 to 8; by default the fewest that fit, table by table. Per table c, the number of ids
-    that can share a row of the largest partition, is the smallest that fits, and m takes the rows that are left.
+    Args:
+        num_partitions: k, from 2 to 8; by default the fewest that fit, table by table.
+        operation: ``"mult"`` and ``"add"`` combine k rows of D, ``"concat"`` joins k rows of about D/k.
+        radices: ``"quotient_remainder"`` takes the digits of x in the mixed radix (m, c, …, c), whose product reaches
+            the number of ids: x mod m, and digits of the quotient. c, the number of ids that can share a row of the
+            largest partition, is the smallest that fits, and m takes the rows that are left.
+            ``"chinese_remainder"`` takes x modulo m, m − 1, …, m − k + 1, for the largest m that fits. These codes are
+            unique, since the least common multiple of the radices reaches the number of ids. All partitions have the
+            same rows but for one or a few, and in each of them every row belongs to as many ids as any other, or one
+            fewer. By default the latter for ``"concat"``, where unequal partitions could not use the budget, and the
+            former otherwise, where the most frequent ids gain from as many rows of their own as there can be.
 
     Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation Systems",
     KDD 2020.
@@ -47,7 +49,7 @@ class Compositional(Method):
     kind: ClassVar[str] = "compositional"
     num_partitions: int | None = Field(default=None, ge=2, le=MAX_PARTITIONS)
     operation: Literal["mult", "add", "concat"] = "mult"
-    radices: Radices = "quotient_remainder"
+    radices: Radices | None = None
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
@@ -81,6 +83,10 @@ class Compositional(Method):
             slabs += [group.slab(f"{table.name}/{j}", m, width) for j, (m, width) in enumerate(zip(radices, widths))]
         return Layout.of(entries, Form(slabs=tuple(slabs)))
 
+    def _is_chinese(self) -> bool:
+        default: Radices = "chinese_remainder" if self.operation == "concat" else "quotient_remainder"
+        return (self.radices or default) == "chinese_remainder"
+
     def widths(self, dim: int, k: int) -> tuple[int, ...]:
         """Scalars a row of each partition."""
         return tuple(chunk_widths(dim, k)) if self.operation == "concat" else (dim,) * k
@@ -94,7 +100,8 @@ class Compositional(Method):
     def _least_bytes(self, group: Group, table: TableConfig) -> int:
         full = group.table_bytes(table)
         assert table.rows is not None and full is not None
-        sizes = [least_bytes(table.rows, widths, self.radices, group.format) for widths in self._choices(table)]
+        least = least_consecutive_bytes if self._is_chinese() else least_bytes
+        sizes = [least(table.rows, widths, group.format) for widths in self._choices(table)]
         return min([full, *sizes])
 
     def _solve(self, group: Group, table: TableConfig, num_bytes: int) -> tuple[int, ...] | None:
@@ -103,10 +110,8 @@ class Compositional(Method):
         assert table.rows is not None and full is not None
         if num_bytes >= full:
             return None
-        found = (
-            fewest_collisions(table.rows, widths, self.radices, num_bytes, group.format)
-            for widths in self._choices(table)
-        )
+        solve = largest_consecutive if self._is_chinese() else fewest_collisions
+        found = (solve(table.rows, widths, num_bytes, group.format) for widths in self._choices(table))
         return next(radices for radices in found if radices is not None)
 
     # ---- the module ----------------------------------------------------------------------------------------------
@@ -114,8 +119,7 @@ class Compositional(Method):
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         combine: dict[str, Combination] = {"mult": "product", "add": "sum", "concat": "concat"}
         rows: list[int] = entry.entry.values["rows"]
-        by_quotient = self.radices == "quotient_remainder"
-        divisors = list(accumulate([1, *rows[:-1]], mul)) if by_quotient else [1] * len(rows)
+        divisors = [1] * len(rows) if self._is_chinese() else list(accumulate([1, *rows[:-1]], mul))
         digits = (Digit(f"{entry.table.name}/{j}", divisor) for j, divisor in enumerate(divisors))
         return Recipe(combine[self.operation], tuple(digits))
 
@@ -144,67 +148,76 @@ class Compositional(Method):
 # ---- the arithmetic of sizes, in integers throughout -----------------------------------------------------------------
 
 
-def fewest_collisions(
-    n: int, widths: Sequence[int], radices: Radices, limit: int, rows_in: RowFormat
-) -> tuple[int, ...] | None:
-    """Rows of each partition for n ids within ``limit`` bytes, the largest first; ``None`` if none fits.
+def largest_consecutive(n: int, widths: Sequence[int], limit: int, rows_in: RowFormat) -> tuple[int, ...] | None:
+    """Rows m, m − 1, …, m − k + 1 of k partitions for n ids, with the largest m within ``limit`` bytes.
+
+    ``None`` if there are none whose least common multiple reaches n.
+    """
+    k = len(widths)
+
+    def num_bytes(m: int) -> int:
+        return sum(rows_in.slab_bytes(m - j, width) for j, width in enumerate(widths))
+
+    # The least that can do, and one beyond the largest that fits; no more rows than ids are of use.
+    least = _least_consecutive(n, k)
+    m = bisect_right(range(max(n, least) + 1), limit, lo=least, key=num_bytes) - 1
+    while m >= least and lcm(*_consecutive(m, k)) < n:
+        m -= 1
+    return _consecutive(m, k) if m >= least else None
+
+
+def least_consecutive_bytes(n: int, widths: Sequence[int], rows_in: RowFormat) -> int:
+    """The least bytes of any consecutive partitions for n ids, exactly."""
+    rows = _consecutive(_least_consecutive(n, len(widths)), len(widths))
+    return sum(map(rows_in.slab_bytes, rows, widths))
+
+
+@lru_cache(maxsize=4096)
+def _least_consecutive(n: int, k: int) -> int:
+    # Of rows below n^(1/k) even the product is less than n. A partition of one row is none.
+    m = max(k + 1, int(n ** (1 / k)) - 1)
+    while lcm(*_consecutive(m, k)) < n:
+        m += 1
+    return m
+
+
+def _consecutive(m: int, k: int) -> tuple[int, ...]:
+    return tuple(range(m, m - k, -1))
+
+
+def fewest_collisions(n: int, widths: Sequence[int], limit: int, rows_in: RowFormat) -> tuple[int, ...] | None:
+    """Rows (m, c, …, c) of each partition for n ids within ``limit`` bytes; ``None`` if none fits.
 
     c is the smallest for which they fit; then the largest partition grows into what is left.
     """
     # In bits, as far as they go: what rows share comes on top.
     k, first, *rest = len(widths), *(rows_in.row_bits(width) for width in widths)
     others = sum(rest)
-    spread = 0 if radices == "quotient_remainder" else _COPRIME_SPREAD.get(k - 1, _MOST_COPRIME_SPREAD)
 
     def possible(c: int) -> bool:
-        # Necessary: the others have c … c + spread rows each, so the largest has at least n / (c + spread)^(k−1).
-        return bool((8 * limit - others * c) * (c + spread) ** (k - 1) >= first * n)
+        # Necessary: the others have c rows each, so the largest has at least n / c^(k−1).
+        return bool((8 * limit - others * c) * c ** (k - 1) >= first * n)
 
     # The left side rises up to its real peak and falls beyond, so what is possible is one interval of c.
-    peak = max(2, ((k - 1) * 8 * limit - others * spread) // (others * k))
+    peak = max(2, (k - 1) * 8 * limit // (others * k))
     c = 2 + bisect_left(range(2, peak + 1), True, key=possible)
     while possible(c):
-        small = _small_radices(c, k - 1, radices)
+        small = [c] * (k - 1)
         largest = rows_in.rows_within(limit - sum(map(rows_in.slab_bytes, small, widths[1:])), widths[0])
-        if largest >= _least_radix(n, small, radices):
-            largest = min(largest, n)
-            while radices == "chinese_remainder" and gcd(largest, prod(small)) > 1:
-                largest -= 1
-            return (largest, *small)
+        if largest >= -(-n // prod(small)):
+            return (min(largest, n), *small)
         c += 1
     return None
 
 
 @lru_cache(maxsize=4096)
-def least_bytes(n: int, widths: tuple[int, ...], radices: Radices, rows_in: RowFormat) -> int:
-    """The least bytes of any partitions for n ids, exactly."""
+def least_bytes(n: int, widths: tuple[int, ...], rows_in: RowFormat) -> int:
+    """The least bytes of any partitions (m, c, …, c) for n ids, exactly."""
     # Any start will do; this one is next to the minimum of the real function.
     k = len(widths)
-    start = max(2, round(((k - 1) * widths[0] * n / sum(widths[1:])) ** (1 / k)))
-    small = _small_radices(start, k - 1, radices)
-    rows: tuple[int, ...] | None = (_least_radix(n, small, radices), *small)
+    c = max(2, round(((k - 1) * widths[0] * n / sum(widths[1:])) ** (1 / k)))
+    rows: tuple[int, ...] | None = (-(-n // c ** (k - 1)), *[c] * (k - 1))
     while rows is not None:
         size = sum(map(rows_in.slab_bytes, rows, widths))
-        rows = fewest_collisions(n, widths, radices, size - 1, rows_in)
+        rows = fewest_collisions(n, widths, size - 1, rows_in)
     return size
-
-
-def _small_radices(c: int, count: int, radices: Radices) -> list[int]:
-    if radices == "quotient_remainder":
-        return [c] * count
-    found = [c]
-    while len(found) < count:
-        found.append(_coprime_from(found[-1] + 1, prod(found)))
-    return found
-
-
-def _least_radix(n: int, small: list[int], radices: Radices) -> int:
-    """The fewest rows of the largest partition, given the others."""
-    quotient = -(-n // prod(small))
-    return quotient if radices == "quotient_remainder" else _coprime_from(quotient, prod(small))
-
-
-def _coprime_from(m: int, product: int) -> int:
-    while gcd(m, product) > 1:
-        m += 1
-    return m

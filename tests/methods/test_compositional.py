@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from math import gcd, prod, sqrt
 
@@ -13,68 +14,80 @@ from hypothesis import strategies as st
 
 from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
 from embtables.formats import RowFormat
-from embtables.methods import compositional
-from embtables.methods.compositional import Compositional, fewest_collisions, least_bytes
+from embtables.methods.compositional import (
+    Compositional,
+    fewest_collisions,
+    largest_consecutive,
+    least_bytes,
+    least_consecutive_bytes,
+)
 
 RADICES = ("quotient_remainder", "chinese_remainder")
 OPERATIONS = ("mult", "add", "concat")
 BYTES = RowFormat("bytes", "uint8")  # sizes in scalars are sizes in bytes
 
 
-def small_radices(c: int, count: int, radices: str) -> list[int]:
-    found = [c]
-    while len(found) < count:
-        candidate = c if radices == "quotient_remainder" else found[-1] + 1
-        while radices == "chinese_remainder" and any(gcd(candidate, f) > 1 for f in found):
-            candidate += 1
-        found.append(candidate)
-    return found
+def least_cost(n: int, c: int, widths: tuple[int, ...]) -> int:
+    """The fewest scalars of partitions of (m, c, …, c) rows."""
+    small = [c] * (len(widths) - 1)
+    return sum(m * w for m, w in zip([-(-n // prod(small)), *small], widths))
 
 
-def least_cost(n: int, c: int, widths: tuple[int, ...], radices: str) -> int:
-    small = small_radices(c, len(widths) - 1, radices)
-    largest = (n + prod(small) - 1) // prod(small)
-    while radices == "chinese_remainder" and any(gcd(largest, m) > 1 for m in small):
-        largest += 1
-    return sum(m * w for m, w in zip([largest, *small], widths))
+def consecutive_cost(m: int, widths: tuple[int, ...]) -> int:
+    return sum((m - j) * w for j, w in enumerate(widths))
 
 
-@pytest.mark.parametrize("radices", RADICES)
-@pytest.mark.parametrize("widths", [(1, 1), (1, 1, 1), (3, 2), (2, 2, 1, 1), (1,) * 5, (1,) * 8])
-def test_sizes_are_the_first_that_fit_by_brute_force(radices: str, widths: tuple[int, ...]) -> None:
+def all_codes_differ(n: int, rows: Sequence[int]) -> bool:
+    return len({tuple(x % m for m in rows) for x in range(n)}) == n
+
+
+ALL_WIDTHS = pytest.mark.parametrize("widths", [(1, 1), (1, 1, 1), (3, 2), (2, 2, 1, 1), (1,) * 5, (1,) * 8])
+
+
+@ALL_WIDTHS
+def test_mixed_radices_are_the_first_that_fit_by_brute_force(widths: tuple[int, ...]) -> None:
     for n in (2, 3, 7, 10, 37, 64, 100, 211, 1000):
-        costs = {c: least_cost(n, c, widths, radices) for c in range(2, n + 2)}
-        assert least_bytes(n, widths, radices, BYTES) == min(costs.values())  # type: ignore[arg-type]
+        costs = {c: least_cost(n, c, widths) for c in range(2, n + 2)}
+        assert least_bytes(n, widths, BYTES) == min(costs.values())
         for limit in range(1, n * sum(widths), 1 + n // 40):
-            rows = fewest_collisions(n, widths, radices, limit, BYTES)  # type: ignore[arg-type]
+            rows = fewest_collisions(n, widths, limit, BYTES)
             fitting = [c for c, cost in costs.items() if cost <= limit]
             if not fitting:
                 assert rows is None
                 continue
             assert rows is not None
-            assert rows[1:] == tuple(small_radices(fitting[0], len(widths) - 1, radices))
+            assert rows[1:] == (fitting[0],) * (len(widths) - 1)
             assert sum(m * w for m, w in zip(rows, widths)) <= limit
             assert prod(rows) >= n
-            if radices == "chinese_remainder":
-                assert all(gcd(a, b) == 1 for i, a in enumerate(rows) for b in rows[:i])
-            elif rows[0] < n:
+            if rows[0] < n:
                 assert sum(m * w for m, w in zip(rows, widths)) > limit - widths[0]
+
+
+@ALL_WIDTHS
+def test_consecutive_radices_are_the_largest_that_fit_by_brute_force(widths: tuple[int, ...]) -> None:
+    k = len(widths)
+    for n in (2, 3, 7, 10, 37, 64, 100, 211, 1000):
+        # A partition has at least two rows, and more rows than ids are of no use.
+        unique = [m for m in range(k + 1, n + k + 30) if all_codes_differ(n, range(m, m - k, -1))]
+        assert least_consecutive_bytes(n, widths, BYTES) == consecutive_cost(unique[0], widths)
+        before = 0
+        for limit in range(1, n * sum(widths), 1 + n // 40):
+            rows = largest_consecutive(n, widths, limit, BYTES)
+            fitting = [m for m in unique if consecutive_cost(m, widths) <= limit and m <= max(n, unique[0])]
+            if not fitting:
+                assert rows is None
+                continue
+            assert rows == tuple(range(fitting[-1], fitting[-1] - k, -1))
+            assert fitting[-1] >= before
+            before = fitting[-1]
 
 
 def test_the_square_root_is_the_least_for_two_partitions() -> None:
     for n in (10**6, 2**24 + 1, 2**31, 10**10 + 7, 2**40, 2**40 + 1):
         around = range(max(2, int(sqrt(n)) - 3000), int(sqrt(n)) + 3000)
-        assert least_bytes(n, (1, 1), "quotient_remainder", BYTES) == min(c + -(-n // c) for c in around)
-        assert least_bytes(n, (1, 1), "chinese_remainder", BYTES) == min(
-            least_cost(n, c, (1, 1), "chinese_remainder") for c in around
-        )
-
-
-def test_coprime_moduli_stay_together_as_the_search_presumes() -> None:
-    for count in range(1, 8):
-        spread = compositional._COPRIME_SPREAD.get(count, compositional._MOST_COPRIME_SPREAD)
-        for c in range(2, min(3000, int(2.5 * 2 ** (40 / (count + 1))) + 50)):
-            assert small_radices(c, count, "chinese_remainder")[-1] <= c + spread
+        assert least_bytes(n, (1, 1), BYTES) == min(c + -(-n // c) for c in around)
+        # m and m − 1 have no common factor.
+        assert least_consecutive_bytes(n, (1, 1), BYTES) == min(2 * m - 1 for m in around if m * (m - 1) >= n)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -147,21 +160,57 @@ def test_a_larger_budget_shrinks_no_table(
     assert plan(tables, method, full).inference_bytes == full
 
 
-@pytest.mark.parametrize("radices", RADICES)
+MOSTLY_USED = [(r, o) for r, o in product(RADICES, OPERATIONS) if (r, o) != ("quotient_remainder", "concat")]
+
+
+@pytest.mark.parametrize(("radices", "operation"), MOSTLY_USED)
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.1, 0.03, 0.01])
-def test_large_tables_use_their_budget(radices: str, share: float) -> None:
+def test_large_tables_use_their_budget(radices: str, operation: str, share: float) -> None:
     tables = [TableConfig("a", 100_000, 16), TableConfig("b", 1_000_000, 16), TableConfig("c", 300_000, 32)]
-    solved = plan(tables, {"kind": "compositional", "radices": radices}, share)
+    solved = plan(tables, {"kind": "compositional", "radices": radices, "operation": operation}, share)
     assert solved.full_bytes is not None
     assert 0.95 * share * solved.full_bytes <= solved.inference_bytes <= share * solved.full_bytes
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("k", [None, 2, 4])
+def test_partitions_share_the_budget_evenly_and_grow_with_it(operation: str, k: int | None) -> None:
+    table = [TableConfig("a", 50_000, 16)]
+    method = {
+        "kind": "compositional",
+        "operation": operation,
+        "num_partitions": k,
+        "radices": None if operation == "concat" else "chinese_remainder",
+    }
+    before = [0] * (k or 2)
+    for share in np.geomspace(0.01, 0.95, 60):
+        solved = plan(table, method, float(share))
+        rows = solved.groups[0].layout.entries["a"].values["rows"]
+        assert len(rows) == (k or 2)
+        assert max(rows) - min(rows) == len(rows) - 1
+        assert all(now >= then for now, then in zip(rows, before))
+        # What is left would not do for a row more of each partition.
+        widest = 16 if operation == "concat" else 16 * len(rows)
+        assert solved.budget_bytes is not None and solved.budget_bytes - solved.inference_bytes < 4 * widest
+        loads = [np.bincount(np.arange(50_000) % m, minlength=m) for m in rows]
+        assert all(load.max() - load.min() <= 1 for load in loads)
+        before = rows
+
+
 def test_the_fewest_partitions_that_fit() -> None:
     table = [TableConfig("a", 10**6, 8)]
-    stored = [plan(table, "compositional", 32 * rows).groups[0].layout.entries["a"] for rows in (2000, 1999, 300, 299)]
-    assert [len(entry.values["rows"]) for entry in stored] == [2, 3, 3, 4]
-    assert stored[0].values["rows"] == [1000, 1000]
-    assert plan(table, "compositional", 32 * 500_002).groups[0].layout.entries["a"].values["rows"] == [500_000, 2]
+
+    def stored(rows: int, **fields: object) -> list[int]:
+        entry = plan(table, {"kind": "compositional", **fields}, 32 * rows).groups[0].layout.entries["a"]
+        return list(entry.values["rows"])
+
+    assert [stored(n) for n in (2000, 500_002)] == [[1000, 1000], [500_000, 2]]
+    assert [len(stored(n)) for n in (1999, 300, 299)] == [3, 3, 4]
+    chinese = "chinese_remainder"
+    assert stored(2001, radices=chinese) == [1001, 1000] and len(stored(2000, radices=chinese)) == 3
+    # 101 · 100 · 99 codes are too few, and 102 and 100 have a factor in common.
+    assert stored(306, radices=chinese) == [103, 102, 101] and len(stored(305, radices=chinese)) == 4
+    assert stored(500_002, radices=chinese) == [250_001, 250_000]
 
 
 def test_tables_too_small_to_gain_stay_full() -> None:
@@ -199,8 +248,13 @@ def decode(digits: list[int], rows: list[int], radices: str) -> int:
         for digit, m in zip(reversed(digits), reversed(rows)):
             x = x * m + digit
         return x
-    whole = prod(rows)
-    return sum(digit * (whole // m) * pow(whole // m, -1, m) for digit, m in zip(digits, rows)) % whole
+    x, step = 0, 1
+    for digit, m in zip(digits, rows):
+        # The numbers with the digits so far are `step` apart, and one of the next m / g has this digit as well.
+        g = gcd(step, m)
+        x += step * ((digit - x) // g * pow(step // g, -1, m // g) % (m // g))
+        step *= m // g
+    return x
 
 
 @pytest.mark.parametrize("radices", RADICES)
