@@ -519,10 +519,12 @@ def test_rows_of_the_dense_table() -> None:
 
 def test_share_of_colliding_ids() -> None:
     assert build([TableConfig("a", 1000, 4)]).collision_share("a") == 0.0
-    # Of n ids in m rows a share of 1 − (1 − 1/m)^(n−1) has company.
+    # Of n ids hashed to m rows a share of 1 − (1 − 1/m)^(n−1) has company.
     for n, m in ((20_000, 10_000), (20_000, 2_000)):
-        tables = build([TableConfig("a", n, 4)], "hash", 16 * m)
+        tables = build([TableConfig("a", n, 4)], {"kind": "hash", "addressing": "random"}, 16 * m)
         assert tables.collision_share("a") == pytest.approx(1 - (1 - 1 / m) ** (n - 1), abs=0.01)
+    # In balanced rows the m ids of one turn are apart, and each of the 5,000 beyond meets one of them.
+    assert build([TableConfig("a", 20_000, 4)], "hash", 16 * 15_000).collision_share("a") == 0.5
     twice = build([TableConfig("a", 20_000, 4)], "multi_hash", 16 * 10_000)
     assert twice.collision_share("a") < 0.01
 
