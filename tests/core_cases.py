@@ -35,9 +35,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "robe", "block_size": 4, "signs": True},
     {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
     {"kind": "robe", "block_size": 3, "addressing": "random"},
+    {"kind": "hot_cold", "cold": "compositional", "hot": 0.3},
+    {"kind": "hot_cold", "cold": {"kind": "multi_hash", "signs": True}},
+    {"kind": "hot_cold", "cold": "unified", "hot": 0.5},
+    {"kind": "hot_cold", "cold": {"kind": "robe", "signs": True}, "hot": 0.6},
+    {"kind": "hot_cold", "cold": "frequency_cutoff"},
 ]
 # Those that have to know how often ids occur.
-NEEDS_COUNTS = ("banded", "frequency_cutoff")
+NEEDS_COUNTS = ("banded", "frequency_cutoff", "hot_cold")
+COLD = ("hash", "multi_hash", "compositional", "unified", "robe", "frequency_cutoff")
 
 
 # Every format twice: by its name, and with scales of some other number of rows.
@@ -162,6 +168,11 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
     if kind == "robe":
         size, signs = draw(st.integers(1, 16)), draw(st.booleans())
         return {"kind": kind, "block_size": size, "signs": signs, "addressing": addressing}
+    if kind == "hot_cold":
+        cold = draw(configs(dims, draw(st.sampled_from(COLD))))
+        if draw(st.booleans()):
+            cold |= {"precision": draw(st.sampled_from(PRECISIONS))}
+        return {"kind": kind, "cold": cold, "hot": draw(st.none() | st.floats(0, 1))}
     return {"kind": kind}
 
 

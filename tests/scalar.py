@@ -80,7 +80,8 @@ def vector(
     solved = tables.plan
     g = next(g for g in solved.groups if any(t.name == name for t in g.group.tables))
     dim = next(t.embedding_dim for t in g.group.tables if t.name == name)
-    entry, config, seed = g.layout.entries[name], g.method.model_dump(), solved.hash_seed
+    entry, method, seed = g.layout.entries[name], g.method, solved.hash_seed
+    variant, asked = entry.variant, x
 
     def stored(slab: str) -> Tensor:
         if slab not in slabs:
@@ -90,7 +91,14 @@ def vector(
     def row(slab: str, index: int) -> list[float]:
         return [float(v) for v in stored(slab)[index]]
 
-    if entry.variant == "full":
+    if method.kind == "hot_cold" and variant != "full":
+        x = rank_of(x, counts if "ranks_from" in entry.values else None)
+        hot, method, variant = entry.values["hot_rows"], method.cold, variant.removeprefix("hot, cold ")  # type: ignore[attr-defined]
+        if x < hot:
+            return row(f"{name}/hot", x)
+        x -= hot
+    config, kind = method.model_dump(), method.kind
+    if variant == "full":
         return row(name, x)
     size = entry.values.get("rows")
 
@@ -100,30 +108,30 @@ def vector(
             return balanced_address(x, seed, name, lookup, rows, scalars)
         return hash_address(x, seed, name, lookup, rows)
 
-    if g.method.kind == "hash":
+    if kind == "hash":
         return row(name, address(0, size))
-    if g.method.kind == "multi_hash":
+    if kind == "multi_hash":
         lookups = range(config["num_hashes"])
         addresses = [address(j, size) for j in lookups]
         if config["operation"] == "concat":
             return [v for j in lookups for v in row(f"{name}/{j}", addresses[j])]
-        signs = [sign_of(x, seed_of(seed, name, "sign", j)) if config["signs"] else 1.0 for j in lookups]
+        signs = [sign_of(asked, seed_of(seed, name, "sign", j)) if config["signs"] else 1.0 for j in lookups]
         total = [sum(s * v for s, v in zip(signs, column)) for column in zip(*(row(name, a) for a in addresses))]
         return [v / len(lookups) for v in total] if config["operation"] == "mean" else total
-    if g.method.kind == "unified":
+    if kind == "unified":
         rows, width = stored(g.group.name).shape
         return [v for j in range(dim // width) for v in row(g.group.name, address(j, rows))]
-    if g.method.kind == "robe":
+    if kind == "robe":
         array = stored(g.group.name).flatten()
         found = []
         for coordinate in range(dim):
             block, offset = divmod(coordinate, config["block_size"])
             scalars = min(config["block_size"], dim - block * config["block_size"])
             place = (address(block, len(array), scalars) + offset) % len(array)
-            sign = sign_of(x, seed_of(seed, name, "sign", block)) if config["signs"] else 1.0
+            sign = sign_of(asked, seed_of(seed, name, "sign", block)) if config["signs"] else 1.0
             found.append(sign * float(array[place]))
         return found
-    if g.method.kind == "compositional":
+    if kind == "compositional":
         parts, quotient = [], x
         default = "chinese_remainder" if config["operation"] == "concat" else "quotient_remainder"
         for j, radix in enumerate(size):
@@ -133,8 +141,8 @@ def vector(
         if config["operation"] == "concat":
             return [v for part in parts for v in part]
         return [sum(c) if config["operation"] == "add" else prod(c) for c in zip(*parts)]
-    if g.method.kind in ("mixed_dimension", "banded"):
-        rank, block = rank_of(x, counts if "by_rank" in entry.variant else None), 0
+    if kind in ("mixed_dimension", "banded"):
+        rank, block = rank_of(x, counts if "by_rank" in variant else None), 0
         while block < len(size) and rank >= size[block]:
             rank, block = rank - size[block], block + 1
         if block == len(size):
@@ -145,24 +153,24 @@ def vector(
             return narrow
         projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
         return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
-    if g.method.kind == "fewer_dimensions":
+    if kind == "fewer_dimensions":
         width, narrow = entry.values["width"], row(name, x)
         if not config["projection"]:
             return narrow + [0.0] * (dim - width)
         projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
         return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
-    if g.method.kind == "low_rank":
+    if kind == "low_rank":
         found = row(f"{name}/rows", x)
         # Folded already, where it is served.
         factors = [extra for extra in (f"{name}/fold", f"{name}/basis") if extra in tables.store.extra_shapes()]
         for matrix in (tables.store.extra(factor).tolist() for factor in factors):
             found = [sum(v * line[c] for v, line in zip(found, matrix)) for c in range(len(matrix[0]))]
         return found
-    if g.method.kind == "frequency_cutoff":
-        return row(name, min(rank_of(x, counts if "by_rank" in entry.variant else None), entry.values["own_rows"]))
-    if g.method.kind == "drop_feature":
+    if kind == "frequency_cutoff":
+        return row(name, min(rank_of(x, counts if "by_rank" in variant else None), entry.values["own_rows"]))
+    if kind == "drop_feature":
         return [0.0] * dim
-    raise NotImplementedError(g.method.kind)
+    raise NotImplementedError(kind)
 
 
 def rank_of(x: int, counts: Sequence[int] | None) -> int:

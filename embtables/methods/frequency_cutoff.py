@@ -8,7 +8,7 @@ import numpy as np
 
 from embtables.lookup.recipe import Capped, Recipe, concat
 from embtables.methods.base import Floor, TableEntry, full_layout
-from embtables.methods.ranking import RankedMethod, check_counted, counts_by_rank, rank_code, ranks_of, remapped
+from embtables.methods.ranking import RankedMethod, check_counted, ids_by_worth, rank_code, ranks_of, remapped
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Form, Group, Layout
 
@@ -51,22 +51,9 @@ class FrequencyCutoff(RankedMethod):
     @staticmethod
     def _own_rows(group: Group, limit: int) -> np.ndarray[Any, Any]:
         """Rows of its own for each table: the ids with most occurrences per byte, over all tables."""
-        table, num_bytes = group.once("ids by occurrences per byte", lambda: _by_worth(group))
+        table, num_bytes = ids_by_worth(group)
         fitting = int(np.searchsorted(num_bytes, limit, side="right"))
         return np.bincount(table[:fitting], minlength=len(group.tables))
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         return concat(Capped(entry.table.name), ranks=ranks_of(entry, group))
-
-
-def _by_worth(group: Group) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The ids of all tables, those with most occurrences per byte first: the table of each, and the bytes up to it."""
-    # The last id of each table would be alone in the shared row, so it never needs one of its own.
-    counts = [counts_by_rank(c)[:-1] for c in group.counts if c is not None]
-    table = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
-    row_bits = group.format.mean_bits(group.dims)[table]
-    order = np.argsort(-(np.concatenate(counts) / row_bits), kind="stable")
-    # What a row adds to its table, whose rows stay in their order.
-    lengths = [np.arange(1, len(c) + 2) for c in counts]
-    more = np.concatenate([np.diff(group.format.slab_bytes(n, d)) for n, d in zip(lengths, group.dims)])
-    return table[order], np.cumsum(more[order])

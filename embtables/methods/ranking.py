@@ -59,6 +59,25 @@ def counts_by_rank(counts: Counts) -> Counts:
     return ranked
 
 
+def ids_by_worth(group: Group) -> tuple[Counts, Counts]:
+    """The ids of all tables, those with most occurrences per byte first: the table of each, and the bytes up to it.
+
+    The last id of each table is left out: it would be alone in what the others share, and needs no row of its own.
+    """
+    return group.once("ids by occurrences per byte", lambda: _by_worth(group))
+
+
+def _by_worth(group: Group) -> tuple[Counts, Counts]:
+    counts = [counts_by_rank(c)[:-1] for c in group.counts if c is not None]
+    table = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
+    row_bits = group.format.mean_bits(group.dims)[table]
+    order = np.argsort(-(np.concatenate(counts) / row_bits), kind="stable")
+    # What a row adds to its table, whose rows stay in their order.
+    lengths = [np.arange(1, len(c) + 2) for c in counts]
+    more = np.concatenate([np.diff(group.format.slab_bytes(n, d)) for n, d in zip(lengths, group.dims)])
+    return table[order], np.cumsum(more[order])
+
+
 def remapped(group: Group) -> dict[str, int]:
     """By the name of each table whose ids are no ranks yet: where its ranks begin in the group's ``rank_code``."""
     return group.once("remapped", lambda: _remapped(group))

@@ -17,7 +17,7 @@ import embtables.methods as methods
 from embtables import EmbeddingTables, InfeasibleBudget, Plan, TableConfig, plan
 from embtables.tables.reading import block_of
 
-CLASSES = {"tensor_train": "TensorTrain", "deep_hash": "DeepHash", "hot_cold": "HotCold"}
+CLASSES = {"tensor_train": "TensorTrain", "deep_hash": "DeepHash", "promoted_rows": "PromotedRows"}
 KINDS = pytest.mark.parametrize("kind", CLASSES)
 TABLES = [
     TableConfig("user", 3000, 8, padding_idx=0),
@@ -46,7 +46,7 @@ def make(kind: Any, budget: Any = "20%", **options: Any) -> EmbeddingTables:
 def test_entry_points_are_listed_and_configured_by_their_kind() -> None:
     assert methods.kinds()[-3:] == sorted(CLASSES)
     assert methods.from_config("tensor_train").to_dict() == {"kind": "tensor_train", "max_rank": 64}
-    assert methods.from_config({"kind": "hot_cold", "hot_rows": 5}).to_dict()["hot_rows"] == 5
+    assert methods.from_config({"kind": "promoted_rows", "hot_rows": 5}).to_dict()["hot_rows"] == 5
     with pytest.raises(ValueError, match="method deep_hash has no field 'depth'; its fields: num_hashes, precision"):
         methods.from_config({"kind": "deep_hash", "depth": 3})
     with pytest.raises(ValueError, match="unknown method 'dhe'.*deep_hash"):
@@ -155,9 +155,9 @@ def test_beside_other_methods_under_one_budget(kind: str) -> None:
 
 
 def test_a_hot_id_moves_to_a_row_of_its_own_without_a_jump() -> None:
-    tables = make({"kind": "hot_cold", "hot_rows": 32, "threshold": 5}, "10%", optimizer="adagrad")
+    tables = make({"kind": "promoted_rows", "hot_rows": 32, "threshold": 5}, "10%", optimizer="adagrad")
     tables.set_learning_rate(0.0)
-    owners = tables.store.code("hot_cold/owners")
+    owners = tables.store.code("promoted_rows/owners")
     hot = torch.tensor([[17, 23, 23]])
     before = tables(hot).detach().clone()
     for _ in range(8):
@@ -169,7 +169,7 @@ def test_a_hot_id_moves_to_a_row_of_its_own_without_a_jump() -> None:
     feature = lookups.lookup[number]
     row = int(lookups.block.address(torch.tensor([17]), feature)[0].rows)
     # Eight gradients of ones, most of them counted while the row was still a shared one.
-    assert row < 32 and tables.store.slab_state("hot_cold/rows")[0][row].tolist() == [8.0] * 8
+    assert row < 32 and tables.store.slab_state("promoted_rows/rows")[0][row].tolist() == [8.0] * 8
     # … and then has it to itself.
     tables.set_learning_rate(0.1)
     shared = tables.to_dense("user")

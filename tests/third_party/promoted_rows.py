@@ -18,20 +18,22 @@ from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Code, Entry, Form, Group, Layout
 
 
-class HotCold(Method):
+class PromotedRows(Method):
     """Rows 0 … h−1 belong to one hot key each (a key is a hash of table and id), the others are shared by hash.
 
     A key that a sketch has counted ``threshold`` times asks for the hot row it hashes to, and gets it when that is free
     or its owner has been counted less. It starts from what it had: weights and optimizer state of its shared row.
     """
 
-    kind: ClassVar[str] = "hot_cold"
+    kind: ClassVar[str] = "promoted_rows"
     hot_rows: int = Field(default=64, ge=1)
     threshold: int = Field(default=8, ge=1)
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
         if len({table.embedding_dim for table in group.tables}) > 1:
-            raise ValueError("method hot_cold needs tables of one embedding_dim; give others a pattern of their own")
+            raise ValueError(
+                "method promoted_rows needs tables of one embedding_dim; give others a pattern of their own"
+            )
 
     def floor(self, group: Group) -> Floor:
         rows = group.format.slab_bytes(self.hot_rows + 1, group.tables[0].embedding_dim)
@@ -53,20 +55,20 @@ class HotCold(Method):
         store.reset(f"{group.name}/rows", torch.arange(self.hot_rows))
 
     def block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return HotColdBlock(entries, group, store, self)
+        return PromotedRowsBlock(entries, group, store, self)
 
     def stage(self, layout: Layout, group: Group, store: Store) -> Stage:
         return Promotion(self, group, store)
 
 
 def places(keys: Tensor, size: int, purpose: str, hash_seed: int) -> Tensor:
-    return hash_ids(keys, torch.tensor(seed_for(hash_seed, "hot_cold", purpose)), torch.tensor(size))
+    return hash_ids(keys, torch.tensor(seed_for(hash_seed, "promoted_rows", purpose)), torch.tensor(size))
 
 
-class HotColdBlock(Block):
+class PromotedRowsBlock(Block):
     seed: Tensor
 
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: HotCold) -> None:
+    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store, method: PromotedRows) -> None:
         super().__init__(store, entries[0].table.embedding_dim)
         self.method, self.name, self.hash_seed = method, group.name, group.hash_seed
         self.start = store.start(f"{group.name}/rows")
@@ -87,7 +89,7 @@ class HotColdBlock(Block):
 class Promotion(Stage):
     """Counts the ids of each step, and gives hot rows to the candidates that the step before named."""
 
-    def __init__(self, method: HotCold, group: Group, store: Store) -> None:
+    def __init__(self, method: PromotedRows, group: Group, store: Store) -> None:
         super().__init__()
         self.method, self.name, self.hash_seed, self._store = method, group.name, group.hash_seed, [store]
         self.tables = [table.name for table in group.tables]
