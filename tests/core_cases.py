@@ -61,6 +61,11 @@ def trained_methods() -> list[Method]:
     return [method for method in all_methods() if method.kind != "drop_feature"]
 
 
+def shares_scalars(method: Method) -> bool:
+    """Whether it has no rows for a row-wise optimizer: ROBE, and what looks cold ids up by it."""
+    return "robe" in (method.kind, getattr(getattr(method, "cold", None), "kind", None))
+
+
 def examples(number: int) -> int:
     """How many random examples a long test takes: ``EMBTABLES_EXAMPLES`` times the number, once where it is not set."""
     return number * int(os.environ.get("EMBTABLES_EXAMPLES", "1"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids
+from core_cases import all_methods, falling_counts, method_id, random_ids, shares_scalars
 from torch import Tensor, nn
 
 from embtables import SGD, Adagrad, Adam, Embedding, EmbeddingTables, RowWiseAdagrad, TableConfig, ops, plan
@@ -86,7 +86,7 @@ PAIRS = [
     pytest.param(method, optimizer, id=f"{method_id(method)}-{optimizer}")
     for method in all_methods()
     for optimizer in OPTIMIZERS
-    if (method.kind, optimizer.kind) != ("robe", "rowwise_adagrad")
+    if not (shares_scalars(method) and optimizer.kind == "rowwise_adagrad")
 ]
 
 

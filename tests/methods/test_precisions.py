@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, counted_bytes, falling_counts, method_id, projects, random_ids, shuffled_counts
+from core_cases import (
+    all_methods,
+    counted_bytes,
+    falling_counts,
+    method_id,
+    projects,
+    random_ids,
+    shares_scalars,
+    shuffled_counts,
+)
 from packed_rows import kind_of, slab_of
 from scalar import vector
 
@@ -38,7 +47,7 @@ METHODS = pytest.mark.parametrize("method", [m for m in all_methods() if m.kind 
 
 
 def make(method: Method, precision: str, budget: Any = "12%") -> EmbeddingTables:
-    optimizer = "adagrad" if method.kind == "robe" else "default"
+    optimizer = "adagrad" if shares_scalars(method) else "default"
     budget = None if method.kind == "full" else budget
     try:
         solved = plan(CONFIGS, method, budget, COUNTS, optimizer, precision=precision)

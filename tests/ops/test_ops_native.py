@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
+from core_cases import all_methods, falling_counts, method_id, random_ids, shares_scalars, shuffled_counts
 from native_cases import assert_same, jagged, some_ids, state, step
 from torch import Tensor
 
@@ -31,7 +31,7 @@ OPTIMIZERS = [SGD(lr=0.1), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1)
 
 
 def suits(method: Method, optimizer: Any) -> bool:
-    return not (method.kind == "robe" and optimizer is not None and optimizer.kind == "rowwise_adagrad")
+    return not (shares_scalars(method) and optimizer is not None and optimizer.kind == "rowwise_adagrad")
 
 
 def pairs(optimizers: Sequence[Any]) -> pytest.MarkDecorator:

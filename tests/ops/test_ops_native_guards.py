@@ -380,7 +380,7 @@ def test_memory_says_what_these_very_tables_go_through() -> None:
 
 BITS = """
 import hashlib, torch
-from core_cases import all_methods, random_ids
+from core_cases import all_methods, random_ids, shares_scalars
 from embtables import EmbeddingTables, TableConfig, ops, plan
 from embtables.optimizers import SGD, Adam, Adagrad, RowWiseAdagrad
 torch.set_num_threads(1)
@@ -388,7 +388,7 @@ print(ops.instructions())
 configs = [TableConfig("a", 700, 16, padding_idx=3), TableConfig("b", 90, 6, pooling="mean")]
 for method in all_methods():
     for rule in (SGD(lr=0.1, clip_row_norm=0.5), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1), None):
-        if method.kind == "robe" and rule is not None and rule.kind == "rowwise_adagrad":
+        if shares_scalars(method) and rule is not None and rule.kind == "rowwise_adagrad":
             continue
         counts = {c.name: torch.arange(1, c.num_embeddings + 1).roll(5).numpy() for c in configs}
         budget = None if method.kind == "full" else "40%"
