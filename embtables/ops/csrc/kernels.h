@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -113,7 +114,7 @@ inline float hash_sign(int64_t id, int64_t seed) {
 }
 
 // The rows of n ids, all of them from 0 to end − 1, as embtables.hashing.balanced_ids.
-inline void balanced(const Piece& piece, int64_t end, const int64_t* x, int64_t n, int64_t base, int64_t* rows) {
+inline void balanced(const Piece& piece, int64_t end, const int64_t* x, int64_t n, int64_t base, int64_t* __restrict rows) {
     const int64_t size = piece.b, scalars = piece.kind == BALANCED ? 1 : piece.width, in_turn = size / scalars;
     const uint64_t start = static_cast<uint64_t>(piece.a), turn = static_cast<uint64_t>(piece.turn);
     auto row = [=](int64_t place, int64_t displaced) {
@@ -139,8 +140,11 @@ inline void balanced(const Piece& piece, int64_t end, const int64_t* x, int64_t 
     }
 }
 
-// Lookups are worked on some ids at a time: while the rows of one lookup are found and on their way, so are the next's.
-constexpr int64_t BLOCK_OF_IDS = 64;
+// Of so many bags, or examples, one lookup after another is worked on, some ids at a time: while the vectors of some are
+// written, rows of the next ones are on their way.
+constexpr int64_t BLOCK_OF_BAGS = 64, BLOCK_OF_IDS = 256;
+// How many ids ahead of their use rows are asked for: of many at once fewer would arrive in time.
+constexpr int64_t READ_AHEAD = 48;
 
 inline bool is_list(const Lookup& lookup) { return lookup.operation == LIST_SUM || lookup.operation == LIST_MEAN; }
 
@@ -158,25 +162,25 @@ inline int64_t taken(const Lookup& lookup, int64_t id) {
 }
 
 // n ids from `first` on, as their table takes them; false where one is refused.
-inline bool in_range(const Call& call, const Lookup& lookup, int64_t first, int64_t stride, int64_t n, int64_t* x, uint8_t* skip) {
-    if (call.id_bytes == 4) {
-        const int32_t* ids = static_cast<const int32_t*>(call.ids) + first;
-        for (int64_t i = 0; i < n; ++i) x[i] = ids[i * stride];
-    } else {
-        const int64_t* ids = static_cast<const int64_t*>(call.ids) + first;
-        for (int64_t i = 0; i < n; ++i) x[i] = ids[i * stride];
-    }
-    const uint64_t size = static_cast<uint64_t>(lookup.size);
-    if (lookup.policy != ANY) {
-        bool any = false;
-        for (int64_t i = 0; i < n; ++i) any |= static_cast<uint64_t>(x[i]) >= size;
-        if (any) {
-            if (lookup.policy == REFUSE) return false;
-            for (int64_t i = 0; i < n; ++i) x[i] = taken(lookup, x[i]);
+inline bool in_range(const Call& call, const Lookup& lookup, int64_t first, int64_t stride, int64_t n, int64_t* __restrict x) {
+    // Its first bit is set by a number that is not among 0 … size − 1: processors see to several at a time.
+    uint64_t outside = 0;
+    const uint64_t most = static_cast<uint64_t>(lookup.size) - 1;
+    auto take_all = [&](auto* ids, auto step) {
+        for (int64_t i = 0; i < n; ++i) {
+            x[i] = ids[i * step];
+            outside |= static_cast<uint64_t>(x[i]) | (most - static_cast<uint64_t>(x[i]));
         }
-    }
-    if (lookup.has_padding)
-        for (int64_t i = 0; i < n; ++i) skip[i] = x[i] == lookup.padding;
+    };
+    auto take = [&](auto* ids) {
+        if (stride == 1) take_all(ids + first, std::integral_constant<int64_t, 1>{});
+        else take_all(ids + first, stride);
+    };
+    if (call.id_bytes == 4) take(static_cast<const int32_t*>(call.ids));
+    else take(static_cast<const int64_t*>(call.ids));
+    if (lookup.policy == ANY || outside >> 63 == 0) return true;
+    if (lookup.policy == REFUSE) return false;
+    for (int64_t i = 0; i < n; ++i) x[i] = taken(lookup, x[i]);
     return true;
 }
 
@@ -197,27 +201,31 @@ inline int64_t row_within(const Piece& piece, int64_t row) {
     return static_cast<uint64_t>(row) < static_cast<uint64_t>(piece.b) ? row : 0;
 }
 
-// The bytes of a row, and about where one is stored, counted within its weight: near enough to be asked for ahead.
+// Asks for the row where an alternative of an id begins, or a block of scalars.
 template <class T>
-inline int64_t bytes_of(const Weight& w) {
-    return w.format ? w.unit_bytes() : w.width * static_cast<int64_t>(sizeof(T));
+inline void ask_from(const Program& program, const Call& call, int64_t weight, int64_t row, int64_t scalars) {
+    const Weight& w = program.weights[weight];
+    const int64_t scalar = w.format == PLAIN ? 8 * static_cast<int64_t>(sizeof(T)) : w.bits;
+    const int64_t bits = w.format != PLAIN && w.width > 1 ? 8 * w.unit_bytes() : scalar * w.width;
+    ask_for<0>(static_cast<const char*>(call.weights[weight]) + (row - w.start) * bits / 8, (scalar * scalars + 7) / 8);
 }
 
+// Asks for the rows of a piece that n ids have, each no more than `most` before the first that is none.
 template <class T>
-inline const char* stored_near(const Call& call, int64_t weight, const Weight& w, int64_t row) {
-    const int64_t place = w.format && w.width == 1 ? row * w.bits / 8 : row * bytes_of<T>(w);
-    return static_cast<const char*>(call.weights[weight]) + place;
+__attribute__((noinline)) void ask_all(const Program& program, const Call& call, const Piece& piece, const int64_t* rows,
+                                       int64_t stride, int64_t n, int64_t most) {
+    with_rows<T, 0>(program, call, piece, [&](const auto& stored) {
+        for (int64_t i = 0; i < n; ++i, rows += stride)
+            for (int64_t c = 0; c < most && rows[c] >= 0; ++c) stored.ask(rows[c]);
+    });
 }
 
 // The rows of the lists of n ids, each followed by NOTHING up to the longest.
 template <class T>
 inline void address_lists(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
-                          const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride) {
+                          const int64_t* ids, int64_t n, int64_t* rows, int64_t stride) {
     const Piece& piece = program.pieces[lookup.first_piece];
-    const Weight& weight = program.weights[piece.weight];
-    const char* slab = stored_near<T>(call, piece.weight, weight, piece.base);
-    const int64_t row_bytes = bytes_of<T>(weight);
-    const int64_t base = weight.start + piece.base, length = program.codes[piece.values].length;
+    const int64_t base = program.weights[piece.weight].start + piece.base, length = program.codes[piece.values].length;
     int64_t begin[BLOCK_OF_IDS], count[BLOCK_OF_IDS];
     with_code(program, call, piece.code, [&](auto* offsets) {
         for (int64_t i = 0; i < n; ++i) {
@@ -230,106 +238,96 @@ inline void address_lists(const Program& program, const Call& call, const Lookup
     with_code(program, call, piece.values, [&](auto* values) {
         for (int64_t i = 0; i < n; ++i) {
             int64_t* own = rows + i * stride;
-            const bool pads = lookup.has_padding && skip[i];
+            const bool pads = lookup.has_padding && ids[i] == lookup.padding;
             const int64_t there = pads ? 0 : count[i];
-            for (int64_t c = 0; c < there; ++c) {
-                const int64_t row = row_within(piece, values[begin[i] + c]);
-                own[c] = base + row;
-                const char* at = slab + row * row_bytes;
-                for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(at + byte);
-            }
+            for (int64_t c = 0; c < there; ++c) own[c] = base + row_within(piece, values[begin[i] + c]);
             for (int64_t c = there; c < lookup.num_rows; ++c) own[c] = pads ? PADDING : NOTHING;
         }
     });
+    ask_all<T>(program, call, piece, rows, stride, n, lookup.num_rows);
 }
 
-template <class T>
-void address_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
-                          const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride);
-
-// The addresses of n ids; rows has num_rows of them for each, `stride` from id to id, or for id i at `places[i]` strides.
-template <class T>
-inline void address(const Program& program, const Call& call, const Lookup& lookup, int64_t* x, const uint8_t* skip,
-                    int64_t n, int64_t* rows, int64_t stride, const int64_t* places = nullptr) {
-    if (lookup.code >= 0) {
-        const uint64_t end = static_cast<uint64_t>(lookup.size + (lookup.policy == OOV));
-        bool outside = false;
-        with_code(program, call, lookup.code, [&](auto* ranks) {
-            ranks += lookup.ranks_from;
-            for (int64_t i = 0; i < n; ++i) {
-                x[i] = ranks[x[i]];
-                outside |= static_cast<uint64_t>(x[i]) >= end;
+// The rows of a piece that n ids have, in `found`: `x` are the ids, or their ranks.
+inline void rows_of_piece(const Program& program, const Call& call, const Lookup& lookup, const Piece& piece, const int64_t* x,
+                          int64_t n, int64_t* __restrict found) {
+    const int64_t base = program.weights[piece.weight].start + piece.base;
+    switch (piece.kind) {
+        case HASH:
+        case BLOCK:
+            if (piece.b < (int64_t{1} << 32)) {
+                for (int64_t i = 0; i < n; ++i) found[i] = base + hash_small(x[i], piece.a, static_cast<uint64_t>(piece.b));
+            } else {
+                for (int64_t i = 0; i < n; ++i) found[i] = base + hash_id(x[i], piece.a, piece.b);
             }
-        });
-        if (outside)  // the ranks are damaged, and must not lead out of the weights
-            for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint64_t>(x[i]) < end ? x[i] : 0;
+            break;
+        case BALANCED:
+        case BALANCED_BLOCK:
+            balanced(piece, lookup.size + (lookup.policy == OOV), x, n, base, found);
+            break;
+        case DIGIT:
+            for (int64_t i = 0; i < n; ++i) {
+                uint64_t q = static_cast<uint64_t>(x[i]);
+                const uint64_t divisor = static_cast<uint64_t>(piece.a), radix = static_cast<uint64_t>(piece.b);
+                if ((q | divisor | radix) >> 32) {
+                    q = q / divisor % radix;
+                } else {  // 32-bit division is several times faster
+                    const uint32_t small = static_cast<uint32_t>(q) / static_cast<uint32_t>(divisor);
+                    q = small < radix ? small : small % static_cast<uint32_t>(radix);
+                }
+                found[i] = base + static_cast<int64_t>(q);
+            }
+            break;
+        case CUT:
+            for (int64_t i = 0; i < n; ++i) found[i] = base + (x[i] < piece.a ? x[i] : piece.a);
+            break;
+        case CODED: {
+            const int64_t columns = program.codes[piece.code].columns;
+            with_code(program, call, piece.code, [&](auto* codes) {
+                for (int64_t i = 0; i < n; ++i) found[i] = base + row_within(piece, codes[piece.a + x[i] * columns]);
+            });
+            break;
+        }
+        default:
+            for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
     }
-    if (is_list(lookup)) return address_lists<T>(program, call, lookup, x, skip, n, rows, stride);
-    if (lookup.operation == MIXED && !places)
-        return address_alternatives<T>(program, call, lookup, x, skip, n, rows, stride);
+}
+
+// Whether every id has one row of one weight and takes it as it is.
+inline bool is_one_row(const Program& program, const Lookup& lookup) {
+    const Piece& first = program.pieces[lookup.first_piece];
+    if (lookup.operation == CONCAT)
+        return lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 && !first.is_block();
+    if (lookup.operation != MIXED || program.weights[first.weight].format != PLAIN) return false;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+        const Piece& piece = program.pieces[lookup.first_piece + c];
+        if (piece.weight != first.weight || piece.projection >= 0) return false;
+    }
+    if (lookup.rest < 0) return true;
+    const Lookup& rest = program.lookups[lookup.rest];
+    return rest.num_pieces == 1 && program.pieces[rest.first_piece].weight == first.weight && is_one_row(program, rest);
+}
+
+// The addresses of n ids piece by piece: `x` are the ids, or their ranks, and those of id i begin `places[i]` strides behind
+// `rows`, or i strides. The rows of the first ids are asked for, `ahead` of each piece.
+template <class T>
+inline void address_pieces(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x, const int64_t* ids,
+                           int64_t n, int64_t ahead, int64_t* rows, int64_t stride, const int64_t* places) {
     const Piece* pieces = program.pieces + lookup.first_piece;
-    int64_t found[BLOCK_OF_IDS];
+    int64_t room[BLOCK_OF_IDS];
+    int64_t* found = stride == 1 && !places ? rows : room;
     for (int64_t c = 0; c < lookup.num_rows; ++c) {
         const Piece& piece = pieces[c];
-        const Weight& weight = program.weights[piece.weight];
-        const int64_t base = weight.start + piece.base;
-        switch (piece.kind) {
-            case HASH:
-            case BLOCK:
-                if (piece.b < (int64_t{1} << 32)) {
-                    for (int64_t i = 0; i < n; ++i)
-                        found[i] = base + hash_small(x[i], piece.a, static_cast<uint64_t>(piece.b));
-                } else {
-                    for (int64_t i = 0; i < n; ++i) found[i] = base + hash_id(x[i], piece.a, piece.b);
-                }
-                break;
-            case BALANCED:
-            case BALANCED_BLOCK:
-                balanced(piece, lookup.size + (lookup.policy == OOV), x, n, base, found);
-                break;
-            case DIGIT:
-                for (int64_t i = 0; i < n; ++i) {
-                    uint64_t q = static_cast<uint64_t>(x[i]);
-                    const uint64_t divisor = static_cast<uint64_t>(piece.a), radix = static_cast<uint64_t>(piece.b);
-                    if ((q | divisor | radix) >> 32) {
-                        q = q / divisor % radix;
-                    } else {  // 32-bit division is several times faster
-                        const uint32_t small = static_cast<uint32_t>(q) / static_cast<uint32_t>(divisor);
-                        q = small < radix ? small : small % static_cast<uint32_t>(radix);
-                    }
-                    found[i] = base + static_cast<int64_t>(q);
-                }
-                break;
-            case CUT:
-                for (int64_t i = 0; i < n; ++i) found[i] = base + (x[i] < piece.a ? x[i] : piece.a);
-                break;
-            case CODED: {
-                const int64_t columns = program.codes[piece.code].columns;
-                with_code(program, call, piece.code, [&](auto* codes) {
-                    for (int64_t i = 0; i < n; ++i)
-                        found[i] = base + row_within(piece, codes[piece.a + x[i] * columns]);
-                });
-                break;
-            }
-            default:
-                for (int64_t i = 0; i < n; ++i) found[i] = base + x[i];
-        }
-        const int64_t bytes = weight.format ? bytes_of<T>(weight) : piece.width * static_cast<int64_t>(sizeof(T));
-        for (int64_t i = 0; i < n; ++i) {
-            const char* row = stored_near<T>(call, piece.weight, weight, found[i] - weight.start);
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-            if (piece.is_block()) __builtin_prefetch(row + bytes - 1);  // blocks begin anywhere in a line
-        }
-        if (weight.format != PLAIN && weight.share == 1 && call.scales[piece.weight]) {
-            const int64_t count = weight.num_scales();
-            const bfloat16* scales = static_cast<const bfloat16*>(call.scales[piece.weight]) - weight.start * count;
-            for (int64_t i = 0; i < n; ++i) __builtin_prefetch(scales + found[i] * count);
+        rows_of_piece(program, call, lookup, piece, x, n, found);
+        if (piece.is_block()) {
+            for (int64_t i = 0; i < n; ++i) ask_from<T>(program, call, piece.weight, found[i], piece.width);
+        } else {
+            ask_all<T>(program, call, piece, found, 1, std::min(n, ahead), 1);
         }
         if (lookup.has_padding)
-            for (int64_t i = 0; i < n; ++i) found[i] = skip[i] ? PADDING : found[i];
+            for (int64_t i = 0; i < n; ++i) found[i] = ids[i] == lookup.padding ? PADDING : found[i];
         if (places)
             for (int64_t i = 0; i < n; ++i) rows[places[i] * stride + c] = found[i];
-        else
+        else if (found != rows)
             for (int64_t i = 0; i < n; ++i) rows[i * stride + c] = found[i];
     }
 }
@@ -337,7 +335,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
 // The same of alternatives, and of the rest of the ids.
 template <class T>
 void address_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* x,
-                          const uint8_t* skip, int64_t n, int64_t* rows, int64_t stride) {
+                          const int64_t* ids, int64_t n, int64_t ahead, int64_t* rows, int64_t stride) {
     const Piece* pieces = program.pieces + lookup.first_piece;
     const int64_t held = pieces[lookup.num_pieces - 1].a;
     for (int64_t i = 0; i < n; ++i) {
@@ -345,21 +343,44 @@ void address_alternatives(const Program& program, const Call& call, const Lookup
         const int64_t rank = x[i] < held ? x[i] : 0;
         int64_t j = 0;
         for (int64_t k = 0; k + 1 < lookup.num_pieces; ++k) j += rank >= pieces[k].a;
-        const Weight& w = program.weights[pieces[j].weight];
-        const int64_t row = pieces[j].base + rank;
-        __builtin_prefetch(stored_near<T>(call, pieces[j].weight, w, row));
-        const bool pads = lookup.has_padding && skip[i];
-        rows[i * stride] = pads ? PADDING : x[i] < held ? w.start + row : NOTHING;
+        const int64_t row = program.weights[pieces[j].weight].start + pieces[j].base + rank;
+        if (i < ahead) ask_from<T>(program, call, pieces[j].weight, row, 1);
+        const bool pads = lookup.has_padding && ids[i] == lookup.padding;
+        rows[i * stride] = pads ? PADDING : x[i] < held ? row : NOTHING;
         for (int64_t c = 1; c < lookup.num_rows; ++c) rows[i * stride + c] = pads ? PADDING : NOTHING;
     }
     if (lookup.rest < 0) return;
-    int64_t beyond[BLOCK_OF_IDS], places[BLOCK_OF_IDS], count = 0;
-    uint8_t skipped[BLOCK_OF_IDS];
+    int64_t beyond[BLOCK_OF_IDS], places[BLOCK_OF_IDS], own_ids[BLOCK_OF_IDS], count = 0;
     for (int64_t i = 0; i < n; ++i) {
-        beyond[count] = x[i] - held, places[count] = i, skipped[count] = skip[i];
+        beyond[count] = x[i] - held, places[count] = i, own_ids[count] = ids[i];
         count += x[i] >= held;
     }
-    address<T>(program, call, program.lookups[lookup.rest], beyond, skipped, count, rows, stride, places);
+    address_pieces<T>(program, call, program.lookups[lookup.rest], beyond, own_ids, count, ahead, rows, stride, places);
+}
+
+// The addresses of up to BLOCK_OF_IDS ids, as their table takes them; `rows` has n * num_rows of them, `stride` from id to
+// id. Their rows are asked for: all, or the first ones of ids that have one each.
+template <class T>
+inline void address(const Program& program, const Call& call, const Lookup& lookup, const int64_t* ids, int64_t n,
+                    int64_t* rows, int64_t stride) {
+    const int64_t* x = ids;
+    int64_t ranked[BLOCK_OF_IDS];
+    if (lookup.code >= 0) {
+        const uint64_t end = static_cast<uint64_t>(lookup.size + (lookup.policy == OOV));
+        x = ranked;
+        with_code(program, call, lookup.code, [&](auto* ranks) {
+            ranks += lookup.ranks_from;
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t rank = ranks[ids[i]];
+                // Damaged ranks must not lead out of the weights.
+                ranked[i] = static_cast<uint64_t>(rank) < end ? rank : 0;
+            }
+        });
+    }
+    if (is_list(lookup)) return address_lists<T>(program, call, lookup, x, ids, n, rows, stride);
+    const int64_t ahead = is_one_row(program, lookup) ? READ_AHEAD : n;
+    if (lookup.operation == MIXED) return address_alternatives<T>(program, call, lookup, x, ids, n, ahead, rows, stride);
+    address_pieces<T>(program, call, lookup, x, ids, n, ahead, rows, stride, nullptr);
 }
 
 // Calls f with the dimension as a constant where it is a common one: loops over it are then a few vector instructions.
@@ -384,16 +405,22 @@ inline const T* row_of(const Program& program, const Call& call, int64_t weight,
     return static_cast<const T*>(call.weights[weight]) + (row - w.start) * w.width;
 }
 
-// The same of any format: where it is not plain, the row is unpacked to `room`. Weights of other types are all plain.
+// Unpacks a row that is not plain.
+__attribute__((noinline)) inline void unpack(const Program& program, const Call& call, const Piece& piece, int64_t row,
+                                             float* room) {
+    const int64_t stored_width = program.weights[piece.weight].width;
+    with_dim<float>(has_own_code(stored_width) ? stored_width : 0, [&](auto width) {
+        with_rows<float, width>(program, call, piece, [&](const auto& stored) {
+            stored.read(row, [&](auto d, auto n, auto v) { put<n>(room + d, v); });
+        });
+    });
+}
+
+// A row of any format: where it is not plain, it is unpacked to `room`. Weights of other types are all plain.
 template <class T>
 inline const T* row_in(const Program& program, const Call& call, const Piece& piece, int64_t row, float* room) {
     if constexpr (std::is_same<T, float>::value) {
-        if (program.weights[piece.weight].format != PLAIN) {
-            with_dim<T>(program.weights[piece.weight].width, [&](auto width) {
-                each_stored<width.value>(program, call, piece, row, [&](int64_t d, auto n, auto v) { put<n>(room + d, v); });
-            });
-            return room;
-        }
+        if (program.weights[piece.weight].format != PLAIN) return unpack(program, call, piece, row, room), room;
     }
     return row_of<T>(program, call, piece.weight, row);
 }
@@ -402,8 +429,8 @@ inline const T* row_in(const Program& program, const Call& call, const Piece& pi
 inline float scalar_of(const Program& program, const Call& call, const Piece& piece, int64_t number) {
     float value = 0;
     const int64_t row = program.weights[piece.weight].start + piece.slab + number;
-    each_stored<1>(program, call, piece, row, [&](int64_t, auto n, auto v) {
-        if constexpr (decltype(n)::value == 1) value = v;
+    with_rows<float, 1>(program, call, piece, [&](const auto& stored) {
+        stored.read(row, [&](auto, auto, auto v) { value = v; });
     });
     return value;
 }
@@ -445,7 +472,7 @@ inline int64_t own_column(const Program& program, const Lookup& lookup, int64_t 
 // v [dim] = row [width] · projection.
 template <class T, int D, class Row>
 inline void project_one(const T* projection, const Row* row, int64_t width, int64_t dim, float* __restrict v) {
-    each<D, T>(dim, [&](int64_t d, auto n) {
+    each<D>(dim, [&](int64_t d, auto n) {
         auto sum = load(row) * get<n>(projection + d);
         for (int64_t j = 1; j < width; ++j) sum += load(row + j) * get<n>(projection + j * dim + d);
         put<n>(v + d, sum);
@@ -487,7 +514,7 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
                     }
                     if (rows[c] + piece.width <= weight.start + piece.base + piece.b) {
                         with_dim<T>(piece.width, [&](auto w) {
-                            each<w, T>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, sign * get<n>(scalars + d)); });
+                            each<w>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, sign * get<n>(scalars + d)); });
                         });
                         continue;
                     }
@@ -498,10 +525,10 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
                 }
                 const T* row = row_at(piece, c);
                 if (piece.width == dim) {
-                    each<D, T>(dim, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
+                    each<D>(dim, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
                 } else {
                     with_dim<T>(piece.width, [&](auto w) {
-                        each<w, T>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
+                        each<w>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, get<n>(row + d)); });
                     });
                 }
             }
@@ -511,24 +538,24 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             for (int64_t c = 0; c < lookup.num_pieces; ++c) {
                 const T* row = row_at(pieces[c], c);
                 const float sign = pieces[c].has_sign ? hash_sign(id, pieces[c].sign_seed) : 1.0f;
-                each<D, T>(dim, [&](int64_t d, auto n) {
+                each<D>(dim, [&](int64_t d, auto n) {
                     const auto value = sign * get<n>(row + d);
                     put<n>(v + d, c ? get<n>(v + d) + value : value);
                 });
             }
             if (lookup.operation == MEAN) {
                 const float count = static_cast<float>(lookup.num_pieces);
-                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) / count); });
+                each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) / count); });
             }
             break;
         case MULT: {
             const T* first = row_at(pieces[0], 0);
-            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(first + d)); });
+            each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(first + d)); });
             const T* second = row_at(pieces[1], 1);  // which may be unpacked to where the first one was
-            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(second + d)); });
+            each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(second + d)); });
             for (int64_t c = 2; c < lookup.num_pieces; ++c) {
                 const T* row = row_at(pieces[c], c);
-                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(row + d)); });
+                each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) * get<n>(row + d)); });
             }
             break;
         }
@@ -537,11 +564,11 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             const int64_t count = list_length(lookup, rows);
             for (int64_t c = 0; c < count; ++c) {
                 const T* row = row_at(pieces[0], c);
-                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, c ? get<n>(v + d) + get<n>(row + d) : get<n>(row + d)); });
+                each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, c ? get<n>(v + d) + get<n>(row + d) : get<n>(row + d)); });
             }
             if (lookup.operation == LIST_MEAN) {
                 const float divisor = static_cast<float>(count);
-                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) / divisor); });
+                each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(v + d) / divisor); });
             }
             break;
         }
@@ -549,7 +576,7 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             const Piece& piece = alternative_of(program, lookup, rows[0]);
             const T* row = row_in<T>(program, call, piece, rows[0], room);
             if (piece.projection < 0) {
-                each<D, T>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(row + d)); });
+                each<D>(dim, [&](int64_t d, auto n) { put<n>(v + d, get<n>(row + d)); });
                 break;
             }
             project_one<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, v);
@@ -719,25 +746,6 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
     }
 }
 
-// Whether every id has one row of one weight and takes it as it is.
-inline bool is_one_row(const Program& program, const Lookup& lookup) {
-    const Piece& first = program.pieces[lookup.first_piece];
-    if (lookup.operation == CONCAT)
-        return lookup.num_pieces == 1 && lookup.inner == lookup.dim && lookup.projection < 0 && !first.is_block();
-    if (lookup.operation != MIXED || program.weights[first.weight].format != PLAIN) return false;
-    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-        const Piece& piece = program.pieces[lookup.first_piece + c];
-        if (piece.weight != first.weight || piece.projection >= 0) return false;
-    }
-    if (lookup.rest < 0) return true;
-    const Lookup& rest = program.lookups[lookup.rest];
-    return rest.num_pieces == 1 && program.pieces[rest.first_piece].weight == first.weight && is_one_row(program, rest);
-}
-
-inline bool is_plain(const Program& program, const Lookup& lookup) {
-    return program.weights[program.pieces[lookup.first_piece].weight].format == PLAIN;
-}
-
 // How a lookup's ids and addresses lie: id i of the lookup at ids[i * stride], its rows at rows[i * row_stride].
 struct Place {
     int64_t first_id, stride, rows, row_stride, num_ids;
@@ -780,98 +788,213 @@ inline float divisor_of(const Lookup& lookup, const Output& output, const int64_
     return static_cast<float>(count > 1 ? count : 1);
 }
 
-// Sums or means of bags of an id's one row, as it is stored: the numbers go from the row into the sum.
-template <class T, int D>
-__attribute__((noinline)) void sum_bags(const Program& program, const Call& call, const Lookup& lookup, const Output& output,
-                                        const Place& place, int64_t first, int64_t last) {
-    const Piece& piece = program.pieces[lookup.first_piece];
-    const Weight& weight = program.weights[piece.weight];
-    const bool plain = weight.format == PLAIN;
-    const T* values = static_cast<const T*>(call.weights[piece.weight]) - weight.start * D;
-    const int64_t* rows = call.rows + place.rows;
-    const int64_t* offsets = call.offsets + lookup.column * call.batch;
-    const float* id_weights = call.id_weights ? call.id_weights + place.first_id : nullptr;
-    T* out = static_cast<T*>(call.values) + output.start;
-    for (int64_t b = first; b < last; ++b) {
-        const int64_t begin = offsets[b] - offsets[0], end = offsets[b + 1] - offsets[0];
-        float sum[D] = {};
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = rows[i];
-            const float factor = id_weights ? id_weights[i] : 1.0f;
-            auto add = [&](int64_t d, auto n, auto v) { put<n>(sum + d, get<n>(sum + d) + factor * v); };
-            if (row < 0) {  // padding: zeros times their weight
-                each<D>(D, [&](int64_t d, auto n) { add(d, n, lanes<n>{}); });
-            } else if (plain) {
-                each<D, T>(D, [&](int64_t d, auto n) { add(d, n, get<n>(values + row * D + d)); });
-            } else {
-                each_stored<D>(program, call, piece, row, add);
-            }
-        }
-        const float divisor = divisor_of(lookup, output, rows + begin, 1, end - begin);
-        T* to = out + b * output.stride;
-        each<D, T>(D, [&](int64_t d, auto n) { put<n>(to + d, get<n>(sum + d) / divisor); });
-    }
-}
+// ---- from addresses to vectors ---------------------------------------------------------------------------------------
 
-template <class T, int D>
-inline void gather_bags(const Program& program, const Call& call, int64_t l, const Place& place, int64_t first,
-                        int64_t last, float* scratch, float* room) {
-    const Lookup& lookup = program.lookups[l];
-    const Output& output = call.outputs[l];
-    const int64_t dim = fixed<D>(lookup.dim);
-    T* out = static_cast<T*>(call.values) + output.start;
-    const int64_t* rows = call.rows + place.rows;
-    const float* id_weights = call.id_weights ? call.id_weights + place.first_id : nullptr;
-    const bool pools = call.offsets != nullptr && output.pooling != NONE;
-    if (!pools) {
-        int64_t begin = first, end = last;
-        ids_of_bags(call, lookup, begin, end);
-        const bool copies = !id_weights && is_one_row(program, lookup) && is_plain(program, lookup);
-        // Whose vectors are written already.
-        bool alternatives = lookup.operation == MIXED && !id_weights && !copies;
-        for (int64_t i = begin; alternatives && i < end; i += BLOCK_OF_IDS)
-            alternatives = gather_alternatives<T, D>(program, call, lookup, rows + i * place.row_stride, place.row_stride,
-                                                     std::min(BLOCK_OF_IDS, end - i), out + i * output.stride, output.stride);
-        if (alternatives && lookup.rest < 0) return;
-        const T* values = nullptr;
-        if (copies) {
-            const int64_t w = program.pieces[lookup.first_piece].weight;
-            values = static_cast<const T*>(call.weights[w]) - program.weights[w].start * dim;
+// Ids of a lookup whose rows are on their way: no more than BLOCK_OF_IDS.
+struct Part {
+    int64_t lookup, first, n;     // ids [first, first + n), counted from the lookup's first one
+    int64_t first_bag, last_bag;  // the ids of these bags go through one part after another
+    bool begins;                  // the first part of these bags
+    Place place;
+    const int64_t* ids;           // as their table takes them
+    const int64_t* rows;
+    int64_t row_stride;
+};
+
+// The bag that the next part goes on with, how many of its ids were no padding, and their sum.
+struct OpenBag {
+    int64_t number, count;
+    float* sum;
+};
+
+// The vectors of ids that are one row each: read(i, f) as in stored.h, for number i of a part's ids.
+template <class Rows, int D>
+struct OneRow {
+    static constexpr int LANES = Rows::LANES;
+    const Rows rows;
+    const int64_t* addresses;
+    int64_t stride, dim;
+    int64_t n;
+
+    // The first ones have been asked for.
+    __attribute__((always_inline)) void ask(int64_t i) const {
+        if (i + READ_AHEAD < n) rows.ask(addresses[(i + READ_AHEAD) * stride]);
+    }
+
+    template <class F>
+    __attribute__((always_inline)) void read(int64_t i, const F& f) const {
+        const int64_t row = addresses[i * stride];
+        if (__builtin_expect(row >= 0, 1)) return rows.read(row, f);
+        auto zeros = [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, lanes<n>{}); };  // padding
+        if constexpr (D == 0) {
+            each<0>(dim, zeros);
+        } else {
+            each_of<LANES>(std::make_integer_sequence<int, D / LANES>{}, zeros);
         }
-        for (int64_t i = begin; i < end; ++i) {
-            T* to = out + i * output.stride;
-            const int64_t* r = rows + i * place.row_stride;
-            if (copies && r[0] >= 0) {
-                std::memcpy(to, values + r[0] * dim, dim * sizeof(T));
-                continue;
-            }
-            if (alternatives && (r[0] < 0 || &looked_up_by(program, lookup, r[0]) == &lookup)) continue;
-            vector_of<T, D>(program, call, lookup, r, taken(lookup, id_at(call, place.first_id + i * place.stride)), scratch,
-                            scratch + 2 * dim, room);
-            const float factor = id_weights ? id_weights[i * place.stride] : 1.0f;
-            if (id_weights)
-                for (int64_t d = 0; d < dim; ++d) scratch[d] *= factor;
-            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(scratch + d)); });
+    }
+};
+
+// Those that are put together from several rows, or projected.
+template <class T, int D>
+struct Combined {
+    static constexpr int LANES = D < REGISTER ? D : REGISTER;
+    const Program& program;
+    const Call& call;
+    const Part& part;
+    float *vector, *inner, *room;  // the last two as vector_of takes them
+
+    void ask(int64_t) const {}  // which has been done
+
+    template <class F>
+    __attribute__((always_inline)) void read(int64_t i, const F& f) const {
+        const Lookup& lookup = program.lookups[part.lookup];
+        vector_of<T, D>(program, call, lookup, part.rows + i * part.row_stride, part.ids[i], vector, inner, room);
+        each<D>(fixed<D>(lookup.dim), [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, get<n>(vector + d)); });
+    }
+};
+
+// A sum of vectors, in registers where D is a constant; `open` holds it from part to part.
+template <int D, int N>
+struct Sum {
+    float* open;
+    lanes<N> sums[D / N];
+
+    template <class F>
+    __attribute__((always_inline)) static void each_lanes(const F& f) {
+        each_of<N>(std::make_integer_sequence<int, D / N>{}, f);
+    }
+    Sum(float* open, int64_t) : open(open) {
+        each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[d / N] = get<N>(open + d); });
+    }
+    template <class V>
+    __attribute__((always_inline)) void add(int d, std::integral_constant<int, N>, V v) {
+        sums[d / N] += v;
+    }
+    template <class F>
+    __attribute__((always_inline)) void take(const F& f) {
+        each_lanes([&](auto d, auto n) __attribute__((always_inline)) {
+            f(d, n, sums[d / N]);
+            sums[d / N] = lanes<N>{};
+        });
+    }
+    __attribute__((always_inline)) void keep() {
+        each_lanes([&](auto d, auto) __attribute__((always_inline)) { put<N>(open + d, sums[d / N]); });
+    }
+};
+
+template <int N>
+struct Sum<0, N> {
+    float* open;
+    int64_t dim;
+
+    Sum(float* open, int64_t dim) : open(open), dim(dim) {}
+    template <int M, class V>
+    __attribute__((always_inline)) void add(int64_t d, std::integral_constant<int, M>, V v) {
+        put<M>(open + d, get<M>(open + d) + v);
+    }
+    template <class F>
+    __attribute__((always_inline)) void take(const F& f) {
+        each<0>(dim, [&](auto d, auto n) __attribute__((always_inline)) {
+            f(d, n, get<n>(open + d));
+            put<n>(open + d, lanes<n>{});
+        });
+    }
+    void keep() {}
+};
+
+// Writes the vectors of a part's ids, or goes on with the sums of their bags.
+template <class T, int D, class Vectors>
+__attribute__((noinline)) void write_part(const Program& program, const Call& call, const Part& part, const Vectors vectors,
+                                          OpenBag& bag) {
+    const Lookup& lookup = program.lookups[part.lookup];
+    const Output output = call.outputs[part.lookup];
+    const int64_t dim = fixed<D>(lookup.dim), n = part.n, stride = part.place.stride;
+    const float* id_weights = call.id_weights ? call.id_weights + part.place.first_id + part.first * stride : nullptr;
+    T* to = static_cast<T*>(call.values) + output.start;
+    if (call.offsets == nullptr || output.pooling == NONE) {
+        to += part.first * output.stride;
+        for (int64_t i = 0; i < n; ++i, to += output.stride) {
+            vectors.ask(i);
+            const float factor = id_weights ? id_weights[i * stride] : 1.0f;
+            vectors.read(i, [&](auto d, auto m, auto v) __attribute__((always_inline)) { put<m>(to + d, factor * v); });
         }
         return;
     }
-    if constexpr (std::is_same<T, float>::value && D != 0)
-        if (is_one_row(program, lookup)) return sum_bags<T, D>(program, call, lookup, output, place, first, last);
-    float* sum = scratch + dim;
     const int64_t* offsets = call.offsets + lookup.column * call.batch;
-    for (int64_t b = first; b < last; ++b) {
-        const int64_t begin = offsets[b] - offsets[0], end = offsets[b + 1] - offsets[0];
-        for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            vector_of<T, D>(program, call, lookup, rows + i * place.row_stride,
-                            taken(lookup, id_at(call, place.first_id + i)), scratch, scratch + 2 * dim, room);
-            const float factor = id_weights ? id_weights[i] : 1.0f;
-            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(sum + d, get<n>(sum + d) + factor * get<n>(scratch + d)); });
-        }
-        const float divisor = divisor_of(lookup, output, rows + begin * place.row_stride, place.row_stride, end - begin);
-        T* to = out + b * output.stride;
-        each<D, T>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(sum + d) / divisor); });
+    const int64_t start = offsets[0] + part.first;
+    const bool means = output.pooling == POOL_MEAN;
+    if (part.begins) {
+        bag.number = part.first_bag, bag.count = 0;
+        for (int64_t d = 0; d < dim; ++d) bag.sum[d] = 0;
     }
+    Sum<D, Vectors::LANES> sum(bag.sum, dim);
+    for (int64_t i = 0; bag.number < part.last_bag; ++bag.number) {
+        const int64_t bag_end = offsets[bag.number + 1] - start, end = std::min(bag_end, n);
+        for (int64_t k = i; means && k < end; ++k) bag.count += !lookup.has_padding || part.ids[k] != lookup.padding;
+        if (id_weights) {
+            for (; i < end; ++i) {
+                vectors.ask(i);
+                const float factor = id_weights[i];
+                vectors.read(i, [&](auto d, auto m, auto v) __attribute__((always_inline)) { sum.add(d, m, factor * v); });
+            }
+        } else {
+            for (; i < end; ++i) {
+                vectors.ask(i);
+                vectors.read(i, [&](auto d, auto m, auto v) __attribute__((always_inline)) { sum.add(d, m, v); });
+            }
+        }
+        if (bag_end > n) break;
+        T* vector = to + bag.number * output.stride;
+        const float divisor = means && bag.count > 1 ? static_cast<float>(bag.count) : 1.0f;
+        if (divisor != 1.0f)
+            sum.take([&](auto d, auto m, auto v) __attribute__((always_inline)) { put<m>(vector + d, v / divisor); });
+        else
+            sum.take([&](auto d, auto m, auto v) __attribute__((always_inline)) { put<m>(vector + d, v); });
+        bag.count = 0;
+    }
+    sum.keep();
+}
+
+// The vectors of those of a part's ids that no alternative holds.
+template <class T, int D>
+void gather_rest(const Program& program, const Call& call, const Part& part, T* to, int64_t stride, float* scratch, float* room) {
+    const Lookup& lookup = program.lookups[part.lookup];
+    for (int64_t i = 0; i < part.n; ++i) {
+        const int64_t* rows = part.rows + i * part.row_stride;
+        if (rows[0] < 0 || &looked_up_by(program, lookup, rows[0]) == &lookup) continue;
+        vector_of<T, D>(program, call, lookup, rows, part.ids[i], scratch, scratch + lookup.dim, room);
+        each<D>(fixed<D>(lookup.dim), [&](auto d, auto n) { put<n>(to + i * stride + d, get<n>(scratch + d)); });
+    }
+}
+
+// `scratch` has room for a bag's sum, a vector, and what vector_of needs beside it.
+template <class T>
+inline void gather(const Program& program, const Call& call, const Part& part, OpenBag& bag, float* scratch, float* room) {
+    const Lookup& lookup = program.lookups[part.lookup];
+    if (is_one_row(program, lookup)) {
+        const Piece& piece = program.pieces[lookup.first_piece];
+        const bool floats = std::is_same<T, float>::value && program.weights[piece.weight].format == PLAIN;
+        with_dim<float>(floats || has_own_code(lookup.dim) ? lookup.dim : 0, [&](auto dim) {
+            with_rows<T, dim>(program, call, piece, [&](const auto& rows) {
+                using Rows = std::decay_t<decltype(rows)>;
+                const OneRow<Rows, dim> vectors{rows, part.rows, part.row_stride, lookup.dim, part.n};
+                write_part<T, dim>(program, call, part, vectors, bag);
+            });
+        });
+        return;
+    }
+    with_dim<T>(lookup.dim, [&](auto dim) {
+        if (lookup.operation == MIXED && !call.id_weights && (call.offsets == nullptr || call.outputs[part.lookup].pooling == NONE)) {
+            const Output& output = call.outputs[part.lookup];
+            T* to = static_cast<T*>(call.values) + output.start + part.first * output.stride;
+            if (gather_alternatives<T, dim>(program, call, lookup, part.rows, part.row_stride, part.n, to, output.stride)) {
+                if (lookup.rest >= 0) gather_rest<T, dim>(program, call, part, to, output.stride, scratch, room);
+                return;
+            }
+        }
+        const Combined<T, dim> vectors{program, call, part, scratch, scratch + lookup.dim, room};
+        write_part<T, dim>(program, call, part, vectors, bag);
+    });
 }
 
 inline bool offsets_fit(const Program& program, const Call& call) {
@@ -881,61 +1004,112 @@ inline bool offsets_fit(const Program& program, const Call& call) {
     return !falls && call.offsets[0] == 0 && call.offsets[last] == call.num_ids;
 }
 
+// What one thread looks up, a window of ids at a time, of one lookup or of several: while the vectors of these are
+// written, the rows of the next ones are on their way.
 template <class T>
-Outcome forward(const Call& given) {
-    const Program program(given.program);
-    if (given.offsets != nullptr && !offsets_fit(program, given)) return BAD_OFFSETS;
-    std::vector<int64_t> starts(program.num_lookups + 1);
-    row_starts(program, given, starts.data());
-    Call call = given;
-    std::unique_ptr<int64_t[]> rows;
-    if (call.rows == nullptr && call.values != nullptr) {
-        const bool in_bags = call.offsets != nullptr;
-        rows.reset(new int64_t[in_bags ? starts[program.num_lookups] : call.batch * program.rows_per_example]);
-        call.rows = rows.get();
+struct Walk {
+    struct Window {
+        Part parts[BLOCK_OF_IDS];
+        int64_t ids[BLOCK_OF_IDS];
+        int64_t* rows;
+        int64_t num_parts = 0, num_ids = 0, num_rows = 0;
+    };
+
+    const Program& program;
+    const Call& call;
+    const int64_t* starts;  // from row_starts
+    std::vector<float> floats;
+    std::unique_ptr<int64_t[]> rows;  // where the call does not keep them
+    float *scratch, *room;
+    OpenBag bag;
+    Window windows[2];
+    int now = 0;
+    int64_t refused[2];  // lookup and id
+
+    Walk(const Program& program, const Call& call, const int64_t* starts) : program(program), call(call), starts(starts) {
+        int64_t widest = 1, most_rows = 1, widest_row = 0;  // of those that are unpacked
+        for (int64_t l = 0; l < program.num_lookups; ++l) {
+            widest = std::max(widest, program.lookups[l].dim);
+            most_rows = std::max(most_rows, program.lookups[l].num_rows);
+        }
+        for (int64_t w = 0; w < program.num_weights; ++w)
+            if (program.weights[w].format != PLAIN) widest_row = std::max(widest_row, program.weights[w].width);
+        const int64_t scratch_size = widest + widest_inner(program);
+        floats.resize(widest + scratch_size + widest_row);
+        bag.sum = floats.data(), scratch = bag.sum + widest, room = scratch + scratch_size;
+        if (call.rows) return;
+        rows.reset(new int64_t[2 * BLOCK_OF_IDS * most_rows]);
+        windows[0].rows = rows.get(), windows[1].rows = rows.get() + BLOCK_OF_IDS * most_rows;
     }
-    int64_t widest = 1;
-    for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
-    const int64_t scratch_size = 2 * widest + widest_inner(program);
-    int64_t widest_row = 0;  // of those that are unpacked
-    for (int64_t w = 0; w < program.num_weights; ++w)
-        if (program.weights[w].format != PLAIN) widest_row = std::max(widest_row, program.weights[w].width);
+
+    // The bags or examples [first, last) of all lookups; false where an id is refused.
+    bool look_up(int64_t first, int64_t last) {
+        for (int64_t l = 0; l < program.num_lookups; ++l) {
+            const Place place = place_of(program, call, l, starts);
+            int64_t begin = first, end = last;
+            ids_of_bags(call, program.lookups[l], begin, end);
+            int64_t i = begin;
+            do {  // once where there are no ids, for the sake of empty bags
+                const Window& window = windows[now];
+                if (window.num_ids == BLOCK_OF_IDS || window.num_parts == BLOCK_OF_IDS) turn();
+                const int64_t n = std::min(BLOCK_OF_IDS - windows[now].num_ids, end - i);
+                if (!take({l, i, n, first, last, i == begin, place, nullptr, nullptr, place.row_stride})) return false;
+                i += n;
+            } while (i < end);
+        }
+        return true;
+    }
+
+    // Adds a part to the window.
+    bool take(Part part) {
+        Window& window = windows[now];
+        const Lookup& lookup = program.lookups[part.lookup];
+        const Place& place = part.place;
+        int64_t* ids = window.ids + window.num_ids;
+        if (!in_range(call, lookup, place.first_id + part.first * place.stride, place.stride, part.n, ids)) {
+            while (static_cast<uint64_t>(*ids) < static_cast<uint64_t>(lookup.size)) ++ids;
+            refused[0] = part.lookup, refused[1] = *ids;
+            return false;
+        }
+        if (call.values == nullptr) return true;  // which was all that was asked
+        int64_t* to = call.rows + place.rows + part.first * place.row_stride;
+        if (rows) {
+            to = window.rows + window.num_rows;
+            part.row_stride = lookup.num_rows;
+        }
+        address<T>(program, call, lookup, ids, part.n, to, part.row_stride);
+        part.ids = ids, part.rows = to;
+        window.parts[window.num_parts++] = part;
+        window.num_ids += part.n, window.num_rows += part.n * lookup.num_rows;
+        return true;
+    }
+
+    // Writes the vectors of the window before, which is filled next.
+    void turn() {
+        now = 1 - now;
+        Window& window = windows[now];
+        for (int64_t p = 0; p < window.num_parts; ++p) gather<T>(program, call, window.parts[p], bag, scratch, room);
+        window.num_parts = window.num_ids = window.num_rows = 0;
+    }
+};
+
+template <class T>
+Outcome forward(const Call& call) {
+    const Program program(call.program);
+    if (call.offsets != nullptr && !offsets_fit(program, call)) return BAD_OFFSETS;
+    std::vector<int64_t> starts(program.num_lookups + 1);
+    row_starts(program, call, starts.data());
     std::atomic<bool> good{true};
-    const bool only_checks = call.values == nullptr;
     const int64_t parts = call.num_threads;
     in_parallel(parts, [&](int64_t part) {
-        std::vector<float> scratch(scratch_size), room(widest_row);
-        int64_t x[BLOCK_OF_IDS];
-        uint8_t skip[BLOCK_OF_IDS] = {};
+        Walk<T> walk(program, call, starts.data());
         const int64_t end = call.batch * (part + 1) / parts;
-        for (int64_t first = call.batch * part / parts; first < end && good; first += BLOCK_OF_IDS) {
-            const int64_t last = std::min(end, first + BLOCK_OF_IDS);
-            for (int64_t l = 0; l < program.num_lookups; ++l) {
-                const Lookup& lookup = program.lookups[l];
-                const Place place = place_of(program, call, l, starts.data());
-                            int64_t i = first, stop = last;
-                ids_of_bags(call, lookup, i, stop);
-                for (; i < stop; i += BLOCK_OF_IDS) {
-                    const int64_t n = std::min(BLOCK_OF_IDS, stop - i);
-                    if (!in_range(call, lookup, place.first_id + i * place.stride, place.stride, n, x, skip)) {
-                        if (good.exchange(false) && call.refused) {
-                            const uint64_t size = static_cast<uint64_t>(lookup.size);
-                            for (int64_t k = 0; k < n; ++k)
-                                if (static_cast<uint64_t>(x[k]) >= size) call.refused[0] = l, call.refused[1] = x[k];
-                        }
-                        return;
-                    }
-                    if (only_checks) continue;
-                    address<T>(program, call, lookup, x, skip, n, call.rows + place.rows + i * place.row_stride, place.row_stride);
-                }
-            }
-            for (int64_t l = 0; !only_checks && l < program.num_lookups; ++l) {
-                const Place place = place_of(program, call, l, starts.data());
-                with_dim<T>(program.lookups[l].dim, [&](auto dim) {
-                    gather_bags<T, dim.value>(program, call, l, place, first, last, scratch.data(), room.data());
-                });
-            }
+        for (int64_t first = call.batch * part / parts; first < end && good; first += BLOCK_OF_BAGS) {
+            if (walk.look_up(first, std::min(end, first + BLOCK_OF_BAGS))) continue;
+            if (good.exchange(false) && call.refused) std::copy(walk.refused, walk.refused + 2, call.refused);
+            return;
         }
+        walk.turn(), walk.turn();
     });
     return good ? DONE : REFUSED_ID;
 }
@@ -963,11 +1137,9 @@ struct Rule {
 
 template <int W, class T, class S>
 inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t width) {
-    // State of another type than float is gone through one by one.
-    using Type = typename std::conditional<std::is_same<T, float>::value, S, T>::type;
     const int64_t n = fixed<W>(width);
     if (rule.kind >= DENSE_GRADIENT) {
-        each<W, T>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(g + d)); });
+        each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(g + d)); });
         return;
     }
     if (rule.clip > 0) {
@@ -975,19 +1147,19 @@ inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t w
         const float factor = rule.clip / (norm < rule.clip ? rule.clip : norm);  // NaN where the norm is NaN
         each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) * factor); });
     }
-    if (rule.l2 != 0) each<W, T>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + rule.l2 * get<m>(w + d)); });
+    if (rule.l2 != 0) each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + rule.l2 * get<m>(w + d)); });
     switch (rule.kind) {
         case SGD:
-            each<W, T>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rule.lr * get<m>(g + d)); });
+            each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rule.lr * get<m>(g + d)); });
             break;
         case ROWWISE_ADAGRAD: {
             store(s0, load(s0) + dot<W>(g, g, n) / static_cast<float>(n));
             const float rate = rule.lr / (std::sqrt(load(s0)) + rule.eps);
-            each<W, T>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rate * get<m>(g + d)); });
+            each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rate * get<m>(g + d)); });
             break;
         }
         case ADAGRAD:
-            each<W, Type>(n, [&](int64_t d, auto m) {
+            each<W>(n, [&](int64_t d, auto m) {
                 const auto gradient = get<m>(g + d);
                 const lanes<m> total = get<m>(s0 + d) + gradient * gradient;
                 put<m>(s0 + d, total);
@@ -995,7 +1167,7 @@ inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t w
             });
             break;
         default:  // ADAM
-            each<W, Type>(n, [&](int64_t d, auto m) {
+            each<W>(n, [&](int64_t d, auto m) {
                 const auto gradient = get<m>(g + d);
                 const lanes<m> first = rule.beta1 * get<m>(s0 + d) + rule.rest1 * gradient;
                 const lanes<m> second = rule.beta2 * get<m>(s1 + d) + rule.rest2 * (gradient * gradient);
@@ -1121,7 +1293,7 @@ inline void sum_run(const Entry* run, const Entry* end, const T* gradient, const
             });
         } else {
             const T* value = gradient + entry->source;
-            each<W, T>(n, [&](int64_t d, auto m) {
+            each<W>(n, [&](int64_t d, auto m) {
                 put<m>(sum + d, entry == run ? get<m>(value + d) : get<m>(sum + d) + get<m>(value + d));
             });
         }
@@ -1195,7 +1367,7 @@ void update_stretches(const Rule& rule, Target<T, S>& target, Workspace& work, c
             each<0>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
         } else {
             const T* from = gradient + source;
-            each<0, T>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
+            each<0>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
         }
     };
     while (entry < end) {
@@ -1437,7 +1609,7 @@ __attribute__((always_inline)) inline void spread(const Program& program, const 
             if (lookup.num_pieces == 2) {
                 const T* one = row_at(pieces[0], 0);
                 const T* two = row_at(pieces[1], 1);
-                each<D, T>(dim, [&](int64_t d, auto n) {
+                each<D>(dim, [&](int64_t d, auto n) {
                     put<n>(to + d, get<n>(g + d) * get<n>(two + d));
                     put<n>(to + dim + d, get<n>(g + d) * get<n>(one + d));
                 });
@@ -1447,7 +1619,7 @@ __attribute__((always_inline)) inline void spread(const Program& program, const 
             for (int64_t d = 0; d < dim; ++d) product[d] = g[d];
             for (int64_t c = 0; c < lookup.num_pieces; ++c) {
                 const T* row = row_at(pieces[c], c);
-                each<D, T>(dim, [&](int64_t d, auto n) {
+                each<D>(dim, [&](int64_t d, auto n) {
                     put<n>(to + c * dim + d, get<n>(product + d));
                     put<n>(product + d, get<n>(product + d) * get<n>(row + d));
                 });
@@ -1455,7 +1627,7 @@ __attribute__((always_inline)) inline void spread(const Program& program, const 
             for (int64_t d = 0; d < dim; ++d) product[d] = 1;
             for (int64_t c = lookup.num_pieces - 1; c >= 0; --c) {
                 const T* row = row_at(pieces[c], c);
-                each<D, T>(dim, [&](int64_t d, auto n) {
+                each<D>(dim, [&](int64_t d, auto n) {
                     put<n>(to + c * dim + d, get<n>(to + c * dim + d) * get<n>(product + d));
                     put<n>(product + d, get<n>(product + d) * get<n>(row + d));
                 });
@@ -1531,7 +1703,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             const T* from = gradient + (pools ? b : i) * output.stride;
             __builtin_prefetch(from + AHEAD * output.stride);
             const float factor = id_weights ? id_weights[at] : 1.0f;
-            each<D, T>(dim, [&](int64_t d, auto n) { put<n>(g + d, get<n>(from + d) / divisor * factor); });
+            each<D>(dim, [&](int64_t d, auto n) { put<n>(g + d, get<n>(from + d) / divisor * factor); });
             float* to = own + flow.own_start + i * flow.own_stride;
             const T* saved = call.saved ? static_cast<const T*>(call.saved) + flow.own_start + i * flow.own_stride : nullptr;
             const int64_t id_place = place.first_id + at;

@@ -1,45 +1,37 @@
-// Rows in other formats than plain scalars (embtables/formats), unpacked one by one. Included by kernels.h, in its
-// namespace.
+// Rows as they are stored: as scalars, or in other formats (embtables/formats), unpacked one by one. Included by
+// kernels.h, in its namespace.
+//
+// What reads the rows of a slab has a function read(row, f), which calls f(place, number of lanes as a constant, the
+// numbers there). LANES is their number where W, the width, is a constant. ask(row) asks for what read will read. Rows
+// count through all weights.
 
-template <int N>
-struct Integers {
-    typedef int32_t type __attribute__((vector_size(4 * N)));
-    typedef uint8_t bytes __attribute__((vector_size(N)));
-};
-
-// The integers of up to 32 / BITS neighboring fields of a word, as floats, each less `zero`.
-template <int BITS, int N>
-inline lanes<N> fields_of(uint32_t word, float zero) {
-    typename Integers<N>::type shifts, fields = {};
-    for (int i = 0; i < N; ++i) shifts[i] = BITS * i;
-    fields += static_cast<int32_t>(word);
-    // The sign that an arithmetic shift brings in is not among the bits that are kept.
-    return __builtin_convertvector((fields >> shifts) & ((1 << BITS) - 1), lanes<N>) - zero;
+// Asks for the cache lines of some bytes, of BYTES where that is not 0.
+template <int64_t BYTES>
+__attribute__((always_inline)) inline void ask_for(const void* first, int64_t bytes) {
+    const char* at = static_cast<const char*>(first);
+    const int64_t n = BYTES ? BYTES : bytes;
+    for (int64_t byte = 0; byte < n; byte += 64) __builtin_prefetch(at + byte);
+    // Powers of two do not end in another line, since they begin at a multiple of themselves.
+    if constexpr (BYTES == 0) __builtin_prefetch(at + n - 1);
+    else if constexpr (64 % BYTES != 0 && BYTES % 64 != 0) __builtin_prefetch(at + n - 1);
 }
 
-// N bytes as floats.
-template <int N>
-inline lanes<N> floats_of(const uint8_t* bytes) {
-    if constexpr (N == 1) {
-        return static_cast<float>(*bytes);
-#if defined(__AVX2__)
-    } else if constexpr (N == 8) {  // what compilers make of the vectors below goes byte by byte
-        const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
-        lanes<8> r;
-        std::memcpy(&r, &v, sizeof r);
-        return r;
-    } else if constexpr (N == 16) {
-        const lanes<8> halves[2] = {floats_of<8>(bytes), floats_of<8>(bytes + 8)};
-        lanes<16> r;
-        std::memcpy(&r, halves, sizeof r);
-        return r;
-#endif
-    } else {
-        typename Integers<N>::bytes b;
-        std::memcpy(&b, bytes, sizeof b);
-        return __builtin_convertvector(__builtin_convertvector(b, typename Integers<N>::type), lanes<N>);
+template <class T, int W>
+struct PlainRows {
+    static constexpr int LANES = W < REGISTER ? W : REGISTER;
+    const T* first;  // of row 0
+    int64_t width;
+
+    __attribute__((always_inline)) void ask(int64_t row) const {
+        ask_for<W * sizeof(T)>(first + row * fixed<W>(width), width * static_cast<int64_t>(sizeof(T)));
     }
-}
+
+    template <class F>
+    __attribute__((always_inline)) void read(int64_t row, const F& f) const {
+        const T* values = first + row * fixed<W>(width);
+        each<W>(fixed<W>(width), [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, get<n>(values + d)); });
+    }
+};
 
 // The middle of the integers, which stands for 0.
 inline float zero_of(int64_t bits) {
@@ -51,88 +43,184 @@ inline int field_at(const uint8_t* bytes, int64_t bits, int64_t number) {
     return bytes[bit >> 3] >> (bit & 7) & ((1 << bits) - 1);
 }
 
-// f(place, number of lanes as a constant, the numbers there) for a packed row of n scalars.
-template <int BITS, int W, class F>
-inline void each_packed(const uint8_t* bytes, float scale, int32_t n, const F& f) {
-    const float zero = zero_of(BITS);
-    int32_t d = 0;
-    if constexpr (BITS == 8) {
-        each<W>(n, [&](int64_t at, auto m) {
-            f(at, m, (floats_of<m>(bytes + at) - zero) * scale);
-        });
+// How many fields are unpacked at a time: they fill bytes, and where they are smaller than bytes no more than a word.
+template <int BITS, int W>
+constexpr int fields_at_once() {
+    constexpr int most = BITS < 8 && 32 / BITS < REGISTER ? 32 / BITS : 8 / BITS > REGISTER ? 8 / BITS : REGISTER;
+    return W && W < most ? W : most;
+}
+
+// N neighboring fields, of which the first begins at a byte.
+template <int BITS, int N>
+__attribute__((always_inline)) inline integers<N> fields_of(const uint8_t* bytes) {
+    if constexpr (BITS * N <= 32) {
+        uint32_t word = 0;
+        std::memcpy(&word, bytes, (BITS * N + 7) / 8);
+        integers<N> shifts, fields = {};
+        for (int i = 0; i < N; ++i) shifts[i] = BITS * i;
+        fields += static_cast<int32_t>(word);
+        // The sign that an arithmetic shift brings in is not among the bits that are kept.
+        return (fields >> shifts) & ((1 << BITS) - 1);
+#if defined(__AVX512F__)
+    } else if constexpr (N == 16) {  // what compilers make of the vectors below goes byte by byte
+        return bits_as<integers<N>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#endif
+#if defined(__AVX2__)
+    } else if constexpr (N == 8) {
+        return bits_as<integers<N>>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#endif
     } else {
-        constexpr int N = 32 / BITS < 16 ? 32 / BITS : 16, BYTES = N * BITS / 8;
-        for (; d + N <= n; d += N) {
-            uint32_t word = 0;
-            std::memcpy(&word, bytes + d * BITS / 8, BYTES);
-            f(d, std::integral_constant<int, N>{}, fields_of<BITS, N>(word, zero) * scale);
-        }
-        for (; d < n; ++d) f(d, std::integral_constant<int, 1>{}, (static_cast<float>(field_at(bytes, BITS, d)) - zero) * scale);
+        typedef uint8_t eights __attribute__((vector_size(N)));
+        eights fields;
+        std::memcpy(&fields, bytes, sizeof fields);
+        return __builtin_convertvector(fields, integers<N>);
     }
 }
 
-// What each integer of a row of signs stands for.
-inline void levels_of(const bfloat16* scales, int64_t bits, float* levels) {
-    for (int q = 0; q < 1 << bits; ++q) {
-        float sum = 0;
-        for (int64_t j = 0; j < bits; ++j) {
-            const float sign = (static_cast<float>(q >> j & 1) - 0.5f) * load(scales + j);
-            sum = j ? sum + sign : sign;
-        }
-        levels[q] = sum;
+// f(place, number of lanes as a constant, the integers there) for a row of n fields.
+template <int BITS, int W, class F>
+__attribute__((always_inline)) inline void each_field(const uint8_t* bytes, int64_t n, const F& f) {
+    constexpr int N = fields_at_once<BITS, W>();
+    if constexpr (W != 0) {
+        static_assert(W % N == 0, "");
+        auto some = [&](auto d, auto) __attribute__((always_inline)) {
+            f(d, std::integral_constant<int, N>{}, fields_of<BITS, N>(bytes + d * BITS / 8));
+        };
+        each_of<N>(std::make_integer_sequence<int, W / N>{}, some);
+    } else {
+        int64_t d = 0;
+        for (; d + N <= n; d += N) f(d, std::integral_constant<int, N>{}, fields_of<BITS, N>(bytes + d * BITS / 8));
+        for (; d < n; ++d) f(d, std::integral_constant<int, 1>{}, field_at(bytes, BITS, d));
     }
 }
 
-// Where a row of a slab is stored: its unit, its number there, and its scales.
-struct Stored {
-    const uint8_t* bytes;
-    int64_t number;
+// Where the rows of a slab are packed, and their scales.
+struct Packed {
+    const uint8_t* bytes;    // of the slab, as the scales are
     const bfloat16* scales;
+    int64_t first;           // number of the slab's first row
+    int64_t width, bits, unit_bytes, share, num_scales;
+    int shift;               // instead of a division, where rows that have their scales in common are a power of two
+
+    Packed(const Program& program, const Call& call, const Piece& piece) {
+        const Weight& w = program.weights[piece.weight];
+        width = w.width, bits = w.bits, unit_bytes = w.unit_bytes(), share = w.share, num_scales = w.num_scales();
+        bytes = static_cast<const uint8_t*>(call.weights[piece.weight]) + piece.unit * unit_bytes;
+        scales = static_cast<const bfloat16*>(call.scales[piece.weight]) + piece.block * num_scales;
+        first = w.start + piece.slab;
+        shift = share == 0 ? 63 : share & (share - 1) ? -1 : __builtin_ctzll(static_cast<uint64_t>(share));
+    }
+
+    // COUNT: how many scales a row has, or 0.
+    template <int COUNT>
+    __attribute__((always_inline)) const bfloat16* scales_of(int64_t row) const {
+        const int64_t within = row - first;
+        const int64_t block = __builtin_expect(shift >= 0, 1) ? within >> shift : within / share;
+        return scales + block * (COUNT ? COUNT : num_scales);
+    }
+
+    // COLUMNS: the bytes of a row, or 0.
+    template <int COLUMNS>
+    __attribute__((always_inline)) const uint8_t* row_at(int64_t row) const {
+        return bytes + (row - first) * (COLUMNS ? COLUMNS : unit_bytes);
+    }
+
+    template <int COLUMNS, int COUNT>
+    __attribute__((always_inline)) void ask_packed(int64_t row) const {
+        ask_for<COLUMNS>(row_at<COLUMNS>(row), unit_bytes);
+        __builtin_prefetch(scales_of<COUNT>(row));
+    }
 };
 
-inline Stored stored_at(const Program& program, const Call& call, const Piece& piece, int64_t row) {
-    const Weight& w = program.weights[piece.weight];
-    const int64_t within = row - w.start - piece.slab, columns = w.unit_bytes(), count = w.num_scales();
-    const uint8_t* bytes = static_cast<const uint8_t*>(call.weights[piece.weight]) + piece.unit * columns;
-    // Divisions take as long as all the rest.
-    const int64_t block = w.share == 1 ? within : w.share == 0 ? 0
-                        : (within | w.share) >> 32 ? within / w.share
-                                                   : static_cast<uint32_t>(within) / static_cast<uint32_t>(w.share);
-    const bfloat16* scales = static_cast<const bfloat16*>(call.scales[piece.weight]) + (piece.block + block) * count;
-    if (w.width > 1) return {bytes + within * columns, 0, scales};
-    const int64_t bit = within * w.bits;
-    return {bytes + (bit >> 3), (bit & 7) / w.bits, scales};
+// Integers times a scale.
+template <int BITS, int W>
+struct IntegerRows : Packed {
+    static constexpr int LANES = fields_at_once<BITS, W>(), COLUMNS = (BITS * W + 7) / 8;
+
+    __attribute__((always_inline)) void ask(int64_t row) const { ask_packed<COLUMNS, 1>(row); }
+
+    template <class F>
+    __attribute__((always_inline)) void read(int64_t row, const F& f) const {
+        const float scale = load(scales_of<1>(row)), zero = zero_of(BITS);
+        each_field<BITS, W>(row_at<COLUMNS>(row), fixed<W>(width), [&](auto d, auto n, auto q) __attribute__((always_inline)) {
+            f(d, n, (to_floats<n>(q) - zero) * scale);
+        });
+    }
+};
+
+// The sum of half of each scale, with the sign that its bit says.
+template <int N>
+__attribute__((always_inline)) inline lanes<N> sum_of_signs(integers<N> q, const bfloat16* scales, int64_t bits) {
+    lanes<N> sum = {};
+    for (int64_t j = 0; j < bits; ++j) {
+        const lanes<N> sign = (to_floats<N>(q >> static_cast<int>(j) & 1) - 0.5f) * load(scales + j);
+        sum = j ? sum + sign : sign;
+    }
+    return sum;
 }
 
-// f(place, number of lanes as a constant, the numbers there) for a row in another format than plain scalars.
-template <int W, class F>
-inline void each_stored(const Program& program, const Call& call, const Piece& piece, int64_t row, const F& f) {
+template <int BITS, int W>
+struct SignRows : Packed {
+    static constexpr int LANES = fields_at_once<BITS, W>(), COLUMNS = (BITS * W + 7) / 8;
+
+    __attribute__((always_inline)) void ask(int64_t row) const { ask_packed<COLUMNS, BITS>(row); }
+
+    template <class F>
+    __attribute__((always_inline)) void read(int64_t row, const F& f) const {
+        const bfloat16* own = scales_of<BITS>(row);
+        each_field<BITS, W>(row_at<COLUMNS>(row), fixed<W>(width), [&](auto d, auto n, auto q) __attribute__((always_inline)) {
+            f(d, n, sum_of_signs<n>(q, own, BITS));
+        });
+    }
+};
+
+// Rows of one scalar each, several to a byte.
+struct PackedScalars : Packed {
+    static constexpr int LANES = 1;
+    bool are_signs;
+
+    void ask(int64_t row) const {
+        __builtin_prefetch(bytes + ((row - first) * bits >> 3));
+        __builtin_prefetch(scales_of<0>(row));
+    }
+    template <class F>
+    void read(int64_t row, const F& f) const {
+        const int64_t bit = (row - first) * bits;
+        const int field = field_at(bytes + (bit >> 3), bits, (bit & 7) / bits);
+        constexpr auto one = std::integral_constant<int, 1>{};
+        if (are_signs) return f(0, one, sum_of_signs<1>(field, scales_of<0>(row), bits));
+        f(0, one, (static_cast<float>(field) - zero_of(bits)) * load(scales_of<0>(row)));
+    }
+};
+
+// Narrow rows that are no floats are read by the code for any width.
+constexpr bool has_own_code(int64_t width) { return width >= 16; }
+
+// Calls g with what reads the rows of a piece's slab. They are W wide where W is not 0.
+template <class T, int W, class G>
+inline void with_rows(const Program& program, const Call& call, const Piece& piece, const G& g) {
     const Weight& w = program.weights[piece.weight];
-    const int32_t n = static_cast<int32_t>(fixed<W>(w.width));
-    constexpr auto one = std::integral_constant<int, 1>{};
-    if (w.format == HALVES || w.format == BRAINS) {
-        const char* values = static_cast<const char*>(call.weights[piece.weight]) + (row - w.start) * n * 2;
-        for (int32_t d = 0; d < n; ++d)
-            f(d, one, w.format == HALVES ? load(reinterpret_cast<const float16*>(values) + d)
-                                         : load(reinterpret_cast<const bfloat16*>(values) + d));
-        return;
-    }
-    const Stored at = stored_at(program, call, piece, row);
-    if (w.format == SIGNS) {
-        float levels[16];
-        levels_of(at.scales, w.bits, levels);
-        for (int32_t d = 0; d < n; ++d) f(d, one, levels[field_at(at.bytes, w.bits, at.number + d)]);
-        return;
-    }
-    const float scale = load(at.scales);
-    if (w.width == 1) {
-        f(0, one, (static_cast<float>(field_at(at.bytes, w.bits, at.number)) - zero_of(w.bits)) * scale);
-        return;
-    }
-    switch (w.bits) {
-        case 8: return each_packed<8, W>(at.bytes, scale, n, f);
-        case 4: return each_packed<4, W>(at.bytes, scale, n, f);
-        case 2: return each_packed<2, W>(at.bytes, scale, n, f);
-        default: return each_packed<1, W>(at.bytes, scale, n, f);
+    const void* values = call.weights[piece.weight];
+    auto plain = [&](auto* first) { g(PlainRows<std::decay_t<decltype(*first)>, W>{first - w.start * w.width, w.width}); };
+    if constexpr (!std::is_same<T, float>::value) {  // then all weights are plain
+        plain(static_cast<const T*>(values));
+    } else if (w.format == PLAIN) {
+        plain(static_cast<const float*>(values));
+    } else if constexpr (W < 2 || has_own_code(W)) {
+        if (w.format == HALVES) return plain(static_cast<const float16*>(values));
+        if (w.format == BRAINS) return plain(static_cast<const bfloat16*>(values));
+        const Packed packed(program, call, piece);
+        const bool signs = w.format == SIGNS;
+        if constexpr (W < 2) {
+            if (w.width == 1) return g(PackedScalars{packed, signs});
+        }
+        if constexpr (W != 1) {
+            switch (w.bits) {
+                case 8: return g(IntegerRows<8, W>{packed});
+                case 4: return signs ? g(SignRows<4, W>{packed}) : g(IntegerRows<4, W>{packed});
+                case 2: return signs ? g(SignRows<2, W>{packed}) : g(IntegerRows<2, W>{packed});
+                default: return signs ? g(SignRows<1, W>{packed}) : g(IntegerRows<1, W>{packed});
+            }
+        }
     }
 }
