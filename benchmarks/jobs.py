@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import dlrm, frameworks, ours, rivals, step, tables
+from benchmarks import bags, dlrm, frameworks, ours, rivals, step, tables
 from benchmarks.timing import Progress, ignore
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("machine", "tables", "dlrm", "step", "memory", "frameworks", "data")
+SUITES = ("machine", "tables", "bags", "dlrm", "step", "memory", "frameworks", "data")
 _THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"
 MODES = ("quick", "default", "full")
 
@@ -47,10 +47,20 @@ def _read(settings: Reading, progress: Progress) -> list[tables.Row]:
     return [common | {"contestant": row.pop("name"), **row} for row in found]
 
 
-Settings = tables.Settings | dlrm.Settings | step.Settings | dlrm.Memory | frameworks.Settings | Ceilings | Reading
+Settings = (
+    tables.Settings
+    | bags.Settings
+    | dlrm.Settings
+    | step.Settings
+    | dlrm.Memory
+    | frameworks.Settings
+    | Ceilings
+    | Reading
+)
 _SETTINGS: dict[str, type[Any]] = {
     "machine": Ceilings,
     "tables": tables.Settings,
+    "bags": bags.Settings,
     "dlrm": dlrm.Settings,
     "step": step.Settings,
     "memory": dlrm.Memory,
@@ -60,6 +70,7 @@ _SETTINGS: dict[str, type[Any]] = {
 _RUN: dict[str, Callable[[Any, Progress], list[tables.Row]]] = {
     "machine": lambda s, progress: tables.ceilings(s.threads, s.rounds, progress),
     "tables": tables.run,
+    "bags": bags.run,
     "dlrm": dlrm.run,
     "step": step.run,
     "memory": dlrm.peak,
@@ -86,6 +97,8 @@ class Job:
             if s.ops != "native":
                 parts.append(f"{s.ops} ops")
             return f"tables: {', '.join(parts)}"
+        if isinstance(s, bags.Settings):
+            return f"bags: {s.scale}, D = {s.dim}, {_threads(s.threads)}"
         if isinstance(s, dlrm.Settings):
             return f"DLRM: {s.scale}, {'bf16' if s.autocast else 'fp32'}, {_threads(s.threads)}"
         if isinstance(s, step.Settings):
@@ -127,6 +140,9 @@ def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
     add("tables", tables.Settings(threads=threads, rounds=rounds, everything=not quick))
     if not quick:
         add("tables", tables.Settings(1, threads=threads, rounds=10, everything=mode == "full"))
+    # Beyond the caches, and within them.
+    for num_rows, dim in ((1_000_000, 16), (1_000_000, 64), (20_000, 16)):
+        add("bags", bags.Settings(num_rows, dim, rounds=rounds))
     add("dlrm", dlrm.Settings(threads=threads, rounds=rounds // 2))
     if not quick:
         add("dlrm", dlrm.Settings(autocast=True, threads=threads, rounds=10))

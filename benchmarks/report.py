@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import ours, rivals
+from benchmarks import bags, ours, rivals
 from benchmarks.results import DAGGER, FULL, RESULTS, Results, default_ops, memory_rows, ratio, rendered, row_of
 from benchmarks.targets import targets
 from benchmarks.timing import OTHERS
@@ -120,6 +120,27 @@ def parts_of_a_step(results: Results) -> str:
         name = f"{row['contestant']}, {row['precision']}, {row['mode']}"
         parts = [f"{row[part]:.2f}" for part in names]
         lines.append([name, f"{row['median_ms']:.2f}{_mark(row)}", f"{row['table_share']:.0%}", *parts])
+    return rendered(lines)
+
+
+def pooled_bags(results: Results) -> str:
+    """Microseconds of inference over one table, by the length of the bags, and the time of ``PLAIN`` over each."""
+    rows = results.select("bags")
+    lengths = [f"bags of {length}" for length in bags.LENGTHS]
+    lines = [["inference, µs", "table", *(f"{name}{extra}" for name in lengths for extra in ("", ": ×"))]]
+    lines.append(["---", "---", *["---:"] * (2 * len(lengths))])
+    for (scale, dim), table in rows.groupby(["scale", "dim"], sort=False):
+        for name in table["contestant"].unique():
+            cells = []
+            for phase in lengths:
+                same = table[table["phase"] == phase]
+                against = ratio(same, (bags.PLAIN, ""), (name, ""))
+                row = row_of(same, (name, "")).iloc[0]
+                cells += [
+                    f"{1e3 * row['median_ms']:,.0f}{_mark(row)}",
+                    "" if against is None else f"{against.value:.2f}",
+                ]
+            lines.append([name, f"{scale}, D = {dim:.0f}", *cells])
     return rendered(lines)
 
 
@@ -255,6 +276,7 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "faster": ("Where a rival is faster", faster_rivals),
     "headline": ("Tables: 1/10, D = 16, batch 2048", headline),
     "axes": ("Tables: other configurations", axes),
+    "bags": ("Bags of one table, one thread, against `nn.EmbeddingBag`", pooled_bags),
     "dlrm": ("A whole DLRM step", whole_steps),
     "step": ("Parts of a step", parts_of_a_step),
     "optimizers": ("What optimizer=None costs", optimizers),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import frameworks, ours, rivals
+from benchmarks import bags, frameworks, ours, rivals
 from benchmarks.results import DAGGER, FULL, Measured, Pair, Results, doubts_of, memory_rows, ratio, rendered, row_of
 
 THREADS = 2  # of the targets
@@ -100,6 +100,16 @@ def _memory(full: bool) -> Measure:
     return measure
 
 
+def _packed_bags(slow: str, precision: str) -> Measure:
+    """Bags of many ids over a table beyond the caches."""
+
+    def measure(results: Results) -> Measured | None:
+        rows = results.select("bags", scale=f"{1_000_000:,} rows", dim=16, phase=f"bags of {bags.LENGTHS[-1]}")
+        return ratio(rows, (slow, ""), (bags.name_of(precision), ""))
+
+    return measure
+
+
 def _within(kind: str, optimizer: str = "rowwise_adagrad") -> Measure:
     return _faster((ours.name_of(kind), optimizer), (ours.FULL, optimizer))
 
@@ -122,6 +132,9 @@ TARGETS = [
     _at_least(_ADAM, "`nn.EmbeddingBag` loop, SparseAdam", 5, _faster((rivals.LOOP, "adam"), (ours.FULL, "adam"))),
     _at_least("forward, full, ids checked", "FBGEMM TBE with its check, at its quickest", 2, _checked_forward),
     _at_least("forward, full, 33.8 M rows", "rows at random, at their quickest", 0.5, _gather_rate)._replace(unit="%"),
+    _at_least("bags of 50, int8, 1 M × 16", "`embedding_bag_byte`", 1.5, _packed_bags(bags.BYTES, "int8")),
+    _at_least("bags of 50, int4, 1 M × 16", "`embedding_bag_4bit`", 1.5, _packed_bags(bags.NIBBLES, "int4")),
+    _at_least("bags of 50, int8, 1 M × 16", "full, fp32", 1, _packed_bags(bags.name_of("fp32"), "int8")),
     _at_most("step, hash", "full", 1, _within("hash")),
     _at_most("step, unified, two lookups", "full", 1, _within("unified")),
     _at_most("step, unified, one lookup", "full", 1, _within("unified_one")),

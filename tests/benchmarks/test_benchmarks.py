@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench, dlrm, frameworks, jobs, ours, report, results, rivals, tables, timing
+from benchmarks import bags, bench, dlrm, frameworks, jobs, ours, report, results, rivals, tables, timing
 from benchmarks.contestants import Built, Contestant, Skipped, sittings
 from benchmarks.targets import TARGETS
 from benchmarks.workload import CARDINALITIES, Workload, sizes
@@ -449,6 +449,28 @@ def test_every_part_of_the_report_can_be_taken_out(rows: pd.DataFrame) -> None:
         report.part(text, name)
     with pytest.raises(ValueError, match="no part 'other'; it has targets"):
         report.part(text, "other")
+
+
+def test_packed_bags_are_compared_side_by_side() -> None:
+    """The contestants sum rows of one table: what they differ by is how far a scalar moves where it is rounded."""
+    found = bags.contestants(60, 16)
+    ids, offsets = (
+        torch.randint(60, (400,), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 1, 130, 400]),
+    )
+    with torch.no_grad():
+        sums = {name: look_up(ids, offsets) for name, look_up in found.items()}
+    expected = sums[bags.PLAIN]
+    largest = 400 * float(expected[0].abs().max())
+    for name, bits in ((bags.name_of("fp32"), 22), (bags.name_of("int8"), 6), (bags.BYTES, 6), (bags.NIBBLES, 2)):
+        assert torch.allclose(sums[name], expected, rtol=0, atol=largest / 2**bits), name
+        assert name.endswith("fp32") or not torch.equal(sums[name], expected)
+    rows = bags.run(bags.Settings(60, 16, batch=3, rounds=1), timing.ignore)
+    assert len(rows) == len(bags.LENGTHS) * len(found)
+    run = results.Results(pd.DataFrame(rows).assign(median_ms=[float(i) + 1 for i in range(len(rows))], others=0.0), {})
+    lines = report.pooled_bags(run).splitlines()
+    assert len(lines) == 2 + len(found) and lines[2].startswith("| embtables full, fp32 | 60 rows, D = 16 | 1,000")
+    assert lines[2].split("|")[4].strip() == f"{[*found].index(bags.PLAIN) + 1:.2f}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
