@@ -13,7 +13,7 @@ from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
 
 from embtables.config import TableConfig
-from embtables.formats import row_format
+from embtables.formats import DTYPES, row_format
 from embtables.lookup.recipe import Range, Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods import from_config
@@ -304,7 +304,8 @@ class _Parts(NamedTuple):
     def bytes_of(self, hot: Counts) -> Counts:
         """The bytes ``[tables]`` of tables with so many hot rows, with the ranks of their ids."""
         starts, rows = remapped(self.group), self.group.num_rows
-        ranks = np.array([4 * (t.name in starts) for t in self.group.tables]) * rows
+        of_one = max((DTYPES[code.dtype].itemsize for code in rank_code(self.group)), default=0)
+        ranks = np.array([of_one * (t.name in starts) for t in self.group.tables]) * rows
         return np.minimum(self.group.rows_bytes(hot) + self.cold + ranks, self.full)
 
     @property

@@ -188,12 +188,12 @@ def test_rows_of_one_price_go_to_the_most_frequent_ids(budget: str) -> None:
 def test_bytes_are_those_of_hot_rows_cold_rows_and_ranks() -> None:
     solved = solve("40%", hot=0.5)
     found, rows = values(solved), {"user": 8, "item": 4, "city": 8}
-    expected = 4 * 501 if "item" in found else 0
+    expected = 2 * 501 if "item" in found else 0
     for name, dim in rows.items():
         size = {"user": 900, "item": 501, "city": 12}[name]
         expected += 4 * dim * (found[name]["hot_rows"] + found[name]["rows"] if name in found else size)
     assert solved.inference_bytes == expected
-    assert solved.bytes_by_kind()["index"] == 4 * 501
+    assert solved.bytes_by_kind()["index"] == 2 * 501
 
 
 def test_small_tables_are_in_full_and_then_have_no_ranks() -> None:

@@ -145,7 +145,8 @@ def test_training_budget_is_respected(case: Case, share: float, training_share: 
         bounded = solve(case, budget, training_budget=bound)
     except InfeasibleBudget as error:
         assert error.floor_bytes > bound and "training" in str(error)
-        assert solve(case, budget, training_budget=error.floor_bytes).training_bytes == error.floor_bytes
+        # Larger tables may train in less, where narrow rows with a state of their own become full ones without.
+        assert solve(case, budget, training_budget=error.floor_bytes).training_bytes <= error.floor_bytes
         with pytest.raises(InfeasibleBudget):
             solve(case, budget, training_budget=error.floor_bytes - 1)
     else:
