@@ -92,6 +92,13 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "robe", "block_size": 3, "addressing": "random"},
     {"kind": "mixed_dimension", "first_block": 8, "block_growth": 2},
     {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
+    {"kind": "fewer_dimensions", "projection": True},
+    {"kind": "low_rank", "inner_dim": 12},
+    {"kind": "hot_cold", "cold": "compositional", "hot": 0.3},
+    {"kind": "hot_cold", "cold": {"kind": "multi_hash", "signs": True}},
+    {"kind": "hot_cold", "cold": "unified", "hot": 0.5},
+    {"kind": "hot_cold", "cold": {"kind": "robe", "signs": True}, "hot": 0.6},
+    {"kind": "hot_cold", "cold": "frequency_cutoff"},
     _PRUNING | {"schedule": "exponential"},
 ]
 
@@ -143,7 +150,7 @@ ARRANGEMENTS = (*ONE_DIM, "shared features", "odd dims", "wide")
 # Methods that take tables without a vocabulary are tried on such, too.
 HASHING = ("hash", "multi_hash", "unified", "robe")
 # Methods that need to know how often ids occur.
-COUNTED = ("frequency_cutoff", "banded")
+COUNTED = ("frequency_cutoff", "banded", "hot_cold")
 
 
 def arrangement(name: str) -> list[TableConfig]:

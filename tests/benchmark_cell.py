@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--budget", default="")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--also", action="append", default=[])
     args = parser.parse_args()
     fake = Path(os.environ["FAKE"])
     with (fake / "started").open("a") as started:
@@ -51,22 +52,28 @@ def main() -> None:
         time.sleep(0.02)
     if (fake / "die").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    method = PROJECTED if "projection" in args.method else args.method
+    trained = {"method": args.method, "budget": args.budget}
+    write(args.out, trained, args)
+    for folder, tables in (item for text in args.also for item in json.loads(text).items()):
+        write(Path(folder), trained | tables, args)
+
+
+def write(out: Path, tables: dict[str, str], args: argparse.Namespace) -> None:
+    fake, budget = Path(os.environ["FAKE"]), str(tables["budget"] or "")
+    method = PROJECTED if "projection" in tables["method"] else tables["method"]
     if (fake / f"fail-{method}").exists():
         print("some progress\rError: the loss is NaN at step 7", file=sys.stderr)
         sys.exit(2)
     rate = next((float(item.split("=")[1]) for item in args.set), 0.05)
-    labels = np.load(args.out.parent.parent / "test_labels.npy")
+    labels = np.load(out.parent.parent / "test_labels.npy")
     generator = np.random.default_rng(args.seed)
-    noise = NOISE.get(method, 1.2 + len(method) / 20) * (1 + 10 * abs(rate - 0.3) if args.set else 1) + (
-        "1%" == args.budget
-    )
+    noise = NOISE.get(method, 1.2 + len(method) / 20) * (1 + 10 * abs(rate - 0.3) if args.set else 1) + ("1%" == budget)
     scores = (labels + noise * generator.standard_normal(len(labels))).astype(np.float32)
-    args.out.mkdir(parents=True, exist_ok=True)
-    np.save(args.out / "test_scores.npy", scores)
-    (args.out / "config.yaml").write_text(f"tables: {{learning_rate: {rate}}}\ndense: {{learning_rate: 0.001}}\n")
-    plans = json.loads((args.out.parent.parent / "plans.json").read_text())
-    planned = next(p for p in plans if (p["method"], p["budget"]) == (method, args.budget))
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "test_scores.npy", scores)
+    (out / "config.yaml").write_text(f"tables: {{learning_rate: {rate}}}\ndense: {{learning_rate: 0.001}}\n")
+    plans = json.loads((out.parent.parent / "plans.json").read_text())
+    planned = next(p for p in plans if (p["method"], p["budget"]) == (method, budget))
     metrics = {
         **{key: planned[key] for key in ("inference_bytes", "training_bytes", "full_bytes", "ratio")},
         "status": "ok",
@@ -83,8 +90,8 @@ def main() -> None:
         "peak_rss_bytes": 1 << 28,
         "collision_share": 0.25,
     }
-    (args.out / ".metrics").write_text(json.dumps(metrics))
-    os.replace(args.out / ".metrics", args.out / "metrics.json")
+    (out / ".metrics").write_text(json.dumps(metrics))
+    os.replace(out / ".metrics", out / "metrics.json")
 
 
 if __name__ == "__main__":

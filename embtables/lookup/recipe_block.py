@@ -198,7 +198,12 @@ class _Run:
             self._keep("sign_seed", [[getattr(a, "sign_seed", 0) for a in each] for each in addresses], self.kind)
         if isinstance(sample, _BLOCKS):
             scalars = [a.scalars for a in addresses[0] if isinstance(a, _BLOCKS)]
-            self.longest, self.taken = max(scalars), _taken(scalars)
+            self.longest = max(scalars)
+            # No ends of blocks that are shorter than others.
+            taken = [p * self.longest + offset for p, n in enumerate(scalars) for offset in range(n)]
+            self.cuts = len(taken) < self.longest * len(scalars)
+            if self.cuts:
+                block.constant(f"{name}_taken", taken)
             block.constant(f"{name}_offset", list(range(self.longest)))
         if isinstance(sample, Listed):
             block.constant(f"{name}_number", list(range(sample.longest)))
@@ -218,7 +223,7 @@ class _Run:
         if self.kind in _BLOCKS:
             scalars = self._seeded(ids, feature).unsqueeze(-1) + self._constant("offset")
             within = scalars % self._constant("size")[feature].unsqueeze(-1)
-            return (self._constant("base")[feature].unsqueeze(-1) + within).flatten(-2)[..., self.taken]
+            return self._cut((self._constant("base")[feature].unsqueeze(-1) + within).flatten(-2))
         return self._constant("base")[feature] + self._in_slab(ids, feature)
 
     def _in_slab(self, ids: Tensor, feature: Tensor) -> Tensor:
@@ -272,7 +277,12 @@ class _Run:
 
     def _signs(self, ids: Tensor, feature: Tensor) -> Tensor:
         signs = hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature])
-        return signs if self.kind not in _BLOCKS else signs.repeat_interleave(self.longest, dim=-1)[..., self.taken]
+        return signs if self.kind not in _BLOCKS else self._cut(signs.repeat_interleave(self.longest, dim=-1))
+
+    def _cut(self, scalars: Tensor) -> Tensor:
+        """Of blocks as long as the longest ``[..., P · longest]`` those scalars that each has."""
+        # By index even where they are the first ones: how a slice is laid out depends on whether B is 1.
+        return scalars.index_select(-1, self._constant("taken")) if self.cuts else scalars
 
     def signature(self, ranks: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
         if self.kind is Listed:
@@ -281,13 +291,6 @@ class _Run:
         if not self.has_signs:
             return rows
         return rows * 2 + (hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature]) > 0)
-
-
-def _taken(scalars: Sequence[int]) -> slice | list[int]:
-    """Of blocks as long as the longest, one after another, the places that are taken: no ends of short blocks."""
-    longest = max(scalars)
-    places = [p * longest + o for p, n in enumerate(scalars) for o in range(n)]
-    return slice(len(places)) if places == list(range(len(places))) else places
 
 
 class _Alternatives:

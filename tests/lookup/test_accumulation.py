@@ -27,12 +27,12 @@ class _Plain(SGD):
 
 
 OPTIMIZERS: list[FusedOptimizer] = [
-    SGD(0.1, l2=0.01),
+    SGD(0.01, l2=0.01),
     SGD(0.1, clip_row_norm=0.5),
     RowWiseAdagrad(0.1),
     Adagrad(0.1),
     Adam(0.1),
-    _Plain(0.1),
+    _Plain(0.01),
 ]
 
 

@@ -68,8 +68,8 @@ def test_every_method_of_rows_is_rounded_and_others_are_refused() -> None:
         else:
             tables.fake_quantize()
             assert (tables.store.rounding is None) == (not tables.store.weight_names)
-    # In fp32 there is nothing to round.
-    for method in all_methods():
+    # In fp32 there is nothing to round, but for bands, which have formats of their own.
+    for method in (method for method in all_methods() if method.kind != "banded"):
         tables = make(method, "fp32", share="15%")
         tables.fake_quantize()
         assert tables.store.rounding is None

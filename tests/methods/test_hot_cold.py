@@ -201,7 +201,7 @@ def test_small_tables_are_in_full_and_then_have_no_ranks() -> None:
     tables = [TableConfig("large", 3000, 8), TableConfig("small", 20, 8)]
     solved = plan(tables, {"kind": "hot_cold", "hot": 0.5}, "30%", counts)
     assert solved.groups[0].layout.entries["small"].variant == FULL
-    assert solved.bytes_by_kind()["index"] == 4 * 3000
+    assert solved.bytes_by_kind()["index"] == 2 * 3000
     dense = EmbeddingTables(solved, std=0.5).to_dense("large")
     first = int(np.argmax(counts["large"]))
     assert not any(torch.equal(dense[first], dense[x]) for x in range(3000) if x != first)
