@@ -153,7 +153,9 @@ def test_a_whole_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
     assert all(r["test_auc"] == "" and "too small" in r["message"] for r in infeasible)
     # Seed by seed, full first; nothing infeasible was started, nothing twice.
     order = started(fake)
-    assert len(order) == len(set(order)) == sum(r["status"] == "ok" for r in read_rows)
+    # At 8 bytes drop_feature has what it has at 1 %, nothing, and is served by that training.
+    trained = [r for r in read_rows if r["status"] == "ok" and (r["method"], r["budget"]) != ("drop_feature", "8")]
+    assert len(order) == len(set(order)) == len(trained)
     # Two cells run at a time and note their own start, so the two at the border may change places.
     half = len(order) // 2
     assert {name.rsplit("-s", 1)[1] for name in order[: half - 1]} == {"0"}
