@@ -391,7 +391,7 @@ def plan_apart(
     if training_budget is not None:
         bound = parse_budget(training_budget, full)
         if result.training_bytes > bound:
-            result = _under_training_budget(solve, floor, limit or floor, bound)
+            result = _under_training_budget(solve, floor, limit or floor, result.training_bytes, bound)
     _check_names(result)
     codes = {k: v for g in result.groups for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
     # What the counts decided is in the layouts and codes; a plan does not hold on to them.
@@ -399,15 +399,16 @@ def plan_apart(
     return replace(result, groups=settled, codes=codes)
 
 
-def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, bound: int) -> Plan:
-    """The largest plan between floor and limit whose training bytes fit.
+def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, largest: int, bound: int) -> Plan:
+    """The largest plan between floor and limit whose training bytes fit; those of the one at the limit are ``largest``.
 
     They grow with the inference budget, but for a row-wise state that falls where tables of narrow rows become full:
     there a larger plan may be missed, never the bound.
     """
     best = solve(floor)
     if best.training_bytes > bound:
-        raise infeasible(bound, best.training_bytes, "the smallest tables these methods can train", phase="training")
+        least = min(best.training_bytes, largest)
+        raise infeasible(bound, least, "the smallest tables these methods can train", phase="training")
     low, high = floor, limit
     while high - low > 1:
         middle = (low + high) // 2
