@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from embtables.lookup.recipe import (
+    BLOCKS,
     Address,
     Balanced,
     BalancedBlock,
@@ -90,9 +91,7 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     if recipe.combine == "alternatives":
         return recipe.rest is None or is_native(recipe.rest, store)
     # Blocks begin anywhere in their slab and may go on at its beginning: no place for the rows of a projection.
-    return recipe.projection is None or not any(
-        isinstance(address, (CircularBlock, BalancedBlock)) for address in recipe.addresses
-    )
+    return recipe.projection is None or not any(isinstance(address, BLOCKS) for address in recipe.addresses)
 
 
 def compile_program(
@@ -149,7 +148,7 @@ def compile_program(
         column, before = 0, 0
         for address in recipe.addresses:
             width, rows, start = store.width(address.slab), store.rows(address.slab), store.start(address.slab)
-            scalars = address.scalars if isinstance(address, (CircularBlock, BalancedBlock)) else width
+            scalars = address.scalars if isinstance(address, BLOCKS) else width
             a, b, code, values, turn = 0, 0, -1, -1, 0
             if isinstance(address, Row):
                 start, a = start + address.first, UNBOUNDED
@@ -329,7 +328,7 @@ def _check_address(address: Address, recipe: Recipe, num_ids: int | None, store:
         refuse(f"{place} from row {address.first} on for {num_ids} ids, but the slab has {rows} rows")
     if isinstance(address, Digit) and address.divisor < 1:
         refuse(f"{place} with the divisor {address.divisor}, which is below 1")
-    if isinstance(address, (CircularBlock, BalancedBlock)):
+    if isinstance(address, BLOCKS):
         if combine != "concat" or width != 1 or not 1 <= address.scalars <= rows:
             refuse(
                 f"{place} of {address.scalars} scalars: blocks are joined, of a slab of width 1, and at most all of it"
@@ -339,7 +338,7 @@ def _check_address(address: Address, recipe: Recipe, num_ids: int | None, store:
     if isinstance(address, Listed) and address.longest < 1:
         refuse(f"{place} of at most {address.longest} rows")
     signed = getattr(address, "sign_seed", None) is not None
-    if signed and combine not in ("sum", "mean") and not isinstance(address, (CircularBlock, BalancedBlock)):
+    if signed and combine not in ("sum", "mean") and not isinstance(address, BLOCKS):
         refuse(f"{place} with a sign, which only sums, means and blocks have")
 
 
@@ -372,9 +371,7 @@ def _check_alternatives(dim: int, num_ids: int | None, recipe: Recipe, store: St
 
 def _check_widths(dim: int, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
     extras = store.extra_shapes()
-    widths = [
-        a.scalars if isinstance(a, (CircularBlock, BalancedBlock)) else store.width(a.slab) for a in recipe.addresses
-    ]
+    widths = [a.scalars if isinstance(a, BLOCKS) else store.width(a.slab) for a in recipe.addresses]
     if recipe.combine != "concat" and len(set(widths)) > 1:
         refuse(f"({recipe.combine}) has values of different widths: {', '.join(map(str, widths))}")
     if recipe.zeros and (recipe.combine != "concat" or recipe.projection is not None):

@@ -134,6 +134,9 @@ class Range:
     projection: str | None = None
 
 
+# The addresses of several scalars of a slab of width 1.
+BLOCKS = (CircularBlock, BalancedBlock)
+
 Address: TypeAlias = Row | Hashed | Balanced | Digit | Capped | CircularBlock | BalancedBlock | Coded | Listed | Range
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from embtables.hashing import balanced_ids, hash_ids, hash_signs
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.recipe import (
+    BLOCKS,
     Address,
     Balanced,
     BalancedBlock,
@@ -30,9 +31,8 @@ from embtables.lookup.recipe import (
 from embtables.lookup.store import Store
 
 _NO_END = 2**62
-# Addresses that a seed decides, and those of them that have several rows of a slab of width 1.
-_SEEDED = (Hashed, Balanced, CircularBlock, BalancedBlock)
-_BLOCKS = (CircularBlock, BalancedBlock)
+# Addresses that a seed decides.
+_SEEDED = (Hashed, Balanced, *BLOCKS)
 
 
 def shape_of(recipe: Recipe, store: Store) -> Hashable:
@@ -41,7 +41,7 @@ def shape_of(recipe: Recipe, store: Store) -> Hashable:
     if recipe.combine == "alternatives":
         rest = None if recipe.rest is None else shape_of(recipe.rest, store)
         return recipe.combine, ranks, recipe.projection, rest
-    scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, _BLOCKS))
+    scalars = tuple(a.scalars for a in recipe.addresses if isinstance(a, BLOCKS))
     kinds = tuple(_kind(a, store) for a in recipe.addresses)
     behind = recipe.inner, recipe.projection, recipe.zeros
     return recipe.combine, ranks, behind, kinds, scalars, _runs(recipe, store)
@@ -196,8 +196,8 @@ class _Run:
         self.has_signs = getattr(sample, "sign_seed", None) is not None
         if self.has_signs:
             self._keep("sign_seed", [[getattr(a, "sign_seed", 0) for a in each] for each in addresses], self.kind)
-        if isinstance(sample, _BLOCKS):
-            scalars = [a.scalars for a in addresses[0] if isinstance(a, _BLOCKS)]
+        if isinstance(sample, BLOCKS):
+            scalars = [a.scalars for a in addresses[0] if isinstance(a, BLOCKS)]
             self.longest = max(scalars)
             # No ends of blocks that are shorter than others.
             taken = [p * self.longest + offset for p, n in enumerate(scalars) for offset in range(n)]
@@ -220,7 +220,7 @@ class _Run:
         """Rows ``[..., P]``, and of blocks and lists the scalars or rows of each, one after another."""
         if self.kind is Listed:
             return self._listed(ids, feature)
-        if self.kind in _BLOCKS:
+        if self.kind in BLOCKS:
             scalars = self._seeded(ids, feature).unsqueeze(-1) + self._constant("offset")
             within = scalars % self._constant("size")[feature].unsqueeze(-1)
             return self._cut((self._constant("base")[feature].unsqueeze(-1) + within).flatten(-2))
@@ -277,7 +277,7 @@ class _Run:
 
     def _signs(self, ids: Tensor, feature: Tensor) -> Tensor:
         signs = hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature])
-        return signs if self.kind not in _BLOCKS else self._cut(signs.repeat_interleave(self.longest, dim=-1))
+        return signs if self.kind not in BLOCKS else self._cut(signs.repeat_interleave(self.longest, dim=-1))
 
     def _cut(self, scalars: Tensor) -> Tensor:
         """Of blocks as long as the longest ``[..., P · longest]`` those scalars that each has."""

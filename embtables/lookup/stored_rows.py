@@ -62,8 +62,11 @@ class StoredRows:
     def firsts(self, device: torch.device) -> Tensor:
         """The first row, unit and block of scales of every slab, ``[3, slabs]``."""
         if device not in self._firsts:
-            self._firsts[device] = torch.tensor([self.rows[:-1], self.units[:-1], self.blocks[:-1]], device=device)
+            self._firsts[device] = torch.stack(self._new_firsts(device))
         return self._firsts[device]
+
+    def _new_firsts(self, device: torch.device) -> list[Tensor]:
+        return [torch.tensor(each[:-1], device=device) for each in (self.rows, self.units, self.blocks)]
 
     def read(self, stored: Tensor, scales: Tensor | None, index: Tensor) -> Tensor:
         """Rows ``[N, width]`` in fp32."""
@@ -72,8 +75,7 @@ class StoredRows:
             return unpack(stored, scales, self.firsts(index.device), index, self.width, self.form)
         if self.together == self.share == 1:
             return self.format.unpack(stored[index], None, None if scales is None else scales[index], self.width)
-        firsts = (torch.tensor(each[:-1], device=index.device) for each in (self.rows, self.units, self.blocks))
-        starts, units, blocks = firsts
+        starts, units, blocks = self._new_firsts(index.device)  # which a graph holds as its own
         # Slabs without rows begin where the next one does, which is the last of these.
         slab = torch.bucketize(index, starts, right=True) - 1
         within = index - starts[slab]

@@ -18,10 +18,10 @@ from embtables.formats import RowFormat
 from embtables.lookup.recipe import Range
 from embtables.lookup.store import Store
 from embtables.methods.base import Initializer, TableEntry, full_entry, full_layout
-from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows
+from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows, projection_name, projection_of
 from embtables.methods.ranking import RankedMethod, rank_code, ranks_of, remapped
 from embtables.sizes.budget import Ints
-from embtables.sizes.layout import FULL, Entry, Extra, Form, Group, Layout, Slab
+from embtables.sizes.layout import FULL, Entry, Form, Group, Layout, Slab
 from embtables.sizes.steps import Path, Shared, by_table
 
 
@@ -86,7 +86,7 @@ class BandedMethod(RankedMethod):
             if self.shares_lowest:
                 slabs.append(Slab(shared_row(table.name), 1, *_of_slab(levels[0])))
             entries[table.name] = self._entry(bands, starts.get(table.name))
-        extras = tuple(_extra(group, dim, width) for dim, width in sorted(narrow))
+        extras = tuple(projection_of(group, width, dim) for dim, width in sorted(narrow))
         return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
 
     def _entry(self, bands: Sequence[tuple[int, Level]], ranks_from: int | None) -> Entry:
@@ -98,7 +98,7 @@ class BandedMethod(RankedMethod):
         """The bands of a table, as alternatives of a recipe."""
         name, dim = entry.table.name, entry.table.embedding_dim
         return tuple(
-            Range(f"{name}/{j}", _projection(group, dim, width) if width < dim else None)
+            Range(f"{name}/{j}", projection_name(group, width, dim) if width < dim else None)
             for j, width in enumerate(entry.entry.values["widths"])
         )
 
@@ -165,7 +165,9 @@ class Solved:
             own[steps] = self._own_bytes(t, np.maximum.accumulate(standing))
         # The projections, and which one the rows of each level need.
         narrow = sorted({(d, lv.width) for d, found in of_dim.items() for lv in found if lv.width < d})
-        self._projections = np.array([_extra(group, *pair).num_bytes for pair in narrow], dtype=np.int64)
+        self._projections = np.array(
+            [projection_of(group, width, dim).num_bytes for dim, width in narrow], dtype=np.int64
+        )
         self._needs = np.full_like(self._lowest, -1)
         for needs, table, levels in zip(self._needs, group.tables, self.levels):
             for i, level in enumerate(levels):
@@ -242,11 +244,3 @@ def _on_each(standing: Ints) -> Ints:
 
 def _of_slab(level: Level) -> tuple[int, str]:
     return level.width, level.format.name
-
-
-def _extra(group: Group, dim: int, width: int) -> Extra:
-    return Extra(_projection(group, dim, width), (width, dim))
-
-
-def _projection(group: Group, dim: int, width: int) -> str:
-    return f"{group.name}/projection_{width}_{dim}"

@@ -14,8 +14,8 @@ from torch import Tensor
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
-from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows
-from embtables.sizes.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
+from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows, projection_name, projection_of
+from embtables.sizes.layout import Counts, Entry, Form, Group, Layout, Slab
 
 
 class FewerDimensions(Method):
@@ -51,7 +51,7 @@ class FewerDimensions(Method):
                 slab = group.slab(table.name, table.rows, width)
             slabs.append(slab)
         shapes = {(w, t.embedding_dim) for t, w in zip(group.tables, widths) if w < t.embedding_dim}
-        extras = tuple(_extra(group, *shape) for shape in sorted(shapes)) if self.projection else ()
+        extras = tuple(projection_of(group, *shape) for shape in sorted(shapes)) if self.projection else ()
         return Layout.of(entries, Form(tuple(slabs), extras))
 
     def _path(self, group: Group) -> _Path:
@@ -68,7 +68,7 @@ class FewerDimensions(Method):
                 return 0
             before = used.get((width, dim), 0)
             used[width, dim] = before + more
-            return more * _extra(group, width, dim).num_bytes if 0 in (before, before + more) else 0
+            return more * projection_of(group, width, dim).num_bytes if 0 in (before, before + more) else 0
 
         rows = group.num_rows.tolist()
         size = group.format.slab_bytes
@@ -90,7 +90,7 @@ class FewerDimensions(Method):
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         row, width, dim = Row(entry.table.name), entry.entry.values["width"], entry.table.embedding_dim
         if entry.entry.variant == "projected":
-            return concat(row, projection=_projection(group, width, dim))
+            return concat(row, projection=projection_name(group, width, dim))
         return concat(row, zeros=dim - width)
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
@@ -122,7 +122,9 @@ class FewerDimensions(Method):
     @staticmethod
     def _projection_of(layout: Layout, group: Group, name: str) -> str | None:
         entry, table = layout.entries[name], next(t for t in group.tables if t.name == name)
-        return _projection(group, entry.values["width"], table.embedding_dim) if entry.variant == "projected" else None
+        return (
+            projection_name(group, entry.values["width"], table.embedding_dim) if entry.variant == "projected" else None
+        )
 
 
 class _Path(NamedTuple):
@@ -145,11 +147,3 @@ def _by_worth(group: Group) -> list[int]:
     lookups = [int(counts.sum()) for counts in group.counts if counts is not None]
     worth = [n / m for n, m in zip(lookups, rows)] if len(lookups) == len(rows) else [1 / m for m in rows]
     return sorted(range(len(rows)), key=lambda t: -worth[t])
-
-
-def _extra(group: Group, width: int, dim: int) -> Extra:
-    return Extra(_projection(group, width, dim), (width, dim))
-
-
-def _projection(group: Group, width: int, dim: int) -> str:
-    return f"{group.name}/projection_{width}_{dim}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_
 from embtables.methods.hash import Hash
 from embtables.methods.ranking import (
     RankedMethod,
+    check_counted,
     counts_by_rank,
     ids_by_worth,
     make_ranks,
@@ -30,10 +31,9 @@ from embtables.methods.ranking import (
     remapped,
 )
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.budget import collision_weights
+from embtables.sizes.budget import Floats, collision_weights
 from embtables.sizes.layout import FULL, Counts, Entry, Form, Group, Layout, owner_of
 
-Floats = npt.NDArray[np.float64]
 # Of the bytes that a budget twice as large adds, these parts are tried for the cold ids.
 _PARTS = 8
 # What entries say beside what those of the cold method do.
@@ -101,12 +101,7 @@ class HotCold(Method):
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
         super().check(group, optimizer)
-        for table, counts in zip(group.tables, group.counts):
-            if counts is None:
-                raise ValueError(
-                    f"table '{table.name}': method hot_cold needs to know how often ids occur: "
-                    "give its counts as frequencies={table: counts}, or to an Embedding as frequencies=counts"
-                )
+        check_counted(group, self.kind)
         cold = self._cold_group(group)
         self.cold.check(cold, optimizer)
         layout = self.cold.fit(cold, self.cold.floor(cold).num_bytes)
@@ -214,13 +209,7 @@ class HotCold(Method):
         """What tables take beside their hot rows where the cold ids have so many bytes."""
         layout = self.cold.fit(self._cold_group(group), cold_bytes)
         names = [table.name for table in group.tables]
-        own, shared = dict.fromkeys(names, 0), 0
-        for item in layout.serving.items():
-            owner = owner_of(item.name, names)
-            if owner is None:
-                shared += item.num_bytes
-            else:
-                own[owner] += item.num_bytes
+        own, shared = layout.serving.bytes_by_table(names)
         cold = np.array([own[name] for name in names], dtype=np.int64)
         if all(entry.variant == FULL for entry in layout.entries.values()):
             cold_bytes = shared + int(cold.sum())  # it could not use more
@@ -318,14 +307,9 @@ class _Parts(NamedTuple):
         places = self.group.once("places among the ids by worth", lambda: _places(self.group))
         # Where a table is in full its cold rows are saved, and further hot ids cost nothing.
         left = limit - self.cold_bytes + int(self.cold.sum())
-        low, high = 0, sum(map(len, places))
-        while low < high:
-            middle = (low + high + 1) // 2
-            if int(self.bytes_of(_first(places, middle)).sum()) <= left:
-                low = middle
-            else:
-                high = middle - 1
-        return _first(places, low)
+        numbers = range(1, sum(map(len, places)) + 1)
+        most = bisect_right(numbers, left, key=lambda number: int(self.bytes_of(_first(places, number)).sum()))
+        return _first(places, most)
 
 
 class _Lookups(NamedTuple):

@@ -8,10 +8,20 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from embtables.sizes.layout import Counts
+from embtables.sizes.layout import Counts, Extra, Group
 
 # Rows that are multiplied in float64 at once.
 _CHUNK = 2**16
+
+
+def projection_name(group: Group, width: int, dim: int) -> str:
+    """What a group calls the one projection of its rows of this width to this dimension."""
+    return f"{group.name}/projection_{width}_{dim}"
+
+
+def projection_of(group: Group, width: int, dim: int) -> Extra:
+    """That projection, ``[width, dim]``."""
+    return Extra(projection_name(group, width, dim), (width, dim))
 
 
 def orthogonal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from embtables.formats import FP32, row_format
 from embtables.methods import Method, from_config
 from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
-from embtables.sizes.layout import FULL, Counts, Form, Group, Layout, owner_of
+from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
 from embtables.sizes.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Plan:
     def fingerprint(self) -> bytes:
         """32 bytes that differ wherever addresses or shapes do; budget and optimizer do not count."""
         data = {key: value for key, value in self.to_dict().items() if key not in ("budget_bytes", "optimizer")}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+        return _digest(data)
 
     @property
     def training_fingerprint(self) -> bytes:
@@ -155,7 +155,7 @@ class Plan:
         for g in data["groups"]:
             g["method"] = {name: value for name, value in g["method"].items() if name != "precision"}
             g["layout"] = {name: value for name, value in g["layout"].items() if name != "serving"}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+        return _digest(data)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per table (``inference_bytes`` of its own storage) and one for what a group shares."""
@@ -167,14 +167,7 @@ class Plan:
         """What ``to_pandas`` shows, as plain data."""
         lines: list[dict[str, Any]] = []
         for g in self.groups:
-            own = {table.name: 0 for table in g.group.tables}
-            shared = 0
-            for item in g.layout.serving.items():
-                owner = owner_of(item.name, own)
-                if owner is None:
-                    shared += item.num_bytes
-                else:
-                    own[owner] += item.num_bytes
+            own, shared = g.layout.serving.bytes_by_table([table.name for table in g.group.tables])
             for table in g.group.tables:
                 entry = g.layout.entries[table.name]
                 values = ", ".join(f"{k} {_short(v)}" for k, v in entry.values.items())
@@ -236,6 +229,10 @@ class Plan:
             f"inference {self.inference_bytes:,} B{budget}{ratio}{split}",
             f"training  {self.training_bytes:,} B ({training})",
         ]
+
+
+def _digest(data: Any) -> bytes:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
 
 
 def _lost(given: Any, understood: Any, where: str = "") -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal, TypeVar, get_args
@@ -107,6 +107,17 @@ class Form:
         for kind, num_bytes in self._sizes():
             result[kind] = result.get(kind, 0) + num_bytes
         return {kind: num_bytes for kind, num_bytes in result.items() if num_bytes}
+
+    def bytes_by_table(self, names: Sequence[str]) -> tuple[dict[str, int], int]:
+        """The bytes of what is named after each of these tables, and of what they share."""
+        own, shared = dict.fromkeys(names, 0), 0
+        for item in self.items():
+            owner = owner_of(item.name, own)
+            if owner is None:
+                shared += item.num_bytes
+            else:
+                own[owner] += item.num_bytes
+        return own, shared
 
     @property
     def num_bytes(self) -> int:

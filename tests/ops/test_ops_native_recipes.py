@@ -494,54 +494,6 @@ def test_damaged_codes_and_ranks_count_as_zero(wrong: int, projected: bool, opti
 class DamagedLists(Loops):
     """A list is what lies within the values, up to its longest, and a row that its slab does not have is row 0."""
 
-    def frequent(self, name: str, x: int) -> Tensor:
-        group, config = self.tables.plan.groups[0].group.name, next(t for t in TABLES if t.name == name)
-        rank, dim = self.codes[f"{name}/remap"][x] if self.method.remap else x, config.embedding_dim
-        assert config.rows is not None
-        held = min(self.method.first, config.rows // 3)
-        if rank < held:
-            return self.row(f"{name}/first", rank)
-        rank -= held
-        if self.method.narrow:
-            if rank < held:
-                return self.row(f"{name}/narrow", rank) @ self.leaves[f"{group}/widen_4_{dim}"]
-            rank -= held
-        return self.of_rest(name, x, rank, dim, f"{group}/widen_3_{dim}")
-
-    def of_rest(self, name: str, x: int, rank: int, dim: int, widen: str) -> Tensor:
-        """``x``: the id, from which signs come; ``rank``: how many of the rest come before it."""
-        seed, rest, kind = self.tables.plan.hash_seed, f"{name}/rest", self.method.rest
-        if kind in ("capped", "row"):
-            return self.row(rest, 0) if kind == "capped" else self.row(rest, rank) @ self.leaves[widen]
-        if kind == "nothing":
-            return torch.zeros(dim, dtype=torch.float64)
-        if kind == "product":
-            digits = (rank % 11, rank // 11 % 11, rank // 121 % 11)
-            return reduce(torch.mul, [self.row(f"{rest}{j}", digit) for j, digit in enumerate(digits)])
-        if kind == "codes":
-            return torch.cat([self.row(f"{rest}{j}", c) for j, c in enumerate(self.codes[f"{name}/codes"][rank])])
-
-        def row(j: int, size: int) -> int:
-            return scalar.hash_address(rank, seed, name, j, size)
-
-        def sign(j: int) -> float:
-            return scalar.sign_of(x, scalar.seed_of(seed, name, "sign", j))
-
-        if kind == "concat":
-            return torch.cat([self.row(f"{rest}{j}", row(j, 11)) for j in range(3)])
-        if kind == "blocks":
-            count = -(-dim // 5)
-            widths = [dim // count + (j < dim % count) for j in range(count)]
-            starts = [row(j, 90) for j in range(count)]
-            return torch.cat(
-                [sign(j) * self.row(rest, (starts[j] + o) % 90) for j in range(count) for o in range(widths[j])]
-            )
-        if kind == "mean":
-            return sum((sign(j) * self.row(rest, row(j, 30)) for j in range(2)), torch.zeros(dim)) / 2
-        rows = [self.row(rest, row(j, 30)) for j in range({"hashed": 1, "projected": 2, "sum": 3}[kind])]
-        total = reduce(torch.add, rows)
-        return total @ self.leaves[widen] if kind == "projected" else total
-
     def attributes(self, name: str, x: int) -> list[int]:
         begin, end = self.codes[f"{name}/offsets"][x : x + 2]
         found = self.codes[f"{name}/values"][begin:end] if begin >= 0 and end > begin else []
