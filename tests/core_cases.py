@@ -82,6 +82,14 @@ def folds(method: Method) -> bool:
     return getattr(method, "inner_dim", None) is not None
 
 
+def in_turn(methods: Sequence[Any], options: Sequence[Any], each: int) -> list[tuple[Any, Any]]:
+    """Every method with `each` of the options, which take turns.
+
+    What an option does is one piece of code for all methods, so that their product would test the same many times.
+    """
+    return [(m, options[(i * each + k) % len(options)]) for i, m in enumerate(methods) for k in range(each)]
+
+
 def method_id(method: Method) -> str:
     settings = method.model_dump(exclude_defaults=True)
     return "-".join([method.kind, *(f"{k}={v}" for k, v in settings.items())])

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, counted_bytes, falling_counts, method_id, projects, shuffled_counts
+from core_cases import all_methods, counted_bytes, falling_counts, in_turn, method_id, projects, shuffled_counts
 
 from embtables import Plan, TableConfig, plan
 from embtables.formats import FORMATS, FP32, RowFormat, row_format
@@ -89,9 +89,14 @@ def test_the_floor_is_the_least_layout(method: Method, rows_in: RowFormat, expec
     assert fitted(method, group, floor, expected).serving.num_bytes == floor <= full
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "full"], ids=method_id)
-def test_every_method_fits_every_format(method: Method, rows_in: RowFormat, expected: Expected) -> None:
+@pytest.mark.parametrize(
+    ("method", "rows_in", "expected"),
+    [
+        pytest.param(method, *each, id=f"{method_id(method)}-{each[0].name}")
+        for method, each in in_turn([m for m in all_methods() if m.kind != "full"], EXPECTED, 5)
+    ],
+)
+def test_methods_fit_every_format(method: Method, rows_in: RowFormat, expected: Expected) -> None:
     group = Group("g", TABLES, COUNTS, 0, rows_in)
     floor, full = method.floor(group).num_bytes, full_bytes(expected)
     near = [int(n) for n in np.geomspace(max(1, floor), full, 12)]

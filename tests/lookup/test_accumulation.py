@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import io
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids, shares_scalars
+from core_cases import all_methods, falling_counts, in_turn, method_id, random_ids, shares_scalars
 from torch import Tensor, nn
 
 from embtables import SGD, Adagrad, Adam, Embedding, EmbeddingTables, RowWiseAdagrad, TableConfig, ops, plan
@@ -82,16 +83,14 @@ def twins(method: Method | str, optimizer: FusedOptimizer | None) -> tuple[Embed
 
 
 # Rules of rows do not go with single scalars.
-PAIRS = [
-    pytest.param(method, optimizer, id=f"{method_id(method)}-{optimizer}")
-    for method in all_methods()
-    for optimizer in OPTIMIZERS
+EACH = [
+    pytest.param(method, optimizer, backend, id=f"{method_id(method)}-{optimizer}-{backend}")
+    for method, (optimizer, backend) in in_turn(all_methods(), list(product(OPTIMIZERS, BACKENDS)), 5)
     if not (shares_scalars(method) and optimizer.kind == "rowwise_adagrad")
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method, optimizer", PAIRS)
+@pytest.mark.parametrize("method, optimizer, backend", EACH)
 def test_chunks_make_the_update_of_one_batch(method: Method, optimizer: FusedOptimizer, backend: str) -> None:
     with ops.using(backend):
         one, chunked = twins(method, optimizer)

@@ -187,10 +187,8 @@ def test_collision_share_counts_ids_that_have_a_vector_in_common(method: Method)
 @METHODS
 def test_initial_outputs_have_mean_zero_and_the_one_standard_deviation(method: Method, budget: str) -> None:
     configs = [TableConfig("large", 20_000, 16), TableConfig("middle", 4_000, 16), TableConfig("other", 6_000, 8)]
-    for counts in (None, {c.name: shuffled_counts(c.num_embeddings or 0) for c in configs}):
-        if counts is None and method.kind in NEEDS_COUNTS:
-            continue
-        for std in (None, 0.3):
+    for counts, std in ((None, None), ({c.name: shuffled_counts(c.num_embeddings or 0) for c in configs}, 0.3)):
+        if counts is not None or method.kind not in NEEDS_COUNTS:
             tables = make(method, budget, configs, counts, std=std)
             sigma = std or 1 / sqrt(3 * 20_000)
             for config in configs:

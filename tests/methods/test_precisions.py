@@ -15,6 +15,7 @@ from core_cases import (
     all_methods,
     counted_bytes,
     falling_counts,
+    in_turn,
     method_id,
     projects,
     random_ids,
@@ -46,6 +47,13 @@ METHOD = next(m for m in all_methods() if m.kind == "hash")
 METHODS = pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "drop_feature"], ids=method_id)
 
 
+def some_precisions(*without: str) -> pytest.MarkDecorator:
+    """Five precisions for every method."""
+    methods = [m for m in all_methods() if m.kind not in ("drop_feature", *without)]
+    each = [pytest.param(m, p, id=f"{method_id(m)}-{p}") for m, p in in_turn(methods, PRECISIONS, 5)]
+    return pytest.mark.parametrize(("method", "precision"), each)
+
+
 def make(method: Method, precision: str, budget: Any = "12%") -> EmbeddingTables:
     optimizer = "adagrad" if shares_scalars(method) else "default"
     budget = None if method.kind == "full" else budget
@@ -68,10 +76,7 @@ def test_served_tables_take_the_bytes_of_the_plan(method: Method, precision: str
     assert served.memory().by_kind == tables.plan.bytes_by_kind()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    "method", [m for m in all_methods() if m.kind not in ("drop_feature", "pruned")], ids=method_id
-)
+@some_precisions("pruned")
 def test_served_vectors_equal_a_scalar_computation(method: Method, precision: str) -> None:
     served = make(method, precision).serve()
     slabs: dict[str, Any] = {}
@@ -158,8 +163,7 @@ def test_lookups_of_served_tables_agree_in_every_way(precision: str) -> None:
 
 
 @pytest.mark.skipif(ops.instructions() is None, reason="needs the native library: pip install -e . with a C++ compiler")
-@pytest.mark.parametrize("precision", PRECISIONS)
-@METHODS
+@some_precisions()
 def test_native_lookups_are_those_of_pytorch(method: Method, precision: str) -> None:
     """Single ids and weighted bags, which native code takes whatever the rows are stored in."""
     served = make(method, precision).finalize().eval()

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids, shares_scalars, shuffled_counts
+from core_cases import all_methods, falling_counts, in_turn, method_id, random_ids, shares_scalars, shuffled_counts
 from native_cases import assert_same, jagged, some_ids, state, step
 from torch import Tensor
 
@@ -28,26 +29,27 @@ pytestmark = pytest.mark.skipif(ops.instructions() is None, reason="the native l
 
 METHODS = pytest.mark.parametrize("method", all_methods(), ids=method_id)
 # Of SGD a small rate: products of factors, as those of low_rank, would grow until their last bits are the first ones.
-OPTIMIZERS = [SGD(lr=0.01), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1), None]
+# A large eps keeps steps smooth in the gradient: where it is a sum near 0, its sign is a matter of last bits.
+OPTIMIZERS = [SGD(lr=0.01), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1, eps=0.01), Adam(lr=0.1, eps=0.01), None]
 
 
 def suits(method: Method, optimizer: Any) -> bool:
     return not (shares_scalars(method) and optimizer is not None and optimizer.kind == "rowwise_adagrad")
 
 
-def pairs(optimizers: Sequence[Any]) -> pytest.MarkDecorator:
+def pairs(each: Sequence[tuple[Method, Any]]) -> pytest.MarkDecorator:
     """Methods with optimizers, but for those that do not go together."""
-    each = [
+    named = [
         pytest.param(method, optimizer, id=f"{method_id(method)}-{optimizer.kind if optimizer else 'none'}")
-        for method in all_methods()
-        for optimizer in optimizers
+        for method, optimizer in each
         if suits(method, optimizer)
     ]
-    return pytest.mark.parametrize(("method", "optimizer"), each)
+    return pytest.mark.parametrize(("method", "optimizer"), named)
 
 
-EVERY_PAIR = pairs(OPTIMIZERS)
-FUSED_PAIR = pairs([optimizer for optimizer in OPTIMIZERS if optimizer is not None])
+EVERY_PAIR = pairs(list(product(all_methods(), OPTIMIZERS)))
+SOME_PAIRS = pairs(in_turn(all_methods(), OPTIMIZERS, 2))
+FUSED_PAIRS = pairs(in_turn(all_methods(), OPTIMIZERS[:-1], 2))
 
 CONFIGS = [
     TableConfig("user", 4000, 16, on_out_of_range="hash", padding_idx=3),
@@ -85,13 +87,12 @@ def make(method: Method, optimizer: Any, **options: Any) -> EmbeddingTables:
 
 
 @EVERY_PAIR
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
-def test_steps_equal_the_reference(method: Method, optimizer: Any, dtype: torch.dtype) -> None:
+def test_steps_equal_the_reference(method: Method, optimizer: Any) -> None:
     ours, reference = make(method, optimizer), make(method, optimizer)
     assert ours.lookups.ops == "native"
     for seed in range(3):
         ids = some_ids(ours, 300, seed)
-        ids = ids if dtype == torch.int64 else ids.clamp(-5, 2**31 - 1).to(dtype)
+        ids = ids if seed else ids.clamp(-5, 2**31 - 1).int()
         got = step(ours, (ids,), seed)
         with ops.using("reference"):
             expected = step(reference, (ids,), seed)
@@ -99,10 +100,13 @@ def test_steps_equal_the_reference(method: Method, optimizer: Any, dtype: torch.
     assert_same(ours, reference)
 
 
-@METHODS
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("pooling", ["config", "sum", "mean"])
-def test_bags_equal_the_reference(method: Method, weighted: bool, pooling: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "bags"),
+    in_turn(all_methods(), list(product(["config", "sum", "mean"], ["plain", "weighted"])), 3),
+    ids=lambda value: method_id(value) if isinstance(value, Method) else "-".join(value),
+)
+def test_bags_equal_the_reference(method: Method, bags: tuple[str, str]) -> None:
+    pooling, weighted = bags[0], bags[1] == "weighted"
     optimizer = Adagrad(lr=0.1, l2=0.01)
     ours, reference = make(method, optimizer), make(method, optimizer)
     for seed in range(2):
@@ -115,7 +119,7 @@ def test_bags_equal_the_reference(method: Method, weighted: bool, pooling: str) 
     assert_same(ours, reference)
 
 
-@EVERY_PAIR
+@SOME_PAIRS
 def test_outputs_one_by_one_equal_the_reference(method: Method, optimizer: Any) -> None:
     ours, reference = make(method, optimizer), make(method, optimizer)
 
@@ -162,19 +166,24 @@ def test_clipping_spreads_nan_over_its_row_as_in_the_reference() -> None:
     torch.testing.assert_close(*results, equal_nan=True)
 
 
-@pytest.mark.parametrize(("l2", "clip"), [(0.1, 0.0), (0.0, 0.05), (0.1, 0.05)], ids=["decayed", "clipped", "both"])
-@METHODS
-def test_clipping_and_decay_equal_the_reference(method: Method, l2: float, clip: float) -> None:
-    for kind in (SGD, RowWiseAdagrad, Adagrad, Adam):
-        optimizer = kind(lr=0.1, l2=l2, clip_row_norm=clip)
-        if not suits(method, optimizer):
-            continue
-        ours, reference = make(method, optimizer), make(method, optimizer)
-        ids = some_ids(ours, 200, 1)
-        step(ours, (ids,), 1)
-        with ops.using("reference"):
-            step(reference, (ids,), 1)
-        assert_same(ours, reference)
+@pairs(
+    in_turn(
+        all_methods(),
+        [
+            kind(lr=0.1, l2=l2, clip_row_norm=clip)
+            for l2, clip in ((0.1, 0.0), (0.0, 0.05), (0.1, 0.05))
+            for kind in (SGD, RowWiseAdagrad, Adagrad, Adam)
+        ],
+        5,
+    )
+)
+def test_clipping_and_decay_equal_the_reference(method: Method, optimizer: Any) -> None:
+    ours, reference = make(method, optimizer), make(method, optimizer)
+    ids = some_ids(ours, 200, 1)
+    step(ours, (ids,), 1)
+    with ops.using("reference"):
+        step(reference, (ids,), 1)
+    assert_same(ours, reference)
 
 
 @pytest.mark.core
@@ -221,7 +230,7 @@ def test_vectors_and_updates_equal_float64(kind: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@EVERY_PAIR
+@SOME_PAIRS
 def test_half_precision_is_as_close_to_float32_as_its_format(
     method: Method, optimizer: Any, dtype: torch.dtype
 ) -> None:
@@ -272,7 +281,7 @@ def test_conversions_round_to_nearest_and_ties_to_even() -> None:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@EVERY_PAIR
+@SOME_PAIRS
 def test_threads_leave_the_same_bits(method: Method, optimizer: Any) -> None:
     results = []
     for threads in (1, 2, 5):
@@ -421,7 +430,7 @@ def test_the_graph_check_says_when_a_weight_changed_before_its_gradient_was_take
 # ---- between a lookup and its gradient -------------------------------------------------------------------------------
 
 
-@FUSED_PAIR
+@FUSED_PAIRS
 def test_two_lookups_before_a_backward(method: Method, optimizer: Any) -> None:
     """The second update must not read what the first one wrote: gradients are of the rows as they were looked up."""
     ours, reference = make(method, optimizer), make(method, optimizer)

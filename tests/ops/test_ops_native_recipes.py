@@ -13,7 +13,7 @@ import native_cases
 import pytest
 import scalar
 import torch
-from core_cases import random_ids
+from core_cases import in_turn, random_ids
 from native_cases import assert_same, jagged, state, step
 from third_party.frequent_rows import FrequentRows
 from third_party.low_rank_hashes import LowRankHashes
@@ -73,6 +73,13 @@ METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # A large eps keeps steps smooth in the gradient, whose last bits are nobody's business.
 FUSED: list[FusedOptimizer] = [SGD(lr=0.01), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1, eps=0.01), Adam(lr=0.1, eps=0.01)]
 OPTIMIZER = pytest.mark.parametrize("optimizer", [*FUSED, None], ids=lambda o: o.kind if o else "none")
+SOME_PAIRS = pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [
+        pytest.param(METHODS[name], optimizer, id=f"{name}-{optimizer.kind if optimizer else 'none'}")
+        for name, optimizer in in_turn(list(METHODS), [*FUSED, None], 2)
+    ],
+)
 
 
 @pytest.fixture
@@ -339,9 +346,8 @@ def test_sparse_gradients_have_each_row_once(method: Method) -> None:
             assert rows.unique().numel() == rows.numel()
 
 
-@METHOD
-@pytest.mark.parametrize("optimizer", FUSED, ids=lambda o: o.kind)
-def test_two_lookups_before_a_backward(method: Method, optimizer: FusedOptimizer) -> None:
+@SOME_PAIRS
+def test_two_lookups_before_a_backward(method: Method, optimizer: FusedOptimizer | None) -> None:
     """Gradients are of the rows and projections as they were looked up, not as the first update left them."""
     ours, reference = make(method, optimizer), make(method, optimizer)
     for tables, name in ((ours, "native"), (reference, "reference")):
@@ -351,8 +357,7 @@ def test_two_lookups_before_a_backward(method: Method, optimizer: FusedOptimizer
     assert_same(ours, reference)
 
 
-@METHOD
-@OPTIMIZER
+@SOME_PAIRS
 def test_threads_leave_the_same_bits(method: Method, optimizer: FusedOptimizer | None, any_threads: None) -> None:
     results = []
     for threads in (1, 2, 3):

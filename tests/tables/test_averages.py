@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from core_cases import all_methods, method_id, random_ids, shares_scalars
+from core_cases import all_methods, in_turn, method_id, random_ids, shares_scalars
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -70,7 +70,7 @@ RULES = [SGD(lr=0.1), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.01, l2=
 
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [(m, rule) for m in all_methods() for rule in RULES if not shares_scalars(m) or not rule.is_row_wise()],
+    [(m, r) for m, r in in_turn(all_methods(), RULES, 2) if not shares_scalars(m) or not r.is_row_wise()],
     ids=lambda each: method_id(each) if isinstance(each, Method) else each.kind,
 )
 def test_running_means_of_touched_rows_are_those_of_all_weights(method: Method, rule: FusedOptimizer) -> None:
