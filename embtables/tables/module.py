@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
 from embtables.methods.base import Stage
-from embtables.plan.solver import Plan
+from embtables.plan.solver import Plan, checked_counts
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
 from embtables.tables.build import build_blocks, build_stages
 from embtables.tables.files import check_codes, dtype_of, reading_file, write_file
+from embtables.tables.fitting import fit, keep, share_kept
 from embtables.tables.initialize import initialize
 from embtables.tables.looking_up import TableLookup
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
@@ -148,6 +149,43 @@ class EmbeddingTables(TableLookup):
             raise ValueError("tables on the meta device have no rows to round: fake_quantize() after to_empty()")
         if rounded_slabs(self.plan):
             self.store.rounding = Rounding(self.store, self.serve().store)
+
+    @torch.no_grad()
+    def take_over(
+        self, weights: Mapping[str, Tensor], frequencies: Mapping[str, Any] | None = None
+    ) -> dict[str, float]:
+        """Takes over trained full tables, as nearly as these can hold them.
+
+        Tables in full are copied; bands, products of factors and pruned tables hold what they can. Rows that ids share
+        become those that are nearest to the trained vectors by least squares: those of ``hash`` become the means of
+        their ids' vectors. Ids count by how often they occur, where that is known. Optimizer state stays as it is.
+
+        Args:
+            weights: ``{table name: [num_embeddings, embedding_dim]}``; tables that are not among them stay.
+            frequencies: ``{table name: counts}``, as in ``embtables.plan``.
+
+        Returns:
+            How much of each table is held as it will be served: 1 − Σ c·‖e − w‖² ÷ Σ c·‖w‖² over all ids, which occur
+            c − 1 times (c = 1 where that is not known), of the vectors e that are served and w that are given. Tables
+            that nothing could be taken over of, such as those of a method with a block of its own, are not in it.
+
+        Raises:
+            ValueError: for served tables, an unknown table, a weight of another shape, and frequencies that
+                ``embtables.plan`` would not take.
+        """
+        if self.served:
+            raise ValueError("served tables cannot take weights over: build EmbeddingTables(plan)")
+        shapes = {config.name: (config.num_embeddings, config.embedding_dim) for config in self.plan.tables}
+        for name, weight in weights.items():
+            if name not in shapes:
+                raise ValueError(f"there is no table '{name}'; the tables: {', '.join(shapes)}")
+            if tuple(weight.shape) != shapes[name]:
+                raise ValueError(f"table '{name}' is {list(shapes[name])}, its trained weight {list(weight.shape)}")
+        own = {name: weight.detach().to(self.store.device) for name, weight in weights.items()}
+        counts = checked_counts(self.plan.tables, frequencies)
+        kept = {*keep(self.plan.groups, self.store, own, counts), *fit(self.store, self.lookups.blocks, own, counts)}
+        served = self.serve().lookups.blocks
+        return {name: share_kept(served, name, own[name], counts.get(name)) for name in own if name in kept}
 
     # ---- reading -------------------------------------------------------------------------------------------------
 

@@ -259,10 +259,19 @@ def test_training_that_is_lost_is_told(method: str) -> None:
             compress_(model, method, None if method == "full" else "50%", rebind=optimizer)
         told = [str(warning.message) for warning in caught]
         lost = [
-            "what a, b learned so far is lost, since these tables start anew: their method does not take "
-            "trained weights over"
+            "what a, b learned so far is lost, since these tables start anew: with trained=True they are fitted to it"
         ]
         assert told == (lost if steps and method == "hash" else [])
+
+
+def test_training_that_is_said_is_kept() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(50, 8), "b": nn.Embedding(60, 8)})
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(table(torch.arange(9)).sum() for table in model.values()).backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compress_(model, "hash", "50%", rebind=optimizer, trained=True).kept == ["a", "b"]
 
 
 @pytest.mark.parametrize("method", ["unified", "robe", "hash", "full", "pruned"])

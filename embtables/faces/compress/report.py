@@ -16,8 +16,10 @@ class SwappedTable:
     """A table: its qualified name, further names of the modules that share it, the shape, how it is stored, bytes.
 
     ``bytes_after`` are those of its own storage; what tables share is in ``Compression.shared_bytes``. ``kept`` says
-    whether it goes on with the trained weights, or starts anew. ``std_before`` and ``std_after`` are the standard
-    deviations of its old weights and of its first vectors; ``None`` where the old weights are on the meta device.
+    whether it goes on with the trained weights, or starts anew, and ``share_kept`` how much of them it holds, as
+    ``EmbeddingTables.take_over`` measures it; ``None`` where it starts anew, or nobody said that the model is trained.
+    ``std_before`` and ``std_after`` are the standard deviations of its old weights and of its first vectors; ``None``
+    where the old weights are on the meta device.
     """
 
     name: str
@@ -29,6 +31,7 @@ class SwappedTable:
     bytes_before: int
     bytes_after: int
     kept: bool
+    share_kept: float | None = None
     std_before: float | None = None
     std_after: float | None = None
 
@@ -108,7 +111,7 @@ class Compression:
                 table.stored_as,
                 format_bytes(table.bytes_before),
                 format_bytes(table.bytes_after) if table.bytes_after or not self.shared_bytes else "shared",
-                "kept" if table.kept else "new",
+                _goes_on_with(table),
             )
             for table in self.tables
         ]
@@ -153,3 +156,9 @@ class Compression:
         else:
             lines.append("the old tables are freed")
         return "\n".join(lines)
+
+
+def _goes_on_with(table: SwappedTable) -> str:
+    if not table.kept:
+        return "new"
+    return "kept" if table.share_kept is None or table.share_kept > 0.9995 else f"{table.share_kept:.1%} kept"

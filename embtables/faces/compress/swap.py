@@ -26,10 +26,11 @@ from embtables.faces.compress.report import Compression, SwappedTable
 from embtables.faces.embedding import Embedding, EmbeddingBag
 from embtables.hashing import seed_for
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.solver import MethodLike, Plan, by_pattern, method_of, plan_apart
+from embtables.plan.solver import MethodLike, Plan, by_pattern, checked_counts, method_of, plan_apart
 from embtables.sizes.budget import Budget
 from embtables.sizes.layout import FULL
 from embtables.tables import EmbeddingTables
+from embtables.tables.fitting import keep
 
 # Of tables whose weights are all zero; the initial vectors have to differ from each other.
 _LEAST_STD = 1e-6
@@ -49,6 +50,7 @@ def compress_(
     hash_seed: int = 0,
     on_out_of_range: OutOfRange = "error",
     precision: str | None = None,
+    trained: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Compression:
     """Swaps the embedding tables inside any model for compressed ones, in place, under one joint budget.
@@ -58,9 +60,11 @@ def compress_(
     table's own). Modules of torch.nn that share a weight, and modules at several places, become one table; a collection
     shares no storage with other modules. What cannot be honored is left alone, and the report says why.
 
-    Tables kept in full, and those of methods that take trained weights over, such as ``pruned`` and
-    ``mixed_dimension``, go on with what their rows can hold of the weights they have; others start anew, with the
-    standard deviation of the weights that they replace. Tables that share one storage, as those of ``unified`` and
+    Tables kept in full, and those of methods with rows of their own for ids, such as ``pruned`` and
+    ``mixed_dimension``, go on with what their rows can hold of the weights they have. With ``trained=True`` so do all
+    others: rows that ids share become those that are nearest to the trained vectors, and the report says how much of
+    each table is held. Without it they start anew, with the standard deviation of the weights that they replace, since
+    means of untrained vectors would only be shorter. Tables that share one storage, as those of ``unified`` and
     ``robe`` do, start with that of their weights together, and the report names those whose scale that changes: a
     pattern of ``method`` for each of them gives them storages of their own. ``padding_idx`` and ``sparse`` carry
     over.
@@ -85,6 +89,8 @@ def compress_(
         on_out_of_range: what ids outside a table's range do from now on, as in ``TableConfig``.
         precision: what rows are served in, as in ``embtables.plan``: ``compress_(model, "full", precision="int8")``
             keeps all that a trained model has learned but for the rounding, which ``finalize`` of its tables does.
+        trained: whether the model has been trained, so that all tables are fitted to the weights that they replace, as
+            ``EmbeddingTables.take_over`` does; ids count by ``frequencies`` where these are given.
         evaluate: measures a model, such as its loss on a validation set; the report then says what compression cost. It
             is called with the model as it is, before anything is changed, and once more at the end, with the new tables
             in the form in which they will be served.
@@ -119,9 +125,9 @@ def compress_(
         _apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed, precision=precision
     )
     _check_devices(units, std)
-    built = _build(units, solved, sparse, std, seed)
-    copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= built.kept}
-    moved, old = _swap(model, units, built, given)
+    built = _build(units, solved, sparse, std, seed, trained, frequencies or {})
+    copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= built.kept.keys()}
+    moved, old = _swap(model, units, built, given, trained)
     shown = _tables(units, solved, built)
     left_bytes = _bytes_left(model, finding)
     left_alone = finding.left_alone
@@ -215,14 +221,15 @@ def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
 
 
 class _Built(NamedTuple):
-    """New modules for old ones, by the old one's id; what optimizers exchange; names of the tables that were kept.
+    """New modules for old ones, by the old one's id; what optimizers exchange.
 
-    ``scales`` has for every table the standard deviation of its vectors as they were, and as they start.
+    ``kept``: of the tables that were kept, how much of each, ``None`` where nobody measured. ``scales`` has for every
+    table the standard deviation of its vectors as they were, and as they start.
     """
 
     modules: dict[int, nn.Module]
     swaps: list[Swap]
-    kept: set[str]
+    kept: dict[str, float | None]
     scales: dict[str, tuple[float, float]]
 
 
@@ -235,13 +242,21 @@ def _check_devices(units: Sequence[Unit], std: float | None) -> None:
         )
 
 
-def _build(units: Sequence[Unit], solved: Plan, sparse: bool | None, std: float | None, seed: int) -> _Built:
-    built = _Built({}, [], set(), {})
+def _build(
+    units: Sequence[Unit],
+    solved: Plan,
+    sparse: bool | None,
+    std: float | None,
+    seed: int,
+    trained: bool,
+    frequencies: Mapping[str, Any],
+) -> _Built:
+    built = _Built({}, [], {}, {})
     by_name = {unit.configs[0].name: unit for unit in units if unit.collection is None}
     for names in cut(solved):
         members = [by_name[name] for name in names if name in by_name]
         if members:
-            tables = _new_tables(part(solved, names), names, members, sparse, std, seed, built)
+            tables = _new_tables(part(solved, names), names, members, sparse, std, seed, trained, frequencies, built)
             for name, unit in zip(names, members):
                 for site in unit.sites:
                     built.modules[id(site.module)] = _view(tables, name, site.module)
@@ -254,7 +269,7 @@ def _build(units: Sequence[Unit], solved: Plan, sparse: bool | None, std: float 
                 prefix=f"{unit.collection}.",
                 hash_seed=seed_for(solved.hash_seed, "collection", unit.collection),
             )
-            tables = _new_tables(own, names, [unit], sparse, std, seed, built)
+            tables = _new_tables(own, names, [unit], sparse, std, seed, trained, frequencies, built)
             built.modules[id(unit.sites[0].module)] = _collection_view(tables, unit.sites[0].module)
     return built
 
@@ -266,6 +281,8 @@ def _new_tables(
     sparse: bool | None,
     std: float | None,
     seed: int,
+    trained: bool,
+    frequencies: Mapping[str, Any],
     built: _Built,
 ) -> EmbeddingTables:
     """Tables for those of the units, whose names in the model are ``names``, with trained weights where they fit."""
@@ -287,12 +304,15 @@ def _new_tables(
     )
     in_model = dict(zip((table.name for table in plan.tables), names))
     if not weights[0].is_meta:
-        by_name = dict(zip((t.name for t in plan.tables), weights))
-        for g in plan.groups:
-            own = {table.name: by_name[table.name].detach() for table in g.group.tables}
+        by_name = {table.name: weight.detach() for table, weight in zip(plan.tables, weights)}
+        counts = {name: frequencies[other] for name, other in in_model.items() if other in frequencies}
+        shares: dict[str, float] | dict[str, None]
+        if trained:
+            shares = tables.take_over(by_name, counts)
+        else:
             with torch.no_grad():
-                kept = g.method.keep(g.layout, g.group, tables.store, own)
-            built.kept.update(in_model[name] for name in kept)
+                shares = dict.fromkeys(keep(plan.groups, tables.store, by_name, checked_counts(plan.tables, counts)))
+        built.kept.update({in_model[name]: share for name, share in shares.items()})
         for name, weight, padding in zip(names, weights, paddings):
             before = _spread([weight], [padding])
             built.scales[name] = (before, before if name in built.kept else std)
@@ -371,7 +391,7 @@ def _collection_view(tables: EmbeddingTables, old: nn.Module) -> nn.Module:
 
 
 def _swap(
-    model: nn.Module, units: Sequence[Unit], built: _Built, given: Sequence[Optimizer]
+    model: nn.Module, units: Sequence[Unit], built: _Built, given: Sequence[Optimizer], trained: bool
 ) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter], StorageWeakRef]]]:
     """Checks everything, then changes everything; what was moved, and the old weights by name as weak references."""
     new: dict[int, Sequence[Any]] = {key: [module] for key, module in built.modules.items()}
@@ -407,8 +427,8 @@ def _swap(
     ]
     if lost:
         warnings.warn(
-            f"what {few(lost)} learned so far is lost, since these tables start anew: their method does not take "
-            "trained weights over",
+            f"what {few(lost)} learned so far is lost, since these tables start anew: "
+            + ("their method has no place for it" if trained else "with trained=True they are fitted to it"),
             stacklevel=3,
         )
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
@@ -439,6 +459,7 @@ def _tables(units: Sequence[Unit], solved: Plan, built: _Built) -> list[SwappedT
                     weight.numel() * weight.element_size(),
                     line["inference_bytes"],
                     config.name in built.kept,
+                    built.kept.get(config.name),
                     *built.scales.get(config.name, (None, None)),
                 )
             )

@@ -1,0 +1,155 @@
+"""Trained full tables in the storage of other methods: least squares against a dense solution, products, reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_cases import all_methods, falling_counts, method_id, shuffled_counts
+from torch import Tensor, nn
+
+from embtables import EmbeddingTables, TableConfig, compress_, plan
+from embtables.methods import Method
+
+CONFIGS = [TableConfig("a", 60, 4, padding_idx=3), TableConfig("b", 40, 4), TableConfig("c", 30, 2)]
+COUNTS = {"a": shuffled_counts(60), "b": falling_counts(40), "c": shuffled_counts(30)}
+TRAINED = {
+    c.name: torch.randn(c.num_embeddings or 0, c.embedding_dim, generator=torch.Generator().manual_seed(i))
+    for i, c in enumerate(CONFIGS)
+}
+#: Whose vectors are linear in the rows that ids share.
+LINEAR = [
+    m for m in all_methods() if m.kind in ("hash", "multi_hash", "frequency_cutoff", "unified", "robe", "hot_cold")
+]
+LINEAR = [m for m in LINEAR if getattr(getattr(m, "cold", None), "kind", "") != "compositional"]
+LINEAR += [m for m in all_methods() if m.kind == "compositional" and getattr(m, "operation", "mult") != "mult"]
+
+
+def make(method: Any, budget: Any = "40%", **options: Any) -> EmbeddingTables:
+    budget = None if getattr(method, "kind", method) == "full" else budget
+    return EmbeddingTables(plan(CONFIGS, method, budget, COUNTS, "adagrad", **options), std=0.3)
+
+
+def dense(tables: EmbeddingTables) -> np.ndarray[Any, Any]:
+    """All vectors of all tables, each times the root of its id's weight."""
+    roots = {name: np.sqrt(1.0 + counts)[:, None] for name, counts in COUNTS.items()}
+    roots["a"][3] = 0
+    return np.concatenate([(tables.to_dense(n).double().numpy() * roots[n]).ravel() for n in TRAINED])
+
+
+def error(tables: EmbeddingTables) -> float:
+    roots = {name: np.sqrt(1.0 + counts)[:, None] for name, counts in COUNTS.items()}
+    roots["a"][3] = 0
+    wanted = np.concatenate([(TRAINED[n].double().numpy() * roots[n]).ravel() for n in TRAINED])
+    return float(np.square(dense(tables) - wanted).sum())
+
+
+@pytest.mark.parametrize("method", LINEAR, ids=method_id)
+def test_no_rows_are_nearer_by_a_dense_solution(method: Method) -> None:
+    """The matrix that maps all stored scalars to all vectors, a column a scalar, and numpy's least squares."""
+    tables, best = make(method), make(method)
+    tables.take_over(TRAINED, COUNTS)
+    slabs = [slab.name for g in best.plan.groups for slab in g.layout.training.slabs]
+    scalars = [(name, i) for name in slabs for i in range(best.store.slab(name).numel())]
+    for name in slabs:
+        best.store.slab(name).zero_()
+    columns = []
+    for name, i in scalars:
+        best.store.slab(name).view(-1)[i] = 1
+        columns.append(dense(best))
+        best.store.slab(name).view(-1)[i] = 0
+    roots = {name: np.sqrt(1.0 + counts)[:, None] for name, counts in COUNTS.items()}
+    roots["a"][3] = 0
+    wanted = np.concatenate([(TRAINED[n].double().numpy() * roots[n]).ravel() for n in TRAINED])
+    solution, *_ = np.linalg.lstsq(np.stack(columns, axis=1), wanted, rcond=None)
+    least = float(np.square(np.stack(columns, axis=1) @ solution - wanted).sum())
+    assert least * (1 - 1e-6) <= error(tables) <= least * 1.02
+
+
+@pytest.mark.parametrize("method", [m for m in all_methods() if m.kind == "hash"], ids=method_id)
+def test_rows_of_hash_are_means_of_their_ids_vectors(method: Method) -> None:
+    tables = make(method)
+    tables.take_over(TRAINED, COUNTS)
+    found, weights = tables.to_dense("b"), torch.from_numpy(1.0 + COUNTS["b"])
+    _, group = torch.unique(found, dim=0, return_inverse=True)
+    for x in range(40):
+        mine = group == group[x]
+        mean = (weights[mine, None] * TRAINED["b"][mine]).sum(0) / weights[mine].sum()
+        torch.testing.assert_close(found[x].double(), mean.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("partitions", [2, 3])
+def test_products_end_where_every_move_makes_it_worse(partitions: int) -> None:
+    tables = make({"kind": "compositional", "num_partitions": partitions})
+    before = error(tables)
+    tables.take_over(TRAINED, COUNTS)
+    least = error(tables)
+    assert least < before / 2
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        kept = {name: tables.store.slab(name).clone() for name in tables.store._slabs}
+        for name, values in kept.items():
+            tables.store.slab(name).add_(0.02 * torch.randn(values.shape, generator=generator))
+        assert error(tables) > least
+        for name, values in kept.items():
+            tables.store.slab(name).copy_(values)
+
+
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_shares_are_those_of_what_is_served(method: Method) -> None:
+    tables = make(method, precision="int4")
+    shares = tables.take_over(TRAINED, COUNTS)
+    served = tables.serve()
+    assert set(shares) == set(TRAINED) or method.kind in ("drop_feature", "fewer_dimensions", "mixed_dimension")
+    for name, share in shares.items():
+        weight, counts = TRAINED[name].double(), 1.0 + torch.from_numpy(COUNTS[name]).double().unsqueeze(1)
+        if name == "a":
+            counts[3] = 0
+        missed = (counts * (served.to_dense(name).double() - weight).square()).sum()
+        assert share == pytest.approx(float(1 - missed / (counts * weight.square()).sum()), abs=1e-5)
+
+
+def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
+    tables = make("hash")
+    before = {name: tensor.clone() for name, tensor in tables.state_dict().items() if isinstance(tensor, Tensor)}
+    for wrong, sentence in (
+        ({"d": TRAINED["a"]}, "there is no table 'd'; the tables: a, b, c"),
+        ({"b": TRAINED["b"], "a": TRAINED["b"]}, r"table 'a' is \[60, 4\], its trained weight \[40, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            tables.take_over(wrong)
+    assert all(torch.equal(before[name], tables.state_dict()[name]) for name in before)
+    with pytest.raises(ValueError, match="served tables cannot take weights over"):
+        make("full", precision="int8").finalize().take_over(TRAINED, COUNTS)
+
+
+def test_tables_that_are_not_given_stay() -> None:
+    tables = make("hash")
+    b = tables.to_dense("b")
+    assert set(tables.take_over({"a": TRAINED["a"]}, COUNTS)) == {"a"}
+    assert torch.equal(tables.to_dense("b"), b)
+
+
+def test_compress_keeps_what_a_trained_model_learned() -> None:
+    def model() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"user": nn.Embedding(500, 8), "item": nn.Embedding(50, 8)})
+
+    counts = {"user": falling_counts(500), "item": falling_counts(50)}
+    ids = torch.arange(500)
+    trained, fresh = model(), model()
+    wanted = trained["user"](ids).detach()
+    report = compress_(trained, "hash", "20%", frequencies=counts, trained=True)
+    anew = compress_(fresh, "hash", "20%", frequencies=counts)
+    weight = torch.from_numpy(1.0 + counts["user"]).unsqueeze(1)
+    missed = (weight * (trained["user"](ids) - wanted).square()).sum() / (weight * wanted.square()).sum()
+    user, item = report.tables
+    assert user.share_kept == pytest.approx(1 - float(missed), abs=1e-5)
+    assert 0.5 < user.share_kept < 0.99
+    assert f"{user.share_kept:.1%} kept" in str(report)
+    assert report.kept == ["user", "item"] and not report.anew
+    assert anew.anew == ["user", "item"] and anew.tables[0].share_kept is None
+    # A mean of untrained vectors would be shorter than they are.
+    assert float(fresh["user"](ids).std()) == pytest.approx(float(wanted.std()), rel=0.1)
