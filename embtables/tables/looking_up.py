@@ -50,7 +50,7 @@ class TableLookup(nn.Module):
         self.store = store
         self.stages = stages
         self.blocks = nn.ModuleList(blocks).to(store.device)
-        self.lookups = Lookup(store, blocks, order).to(store.device)
+        self.lookups = Lookup(store, blocks, order, stages=stages).to(store.device)
         views, self._views = list(self._views), {}
         for table in views:
             self.view(table)
@@ -166,7 +166,8 @@ class TableLookup(nn.Module):
         """
         if table not in self._views:
             block, number = block_of(self.lookups.blocks, table)
-            self._views[table] = Lookup(self.store, [block], [0], only=number).to(self.store.device)
+            view = Lookup(self.store, [block], [0], only=number, stages=self.stages)
+            self._views[table] = view.to(self.store.device)
         return self._views[table], self._view_steps
 
     # ---- training --------------------------------------------------------------------------------------------------
