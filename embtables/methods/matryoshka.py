@@ -37,8 +37,7 @@ class Matryoshka(Method):
     is smaller; what is left of the budget is divided as ``FewerDimensions`` does. Trained full tables are taken over as
     they are; their columns are in no order, so that a few of them are worth little before training has gone on.
 
-    Lazy optimizers update each row that a step looks up, all columns of it: Adam's go on by their momentum in steps that
-    hide them.
+    Optimizers update all columns of each row that a step looks up: Adam moves hidden ones by their momentum.
 
     Args:
         nested_share: s.
