@@ -98,11 +98,10 @@ class NestedWidths(Stage):
 
     def __init__(self, shows: Mapping[str, int], dim: int, nested_share: float, seed: int) -> None:
         super().__init__()
-        self.shows, self.seed = shows, seed
-        nested = [2**i for i in range((dim - 1).bit_length())]
-        ends = [round(_PARTS * nested_share * (i + 1) / len(nested)) for i in range(len(nested))]
+        self.shows, self.dim, self.seed = shows, dim, seed
+        nested = (dim - 1).bit_length()
+        ends = [round(_PARTS * nested_share * (i + 1) / nested) for i in range(nested)]
         # On the CPU, where drawing waits for no device.
-        self.widths = torch.tensor([*nested, dim], device="cpu")
         self.ends = torch.tensor(ends, dtype=torch.int64, device="cpu")
         self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self.width = torch.tensor(dim, device="cpu")
@@ -111,7 +110,7 @@ class NestedWidths(Stage):
     def step(self, touched: Touched) -> None:
         self.steps += 1
         number = mix(self.steps ^ self.seed) & (_PARTS - 1)
-        self.width.copy_(self.widths[torch.bucketize(number, self.ends, right=True)])
+        self.width.copy_((2 ** (number >= self.ends).sum()).clamp(max=self.dim))
 
     def state(self) -> dict[str, Tensor]:
         return {"steps": self.steps}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -59,6 +59,13 @@ class TableLookup(nn.Module):
         # Python finds parts of a module by their names in several microseconds each.
         self._in_reach = store, self.lookups
         self.optimizer_state = OptimizerState(store, stages)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, and takes along its views, which are no parts of it."""
+        super()._apply(fn, recurse)
+        for view in self._views.values():
+            view._apply(fn)
+        return self
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 

@@ -138,7 +138,6 @@ def assert_steps_agree(tables: EmbeddingTables, backend: str, inputs: list[tuple
         ("mixed_dimension", None, 0.3),
         (PRUNED, "adam", 0.3),
         ("matryoshka", "adam", 0.3),
-        ("matryoshka", None, 0.0),
     ],
 )
 def test_bags_train_in_whole_graphs(method: Any, optimizer: str | None, l2: float) -> None:

@@ -250,6 +250,9 @@ def test_views_of_one_step_show_the_same_columns() -> None:
         for output, dim in zip(outputs, (16, 6)):
             assert output[:, :width].any(dim=0).all() and not output[:, width:].any() and output.shape[1] == dim
         sum(output.sum() for output in outputs).backward()  # type: ignore[union-attr]
+    tables.to("meta")
+    shown = [lookups.shown for lookups in (tables.lookups, *(tables.view(name)[0] for name in ("large", "thin")))]
+    assert {tensor.device.type for each in shown for tensor in (each.hidden, each.number)} == {"meta"}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", None])
