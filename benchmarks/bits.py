@@ -94,6 +94,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
     {"kind": "fewer_dimensions", "projection": True},
     {"kind": "low_rank", "inner_dim": 12},
+    {"kind": "matryoshka", "nested_share": 1.0},
     {"kind": "hot_cold", "cold": "compositional", "hot": 0.3},
     {"kind": "hot_cold", "cold": {"kind": "multi_hash", "signs": True}},
     {"kind": "hot_cold", "cold": "unified", "hot": 0.5},

@@ -30,6 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "compositional", "radices": "chinese_remainder"},
     {"kind": "fewer_dimensions", "projection": True},
     {"kind": "low_rank", "inner_dim": 12},
+    {"kind": "matryoshka", "nested_share": 1.0},
     {"kind": "unified", "width": 2},
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
@@ -88,6 +89,16 @@ def in_turn(methods: Sequence[Any], options: Sequence[Any], each: int) -> list[t
     What an option does is one piece of code for all methods, so that their product would test the same many times.
     """
     return [(m, options[(i * each + k) % len(options)]) for i, m in enumerate(methods) for k in range(each)]
+
+
+def rounds(method: Method) -> bool:
+    """Whether training can round its rows as they are served: rows that are served as wide as they are trained."""
+    return method.kind not in ("pruned", "matryoshka") and not folds(method)
+
+
+def draws(method: Method) -> bool:
+    """Whether lookups that train show what each of them draws: those of one batch differ unless in eval mode."""
+    return method.kind == "matryoshka"
 
 
 def method_id(method: Method) -> str:
@@ -174,6 +185,8 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         return {"kind": kind, "precisions": precisions, "widths": widths, "prior_count": prior_count}
     if kind == "low_rank":
         return {"kind": kind, "inner_dim": draw(st.none() | st.integers(1, 50))}
+    if kind == "matryoshka":
+        return {"kind": kind, "nested_share": draw(st.floats(0, 1))}
     if kind == "unified":
         common = int(np.gcd.reduce(dims))
         widths = [w for w in range(1, common + 1) if common % w == 0]

@@ -159,6 +159,8 @@ def vector(
             return narrow + [0.0] * (dim - width)
         projection = tables.store.extra(f"{g.group.name}/projection_{width}_{dim}").tolist()
         return [sum(narrow[i] * projection[i][c] for i in range(width)) for c in range(dim)]
+    if kind == "matryoshka":
+        return row(name, x)[: entry.values["width"]] + [0.0] * (dim - entry.values["width"])
     if kind == "low_rank":
         found = row(f"{name}/rows", x)
         # Folded already, where it is served.

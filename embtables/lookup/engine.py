@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,14 @@ from embtables.lookup.native import NativeLookup
 from embtables.lookup.program import InputSpec, is_native
 from embtables.lookup.recipe import Recipe
 from embtables.lookup.recipe_block import RecipeBlock
+from embtables.lookup.shown import Shown
 from embtables.lookup.step import Step
 from embtables.lookup.store import Store
 from embtables.ops import Refused
 from embtables.ops.program import ProgramTensors
+
+if TYPE_CHECKING:
+    from embtables.methods.base import Stage
 
 T = TypeVar("T")
 
@@ -125,10 +129,16 @@ class Lookup(nn.Module):
         blocks: the module's blocks, or the view's one.
         order: for each output its place among the lookups of the blocks, one block after another.
         only: for a view the number of its lookup in its block; the whole input belongs to that lookup.
+        stages: some of which may show the first columns of vectors alone.
     """
 
     def __init__(
-        self, store: Store, blocks: Sequence[BlockLookup], order: Sequence[int], only: int | None = None
+        self,
+        store: Store,
+        blocks: Sequence[BlockLookup],
+        order: Sequence[int],
+        only: int | None = None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         super().__init__()
         self._held = store, list(blocks)  # a tuple, so that they are not registered as parts of this one
@@ -141,6 +151,10 @@ class Lookup(nn.Module):
             self._outputs.append([number[place + i] for i in range(count)])
         dims = {o: block.block.embedding_dim for block, each in zip(blocks, self._outputs) for o in each}
         self.dims = [dims[output] for output in range(len(dims))]
+        looked_up = [config for block in blocks for config in (block.tables if only is None else [block.tables[only]])]
+        tables = [looked_up[place].name for place in order]
+        showing = [stage for stage in stages if stage.shows.keys() & set(tables)]
+        self.shown = Shown(tables, self.dims, showing) if showing else None
         self.native = self._compile()
         natives = self._natives if self.native is not None else []
         self._in_pytorch = [i for i in range(len(blocks)) if i not in natives]
@@ -194,6 +208,20 @@ class Lookup(nn.Module):
 
     def side_by_side(self, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         """Pooled vectors ``[B, ΣD]``; ``modes`` is the pooling of each output."""
+        vectors = self._side_by_side(given, modes, step)
+        return vectors if self.shown is None else self.shown.side_by_side(vectors, step.trains)
+
+    def one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
+        """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where its mode is ``None`` and it has bags."""
+        vectors = self._one_by_one(given, modes, step)
+        return vectors if self.shown is None else self.shown.one_by_one(vectors, step.trains)
+
+    def in_input_order(self, given: Input, step: Step) -> Tensor:
+        """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
+        vectors = self._in_input_order(given, step)
+        return vectors if self.shown is None else self.shown.in_input_order(vectors, given, step.trains)
+
+    def _side_by_side(self, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         own = tuple(modes[output] for output in self._native_outputs) if self._in_pytorch else modes
         native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step), modes)
         if native is not None and not found:
@@ -204,8 +232,7 @@ class Lookup(nn.Module):
         assert self.in_both is not None
         return self.in_both.flat([native, *(beside(vectors) for vectors in pooled)])
 
-    def one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
-        """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where its mode is ``None`` and it has bags."""
+    def _one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
         own = [modes[output] for output in self._native_outputs]
         native, found = self._look_up(given, step, lambda n, tensors: n.one_by_one(tensors, given, own, step), modes)
         if native is not None and not found:
@@ -217,13 +244,12 @@ class Lookup(nn.Module):
             outputs |= dict(zip(f.outputs, each))
         return [outputs[output] for output in sorted(outputs)]
 
-    def in_input_order(self, given: Input, step: Step) -> Tensor:
-        """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
+    def _in_input_order(self, given: Input, step: Step) -> Tensor:
         modes: list[str | None] = [None] * len(self.dims)
         in_graph = given.offsets is not None and torch.compiler.is_compiling()
         if self.in_both is not None and not in_graph:
             # Without features in two tables, outputs stand in the order of the input's columns.
-            each = self.one_by_one(given, modes, step)
+            each = self._one_by_one(given, modes, step)
             return torch.stack(each, dim=1) if given.offsets is None else torch.cat(each)
         native, found = self._look_up(given, step, lambda n, tensors: n.in_input_order(tensors, given, step), modes)
         if native is not None:

@@ -74,9 +74,15 @@ class Stage(nn.Module):
 
     ``listens_to`` holds the names of slabs whose rows' gradients the stage wants to hear. They are looked up in PyTorch
     then, not in native code, and compiled lookups run uncompiled.
+
+    ``shows`` names tables of whose vectors lookups show the first columns alone, with zeros behind them that take no
+    gradient: in training the first ``width`` columns, an integer on the CPU that ``step`` may change in place, and
+    otherwise as many as ``shows`` says.
     """
 
     listens_to: tuple[str, ...] = ()
+    shows: Mapping[str, int] = {}
+    width: Tensor
 
     def step(self, touched: Touched) -> None:
         """Called once for each training step, when its ids are known to be good and before anything is read.
@@ -118,6 +124,8 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
     needs_budget: ClassVar[bool] = True
+    # The values of entries that the served form alone depends on: plans that differ in no others train alike.
+    served_values: ClassVar[tuple[str, ...]] = ()
     precision: str | None = None
 
     @field_validator("precision")

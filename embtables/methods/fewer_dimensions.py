@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping
-from itertools import accumulate
 from math import sqrt
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
 from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows, projection_name, projection_of
-from embtables.sizes.layout import Counts, Entry, Form, Group, Layout, Slab
+from embtables.methods.widths import WidthPath, width_path
+from embtables.sizes.layout import Entry, Form, Group, Layout, Slab
 
 
 class FewerDimensions(Method):
@@ -54,36 +52,8 @@ class FewerDimensions(Method):
         extras = tuple(projection_of(group, *shape) for shape in sorted(shapes)) if self.projection else ()
         return Layout.of(entries, Form(tuple(slabs), extras))
 
-    def _path(self, group: Group) -> _Path:
-        return group.once(f"path of {self!r}", lambda: self._walk(group))
-
-    def _walk(self, group: Group) -> _Path:
-        """From one column per table to all columns of all tables, one column more with each step."""
-        dims, order = [table.embedding_dim for table in group.tables], _by_worth(group)
-        used: dict[tuple[int, int], int] = {}
-
-        def projection_bytes(width: int, dim: int, more: int) -> int:
-            """What a table that begins (1) or ends (−1) to have so many of its columns changes."""
-            if not self.projection or width == dim:
-                return 0
-            before = used.get((width, dim), 0)
-            used[width, dim] = before + more
-            return more * projection_of(group, width, dim).num_bytes if 0 in (before, before + more) else 0
-
-        rows = group.num_rows.tolist()
-        size = group.format.slab_bytes
-        widened = [t for width in range(1, max(dims)) for t in order if dims[t] > width]
-        widths = [1] * len(dims)
-        num_bytes = [sum(size(n, 1) for n in rows) + sum(projection_bytes(1, dim, 1) for dim in dims)]
-        for t in widened:
-            width, dim = widths[t], dims[t]
-            more = size(rows[t], width + 1) - size(rows[t], width)
-            more += projection_bytes(width + 1, dim, 1) + projection_bytes(width, dim, -1)
-            num_bytes.append(num_bytes[-1] + more)
-            widths[t] += 1
-        # A step may cost less than the one before, where a projection is no longer needed.
-        least = list(accumulate(reversed(num_bytes), min))[::-1]
-        return _Path(len(dims), np.array(widened, dtype=np.int64), least)
+    def _path(self, group: Group) -> WidthPath:
+        return width_path(group, projected=self.projection)
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
@@ -125,25 +95,3 @@ class FewerDimensions(Method):
         return (
             projection_name(group, entry.values["width"], table.embedding_dim) if entry.variant == "projected" else None
         )
-
-
-class _Path(NamedTuple):
-    """Which table has a column more with each step, and the least bytes after so many steps or more."""
-
-    num_tables: int
-    widened: Counts
-    least: list[int]
-
-    def widths(self, limit: int) -> list[int]:
-        """The columns of the tables after the most steps that fit."""
-        number = bisect_right(self.least, limit) - 1
-        widths: list[int] = (1 + np.bincount(self.widened[:number], minlength=self.num_tables)).tolist()
-        return widths
-
-
-def _by_worth(group: Group) -> list[int]:
-    """The numbers of the tables, that with most lookups per row first; without all counts that with fewest rows."""
-    rows = group.num_rows.tolist()
-    lookups = [int(counts.sum()) for counts in group.counts if counts is not None]
-    worth = [n / m for n, m in zip(lookups, rows)] if len(lookups) == len(rows) else [1 / m for m in rows]
-    return sorted(range(len(rows)), key=lambda t: -worth[t])

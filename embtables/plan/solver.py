@@ -150,11 +150,17 @@ class Plan:
 
     @property
     def training_fingerprint(self) -> bytes:
-        """32 bytes that plans have in common whose tables train alike, and are served in different precisions."""
+        """32 bytes that plans have in common whose tables train alike, and are served in different forms.
+
+        These differ in precision, and in what a method does with a table after training: ``Method.served_values``.
+        """
         data = {**self.to_dict(), "budget_bytes": None}
-        for g in data["groups"]:
+        for g, solved in zip(data["groups"], self.groups):
             g["method"] = {name: value for name, value in g["method"].items() if name != "precision"}
             g["layout"] = {name: value for name, value in g["layout"].items() if name != "serving"}
+            for entry in g["layout"]["entries"].values():
+                served = solved.method.served_values
+                entry["values"] = {name: value for name, value in entry["values"].items() if name not in served}
         return _digest(data)
 
     def to_pandas(self) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -50,7 +50,7 @@ class TableLookup(nn.Module):
         self.store = store
         self.stages = stages
         self.blocks = nn.ModuleList(blocks).to(store.device)
-        self.lookups = Lookup(store, blocks, order).to(store.device)
+        self.lookups = Lookup(store, blocks, order, stages=stages).to(store.device)
         views, self._views = list(self._views), {}
         for table in views:
             self.view(table)
@@ -59,6 +59,13 @@ class TableLookup(nn.Module):
         # Python finds parts of a module by their names in several microseconds each.
         self._in_reach = store, self.lookups
         self.optimizer_state = OptimizerState(store, stages)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, and takes along its views, which are no parts of it."""
+        super()._apply(fn, recurse)
+        for view in self._views.values():
+            view._apply(fn)
+        return self
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -166,7 +173,8 @@ class TableLookup(nn.Module):
         """
         if table not in self._views:
             block, number = block_of(self.lookups.blocks, table)
-            self._views[table] = Lookup(self.store, [block], [0], only=number).to(self.store.device)
+            view = Lookup(self.store, [block], [0], only=number, stages=self.stages)
+            self._views[table] = view.to(self.store.device)
         return self._views[table], self._view_steps
 
     # ---- training --------------------------------------------------------------------------------------------------

@@ -199,7 +199,10 @@ class EmbeddingTables(TableLookup):
             ValueError: for an unknown table, or one without ``num_embeddings``.
         """
         block, number = block_of(self.lookups.blocks, table)
-        return dense_rows(block, number, rows)
+        dense = dense_rows(block, number, rows)
+        for stage in self.stages:
+            dense[:, stage.shows.get(table, dense.shape[1]) :] = 0
+        return dense
 
     @torch.no_grad()
     def collision_share(self, table: str) -> float:
@@ -218,13 +221,14 @@ class EmbeddingTables(TableLookup):
 
         Args:
             plan: another plan of the same training, such as one of another precision, to whose form they are brought;
-                ``None`` for their own.
+                ``None`` for their own. Served tables take another one where their form is that of the training.
 
         Raises:
-            ValueError: for a plan whose tables train otherwise, and another one than their own for served tables.
+            ValueError: for a plan whose tables train otherwise, and another one than their own for served tables that
+                lost something.
         """
         target = self._checked_plan(plan)
-        if target is self.plan and (self.served or all(g.layout.serving == g.layout.training for g in target.groups)):
+        if target is self.plan and (self.served or _serves_what_it_trains(target)):
             return self
         return self._served_from(self.store, target)
 
@@ -257,12 +261,12 @@ class EmbeddingTables(TableLookup):
         """The plan by which these tables are to be served."""
         if plan is None or plan is self.plan or plan.fingerprint == self.plan.fingerprint:
             return self.plan
-        if self.served or plan.training_fingerprint != self.plan.training_fingerprint:
+        if self.served and not _serves_what_it_trains(self.plan):
+            raise ValueError("served tables stay in the form that they have")
+        if plan.training_fingerprint != self.plan.training_fingerprint:
             raise ValueError(
-                "served tables stay in the form that they have"
-                if self.served
-                else "the tables of that plan train otherwise, so that these cannot be served in its form: plans may "
-                "differ in precision alone"
+                "the tables of that plan train otherwise, so that these cannot be served in its form: plans may differ "
+                "in precision, and in the budget of a method that trains the same for every budget, as matryoshka does"
             )
         return plan
 
@@ -357,3 +361,7 @@ class EmbeddingTables(TableLookup):
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)
         return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
+
+
+def _serves_what_it_trains(plan: Plan) -> bool:
+    return all(g.layout.serving == g.layout.training for g in plan.groups)

@@ -183,7 +183,8 @@ class Trainer:
         found = plan_tables(self.config, self.data)
         if mine != theirs or found.training_fingerprint != plan.training_fingerprint:
             raise ValueError(
-                f"{self.out} would be another training: what is served beside a run may differ in precision alone"
+                f"{self.out} would be another training: what is served beside a run may differ in precision, and in "
+                "the budget of a method that trains the same for every budget, as matryoshka does"
             )
         if found.fingerprint == plan.fingerprint:
             raise ValueError(f"{self.out} would be served as the run itself is")

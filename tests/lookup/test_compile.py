@@ -137,6 +137,7 @@ def assert_steps_agree(tables: EmbeddingTables, backend: str, inputs: list[tuple
         ("full", "adam", 0.0),
         ("mixed_dimension", None, 0.3),
         (PRUNED, "adam", 0.3),
+        ("matryoshka", "adam", 0.3),
     ],
 )
 def test_bags_train_in_whole_graphs(method: Any, optimizer: str | None, l2: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from core_cases import all_methods, falling_counts, folds, method_id, projects, random_ids
+from core_cases import all_methods, falling_counts, method_id, projects, random_ids, rounds
 from native_cases import jagged
 from packed_rows import bf16
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def make(method: Any, precision: str, optimizer: Any = None, share: str = "60%",
 
 
 def rounded_methods() -> list[Method]:
-    return [m for m in all_methods() if m.kind not in ("pruned", "drop_feature") and not folds(m)]
+    return [m for m in all_methods() if m.kind != "drop_feature" and rounds(m)]
 
 
 @pytest.mark.parametrize("precision", OWN)
@@ -62,7 +62,7 @@ def test_training_computes_with_what_would_be_served(method: Method, precision: 
 def test_every_method_of_rows_is_rounded_and_others_are_refused() -> None:
     for method in all_methods():
         tables = make(method, "int4/1", share="15%")
-        if method.kind == "pruned" or folds(method):
+        if not rounds(method):
             with pytest.raises(ValueError, match="serves something else than the rows that it trains"):
                 tables.fake_quantize()
         else:

@@ -108,6 +108,7 @@ def test_rows_move_by_at_most_half_a_step(method: Method, precision: str) -> Non
         fold = slab.name.replace("/rows", "/fold")
         if fold in tables.store.extra_shapes():
             trained = trained @ tables.store.extra(fold).detach()
+        trained = trained[:, : slab.width]
         if precision in ("fp16", "bf16"):
             bits = 11 if precision == "fp16" else 8
             assert torch.all((trained - stored).abs() <= trained.abs() * 2.0**-bits + 2.0**-25)

@@ -172,6 +172,14 @@ def test_a_whole_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
     assert not list(out.glob("**/*.tmp"))
 
 
+def test_budgets_that_one_training_serves_start_it_once(data: Path, fake: Path, tmp_path: Path) -> None:
+    methods, budgets = parse_methods("matryoshka"), ["50%", "25%", "12.5%", "1%"]
+    rows = run(describe(data, methods, budgets, 2, load_config(), []), tmp_path / "sweep")
+    assert [row["status"] for row in rows] == ["ok"] * 2 * 3 + ["infeasible"] * 2
+    assert len({row["inference_bytes"] for row in rows[:6]}) == 3
+    assert started(fake) == ["matryoshka-50pct-s0", "matryoshka-50pct-s1"]
+
+
 def test_finished_cells_are_not_redone_and_failed_ones_are(data: Path, fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     (fake / "fail-hash").touch()

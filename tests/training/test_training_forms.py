@@ -151,6 +151,19 @@ def test_what_comes_too_late_is_refused(data, tmp_path):
     assert Trainer(config, data, tmp_path / "fp32", also=also).run() == first
 
 
+def test_a_method_that_trains_the_same_for_every_budget_is_served_at_each(data, tmp_path):
+    forms = {"half": ("50%", "fp32"), "eighth": ("12.5%", "int8")}
+    same = ("tables.method=matryoshka", "tables.embedding_dim=8", "tables.learning_rate=0.1")
+    configs = {n: config_of(*same, f"tables.budget={b}", f"tables.precision={p}") for n, (b, p) in forms.items()}
+    also = {tmp_path / "together" / name: config for name, config in configs.items()}
+    Trainer(config_of(*same, "tables.budget=100%"), data, tmp_path / "together" / "all", also=also).run()
+    for name, config in configs.items():
+        assert "trained_with" not in Trainer(config, data, tmp_path / "alone" / name).run()
+        assert left(tmp_path / "together" / name) == left(tmp_path / "alone" / name), name
+        metrics = json.loads((tmp_path / "together" / name / "metrics.json").read_text())
+        assert metrics["trained_with"] == "all" and metrics["ratio"] <= float(forms[name][0][:-1]) / 100
+
+
 def test_folders_of_one_name_are_refused(data, tmp_path):
     also = {tmp_path / "a" / "run": config_of("tables.precision=int4")}
     with pytest.raises(ValueError, match="the folders of one training need names of their own, not run, run"):
