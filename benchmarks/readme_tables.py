@@ -96,14 +96,22 @@ def table(results: pd.DataFrame) -> str:
     """Mean test AUC ± standard deviation over seeds, a row a method and a column a budget."""
     budgets = [b for b in results["budget"].dropna().unique() if b]
     header = ["method", *(f"{budget} of the bytes" for budget in budgets)]
-    full = results[results["method"] == "full"]
     lines = [header, ["---", *["---:"] * len(budgets)]]
-    lines.append([f"full: {_mean(full)}, {int(full['inference_bytes'].iloc[0]):,} bytes", *[""] * len(budgets)])
-    others = results[results["method"] != "full"]
+    # Full tables take no budget, in no precision.
+    whole = results["budget"].isna()
+    for name, cells in results[whole].groupby("method", sort=False):
+        lines.append([f"{name}: {_mean(cells)}, {int(cells['inference_bytes'].iloc[0]):,} bytes", *[""] * len(budgets)])
+    others = results[~whole]
     for method in sorted(others["method"].unique(), key=lambda m: (-_at(others, m, "1%"), m)):
         cells = [_cell(others[(others["method"] == method) & (others["budget"] == budget)]) for budget in budgets]
-        lines.append([f"[{method}](docs/methods/{method}.md)", *cells])
+        lines.append([_linked(method), *cells])
     return _rendered(lines)
+
+
+def _linked(method: str) -> str:
+    """``hash(precision=int4)`` with the page of its kind behind the name."""
+    kind, options, rest = method.partition("(")
+    return f"[{kind}](docs/methods/{kind}.md)" + (f" ({rest}" if options else "")
 
 
 def speed(report: str, part: str) -> str:
