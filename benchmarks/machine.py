@@ -90,7 +90,7 @@ def gathers(width: int, count: int, table_bytes: int = TABLE_BYTES) -> dict[str,
 
         hook, hyper = torch.zeros(()), torch.zeros(2, dtype=torch.float64)
         ways["random rows, embtables"] = lambda batch: _drop(
-            fused_lookup(table, [], rows[batch % 16], hook, hyper, "sgd")
+            fused_lookup(table, [], rows[batch % 16], hook, hyper, "sgd", table.dtype)
         )
     return ways
 

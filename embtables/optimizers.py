@@ -96,9 +96,19 @@ class FusedOptimizer:
             weight: the rows themselves, ``[U, width]``.
             state: their state, ``[U, columns]`` each.
             hyper: the fields by name, float64 scalars.
-            step: the number of the present step from 1 on, an int64 scalar; 0 unless ``counts_steps``.
+            step: the number of the present step from 1 on, an int64 scalar; only ``counts_steps`` makes sure of it.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def after_rounding(
+        state: Sequence[Tensor], error: Tensor, hyper: Mapping[str, Tensor], step: Tensor
+    ) -> Sequence[Tensor]:
+        """The new state of rows from which rounding took ``error`` ``[U, width]`` more than ``update`` said.
+
+        That is where rows are trained in 16 bits; by default their state does not depend on it.
+        """
+        return state
 
     @staticmethod
     def running_mean(weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor) -> Tensor:
@@ -325,6 +335,14 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
             horizon = hyper["horizon"]
             behind = _since(last, step - 1, horizon) * behind + change
             return change, (*own, _since(step - 1, step, horizon) * behind, step.to(last.dtype).expand_as(last))
+
+        @staticmethod
+        def after_rounding(
+            state: Sequence[Tensor], error: Tensor, hyper: Mapping[str, Tensor], step: Tensor
+        ) -> Sequence[Tensor]:
+            *own, behind, last = state
+            own = rule.after_rounding(own, error, hyper, step)
+            return (*own, behind + _since(step - 1, step, hyper["horizon"]) * error, last)
 
         @staticmethod
         def running_mean(weight: Tensor, state: Sequence[Tensor], hyper: Mapping[str, Tensor], step: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ class _OneTable(View):
         with steps.step(tables.store, trains, tables.stages, shared=len(tables.plan.tables) > 1) as step:
             output = lookup.side_by_side(given, (mode,), step)
         # Graphs cannot wait for a backward; they need not where nobody counts steps.
-        optimizer = tables.store.optimizer
-        if trains and (tables.stages or (optimizer is not None and optimizer.counts_steps)):
+        if trains and (tables.stages or tables.store.counts_steps):
             steps.await_backward(output)
         return output
 

@@ -10,12 +10,15 @@ from embtables.formats.packed import PackedFormat, ResidualFormat
 from embtables.formats.rows import DTYPES, SCALE, RowFormat, Size
 
 FP32 = RowFormat("fp32", "float32")
+BF16 = RowFormat("bf16", "bfloat16")
+# What rows are stored in while they are trained.
+TRAINING_FORMATS = (FP32.name, BF16.name)
 FORMATS: dict[str, RowFormat] = {
     row_format.name: row_format
     for row_format in (
         FP32,
         RowFormat("fp16", "float16"),
-        RowFormat("bf16", "bfloat16"),
+        BF16,
         PackedFormat("int8", "uint8", 8),
         PackedFormat("int4", "uint8", 4),
         PackedFormat("int2", "uint8", 2),
@@ -63,10 +66,12 @@ def scales_name(weight: str) -> str:
 
 
 __all__ = [
+    "BF16",
     "DTYPES",
     "FORMATS",
     "FP32",
     "SCALE",
+    "TRAINING_FORMATS",
     "PackedFormat",
     "ResidualFormat",
     "RowFormat",

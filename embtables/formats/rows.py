@@ -33,7 +33,7 @@ class RowFormat:
     integers, or int64 arrays that are computed with element by element; the methods solve for ``slab_bytes``, which
     must not fall where the rows or the width grow, and is at least ``rows`` times ``row_bits`` bits.
 
-    Lookups read fp32 rows, whatever they are stored as, and training stores fp32: a format is what is served.
+    Lookups read fp32 rows, whatever they are stored as. Training stores fp32 or bf16: all others are served alone.
 
     Args:
         name: what plans and files call it.

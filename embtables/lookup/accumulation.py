@@ -85,15 +85,23 @@ class _Rows(torch.autograd.Function):
     """Rows of a weight, whose gradients are added to an accumulation. ``hook`` only makes autograd call backward."""
 
     @staticmethod
-    def forward(ctx: Any, hook: Tensor, weight: Tensor, index: Tensor, name: str, accumulation: Accumulation) -> Tensor:
+    def forward(
+        ctx: Any,
+        hook: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        name: str,
+        accumulation: Accumulation,
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.index, ctx.name, ctx.accumulation = index, name, accumulation
-        return weight.index_select(0, index)
+        return weight.index_select(0, index).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         ctx.accumulation.add(ctx.name, ctx.index, grad.contiguous())
-        return (None,) * 5
+        return (None,) * 6
 
 
 @outside_graphs("accumulate() collects gradients between backward passes, which no graph can hold")
@@ -105,5 +113,6 @@ def accumulated_rows(
         found = (index >= 0).nonzero().squeeze(1)
         some: Tensor = accumulated_rows(store, name, index[found], accumulation)
         return some.new_zeros(index.shape[0], some.shape[1]).index_put((found,), some)
-    rows: Tensor = _Rows.apply(store.hook, store.matrix(name), index, name, accumulation)
-    return rows
+    dtype = store.dtype_of_rows(name)
+    rows: Tensor = _Rows.apply(store.hook, store.matrix(name), index, name, accumulation, dtype)
+    return rows.to(store.dtype)

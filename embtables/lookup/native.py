@@ -118,6 +118,8 @@ class NativeLookup:
         Exported graphs hold PyTorch's own operators, so that they run where this package is not; so do compiled ones
         where the weights are parameters.
         """
+        if step.updates and self._others:
+            return None
         if ops.backend() != "native" or (given.weights is not None and given.weights.requires_grad):
             return None
         if torch.compiler.is_compiling():

@@ -105,6 +105,11 @@ class Slabs(nn.Module):
         """Whether a weight, by its attribute, holds the rows themselves, and not a format that ``read`` knows."""
         return self._stored_rows[weight].format == FP32
 
+    def dtype_of_rows(self, weight: str) -> torch.dtype:
+        """The type in which training computes with a weight or extra, by its attribute, whatever it is stored in."""
+        stored = self._stored_rows.get(weight)
+        return self.tensor(weight).dtype if stored is None or stored.format == FP32 else torch.float32
+
     def stored_as(self, weight: str) -> list[Tensor]:
         """The tensor of a weight, by its attribute, and behind it that of its scales, where its format has any."""
         scales = self.scales(weight)

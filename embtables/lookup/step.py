@@ -145,8 +145,9 @@ class Step:
         if self.updates:
             if self.accumulation is not None:
                 return accumulated_rows(store, name, index, self.accumulation)
-            state = store.state_for_step(name)
-            return self._watched(name, ops.fused_rows(weight, state, index, store.hook, store.hyper, store.rule))
+            state, dtype = store.state_for_step(name), store.dtype_of_rows(name)
+            rows = ops.fused_rows(weight, state, index, store.hook, store.hyper, store.rule, dtype)
+            return self._watched(name, rows).to(store.dtype)
         if store.sparse:
             return F.embedding(index, weight, sparse=True)
         if self.aliases is not None and weight.requires_grad and torch.is_grad_enabled():
@@ -180,8 +181,9 @@ class Step:
         if self.accumulation is not None:
             rows = accumulated_rows(store, name, index, self.accumulation, may_skip=True)
         else:
-            state = store.state_for_step(name)
-            rows = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule)
+            state, dtype = store.state_for_step(name), store.dtype_of_rows(name)
+            rows = ops.fused_lookup_of_some(weight, state, index, store.hook, store.hyper, store.rule, dtype)
+            rows = rows.to(store.dtype)
         if self.rounding is None:
             return rows
         return torch.where(there, self.rounding.rounded(rows, name, weight, index.clamp(min=0)), 0)

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from embtables import ops
 from embtables._util.numbers import is_non_negative
-from embtables.formats import DTYPES, FP32
+from embtables.formats import BF16, DTYPES, FP32, TRAINING_FORMATS
 from embtables.lookup.accumulation import Accumulation
 from embtables.lookup.rounding import Rounding
 from embtables.lookup.weights import Weights
@@ -45,13 +45,14 @@ class Store(Weights):
         trainable: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        if trainable and (packed := next((s for f in forms for s in f.slabs if s.format != FP32.name), None)):
-            raise ValueError(
-                f"slab '{packed.name}' would be trained in {packed.format}: training stores fp32, and what is served "
-                "in another format is the serving form of a layout, as Layout.of makes them"
-            )
+        if trainable:
+            _check_formats(forms, optimizer)
         super().__init__(forms, as_parameters=trainable and optimizer is None, sparse=sparse, device=device)
         self.optimizer = optimizer if trainable else None
+        # Which rounding a step makes follows from its number, too.
+        self.counts_steps = self.optimizer is not None and (
+            self.optimizer.counts_steps or any(form.rounds_stochastically() for form in forms)
+        )
         self.accumulation: Accumulation | None = None
         # Of the rows that a training step reads; ``None``: it computes with the fp32 rows.
         self.rounding: Rounding | None = None
@@ -63,7 +64,7 @@ class Store(Weights):
                 self._add_state(name, self.optimizer)
             hyper = torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64, device=device)
             self.register_buffer("_hyper", hyper, persistent=False)
-            if self.optimizer.counts_steps:
+            if self.counts_steps:
                 self.register_buffer("_step", torch.empty((), dtype=torch.int64, device=device), persistent=False)
         self.reset_state()
 
@@ -110,14 +111,13 @@ class Store(Weights):
         return _NOTHING if self.optimizer is None else self.tensor("_hyper")
 
     def count_step(self, number: int = 1) -> None:
-        """Counts a training step, for rules that need its number; −1 takes one back."""
-        if self.optimizer is not None and self.optimizer.counts_steps:
+        """Counts a training step, where its number is needed; −1 takes one back."""
+        if self.counts_steps:
             self._step += number
 
     def step_number(self) -> Tensor:
         """The number of the present step; 0 where nobody counts."""
-        counts = self.optimizer is not None and self.optimizer.counts_steps
-        return self._step.clone() if counts else _NO_STEP
+        return self._step.clone() if self.counts_steps else _NO_STEP
 
     def gives_gradients(self) -> bool:
         """Whether any of the weights is a parameter that gets a gradient now."""
@@ -161,16 +161,16 @@ class Store(Weights):
         return [self.tensor(name) for name in self.state_names(weight)]
 
     def state_for_step(self, weight: str) -> list[Tensor]:
-        """What the update rule keeps for a weight, the number of the present step last where it counts steps."""
+        """What the update rule keeps for a weight, the number of the present step last where steps are counted."""
         state = self.state_of(weight)
-        return [*state, self.step_number()] if self.optimizer is not None and self.optimizer.counts_steps else state
+        return [*state, self.step_number()] if self.counts_steps else state
 
     def running_mean(self, weight: str) -> Tensor:
         """The running mean of a weight or extra, by its attribute, where the optimizer keeps one; else a copy."""
         tensor = self.tensor(weight).detach()
         if self.optimizer is None:
             return tensor.clone()
-        rule, matrix = rule_of(self.optimizer.kind), self.matrix(weight).detach()
+        rule, matrix = rule_of(self.optimizer.kind), self.matrix(weight).detach().to(self.dtype)
         hyper = rule.hyper_by_name(self.hyper)
         return rule.running_mean(matrix, self.state_of(weight), hyper, self.step_number()).reshape(tensor.shape).clone()
 
@@ -193,3 +193,18 @@ class Store(Weights):
         """Zeroes rows of a slab, weights and optimizer state."""
         for view in (self.slab(slab), *self.slab_state(slab)):
             view[rows] = 0
+
+
+def _check_formats(forms: Sequence[Form], optimizer: FusedOptimizer | None) -> None:
+    """Raises ``ValueError`` for slabs that cannot be trained as they would be stored."""
+    for slab in (slab for form in forms for slab in form.slabs):
+        if slab.format not in TRAINING_FORMATS:
+            raise ValueError(
+                f"slab '{slab.name}' would be trained in {slab.format}: training stores {' or '.join(TRAINING_FORMATS)}, "
+                "and what is served in another format is the serving form of a layout, as Layout.of makes them"
+            )
+        if slab.format == BF16.name and optimizer is None:
+            raise ValueError(
+                f"slab '{slab.name}' would be trained in bf16 by torch.optim, but rows in bf16 need the stochastic "
+                "rounding of fused updates: plan with a fused optimizer, or train in fp32"
+            )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embtables import ops
-from embtables.formats import DTYPES, FP32, scales_name, weight_name
+from embtables.formats import DTYPES, FP32, PackedFormat, scales_name, weight_name
 from embtables.lookup.slabs import Slabs
 from embtables.lookup.split import SlabWeight, SplitWeight
 from embtables.sizes.layout import Form
@@ -250,11 +250,17 @@ class Weights(Slabs):
         return {name: self.tensor(name).detach() for name in names}
 
     def slab(self, name: str) -> Tensor:
-        """A view ``[rows, width]`` of the weights of a slab that is stored in fp32, as all are that train."""
+        """A view ``[rows, width]`` of the weights of a slab as they are stored: plain numbers, as all are that train.
+
+        Their type is that of the slab's format. What is written into a view in 16 bits is rounded to nearest.
+
+        Raises:
+            ValueError: for a slab in a format of packed integers.
+        """
         start, slab = self._slabs[name]
-        if slab.format != FP32.name:
-            raise ValueError(f"slab '{name}' is stored in {slab.format}: read_slab() gives a copy of its rows")
         weight = self.weight_of(name)
+        if isinstance(self._stored_rows[weight].format, PackedFormat):
+            raise ValueError(f"slab '{name}' is stored in {slab.format}: read_slab() gives a copy of its rows")
         if weight in self.split_weights:
             return self.split_weights[weight].modules[name].weight.detach()
         return self.tensor(weight).detach()[start : start + slab.rows]

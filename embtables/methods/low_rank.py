@@ -75,7 +75,7 @@ class LowRank(Method):
             if width > rank:
                 folds.append(Extra(f"{name}/fold", (width, rank)))
                 entries[name] = Entry("folded", {"rank": rank, "inner_dim": width})
-        training = Form(tuple(trained), (*folds, *bases)).in_fp32()
+        training = Form(tuple(trained), (*folds, *bases)).in_format(FP32.name)
         return Layout(entries, training, Form(tuple(served), tuple(bases)))
 
     # ---- the module ----------------------------------------------------------------------------------------------
@@ -119,7 +119,8 @@ class LowRank(Method):
             rows = trained.slab(slab.name)
             name = slab.name.removesuffix("/rows")
             if layout.entries[name].variant == "folded":
-                rows = rows @ trained.extra(f"{name}/fold").detach()
+                fold = trained.extra(f"{name}/fold").detach()
+                rows = rows.to(fold.dtype) @ fold
             served.write_slab(slab.name, rows)
         for extra in layout.serving.extras:
             served.extra(extra.name).copy_(trained.extra(extra.name).detach())

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from embtables.config import TableConfig
-from embtables.formats import SCALE, RowFormat
+from embtables.formats import FP32, SCALE, RowFormat
 from embtables.lookup.block import Block, Extras, Part
 from embtables.lookup.graphs import number_below
 from embtables.lookup.recipe import Recipe, Row, concat
@@ -91,7 +91,7 @@ class Pruned(Method):
             codes += form_codes
         return Layout(
             {table.name: entries[table.name] for table in group.tables},
-            Form(slabs=(*training, *whole)).in_fp32(),
+            Form(slabs=(*training, *whole)).in_format(FP32.name),
             Form(slabs=tuple(whole), codes=tuple(codes)),
         )
 
@@ -264,7 +264,7 @@ class Schedule(NamedTuple):
             number = round(slab.numel() - self.progress(step) * (slab.numel() - left))
             exact = step == self.warmup_steps + self.prune_steps or slab.numel() <= _SAMPLE
             threshold = _magnitude_of_rank(slab.view(-1), number) if exact else _estimated_magnitude(slab, number)
-            below = float(torch.nextafter(threshold, torch.zeros_like(threshold)))
+            below = _next_below(threshold, slab.dtype)
             for chunk in slab.view(-1).split(_CHUNK):
                 chunk.copy_(F.hardshrink(chunk, below))  # zero where |x| ≤ below; many times faster than a mask
 
@@ -310,7 +310,7 @@ class PruningStage(Stage):
             # As one operator, since graphs cannot ask what step it is.
             _step_in_graph(
                 self.steps,
-                [store.weight(store.width(name)) for name in self.kept],
+                [store.tensor(store.weight_of(name)) for name in self.kept],
                 [store.start(name) for name in self.kept],
                 [store.rows(name) for name in self.kept],
                 list(self.kept.values()),
@@ -319,6 +319,13 @@ class PruningStage(Stage):
             return
         self.steps += 1
         self.schedule.prune(int(self.steps), [store.slab(name) for name in self.kept], list(self.kept.values()))
+
+
+def _next_below(magnitude: Tensor, dtype: torch.dtype) -> float:
+    """The next smaller magnitude among the numbers of a type, or 0: without a sign their bits count up as they do."""
+    kept = magnitude.to(dtype if dtype.itemsize == 2 else torch.float32)
+    bits = kept.view(torch.int16 if kept.itemsize == 2 else torch.int32) - 1
+    return float(bits.clamp(min=0).view(kept.dtype))
 
 
 def _magnitudes(values: Tensor) -> Tensor:

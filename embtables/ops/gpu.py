@@ -44,10 +44,10 @@ def register_for(device_type: str) -> None:
     registered.add(device_type)
 
 
-def _gather(weight: Tensor, index: Tensor) -> Tensor:
+def _gather(weight: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     from embtables.ops import gpu_kernels
 
-    return gpu_kernels.lookup(weight, index)
+    return gpu_kernels.lookup(weight, index, dtype)
 
 
 def _unpack(stored: Tensor, scales: Tensor | None, firsts: Tensor, index: Tensor, width: int, form: RowForm) -> Tensor:
@@ -56,8 +56,16 @@ def _unpack(stored: Tensor, scales: Tensor | None, firsts: Tensor, index: Tensor
     return gpu_kernels.unpack(stored, scales, firsts, index, width, form)
 
 
-def _lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
-    return _gather(weight, index)
+def _lookup(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _gather(weight, index, dtype)
 
 
 def _update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
@@ -71,17 +79,32 @@ class _Rows(torch.autograd.Function):
     """Rows that are updated in backward, as by ``embtables::lookup``. ``hook`` only makes autograd call it."""
 
     @staticmethod
-    def look_up(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
-        rows: Tensor = _Rows.apply(hook, weight, state, index, hyper, rule)
+    def look_up(
+        weight: Tensor,
+        state: list[Tensor],
+        index: Tensor,
+        hook: Tensor,
+        hyper: Tensor,
+        rule: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        rows: Tensor = _Rows.apply(hook, weight, state, index, hyper, rule, dtype)
         return rows
 
     @staticmethod
     def forward(
-        ctx: Any, hook: Tensor, weight: Tensor, state: list[Tensor], index: Tensor, hyper: Tensor, rule: str
+        ctx: Any,
+        hook: Tensor,
+        weight: Tensor,
+        state: list[Tensor],
+        index: Tensor,
+        hyper: Tensor,
+        rule: str,
+        dtype: torch.dtype,
     ) -> Tensor:
         # On ctx itself, for the reason that ``embtables::lookup`` has.
         ctx.given = weight, state, index, hyper, rule
-        return _gather(weight, index)
+        return _gather(weight, index, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -89,4 +112,4 @@ class _Rows(torch.autograd.Function):
         weight, state, index, hyper, rule = ctx.given
         _update(weight, state, index, grad.contiguous(), hyper, rule)
         torch.autograd.graph.increment_version([weight, *state])
-        return (None,) * 6
+        return (None,) * 7

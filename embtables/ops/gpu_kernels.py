@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from embtables.ops.program import PLAIN, RowForm
+from embtables.ops.reference import rounds_stochastically, split_step
+from embtables.ops.stochastic import stream
 from embtables.optimizers import rule_of
 
 # The rules of ``embtables.optimizers`` that ``_step`` has a form of.
@@ -38,9 +40,12 @@ _COLUMNS = 64
 _OPTIONS = {"enable_fp_fusion": False}
 
 
-def lookup(weight: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` [N] of ``weight`` [R, W] → [N, W]. The index has to be in range: a GPU does not check it here."""
-    out = weight.new_empty(index.numel(), weight.shape[1])
+def lookup(weight: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows ``index`` [N] of ``weight`` [R, W] → [N, W], in a type of their own or the weight's.
+
+    The index has to be in range: a GPU does not check it here.
+    """
+    out = weight.new_empty(index.numel(), weight.shape[1], dtype=dtype or weight.dtype)
     return _gathered(weight, None, None, index, out, PLAIN)
 
 
@@ -84,7 +89,8 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
     if not count or not width:
         return
     clips = rule_of(rule).clips_rows(hyper)
-    moments = state[:2] if rule == "adam" else state
+    moments, step = split_step(state)
+    rounds = rounds_stochastically(weight, grad)
     _check_contiguous(weight, *moments)
     # Half the passes of a radix sort, where the numbers of the rows leave room.
     keys = index.int() if weight.shape[0] < 2**31 else index
@@ -96,9 +102,11 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
     window = max(1, min(_WINDOW, _TILE // columns))
     grid = triton.cdiv(count, window), triton.cdiv(width, columns)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # What no rounding reads needs a pointer all the same.
+    random = stream(step.to(weight.device), width) if rounds else hyper
     sums = torch.empty(grid[0], width, dtype=wide, device=weight.device)
     # 1 − βᵗ for both moments; in float64, and here because it is the same for all rows.
-    corrections = 1 - hyper[3:5] ** state[2] if rule == "adam" else hyper
+    corrections = 1 - hyper[3:5] ** step if rule == "adam" else hyper
     first, second = [*moments, weight, weight][:2]
     tile = window * columns
     following = max(1, min(_FOLLOWING, _SUMS // columns))
@@ -107,8 +115,8 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
     with torch.cuda.device_of(weight):
         _window_sums[grid](rows, order, grad, sums, count, width, window, columns, num_warps=warps_of_sums, **_OPTIONS)
         _step[grid](
-            weight, first, second, rows, order, grad, sums, hyper, corrections, count,
-            width, window, columns, following, rule, clips, num_warps=warps, **_OPTIONS,
+            weight, first, second, rows, order, grad, sums, hyper, corrections, random, count,
+            width, window, columns, following, rule, clips, rounds, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -190,9 +198,9 @@ def _window_sums(rows, order, grad, sums, count, W: tl.constexpr, WINDOW: tl.con
 
 @triton.jit(do_not_specialize=["count"])
 def _step(
-    weight, first, second, rows, order, grad, sums, hyper, corrections, count,
+    weight, first, second, rows, order, grad, sums, hyper, corrections, random, count,
     W: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, FOLLOWING: tl.constexpr,
-    RULE: tl.constexpr, CLIPS: tl.constexpr,
+    RULE: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """The rule, on each row whose first occurrence lies in this window."""
     wide: tl.constexpr = sums.dtype.element_ty
@@ -276,7 +284,28 @@ def _step(
         m_hat = m / tl.load(corrections).to(wide)
         v_hat = v / tl.load(corrections + 1).to(wide)
         change = tl.load(hyper).to(wide) * m_hat / (_sqrt(v_hat) + eps)
-    tl.store(weight + place, (old - change).to(weight.dtype.element_ty), mask=keep)
+    new = old - change
+    if ROUNDS:
+        new = _rounded(new, tl.load(random), place)
+    tl.store(weight + place, new.to(weight.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _rounded(x, random, place):
+    """float32 that bfloat16 holds, one of the two neighbors, as ``stochastic.rounded`` gives it."""
+    hashed = _mix(random.to(tl.uint64, bitcast=True) + (place >> 2).to(tl.uint64))
+    drawn = ((hashed >> ((place & 3) * 16).to(tl.uint64)) & 0xFFFF).to(tl.uint32)
+    moved = ((x.to(tl.uint32, bitcast=True) + drawn) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, moved, x)
+
+
+@triton.jit
+def _mix(x):
+    """``embtables.hashing.mix``."""
+    x += 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from embtables._util.allocator import keep_freed_memory
 from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, ProgramTensors
-from embtables.ops.reference import split_step, training_lock
+from embtables.ops.reference import rounds_stochastically, split_step, training_lock
 from embtables.optimizers import rule_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -467,15 +467,23 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
     plain_lookup, plain_update = lookup._init_fn, update._init_fn
 
     @lookup.register_kernel("cpu")
-    def _(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+    def _(
+        weight: Tensor,
+        state: list[Tensor],
+        index: Tensor,
+        hook: Tensor,
+        hyper: Tensor,
+        rule: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
         if in_use() and fits([weight]):
-            return library.gather(weight, index)
-        return plain_lookup(weight, state, index, hook, hyper, rule)
+            return library.gather(weight, index).to(dtype)
+        return plain_lookup(weight, state, index, hook, hyper, rule, dtype)
 
     @update.register_kernel("cpu")
     def _(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
-        rows, step = split_step(state, rule)
-        native = in_use() and rule in RULES and fits([weight]) and fits(rows)
+        rows, step = split_step(state)
+        native = in_use() and rule in RULES and fits([weight]) and fits(rows) and not rounds_stochastically(weight, grad)
         if native and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
             with training_lock:
                 return library.update(weight, rows, index, grad, hyper, rule, int(step))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embtables.ops.program import RowForm
+from embtables.ops.stochastic import random_bits, rounded
 from embtables.optimizers import rule_of
 
 _NO_STEP = torch.zeros((), dtype=torch.int64)
@@ -22,10 +23,15 @@ _NO_STEP = torch.zeros((), dtype=torch.int64)
 training_lock = threading.RLock()
 
 
-def split_step(state: Sequence[Tensor], kind: str) -> tuple[list[Tensor], Tensor]:
+def split_step(state: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The state of a rule as the operators take it, told apart into tensors of rows and the step, 0 if not counted."""
-    *rows, step = state if rule_of(kind).counts_steps and state else (*state, _NO_STEP)
+    *rows, step = state if state and state[-1].ndim == 0 else (*state, _NO_STEP)
     return rows, step
+
+
+def rounds_stochastically(weight: Tensor, grad: Tensor) -> bool:
+    """Whether the rows of a weight are trained in 16 bits: updated in float32, as their gradients say, and rounded."""
+    return weight.dtype == torch.bfloat16 and grad.dtype == torch.float32
 
 
 def coalesce(index: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +47,9 @@ def update_rows(
     """One step of the optimizer on the distinct rows ``rows`` [U] of ``weight`` [R, W], given their gradients [U, W].
 
     ``state``: [R, columns] each, as the rule's ``state_widths`` has it; ``step``: the number of the present step, 0
-    where the rule does not count them.
+    where nobody counts them.
+
+    Rows in bfloat16 whose gradients are float32 are updated in float32, and rounded stochastically.
 
     Raises:
         ValueError: for an unknown rule, hyper-parameters of another one, or an ``update`` that returns other shapes.
@@ -49,7 +57,7 @@ def update_rows(
     """
     rule = rule_of(kind)
     named = rule.hyper_by_name(hyper)
-    old, before = weight[rows], [tensor[rows] for tensor in state]
+    old, before = weight[rows].to(grad.dtype), [tensor[rows] for tensor in state]
     if (most := named.get("clip_row_norm")) is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad = grad * (most / norm.clamp(min=most)).to(grad.dtype)
@@ -64,9 +72,14 @@ def update_rows(
     expected, found = ([list(t.shape) for t in tensors] for tensors in ((old, *before), (change, *after)))
     if found != expected:
         raise ValueError(f"the update of the optimizer {kind} gives tensors of shapes {found}, not {expected}")
+    if rounds_stochastically(weight, grad):
+        new = rounded(old - change.float(), random_bits(step, rows, weight.shape[1]))
+        after = rule.after_rounding(after, old - new.float() - change, named, step)
+        weight[rows] = new
+    else:
+        weight.index_add_(0, rows, change.to(weight.dtype), alpha=-1)
     for tensor, values in zip(state, after):
         tensor[rows] = values
-    weight.index_add_(0, rows, change.to(weight.dtype), alpha=-1)
 
 
 @torch.library.custom_op("embtables::update_", mutates_args=("weight", "state"))
@@ -74,34 +87,51 @@ def update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyp
     """One optimizer step on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W].
 
     Gradients of the same row are summed first, in input order, and clipped as one. ``state`` is what the rule keeps,
-    with the number of the present step last where it counts steps.
+    with the number of the present step last where steps are counted.
     """
     if not index.numel():
         return
     rows, summed = coalesce(index, grad)
-    kept, step = split_step(state, rule)
+    kept, step = split_step(state)
     with training_lock:  # by itself in graphs
         update_rows(weight, kept, rows, summed, hyper, rule, step)
 
 
 @torch.library.custom_op("embtables::lookup", mutates_args=())
-def fused_lookup(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+def fused_lookup(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+) -> Tensor:
     """Rows ``index`` [N] of ``weight`` [R, W] → [N, W]; its backward updates them in place by ``rule``.
 
-    ``hook`` is any scalar that requires a gradient: it makes autograd come back here, and gets none.
+    ``hook`` is any scalar that requires a gradient: it makes autograd come back here, and gets none. ``dtype``: of the
+    values, and so of their gradients: the weight's, or float32 for a weight in bfloat16 that is trained in 16 bits.
     """
-    return weight.index_select(0, index)
+    return weight.index_select(0, index).to(dtype)
 
 
 @fused_lookup.register_fake
-def _(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
-    return weight.new_empty(index.shape[0], weight.shape[1])
+def _(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight.new_empty(index.shape[0], weight.shape[1], dtype=dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Kept on ctx, not through save_for_backward: an earlier backward of the same step may already have updated the
     # weights in place, which is meant, and autograd would take it for an error.
-    ctx.weight, ctx.state, ctx.index, _, ctx.hyper, ctx.rule = inputs
+    ctx.weight, ctx.state, ctx.index, _, ctx.hyper, ctx.rule, _ = inputs
 
 
 # Called with the weights that a fused update is about to change.
@@ -116,9 +146,9 @@ def update_once(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor
         update(weight, state, index, grad, hyper, rule)
 
 
-def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
+def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None, None]:
     update_once(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
-    return None, [None] * len(ctx.state), None, None, None, None
+    return None, [None] * len(ctx.state), None, None, None, None, None
 
 
 fused_lookup.register_autograd(_step, setup_context=_keep)
@@ -135,7 +165,7 @@ class Kernels(NamedTuple):
     """
 
     gather: Callable[[Tensor, Tensor], Tensor]
-    look_up: Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, str], Tensor]
+    look_up: Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, str, torch.dtype], Tensor]
     unpack: Unpack
 
 
@@ -160,11 +190,19 @@ def unpacking(index: Tensor) -> Unpack | None:
     return None if kernels is None else kernels.unpack
 
 
-def fused_rows(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
+def fused_rows(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+) -> Tensor:
     """``fused_lookup``, by the shortest way that there is."""
     kernels = _eager(index)
     look_up = fused_lookup if kernels is None else kernels.look_up
-    rows: Tensor = look_up(weight, state, index, hook, hyper, rule)
+    rows: Tensor = look_up(weight, state, index, hook, hyper, rule, dtype)
     return rows
 
 
@@ -177,26 +215,40 @@ def update_some(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor
 
 @torch.library.custom_op("embtables::lookup_of_some", mutates_args=())
 def fused_lookup_of_some(
-    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """``fused_lookup``, where an index of −1 yields zeros and takes no gradient."""
     found = index >= 0
-    rows = weight.new_zeros(index.shape[0], weight.shape[1])
-    rows[found] = weight.index_select(0, index[found])
+    rows = weight.new_zeros(index.shape[0], weight.shape[1], dtype=dtype)
+    rows[found] = weight.index_select(0, index[found]).to(rows.dtype)
     return rows
 
 
 @fused_lookup_of_some.register_fake
-def _(weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str) -> Tensor:
-    return weight.new_empty(index.shape[0], weight.shape[1])
+def _(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight.new_empty(index.shape[0], weight.shape[1], dtype=dtype)
 
 
-def _step_of_some(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None]:
+def _step_of_some(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None, None]:
     with training_lock:
         for prepare in before_updates:
             prepare([ctx.weight])
         update_some(ctx.weight, ctx.state, ctx.index, grad.contiguous(), ctx.hyper, ctx.rule)
-    return None, [None] * len(ctx.state), None, None, None, None
+    return None, [None] * len(ctx.state), None, None, None, None, None
 
 
 fused_lookup_of_some.register_autograd(_step_of_some, setup_context=_keep)
@@ -206,4 +258,4 @@ def fused_dense(weight: Tensor, state: list[Tensor], hook: Tensor, hyper: Tensor
     """The whole of a small parameter ``weight`` (any shape), updated by the same rule in backward, all rows at once."""
     flat = weight.view(weight.shape[0], -1) if weight.ndim > 1 else weight.view(1, -1)
     index = torch.arange(flat.shape[0], device=weight.device)
-    return fused_rows(flat, state, index, hook, hyper, rule).view(weight.shape)
+    return fused_rows(flat, state, index, hook, hyper, rule, weight.dtype).view(weight.shape)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from embtables._util.numbers import as_int
 from embtables.config import TableConfig
-from embtables.formats import FP32, row_format
+from embtables.formats import BF16, FP32, TRAINING_FORMATS, row_format
 from embtables.methods import Method, from_config
 from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
@@ -74,8 +74,10 @@ class Plan:
     @property
     def training_bytes(self) -> int:
         """Bytes of the trained form and its fused optimizer's state; without one, of weights and gradient."""
-        steps = 8 if self.optimizer is not None and self.optimizer.counts_steps else 0
-        return steps + sum(training_bytes(g.layout.training, self.optimizer) for g in self.groups)
+        counts = self.optimizer is not None and (
+            self.optimizer.counts_steps or any(g.layout.training.rounds_stochastically() for g in self.groups)
+        )
+        return 8 * counts + sum(training_bytes(g.layout.training, self.optimizer) for g in self.groups)
 
     @property
     def full_bytes(self) -> int | None:
@@ -224,8 +226,9 @@ class Plan:
         full = self.full_bytes
         ratio = f", {self.inference_bytes / full:.2%} of the full {format_bytes(full)}" if full else ""
         budget = f" (budget {self.budget_bytes:,} B)" if self.budget_bytes is not None else ""
+        rows = "rows in bf16, " if any(g.layout.training.rounds_stochastically() for g in self.groups) else ""
         training = (
-            f"with {self.optimizer.kind} state"
+            f"{rows}with {self.optimizer.kind} state"
             if self.optimizer is not None
             else "weights and gradient; the optimizer's state comes on top"
         )
@@ -300,6 +303,7 @@ def plan(
     *,
     hash_seed: int = 0,
     precision: str | None = None,
+    training_precision: str = FP32.name,
 ) -> Plan:
     """Solves tables, method and budget into exact sizes.
 
@@ -321,7 +325,10 @@ def plan(
         precision: what rows are served in, for all methods that do not say so themselves (``{"kind": "hash",
             "precision": "int8"}``): ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"int2"``,
             ``"binary"``, or ``"binary2"`` and ``"binary4"``, sums of two and four signs. Behind a slash may stand how
-            many rows have a scale in common: ``"int4/64"``, or ``"int4/slab"`` for one scale. Training stores fp32.
+            many rows have a scale in common: ``"int4/64"``, or ``"int4/slab"`` for one scale.
+        training_precision: what rows are stored in while they are trained: ``"fp32"``, or ``"bf16"``, which halves
+            their bytes, and whose fused updates are computed in fp32 and rounded stochastically. Optimizer state and
+            dense parameters stay fp32.
 
     Returns:
         A plan whose inference bytes are at most the budget and equal those of the built tables.
@@ -337,7 +344,15 @@ def plan(
     if isinstance(tables, TableConfig):
         raise ValueError(f"tables must be a list of TableConfig, not the one table '{tables.name}'")
     return plan_apart(
-        [tables], method, budget, frequencies, optimizer, training_budget, hash_seed=hash_seed, precision=precision
+        [tables],
+        method,
+        budget,
+        frequencies,
+        optimizer,
+        training_budget,
+        hash_seed=hash_seed,
+        precision=precision,
+        training_precision=training_precision,
     )
 
 
@@ -360,6 +375,7 @@ def plan_apart(
     *,
     hash_seed: int = 0,
     precision: str | None = None,
+    training_precision: str = FP32.name,
 ) -> Plan:
     """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
     tables = tuple(table for unit in units for table in unit)
@@ -367,6 +383,7 @@ def plan_apart(
     hash_seed = _checked_hash_seed(hash_seed)
     pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed, precision)
     fused = _default_optimizer(pairs) if optimizer == DEFAULT_OPTIMIZER else optimizer_from_config(optimizer)
+    _check_training_precision(training_precision, fused)
     for group, chosen in pairs:
         chosen.check(group, fused)
     full = _full_bytes(tables)
@@ -378,7 +395,7 @@ def plan_apart(
 
     def solve(bytes_: int) -> Plan:
         solved = tuple(
-            GroupPlan(group, chosen, chosen.fit(group, share))
+            GroupPlan(group, chosen, chosen.fit(group, share).trained_in(training_precision))
             for (group, chosen), share in zip(pairs, _shares(pairs, floors, bytes_))
         )
         return Plan(tables, solved, limit, fused, hash_seed)
@@ -444,6 +461,16 @@ def _checked_hash_seed(hash_seed: object) -> int:
     if (seed := as_int(hash_seed)) is None:
         raise ValueError(f"hash_seed must be an integer, not {hash_seed!r}")
     return seed
+
+
+def _check_training_precision(name: object, optimizer: FusedOptimizer | None) -> None:
+    if name not in TRAINING_FORMATS:
+        raise ValueError(f"training_precision must be {' or '.join(TRAINING_FORMATS)}, not {name!r}")
+    if name == BF16.name and optimizer is None:
+        raise ValueError(
+            'training_precision="bf16" needs a fused optimizer, such as optimizer="rowwise_adagrad": stochastic '
+            "rounding happens in fused updates, and torch.optim would lose what is smaller than half a step of bf16"
+        )
 
 
 def _check_names(solved: Plan) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embtables.config import TableConfig
-from embtables.formats import DTYPES, FP32, RowFormat, row_format
+from embtables.formats import BF16, DTYPES, FP32, RowFormat, row_format
 
 Kind = Literal["weights", "codes", "index", "scales", "padding"]
 Counts = npt.NDArray[np.int64]
@@ -134,9 +134,13 @@ class Form:
         yield from (("weights", extra.num_bytes) for extra in self.extras)
         yield from ((code.kind, code.num_bytes) for code in self.codes)
 
-    def in_fp32(self) -> Form:
-        """The form with all slabs in fp32, as they are trained."""
-        return replace(self, slabs=tuple(replace(slab, format=FP32.name) for slab in self.slabs))
+    def rounds_stochastically(self) -> bool:
+        """Whether updates of some slabs are rounded stochastically: those that are trained in 16 bits."""
+        return any(slab.format == BF16.name for slab in self.slabs)
+
+    def in_format(self, name: str) -> Form:
+        """The form with all slabs in one row format; extras and codes stay what they are."""
+        return replace(self, slabs=tuple(replace(slab, format=name) for slab in self.slabs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data. The format of fp32 slabs is left out, as in plans that are older than the others."""
@@ -203,7 +207,11 @@ class Layout:
     @staticmethod
     def of(entries: Mapping[str, Entry], form: Form) -> Layout:
         """The usual case: what is trained is what is served, but for the format of its rows."""
-        return Layout(entries, form.in_fp32(), form)
+        return Layout(entries, form.in_format(FP32.name), form)
+
+    def trained_in(self, name: str) -> Layout:
+        """The layout with the slabs that are trained in another row format; methods make layouts that train in fp32."""
+        return replace(self, training=self.training.in_format(name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. The served form is left out where it is the trained one."""

@@ -51,7 +51,10 @@ def initialize(plan: Plan, store: Store, seed: int, std: float | None) -> None:
         own = {t.name: default if t.init_fn is None or t in in_full else _spread(t, seed) for t in g.group.tables}
         g.method.initialize(g.layout, g.group, store, Initializer(_joint(list(own.values())), seed, own))
         for table in in_full:
-            _call_init_fn(table, store.slab(table.name)[: table.num_embeddings], seed)
+            weight = store.slab(table.name)[: table.num_embeddings]
+            values = weight.to(store.dtype)  # itself, unless it is stored in fewer bits
+            _call_init_fn(table, values, seed)
+            weight.copy_(values)
 
 
 def _joint(own: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ from embtables.methods.base import Stage
 from embtables.plan.solver import Plan, checked_counts
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
+from embtables.tables.averages import mean_of
 from embtables.tables.build import build_blocks, build_stages
 from embtables.tables.files import check_codes, dtype_of, reading_file, write_file
 from embtables.tables.fitting import fit, keep, share_kept
@@ -251,11 +252,7 @@ class EmbeddingTables(TableLookup):
                 "these tables keep no running mean of their weights: plan with "
                 "optimizer=embtables.optimizers.averaged(Adam(), horizon=1000)"
             )
-        mean = Store([g.layout.training for g in self.plan.groups], None, trainable=False, device=self.store.device)
-        mean.to(self.store.dtype)
-        for name, tensor in mean.stored().items():
-            tensor.copy_(self.store.running_mean(name) if tensor.is_floating_point() else self.store.tensor(name))
-        return self._served_from(mean, target)
+        return self._served_from(mean_of(self.store, self.plan), target)
 
     def _checked_plan(self, plan: Plan | None) -> Plan:
         """The plan by which these tables are to be served."""

@@ -7,7 +7,7 @@ from embtables.plan.solver import Plan
 
 
 def rounded_slabs(plan: Plan) -> list[str]:
-    """The slabs that are trained in fp32 and served in another format.
+    """The slabs that are served in another format than fp32 and the one in which they are trained.
 
     Raises:
         ValueError: for a method that serves something else than the rows that it trains, in another format than fp32:
@@ -20,7 +20,7 @@ def rounded_slabs(plan: Plan) -> list[str]:
         for slab in g.layout.training.slabs:
             other = served.get(slab.name)
             if other is not None and (other.rows, other.width) == (slab.rows, slab.width):
-                found += [slab.name] if other.format != slab.format else []
+                found += [slab.name] if other.format not in (slab.format, FP32.name) else []
             elif formats != {FP32.name}:
                 raise ValueError(
                     f"method {g.method.kind} serves something else than the rows that it trains, so training cannot "

@@ -102,6 +102,10 @@ class TablesConfig(_Section):
         description="of the served rows, where the method does not say it: fp32, fp16, bf16, int8, int4, int2, binary, "
         "binary2, binary4; int4/64 or int4/slab: rows that have a scale in common",
     )
+    training_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="what rows are stored in while they are trained; bf16: half of their bytes, rounded stochastically",
+    )
     embedding_dim: int = Field(default=16, ge=1)
     optimizer: StrictStr | dict[str, Any] = Field(
         default="adam", description="a kind, or with fields of its own {kind: adam, beta2: 0.99}"
@@ -145,6 +149,12 @@ class TablesConfig(_Section):
                 raise ValueError(f"set {name} as tables.{field}")
         optimizer_from_config(optimizer)
         return optimizer
+
+    @model_validator(mode="after")
+    def _rounds_what_is_fused(self) -> TablesConfig:
+        if self.training_precision != "fp32" and not self.fused:
+            raise ValueError("tables.training_precision=bf16 needs tables.fused=true: fused updates round stochastically")
+        return self
 
     @property
     def optimizer_kind(self) -> str:

@@ -112,6 +112,7 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
         tables.training_budget,
         hash_seed=hash_seed,
         precision=tables.precision,
+        training_precision=tables.training_precision,
     )
     quantization_step(config, data, solved)  # so that what cannot be trained so is refused before anything is trained
     return solved

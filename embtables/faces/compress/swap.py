@@ -50,6 +50,7 @@ def compress_(
     hash_seed: int = 0,
     on_out_of_range: OutOfRange = "error",
     precision: str | None = None,
+    training_precision: str = "fp32",
     trained: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Compression:
@@ -89,6 +90,8 @@ def compress_(
         on_out_of_range: what ids outside a table's range do from now on, as in ``TableConfig``.
         precision: what rows are served in, as in ``embtables.plan``: ``compress_(model, "full", precision="int8")``
             keeps all that a trained model has learned but for the rounding, which ``finalize`` of its tables does.
+        training_precision: what rows are stored in while they are trained, as in ``embtables.plan``; ``"bf16"`` needs a
+            fused optimizer.
         trained: whether the model has been trained, so that all tables are fitted to the weights that they replace, as
             ``EmbeddingTables.take_over`` does; ids count by ``frequencies`` where these are given.
         evaluate: measures a model, such as its loss on a validation set; the report then says what compression cost. It
@@ -122,7 +125,14 @@ def compress_(
         for unit in finding.units
     ]
     solved = plan_apart(
-        _apart(units), patterns, budget, frequencies, optimizer, hash_seed=hash_seed, precision=precision
+        _apart(units),
+        patterns,
+        budget,
+        frequencies,
+        optimizer,
+        hash_seed=hash_seed,
+        precision=precision,
+        training_precision=training_precision,
     )
     _check_devices(units, std)
     built = _build(units, solved, sparse, std, seed, trained, frequencies or {})
