@@ -118,14 +118,11 @@ class NativeLookup:
         Exported graphs hold PyTorch's own operators, so that they run where this package is not; so do compiled ones
         where the weights are parameters.
         """
-        if step.updates and self._others:
-            return None
         if ops.backend() != "native" or (given.weights is not None and given.weights.requires_grad):
             return None
         if torch.compiler.is_compiling():
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
-            suits = suits and not self._others  # whose scales the operator is not given
             return self.tensors() if suits and not given.rest and not is_exporting() else None
         for tensor in given[:3]:
             if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embtables.formats import DTYPES, FP32, SCALE, PackedFormat, ResidualFormat, RowFormat, row_format
 from embtables.ops import unpacking
-from embtables.ops.program import PLAIN, RowForm
+from embtables.ops.program import BF16, PLAIN, RowForm
 
 
 class StoredRows:
@@ -56,7 +56,7 @@ class StoredRows:
         if isinstance(self.format, PackedFormat):
             kind = 2 if isinstance(self.format, ResidualFormat) else 1
             return RowForm(kind, self.format.bits, self.share or 0, self.together)
-        halves = {FP32: PLAIN, row_format("fp16"): RowForm(3, 16, 1, 1), row_format("bf16"): RowForm(4, 16, 1, 1)}
+        halves = {FP32: PLAIN, row_format("fp16"): RowForm(3, 16, 1, 1), row_format("bf16"): BF16}
         return halves.get(self.format)
 
     def firsts(self, device: torch.device) -> Tensor:

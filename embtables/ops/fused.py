@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embtables.ops.ids import raise_for_id
 from embtables.ops.native import Library, LookupArgs, Refused, fits, has_native_form
-from embtables.ops.program import ProgramTensors
+from embtables.ops.program import ProgramTensors, values_dtype
 from embtables.ops.reference import training_lock
 
 _library: list[Library] = []
@@ -272,6 +272,7 @@ def look_up(
     outputs: Tensor,
     states: list[Tensor],
     projection_states: list[Tensor],
+    scales: list[Tensor],
     hyper: Tensor,
     step: Tensor,
     num_values: int,
@@ -287,7 +288,7 @@ def look_up(
     kept = _copies(ids, offsets, id_weights)
     if offsets is not None:
         offsets = kept[1]  # what is checked is what backward will read
-    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
+    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule, scales)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (num_values,), num_rows)
     try:
         return *_library[0].forward(tensors, args), *kept
@@ -312,6 +313,7 @@ def look_up_in_graph(
         args.outputs,
         tensors.states,
         tensors.projection_states,
+        list(tensors.scales),
         tensors.hyper,
         step,
         math.prod(args.shape),
@@ -348,6 +350,7 @@ def _(
     outputs: Tensor,
     states: list[Tensor],
     projection_states: list[Tensor],
+    scales: list[Tensor],
     hyper: Tensor,
     step: Tensor,
     num_values: int,
@@ -357,7 +360,8 @@ def _(
     hook: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = ids.new_empty(num_rows, dtype=torch.int64)
-    return weights[0].new_empty(num_values), rows, *_copies(ids, offsets, id_weights)
+    dtype = values_dtype(weights, scales)
+    return weights[0].new_empty(num_values, dtype=dtype), rows, *_copies(ids, offsets, id_weights)
 
 
 @torch.library.custom_op(
@@ -374,6 +378,7 @@ def update_rows(
     outputs: Tensor,
     states: list[Tensor],
     projection_states: list[Tensor],
+    scales: list[Tensor],
     hyper: Tensor,
     step: Tensor,
     rule: str,
@@ -381,7 +386,7 @@ def update_rows(
     grad: Tensor,
 ) -> None:
     """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
-    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule)
+    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule, scales)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (grad.numel(),), rows.numel())
     with training_lock:
         _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
@@ -393,7 +398,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    words, _, offsets, id_weights, *tensors = ctx.inputs[:12]
+    words, _, offsets, id_weights, *tensors = ctx.inputs[:13]
     rows, ids, kept_offsets, kept_weights = ctx.kept
     update_rows(
         words,
@@ -401,7 +406,7 @@ def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         None if offsets is None else kept_offsets,
         None if id_weights is None else kept_weights,
         *tensors,
-        ctx.inputs[14],
+        ctx.inputs[15],
         rows,
         grad,
     )

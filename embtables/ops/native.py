@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from embtables._util.allocator import keep_freed_memory
-from embtables.ops.program import CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, ProgramTensors
+from embtables.ops.program import BF16, CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, PLAIN, WEIGHT_WORDS, ProgramTensors
 from embtables.ops.reference import rounds_stochastically, split_step, training_lock
 from embtables.optimizers import rule_of
 
@@ -85,12 +85,13 @@ _RowUpdate = _struct(
     num_rows=_int,
     num_ids=_int,
     num_threads=_int,
+    format=_int,
 )
 
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 7
+    version = 8
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
     words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
     for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):
@@ -250,7 +251,8 @@ class Library:
             needs = ", ".join(str(list(shape)) for shape in expected) or "nothing"
             raise ValueError(f"the state of {rule} for a weight of {list(weight.shape)} is {needs}, not {found}")
         described.clips_rows(hyper)
-        index, grad = index.long().contiguous(), grad.to(weight.dtype).contiguous()
+        rounds = rounds_stochastically(weight, grad)
+        index, grad = index.long().contiguous(), grad.to(torch.float32 if rounds else weight.dtype).contiguous()
         hyper = hyper.to("cpu", torch.float64).contiguous()
         call = _RowUpdate(
             weight=weight.data_ptr(),
@@ -262,12 +264,13 @@ class Library:
             num_hyper=hyper.numel(),
             step=step,
             rule=RULES[rule],
-            dtype=DTYPES[weight.dtype],
+            dtype=DTYPES[grad.dtype],
             state_dtype=DTYPES[rows[0].dtype] if rows else 0,
             width=width,
             num_rows=num_rows,
             num_ids=num_ids,
             num_threads=threads(num_ids),
+            format=(BF16 if rounds else PLAIN).format,
         )
         if self.run("update", ctypes.addressof(call)) == _NO_SUCH_ROW:
             raise _no_such_row(weight, index)
@@ -309,7 +312,7 @@ class Library:
         """A copy of the rows that the gradient of a lookup depends on, as they are now."""
         call = self._call(tensors, args, rows, None)
         count = self._functions["keep_rows"]  # returns how many scalars they are, and writes none where it is told to
-        kept = torch.empty(count(call.buffer_info()[0]), dtype=tensors.weights[0].dtype)
+        kept = torch.empty(count(call.buffer_info()[0]), dtype=tensors.dtype)
         call[_PLACE["saved"]] = kept.data_ptr()
         count(call.buffer_info()[0])
         return kept
@@ -349,7 +352,7 @@ class Library:
         ``as_read``: as in ``update_rows``.
         """
         shapes = [weight.shape for weight in tensors.weights]
-        dtype = tensors.weights[0].dtype
+        dtype = tensors.dtype
         call = self._call_as_read(tensors, args, rows, grad, as_read)
         call[_PLACE["rule"]] = _GRADIENTS["sparse" if sparse else "dense"]
         into_projections = [torch.zeros_like(projection) for projection in tensors.projections]
@@ -483,7 +486,7 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
     @update.register_kernel("cpu")
     def _(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
         rows, step = split_step(state)
-        native = in_use() and rule in RULES and fits([weight]) and fits(rows) and not rounds_stochastically(weight, grad)
+        native = in_use() and rule in RULES and fits([weight]) and fits(rows)
         if native and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
             with training_lock:
                 return library.update(weight, rows, index, grad, hyper, rule, int(step))

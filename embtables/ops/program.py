@@ -35,6 +35,12 @@ class RowForm(NamedTuple):
 
 
 PLAIN = RowForm(0, 0, 1, 1)
+BF16 = RowForm(4, 16, 1, 1)
+
+
+def values_dtype(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> torch.dtype:
+    """The type of the values of a program with these weights and scales: those in other formats are read as fp32."""
+    return torch.float32 if scales else weights[0].dtype
 
 
 class ProgramTensors(NamedTuple):
@@ -57,8 +63,7 @@ class ProgramTensors(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the values; weights in other formats are read as fp32."""
-        return torch.float32 if self.scales else self.weights[0].dtype
+        return values_dtype(self.weights, self.scales)
 
     def most_scalars(self) -> int:
         """The most dimensions of a vector of the program."""

@@ -99,6 +99,8 @@ inline uint64_t mix(uint64_t x) {  // splitmix64, as embtables.hashing.mix
     return x ^ (x >> 31);
 }
 
+#include "rounding.h"
+
 inline int64_t hash_small(int64_t id, int64_t seed, uint64_t size) {  // size below 2**32
     const uint64_t h = mix(static_cast<uint64_t>(id ^ seed));
     return static_cast<int64_t>(((h >> 33) * size + ((((h >> 2) & 0x7fffffff) * size) >> 31)) >> 31);
@@ -504,23 +506,26 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
                 float* out = v + piece.column;
                 if (piece.is_block()) {
                     const Weight& weight = program.weights[piece.weight];
-                    const T* scalars = static_cast<const T*>(call.weights[piece.weight]) + (rows[c] - weight.start);
-                    const float sign = piece.has_sign ? hash_sign(id, piece.sign_seed) : 1.0f;
-                    if (weight.format != PLAIN) {
-                        const int64_t first = rows[c] - weight.start - piece.base;
-                        for (int64_t o = 0; o < piece.width; ++o)
-                            out[o] = sign * scalar_of(program, call, piece, (first + o) % piece.b);
-                        continue;
-                    }
-                    if (rows[c] + piece.width <= weight.start + piece.base + piece.b) {
-                        with_dim<T>(piece.width, [&](auto w) {
-                            each<w>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, sign * get<n>(scalars + d)); });
-                        });
-                        continue;
-                    }
                     const int64_t offset = rows[c] - weight.start - piece.base;
-                    for (int64_t o = 0; o < piece.width; ++o)
-                        out[o] = sign * load(scalars - offset + (offset + o) % piece.b);
+                    const float sign = piece.has_sign ? hash_sign(id, piece.sign_seed) : 1.0f;
+                    auto take = [&](auto* slab) {
+                        if (offset + piece.width <= piece.b) {
+                            with_dim<T>(piece.width, [&](auto w) {
+                                each<w>(piece.width, [&](int64_t d, auto n) { put<n>(out + d, sign * get<n>(slab + offset + d)); });
+                            });
+                            return;
+                        }
+                        for (int64_t o = 0; o < piece.width; ++o) out[o] = sign * load(slab + (offset + o) % piece.b);
+                    };
+                    const void* values = call.weights[piece.weight];
+                    if (weight.format == PLAIN) {
+                        take(static_cast<const T*>(values) + piece.base);
+                    } else if (weight.format == BRAINS) {
+                        take(static_cast<const bfloat16*>(values) + piece.base);
+                    } else {
+                        for (int64_t o = 0; o < piece.width; ++o)
+                            out[o] = sign * scalar_of(program, call, piece, (offset + o) % piece.b);
+                    }
                     continue;
                 }
                 const T* row = row_at(piece, c);
@@ -628,6 +633,14 @@ inline int64_t widest_inner(const Program& program) {
         if (lookup.projection >= 0)
             widest = std::max(widest, lookup.inner + (lookup.inner_projection < 0 ? 0 : lookup.middle));
     }
+    return widest;
+}
+
+// Room for one row that is unpacked.
+inline int64_t widest_unpacked(const Program& program) {
+    int64_t widest = 0;
+    for (int64_t w = 0; w < program.num_weights; ++w)
+        if (program.weights[w].format != PLAIN) widest = std::max(widest, program.weights[w].width);
     return widest;
 }
 
@@ -1027,15 +1040,13 @@ struct Walk {
     int64_t refused[2];  // lookup and id
 
     Walk(const Program& program, const Call& call, const int64_t* starts) : program(program), call(call), starts(starts) {
-        int64_t widest = 1, most_rows = 1, widest_row = 0;  // of those that are unpacked
+        int64_t widest = 1, most_rows = 1;
         for (int64_t l = 0; l < program.num_lookups; ++l) {
             widest = std::max(widest, program.lookups[l].dim);
             most_rows = std::max(most_rows, program.lookups[l].num_rows);
         }
-        for (int64_t w = 0; w < program.num_weights; ++w)
-            if (program.weights[w].format != PLAIN) widest_row = std::max(widest_row, program.weights[w].width);
         const int64_t scratch_size = widest + widest_inner(program);
-        floats.resize(widest + scratch_size + widest_row);
+        floats.resize(widest + scratch_size + widest_unpacked(program));
         bag.sum = floats.data(), scratch = bag.sum + widest, room = scratch + scratch_size;
         if (call.rows) return;
         rows.reset(new int64_t[2 * BLOCK_OF_IDS * most_rows]);
@@ -1135,8 +1146,9 @@ struct Rule {
     }
 };
 
-template <int W, class T, class S>
-inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t width) {
+// `w`: a pointer to the row, or what is used like one.
+template <int W, class Row, class S>
+inline void update_row(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t width) {
     const int64_t n = fixed<W>(width);
     if (rule.kind >= DENSE_GRADIENT) {
         each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(g + d)); });
@@ -1180,8 +1192,8 @@ inline void update_row(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t w
 }
 
 // Scalars of blocks have no rows: each is clipped by itself.
-template <class T, class S>
-inline void update_scalars(const Rule& rule, T* w, S* s0, S* s1, float* g, int64_t n) {
+template <class Row, class S>
+inline void update_scalars(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t n) {
     if (rule.kind < DENSE_GRADIENT && rule.clip > 0) {
         for (int64_t i = 0; i < n; ++i) {
             const float norm = g[i] < 0 ? -g[i] : g[i];
@@ -1301,9 +1313,9 @@ inline void sum_run(const Entry* run, const Entry* end, const T* gradient, const
 }
 
 // Where the rows of one weight are, and what goes with them.
-template <class T, class S>
+template <class Row, class S>
 struct Target {
-    T* values;
+    Row values;
     S* state0;
     S* state1;
     int64_t width;
@@ -1312,8 +1324,8 @@ struct Target {
     int64_t next;
 };
 
-template <int W, class T, class S>
-void update_rows(const Rule& rule, Target<T, S>& target, const Entry* entry, const Entry* end, const T* gradient,
+template <int W, class Row, class T, class S>
+void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, const Entry* end, const T* gradient,
                  const float* own, float* sum) {
     const int64_t width = fixed<W>(target.width), state_width = rule.kind == ROWWISE_ADAGRAD ? 1 : width;
     const bool sparse = rule.kind == SPARSE_GRADIENT;
@@ -1322,8 +1334,8 @@ void update_rows(const Rule& rule, Target<T, S>& target, const Entry* entry, con
             const Entry& later = entry[AHEAD];
             const int64_t row = static_cast<int64_t>(later.row) - target.start;
             if (!sparse) {
-                const char* w = reinterpret_cast<const char*>(target.values + row * width);
-                for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(w + at, 1);
+                const char* w = bytes_at(target.values + row * width);
+                for (int64_t at = 0; at < width * scalar_bytes<Row>; at += 64) __builtin_prefetch(w + at, 1);
             }
             if (target.state0) {
                 const char* s = reinterpret_cast<const char*>(target.state0 + row * state_width);
@@ -1348,6 +1360,10 @@ void update_rows(const Rule& rule, Target<T, S>& target, const Entry* entry, con
 }
 
 template <class S>
+inline void prefetch(const S* values, int64_t at, int64_t count);
+inline void prefetch(Rounded values, int64_t at, int64_t count) { prefetch(values.at, at, count); }
+
+template <class S>
 inline void prefetch(const S* values, int64_t at, int64_t count) {
     if (!values) return;
     const char* first = reinterpret_cast<const char*>(values + at);
@@ -1357,8 +1373,8 @@ inline void prefetch(const S* values, int64_t at, int64_t count) {
 }
 
 // Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole.
-template <class T, class S>
-void update_stretches(const Rule& rule, Target<T, S>& target, Workspace& work, const Entry* entry, const Entry* end,
+template <class Row, class T, class S>
+void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work, const Entry* entry, const Entry* end,
                       const T* gradient, const float* own) {
     auto add = [&](const Entry& stretch, float* to) {
         const uint64_t source = source_of(stretch);
@@ -1484,7 +1500,9 @@ inline void prefetch_rows(const Program& program, const Call& call, const Lookup
             w = 0;
             for (int64_t k = 1; k < program.num_weights; ++k) w += rows[0] >= program.weights[k].start;
         }
-        __builtin_prefetch(row_of<T>(program, call, w, rows[c]));
+        const Weight& weight = program.weights[w];
+        const int64_t bytes = weight.format == PLAIN ? weight.width * static_cast<int64_t>(sizeof(T)) : weight.unit_bytes();
+        __builtin_prefetch(static_cast<const char*>(call.weights[w]) + (rows[c] - weight.start) * bytes);
     }
 }
 
@@ -1499,7 +1517,8 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
     } else {
         for (int64_t c = 0; c < lookup.num_pieces; ++c) {
             const Piece& piece = program.pieces[lookup.first_piece + c];
-            if (piece.projection >= 0 && !with_narrow_width<D>(piece.width, [](auto) {})) return false;
+            if (piece.projection < 0) continue;
+            if (program.weights[piece.weight].format != PLAIN || !with_narrow_width<D>(piece.width, [](auto) {})) return false;
         }
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
         int64_t index[BLOCK_OF_IDS];
@@ -1570,23 +1589,32 @@ int64_t keep_rows(const Call& call) {
             if (!reads_rows(program, by)) continue;
             for (int64_t c = 0; c < by.num_rows && rows[c] >= 0; ++c) {
                 const Piece& piece = by.operation == MIXED ? alternative_of(program, by, rows[0]) : piece_at(program, by, c);
-                std::memcpy(to + own_column(program, by, c), row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
+                T* own = to + own_column(program, by, c);
+                if constexpr (std::is_same<T, float>::value) {
+                    if (program.weights[piece.weight].format != PLAIN) {
+                        unpack(program, call, piece, rows[c], own);
+                        continue;
+                    }
+                }
+                std::memcpy(own, row_of<T>(program, call, piece.weight, rows[c]), piece.width * sizeof(T));
             }
         }
     }
     return size;
 }
 
-// The gradients of an id's rows, `to`, from that of their combination, g [inner]; `product` has room for as many.
-// `id_place`: where the id lies, from which signs are hashed; `saved`: as for `combine`.
+// The gradients of an id's rows, `to`, from that of their combination, g [inner]; `product` has room for as many, and
+// `room` for two rows that are unpacked. `id_place`: where the id lies, from which signs are hashed; `saved`: as for
+// `combine`.
 template <class T, int D>
 __attribute__((always_inline)) inline void spread(const Program& program, const Call& call, const Lookup& lookup,
                                                   const int64_t* rows, int64_t id_place, const T* saved, const float* g,
-                                                  float* to, float* product) {
+                                                  float* to, float* product, float* room) {
     const int64_t dim = fixed<D>(lookup.inner);
     const Piece* pieces = program.pieces + lookup.first_piece;
     auto row_at = [&](const Piece& piece, int64_t c) {
-        return saved ? saved + own_column(program, lookup, c) : row_of<T>(program, call, piece.weight, rows[c]);
+        float* own = room + (c & 1) * piece.width;
+        return saved ? saved + own_column(program, lookup, c) : row_in<T>(program, call, piece, rows[c], own);
     };
     switch (lookup.operation) {
         case CONCAT:
@@ -1645,9 +1673,9 @@ __attribute__((always_inline)) inline void spread(const Program& program, const 
 template <class T>
 __attribute__((noinline)) void spread_inner(const Program& program, const Call& call, const Lookup& lookup,
                                             const int64_t* rows, int64_t id_place, const T* saved, const float* g,
-                                            float* to, float* product) {
+                                            float* to, float* product, float* room) {
     with_dim<T>(lookup.inner, [&](auto width) {
-        spread<T, width.value>(program, call, lookup, rows, id_place, saved, g, to, product);
+        spread<T, width.value>(program, call, lookup, rows, id_place, saved, g, to, product, room);
     });
 }
 
@@ -1667,7 +1695,7 @@ inline void project_one_back(const T* projection, const Row* row, int64_t width,
 // The values that rows take where they are no slices of the gradient, for the ids of bags [first, last).
 template <class T, int D>
 void make_own(const Program& program, const Call& call, int64_t l, const Place& place, const Flow& flow, int64_t first,
-              int64_t last, float* own, float* scratch, float* const* projection_sums) {
+              int64_t last, float* own, float* scratch, float* room, float* const* projection_sums) {
     const Lookup& lookup = program.lookups[l];
     const Output& output = call.outputs[l];
     const int64_t dim = fixed<D>(lookup.dim);
@@ -1710,7 +1738,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             if (by.projection >= 0) {
                 float* u = scratch + 2 * dim;
                 float* u_gradient = u + by.inner;
-                combine_inner<T>(program, call, by, rows, taken(lookup, id_at(call, id_place)), saved, u, nullptr);
+                combine_inner<T>(program, call, by, rows, taken(lookup, id_at(call, id_place)), saved, u, room);
                 const T* projection = static_cast<const T*>(call.projections[by.projection]);
                 if (by.inner_projection < 0) {
                     project_one_back<T, D>(projection, u, by.inner, dim, g, u_gradient, projection_sums[by.projection]);
@@ -1724,20 +1752,20 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     project_one_back<T, 0>(first, u, by.inner, by.middle, middle_gradient, u_gradient,
                                            projection_sums[by.inner_projection]);
                 }
-                spread_inner<T>(program, call, by, rows, id_place, saved, u_gradient, to, u_gradient + by.inner);
+                spread_inner<T>(program, call, by, rows, id_place, saved, u_gradient, to, u_gradient + by.inner, room);
             } else if (by.operation == MIXED) {
                 const Piece& piece = alternative_of(program, by, rows[0]);
                 if (piece.projection < 0) {
                     each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
                     continue;
                 }
-                const T* row = saved ? saved : row_of<T>(program, call, piece.weight, rows[0]);
+                const T* row = saved ? saved : row_in<T>(program, call, piece, rows[0], room);
                 project_one_back<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, g, to,
                                        projection_sums[piece.projection]);
             } else if (zeros_follow(by)) {
-                spread_inner<T>(program, call, by, rows, id_place, saved, g, to, product);
+                spread_inner<T>(program, call, by, rows, id_place, saved, g, to, product, room);
             } else {
-                spread<T, D>(program, call, by, rows, id_place, saved, g, to, product);
+                spread<T, D>(program, call, by, rows, id_place, saved, g, to, product, room);
             }
         }
     }
@@ -1788,11 +1816,24 @@ struct Update {
     const T* gradient;
     const float* own;
 
-    Target<T, S> target(int64_t w) const {
-        const bool stateful = rule.kind < DENSE_GRADIENT && call.states;
-        return {static_cast<T*>(call.weights[w]), stateful ? static_cast<S*>(call.states[2 * w]) : nullptr,
-                stateful ? static_cast<S*>(call.states[2 * w + 1]) : nullptr, program.weights[w].width,
-                program.weights[w].start, rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, 0};
+    // Calls f with the target of a weight whose distinct rows begin at next[w] of its sparse gradient.
+    template <class F>
+    void with_target(int64_t w, int64_t* next, const F& f) const {
+        const bool updates = rule.kind < DENSE_GRADIENT, stateful = updates && call.states;
+        const Weight& weight = program.weights[w];
+        auto run = [&](auto values) {
+            Target<decltype(values), S> target{
+                values, stateful ? static_cast<S*>(call.states[2 * w]) : nullptr,
+                stateful ? static_cast<S*>(call.states[2 * w + 1]) : nullptr, weight.width,
+                weight.start, rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, next ? next[w] : 0};
+            f(target);
+            if (next) next[w] = target.next;
+        };
+        if constexpr (std::is_same<T, float>::value) {
+            if (updates && weight.format == BRAINS)
+                return run(Rounded{static_cast<bfloat16*>(call.weights[w]), 0, stream_of(call.step, weight.width)});
+        }
+        run(static_cast<T*>(call.weights[w]));
     }
 
     // Distinct rows (scalars) of each weight in a part's sorted lists, for SPARSE_GRADIENT.
@@ -1826,19 +1867,15 @@ struct Update {
     void apply(int64_t part, int64_t* next) const {
         Workspace& work = works[part];
         each_weight(work, [&](int64_t w, const Entry* e, const Entry* end) {
-            Target<T, S> to = target(w);
-            to.next = next ? next[w] : 0;
-            work.sum.reserve(to.width);
-            with_width(to.width, [&](auto width) {
-                update_rows<width.value>(rule, to, e, end, gradient, own, work.sum.data.get());
+            with_target(w, next, [&](auto& to) {
+                work.sum.reserve(to.width);
+                with_width(to.width, [&](auto width) {
+                    update_rows<width.value>(rule, to, e, end, gradient, own, work.sum.data.get());
+                });
             });
-            if (next) next[w] = to.next;
         });
         each_weight(stretch_works[part], [&](int64_t w, const Entry* e, const Entry* end) {
-            Target<T, S> to = target(w);
-            to.next = next ? next[w] : 0;
-            update_stretches(rule, to, work, e, end, gradient, own);
-            if (next) next[w] = to.next;
+            with_target(w, next, [&](auto& to) { update_stretches(rule, to, work, e, end, gradient, own); });
         });
     }
 
@@ -1933,10 +1970,11 @@ void backward(const Call& call, const Call& gradients) {
     int64_t widest = 1;
     for (int64_t l = 0; l < program.num_lookups; ++l) widest = std::max(widest, program.lookups[l].dim);
     const int64_t scratch_size = 2 * widest + 3 * widest_inner(program);
+    const int64_t room_size = 2 * widest_unpacked(program);
     if (any_own) {
         const int64_t parts = call.num_threads;
         in_parallel(parts, [&](int64_t part) {
-            std::vector<float> scratch(scratch_size);
+            std::vector<float> scratch(scratch_size + room_size);
             std::vector<float*> sums(program.num_projections);
             for (int64_t chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
                 float* chunk_sums = keep.projections.data.get() + chunk * chunk_size;
@@ -1950,7 +1988,7 @@ void backward(const Call& call, const Call& gradients) {
                         const Place place = place_of(program, call, l, starts.data());
                         with_dim<T>(program.lookups[l].dim, [&](auto dim) {
                             make_own<T, dim.value>(program, call, l, place, flows[l], first, last, keep.own.data.get(),
-                                                   scratch.data(), sums.data());
+                                                   scratch.data(), scratch.data() + scratch_size, sums.data());
                         });
                     }
                 }
@@ -2112,7 +2150,7 @@ inline Outcome run_gather(const Gather& gather) {
 // One weight and a list of rows: a program of one lookup that is given its addresses.
 template <class T, class S>
 void update_of(const RowUpdate& u) {
-    const int64_t words[] = {1, 0, 0, 1, 0, 0, 0, /* Weight */ u.width, 0, PLAIN, 0, 0, u.width, u.num_rows, PLAIN, 0, 0};
+    const int64_t words[] = {1, 0, 0, 1, 0, 0, 0, /* Weight */ u.width, 0, u.format, 16, 0, u.width, u.num_rows, u.format, 16, 0};
     const Program program(words);
     void* weights[] = {u.weight};
     void* states[] = {u.state0, u.state1};

@@ -177,7 +177,8 @@ struct Gather {
     int64_t num_threads;
 };
 
-// One step of the optimizer on rows of one weight, given the gradient [num_ids, width] of each occurrence.
+// One step of the optimizer on rows of one weight, given the gradient [num_ids, width] of each occurrence. `format`: PLAIN,
+// when the weight is of the gradient's type; or BRAINS, of a weight that is trained in bfloat16 by gradients in float32.
 struct RowUpdate {
     void* weight;
     void* state0;
@@ -185,7 +186,7 @@ struct RowUpdate {
     const int64_t* rows;
     const void* gradient;
     const double* hyper;
-    int64_t num_hyper, step, rule, dtype, state_dtype, width, num_rows, num_ids, num_threads;
+    int64_t num_hyper, step, rule, dtype, state_dtype, width, num_rows, num_ids, num_threads, format;
 };
 
 // What a function returns.
