@@ -340,8 +340,8 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
         def after_rounding(
             state: Sequence[Tensor], error: Tensor, hyper: Mapping[str, Tensor], step: Tensor
         ) -> Sequence[Tensor]:
-            *own, behind, last = state
-            own = rule.after_rounding(own, error, hyper, step)
+            *before, behind, last = state
+            own = rule.after_rounding(before, error, hyper, step)
             return (*own, behind + _since(step - 1, step, hyper["horizon"]) * error, last)
 
         @staticmethod

@@ -200,8 +200,9 @@ def _check_formats(forms: Sequence[Form], optimizer: FusedOptimizer | None) -> N
     for slab in (slab for form in forms for slab in form.slabs):
         if slab.format not in TRAINING_FORMATS:
             raise ValueError(
-                f"slab '{slab.name}' would be trained in {slab.format}: training stores {' or '.join(TRAINING_FORMATS)}, "
-                "and what is served in another format is the serving form of a layout, as Layout.of makes them"
+                f"slab '{slab.name}' would be trained in {slab.format}: training stores "
+                f"{' or '.join(TRAINING_FORMATS)}, and what is served in another format is the serving form of a "
+                "layout, as Layout.of makes them"
             )
         if slab.format == BF16.name and optimizer is None:
             raise ValueError(

@@ -5,9 +5,9 @@ that what is smaller than half a step is not lost, but kept in one of many updat
 
 Gupta et al., "Deep Learning with Limited Numerical Precision", ICML 2015.
 
-The random bits are a function of the step's number and of where a scalar lies, and of nothing else: the same in PyTorch,
-native code and Triton, for any number of threads, and after a checkpoint. ``csrc/rounding.h`` and ``gpu_kernels`` say
-the same as this module.
+The random bits are a function of the step's number and of where a scalar lies, and of nothing else: they are the same
+in PyTorch, native code (``csrc/rounding.h``) and Triton (``gpu_kernels``), for any number of threads, and after a
+checkpoint.
 """
 
 from __future__ import annotations

@@ -392,8 +392,10 @@ for method in all_methods():
             continue
         counts = {c.name: torch.arange(1, c.num_embeddings + 1).roll(5).numpy() for c in configs}
         budget = None if method.kind == "full" else "40%"
-        for dtype in (torch.float32, torch.bfloat16):
-            tables = EmbeddingTables(plan(configs, method.to_dict(), budget, counts, rule), std=0.5).to(dtype)
+        trained = ["fp32", "bf16"] if rule is not None and rule.kind == "adagrad" else ["fp32"]
+        for dtype, rows in (*((torch.float32, name) for name in trained), (torch.bfloat16, "fp32")):
+            solved = plan(configs, method.to_dict(), budget, counts, rule, training_precision=rows)
+            tables = EmbeddingTables(solved, std=0.5).to(dtype)
             digest = hashlib.sha256()
             for seed in range(2):
                 ids = random_ids(tables, 100, seed)
@@ -407,7 +409,7 @@ for method in all_methods():
             gradients = [p.grad for p in tables.parameters() if p.grad is not None]
             for tensor in (*tables.state_dict().values(), *tables.optimizer_state_dict().values(), *gradients):
                 digest.update(tensor.double().numpy().tobytes())
-            print(method.to_dict(), rule and rule.kind, dtype, digest.hexdigest())
+            print(method.to_dict(), rule and rule.kind, dtype, rows, digest.hexdigest())
 """
 
 

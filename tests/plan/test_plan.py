@@ -29,6 +29,7 @@ from embtables.methods import Method, kinds
 
 pytestmark = pytest.mark.core
 
+TRAINED = ["fp32", "bf16"]
 HASHES = ["hash", "multi_hash", "unified", "robe"]
 
 
@@ -38,9 +39,9 @@ def solve(case: Case, budget: Any, **others: Any) -> Plan:
     return plan(case.tables, case.method, budget, case.frequencies, optimizer, precision=case.precision, **others)
 
 
-def feasible(case: Case, budget: int) -> Plan | None:
+def feasible(case: Case, budget: int, **others: Any) -> Plan | None:
     try:
-        return solve(case, budget)
+        return solve(case, budget, **others)
     except InfeasibleBudget:
         return None
 
@@ -82,15 +83,18 @@ def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Cas
 
 
 @given(
-    cases(max_rows=300, precisions=PRECISIONS), st.floats(0.02, 1.1), st.sampled_from(["sgd", "adagrad", "adam", None])
+    cases(max_rows=300, precisions=PRECISIONS),
+    st.floats(0.02, 1.1),
+    st.tuples(st.sampled_from(["sgd", "adagrad", "adam"]), st.sampled_from(TRAINED)) | st.just((None, "fp32")),
 )
 @settings(max_examples=examples(150))
-def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, optimizer: str | None) -> None:
+def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, training: tuple[str | None, str]) -> None:
     budget = max(1, int(share * case.full_bytes))
+    others: dict[str, Any] = dict(zip(("optimizer", "training_precision"), training))
     try:
-        solved = solve(case, budget, optimizer=optimizer)
+        solved = solve(case, budget, **others)
     except InfeasibleBudget as error:
-        solved = solve(case, error.floor_bytes, optimizer=optimizer)
+        solved = solve(case, error.floor_bytes, **others)
     tables = EmbeddingTables(solved)
     state = tables.store.optimizer_state()
     extra = sum(t.untyped_storage().nbytes() for name, t in state.items() if name != "hyper")
@@ -101,10 +105,10 @@ def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, optimize
     assert counted_bytes(tables) == solved.inference_bytes == tables.memory().inference_bytes
 
 
-@given(cases(max_rows=500, precisions=PRECISIONS), st.floats(0.02, 1.0))
+@given(cases(max_rows=500, precisions=PRECISIONS), st.floats(0.02, 1.0), st.sampled_from(TRAINED))
 @settings(max_examples=200)
-def test_survives_json(case: Case, share: float) -> None:
-    solved = feasible(case, max(1, int(share * case.full_bytes)))
+def test_survives_json(case: Case, share: float, trained: str) -> None:
+    solved = feasible(case, max(1, int(share * case.full_bytes)), training_precision=trained)
     assume(solved is not None)
     assert solved is not None
     again = Plan.from_dict(json.loads(json.dumps(solved.to_dict())))
@@ -133,22 +137,23 @@ def test_a_billion_ids_are_planned_without_a_table_of_them(kind: str) -> None:
     assert solved.inference_bytes <= (solved.budget_bytes or 0)
 
 
-@given(cases(max_rows=500), st.floats(0.05, 1.0), st.floats(0.1, 2.5))
+@given(cases(max_rows=500), st.floats(0.05, 1.0), st.floats(0.1, 2.5), st.sampled_from(TRAINED))
 @settings(max_examples=150)
-def test_training_budget_is_respected(case: Case, share: float, training_share: float) -> None:
-    free = feasible(case, max(1, int(share * case.full_bytes)))
+def test_training_budget_is_respected(case: Case, share: float, training_share: float, trained: str) -> None:
+    free = feasible(case, max(1, int(share * case.full_bytes)), training_precision=trained)
     assume(free is not None)
     assert free is not None
     bound = max(1, int(training_share * case.full_bytes))
     budget = free.budget_bytes
     try:
-        bounded = solve(case, budget, training_budget=bound)
+        bounded = solve(case, budget, training_budget=bound, training_precision=trained)
     except InfeasibleBudget as error:
         assert error.floor_bytes > bound and "training" in str(error)
         # Larger tables may train in less, where narrow rows with a state of their own become full ones without.
-        assert solve(case, budget, training_budget=error.floor_bytes).training_bytes <= error.floor_bytes
+        least = solve(case, budget, training_budget=error.floor_bytes, training_precision=trained)
+        assert least.training_bytes <= error.floor_bytes
         with pytest.raises(InfeasibleBudget):
-            solve(case, budget, training_budget=error.floor_bytes - 1)
+            solve(case, budget, training_budget=error.floor_bytes - 1, training_precision=trained)
     else:
         assert bounded.training_bytes <= bound and bounded.inference_bytes <= free.inference_bytes
         assert bounded == free or free.training_bytes > bound
