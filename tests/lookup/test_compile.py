@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from core_cases import shuffled_counts
 from torch import Tensor
 
-from embtables import EmbeddingTables, TableConfig, plan
+from embtables import EmbeddingTables, TableConfig, ops, plan
 from embtables.faces.embedding import EmbeddingBag
 
 TABLES = [
@@ -58,6 +59,23 @@ def test_a_graph_refuses_ids_out_of_range() -> None:
     ids[5, 0] = -2
     with pytest.raises(IndexError, match="feature 'user' holds id -2, but table 'user' has the ids 0 … 4999"):
         graph(ids)
+
+
+@pytest.mark.skipif(ops.backend() != "native", reason="needs the native library")
+@pytest.mark.parametrize("precision", ["bf16", "int4", "binary2/7"])
+def test_graphs_look_packed_rows_up_natively(precision: str) -> None:
+    tables = EmbeddingTables(plan(TABLES, "hash", "10%", precision=precision)).finalize()
+    called: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(tables, fullgraph=True, backend=backend)
+    for seed in range(2):
+        ids = torch.randint(300, (32, 2), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(compiled(ids), tables(ids))
+    assert {name for name in called if name.startswith("embtables")} == {"embtables.look_up.default"}
 
 
 @pytest.mark.parametrize("pending", ["compositional", "multi_hash"])

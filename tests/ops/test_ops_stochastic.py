@@ -47,7 +47,7 @@ def test_random_bits_follow_from_the_step_and_the_place(width: int) -> None:
     rows, step = torch.tensor([0, 2, 7, 2**33]), 3
     expected = [[bits_of(step, width, row, column) for column in range(width)] for row in rows.tolist()]
     assert random_bits(torch.tensor(step), rows, width).tolist() == expected
-    # They stay what they are in the next version: trainings go on from checkpoints.
+    # Written down, so that nobody changes both sides at once.
     assert random_bits(torch.tensor(1), torch.tensor([0]), 4).tolist() == [[0x4BFE, 0x2944, 0x3145, 0x5E0E]]
 
 
