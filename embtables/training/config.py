@@ -153,7 +153,7 @@ class TablesConfig(_Section):
     @model_validator(mode="after")
     def _rounds_what_is_fused(self) -> TablesConfig:
         if self.training_precision != "fp32" and not self.fused:
-            raise ValueError("tables.training_precision=bf16 needs tables.fused=true: fused updates round")
+            raise ValueError("training_precision=bf16 needs tables.fused=true: fused updates round stochastically")
         return self
 
     @property

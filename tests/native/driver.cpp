@@ -225,6 +225,7 @@ struct Case {
     int64_t num_features = 0, batch = 0, num_ids = 0, num_values = 0, num_rows = 0, rows_per_example = 0;
     int64_t dtype = 0, state_dtype = 0, rule = 0, step = 1;
     bool jagged = false, weighted = false, narrow_ids = false, has_blocks = false, keeps_rows = false;
+    bool halves = false;  // whether weights are trained in bfloat16, by gradients in float32
     std::vector<double> hyper;
     std::vector<int64_t> ids, offsets;
     // What calls are given.
@@ -235,6 +236,7 @@ struct Case {
     void make();
     void make_single();
     std::string name() const;
+    int64_t weight_type() const { return halves ? static_cast<int64_t>(BFLOAT16) : dtype; }
 
 private:
     std::map<int64_t, std::vector<Slab>> slabs_;  // by width; those of blocks apart
@@ -258,7 +260,7 @@ std::string Case::name() const {
     static const char* rules[] = {"sgd", "rowwise adagrad", "adagrad", "adam", "dense gradients", "sparse gradients"};
     static const char* types[] = {"float32", "bfloat16", "float16"};
     return std::string(jagged ? "jagged" : "dense") + (weighted ? ", weighted" : "") + (narrow_ids ? ", int32" : ", int64") + ", " + types[dtype] +
-           " with state of " + types[state_dtype] + ", " + rules[rule] + ", batch " + std::to_string(batch);
+           " with state of " + types[state_dtype] + (halves ? ", weights in bfloat16" : "") + ", " + rules[rule] + ", batch " + std::to_string(batch);
 }
 
 // Rows of a weight of this width: new ones, or those of a slab that is as large.
@@ -503,6 +505,7 @@ void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
 
 void Case::make_program() {
     num_features = random.between(1, 4);
+    halves = random.chance(4);
     if (!random.chance(4)) widths = {1}, rows = {0};  // so that arrays of blocks lie where they are meant to
     lookups.resize(random.between(1, 6));
     for (Lookup& lookup : lookups) {
@@ -524,7 +527,8 @@ void Case::make_program() {
     append(pieces);
     int64_t start = 0;
     for (std::size_t w = 0; w < widths.size(); ++w) {
-        all.insert(all.end(), {widths[w], start, PLAIN, 0, 0});
+        if (halves) all.insert(all.end(), {widths[w], start, BRAINS, 16, 1});
+        else all.insert(all.end(), {widths[w], start, PLAIN, 0, 0});
         start += rows[w];
     }
     all.insert(all.end(), {0, start, PLAIN, 0, 0});
@@ -615,7 +619,7 @@ Memory Case::scalars(int64_t count, int64_t type, double low, double high) {
 }
 
 void Case::make_values(int64_t last_rule) {
-    dtype = random.one_of<int64_t>({FLOAT32, FLOAT32, FLOAT32, BFLOAT16, FLOAT16});
+    dtype = halves ? static_cast<int64_t>(FLOAT32) : random.one_of<int64_t>({FLOAT32, FLOAT32, FLOAT32, BFLOAT16, FLOAT16});
     state_dtype = random.chance(2) ? FLOAT32 : dtype;
     do rule = random.between(SGD, last_rule);
     while (rule == ROWWISE_ADAGRAD && has_blocks);
@@ -626,16 +630,16 @@ void Case::make_values(int64_t last_rule) {
     if (random.chance(2)) hyper.push_back(random.one_of<double>({0.0, 0.3, 3.0}));
     step = random.between(1, 4);
     gradient = scalars(num_values, dtype, -1, 1);
-    auto with_states = [&](int64_t num, int64_t width, std::vector<Memory>& values, std::vector<Memory>& state) {
-        values.push_back(scalars(num * width, dtype, -1, 1));
+    auto with_states = [&](int64_t num, int64_t width, int64_t type, std::vector<Memory>& values, std::vector<Memory>& state) {
+        values.push_back(scalars(num * width, type, -1, 1));
         for (int64_t s = 0; s < 2; ++s) {
             const bool has = rule == ADAM || (s == 0 && (rule == ADAGRAD || rule == ROWWISE_ADAGRAD));
             const bool squares = rule != ADAM || s == 1;
             state.push_back(has ? scalars(rule == ROWWISE_ADAGRAD ? num : num * width, state_dtype, squares ? 0.25 : -1, 1) : Memory());
         }
     };
-    for (std::size_t w = 0; w < widths.size(); ++w) with_states(rows[w], widths[w], weights, states);
-    for (const Projection& p : projections) with_states(p.width, p.dim, projection_weights, projection_states);
+    for (std::size_t w = 0; w < widths.size(); ++w) with_states(rows[w], widths[w], weight_type(), weights, states);
+    for (const Projection& p : projections) with_states(p.width, p.dim, dtype, projection_weights, projection_states);
 }
 
 void Case::make() {
@@ -648,7 +652,7 @@ void Case::make() {
 // One lookup with a row an id.
 void Case::make_single() {
     const int64_t width = random.one_of<int64_t>({1, 2, 3, 4, 8, 16, 17, 32, 64, 100}), num = random.between(1, 300);
-    num_features = 1;
+    num_features = 1, halves = random.chance(3);
     batch = num_ids = num_rows = random.one_of<int64_t>({0, 1, 5, 40, 999});
     num_values = num_ids * width;
     Lookup lookup{};
@@ -687,7 +691,7 @@ private:
     const Case& c_;
     Expected e_;
 
-    double weight(const Scalar& s) const { return decoded(c_.weights[s.weight].data(), s.row * c_.widths[s.weight] + s.at, c_.dtype); }
+    double weight(const Scalar& s) const { return decoded(c_.weights[s.weight].data(), s.row * c_.widths[s.weight] + s.at, c_.weight_type()); }
     bool known(const Lookup& lookup, int64_t id, int64_t& taken) const;
     int64_t row(const Piece& piece, int64_t x) const;
     std::vector<int64_t> list(const Lookup& lookup, const Piece& piece, int64_t x) const;
@@ -932,7 +936,7 @@ Expected Reference::run() {
     for (std::size_t w = 0; w < c_.widths.size(); ++w) {
         e_.gradients.emplace_back(c_.rows[w] * c_.widths[w], 0.0);
         e_.touched.emplace_back(c_.rows[w], false);
-        e_.weights.push_back(all_decoded(c_.weights[w], c_.dtype));
+        e_.weights.push_back(all_decoded(c_.weights[w], c_.weight_type()));
     }
     for (std::size_t p = 0; p < c_.projections.size(); ++p) {
         e_.projection_gradients.emplace_back(c_.projections[p].width * c_.projections[p].dim, 0.0);
@@ -1039,7 +1043,7 @@ struct Step {
                 call.saved = kept.data();
                 functions.keep_rows(call);
                 for (Memory& weight : r.weights)
-                    if (weight.count()) std::memset(weight.data(), 0xff, static_cast<std::size_t>(weight.count() * bytes_of(c.dtype)));
+                    if (weight.count()) std::memset(weight.data(), 0xff, static_cast<std::size_t>(weight.count() * bytes_of(c.weight_type())));
             }
             if (c.rule == SPARSE_GRADIENT) {
                 r.num_gradient_rows.assign(c.widths.size(), -1);
@@ -1105,11 +1109,11 @@ static void compare(const Case& c, const Result& r, const Expected& e) {
             expect_close("gradient " + name, all_decoded(dense, c.dtype), e.gradients[w], limit * 4);
             continue;
         }
-        expect_close("weight " + name, all_decoded(r.weights[w], c.dtype), e.weights[w], limit);
+        expect_close("weight " + name, all_decoded(r.weights[w], c.weight_type()), e.weights[w], std::max(limit, tolerance(c.weight_type())));
         for (int s = 0; s < 2; ++s)
             expect_close("state " + name, all_decoded(r.states[2 * w + s], c.state_dtype), e.states[2 * w + s], state_limit * 4);
         for (int64_t row = 0; row < c.rows[w]; ++row) {
-            const int64_t size = c.widths[w] * bytes_of(c.dtype);
+            const int64_t size = c.widths[w] * bytes_of(c.weight_type());
             if (!e.touched[w][row])
                 EXPECT(std::memcmp(r.weights[w].as<char>() + row * size, c.weights[w].as<char>() + row * size, static_cast<std::size_t>(size)) == 0,
                        "row " + std::to_string(row) + " of the weight " + name + "was not looked up and has changed");
@@ -1290,17 +1294,20 @@ static void try_single_weights(uint64_t seed) {
                 Result r;
                 r.values = Memory(c.num_values, bytes_of(c.dtype));
                 r.weights = c.weights, r.states = c.states;
+                Memory gathered(c.num_values, bytes_of(c.weight_type()));
                 Gather gather{};
-                gather.weight = c.weights[0].data(), gather.rows = rows.as<int64_t>(), gather.values = r.values.data();
-                gather.row_bytes = width * bytes_of(c.dtype), gather.num_rows = num_rows, gather.num_ids = c.num_ids;
+                gather.weight = c.weights[0].data(), gather.rows = rows.as<int64_t>(), gather.values = gathered.data();
+                gather.row_bytes = width * bytes_of(c.weight_type()), gather.num_rows = num_rows, gather.num_ids = c.num_ids;
                 gather.num_threads = num_threads;
                 EXPECT(functions->gather(gather) == DONE, "gather refused");
+                for (int64_t i = 0; i < c.num_values; ++i) encode(r.values.data(), i, c.dtype, decoded(gathered.data(), i, c.weight_type()));
                 RowUpdate update{};
                 update.weight = r.weights[0].data(), update.state0 = r.states[0].data(), update.state1 = r.states[1].data();
                 update.rows = rows.as<int64_t>(), update.gradient = c.gradient.data(), update.hyper = c.hyper.data();
                 update.num_hyper = static_cast<int64_t>(c.hyper.size()), update.step = c.step, update.rule = c.rule;
                 update.dtype = c.dtype, update.state_dtype = c.state_dtype, update.width = width;
                 update.num_rows = num_rows, update.num_ids = c.num_ids, update.num_threads = num_threads;
+                update.format = c.halves ? BRAINS : PLAIN;
                 functions->update(update);
                 if (!first) {
                     compare(c, r, expected);
@@ -1313,7 +1320,7 @@ static void try_single_weights(uint64_t seed) {
                     if (!c.num_ids) break;
                     wrong.as<int64_t>()[c.num_ids / 2] = row;
                     gather.rows = wrong.as<int64_t>();
-                    r.values = Memory(c.num_values, bytes_of(c.dtype)), gather.values = r.values.data();
+                    gathered = Memory(c.num_values, bytes_of(c.weight_type())), gather.values = gathered.data();
                     EXPECT(functions->gather(gather) == NO_SUCH_ROW, "gather took row " + std::to_string(row));
                 }
             });

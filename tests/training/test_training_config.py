@@ -121,6 +121,7 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
         ("tables.method=3", r"^tables\.method: must be a method's kind.*, not 3$"),
         ("tables.embedding_dim=0", r"^tables\.embedding_dim: "),
         ("tables.sparse_gradients=true", r"^tables: sparse_gradients needs tables\.fused=false"),
+        ("tables.training_precision=int8", r"^tables\.training_precision: .*'fp32' or 'bf16', not 'int8'$"),
         ("training.device=tpu0", r"^training\.device: give cpu, cuda or cuda:<number>, not 'tpu0'$"),
         ("training.device=meta", r"^training\.device: give cpu, cuda or cuda:<number>, not 'meta'$"),
         ("tables.init_std=1e39", r"^tables\.init_std: "),
@@ -140,6 +141,11 @@ def test_errors_name_the_field(override, message):
 def test_rowwise_adagrad_is_fused_only():
     with pytest.raises(ValueError, match="rowwise_adagrad exists fused only"):
         load_config(overrides=["tables.fused=false", "tables.optimizer=rowwise_adagrad"])
+
+
+def test_rows_in_16_bits_are_fused_only():
+    with pytest.raises(ValueError, match=r"^tables: training_precision=bf16 needs tables\.fused=true"):
+        load_config(overrides=["tables.fused=false", "tables.training_precision=bf16"])
 
 
 def test_fields_of_the_optimizer_reach_it() -> None:

@@ -120,7 +120,10 @@ def run_and_die(config, data, out, calls):
 
 VARIANTS = {
     "fused adam": ["tables.optimizer=adam", "tables.learning_rate=0.01"],
-    "fused rowwise, hash": ["tables.optimizer=rowwise_adagrad", "tables.method=hash", "tables.budget=30%"],
+    "fused rowwise, hash, in 16 bits": [
+        *("tables.optimizer=rowwise_adagrad", "tables.method=hash", "tables.budget=30%"),
+        "tables.training_precision=bf16",
+    ],
     "torch adagrad": ["tables.fused=false", "tables.optimizer=adagrad", "model.name=mlp"],
     "sparse adam": ["tables.fused=false", "tables.optimizer=adam", "tables.sparse_gradients=true"],
 }
@@ -134,6 +137,7 @@ EVERYTHING = [
     *("training.monitor=gauc_weighted", "training.plateau_factor=0.3", "training.clip_norm=0.1"),
     *("training.autocast=bf16", "training.evaluations_per_epoch=1.5"),
     *("training.average=0.5", "tables.precision=int4", "training.quantize_from=1.2"),
+    "tables.training_precision=bf16",
 ]
 
 
