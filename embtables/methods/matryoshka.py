@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from embtables.formats import FP32
 from embtables.hashing import mix, seed_for
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
@@ -60,7 +61,7 @@ class Matryoshka(Method):
         rows = [table.rows or 0 for table in group.tables]
         trained = [group.slab(t.name, n, t.embedding_dim) for t, n in zip(group.tables, rows)]
         served = [group.slab(t.name, n, width) for t, n, width in zip(group.tables, rows, widths)]
-        return Layout(entries, Form(tuple(trained)).in_fp32(), Form(tuple(served)))
+        return Layout(entries, Form(tuple(trained)).in_format(FP32.name), Form(tuple(served)))
 
     # ---- the module ----------------------------------------------------------------------------------------------
 
