@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,18 @@ from torch import Tensor
 
 from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
-from embtables.methods.base import Stage
 from embtables.plan.solver import Plan, checked_counts
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
-from embtables.tables.averages import mean_of
-from embtables.tables.build import build_blocks, build_stages
 from embtables.tables.files import check_codes, dtype_of, reading_file, write_file
 from embtables.tables.fitting import fit, keep, share_kept
 from embtables.tables.initialize import initialize
-from embtables.tables.looking_up import TableLookup
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
 from embtables.tables.rounding import rounded_slabs
+from embtables.tables.serving import PlannedTables
 
 
-class EmbeddingTables(TableLookup):
+class EmbeddingTables(PlannedTables):
     """All tables of a plan, stored as it says.
 
     ``forward`` takes the ids of all features and gives their pooled vectors side by side, in the order of the tables
@@ -77,13 +73,6 @@ class EmbeddingTables(TableLookup):
         initialize(plan, self.store, seed, std)
 
     # ---- building ------------------------------------------------------------------------------------------------
-
-    def _build(self, store: Store, stages: list[Stage] | None = None) -> None:
-        """The lookup over a store: a block for each group, variant and dimension; stages begin, or are these."""
-        blocks, order = build_blocks(self.plan, store, self.feature_names, served=self.served)
-        if stages is None:
-            stages = [] if self.served else build_stages(self.plan, store)
-        self._look_up_in(store, blocks, order, stages)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingTables:
         """Moves and casts like any module; what leaves the meta device gets the constants that follow from the plan."""
@@ -214,95 +203,7 @@ class EmbeddingTables(TableLookup):
         """Bytes, taken from the storages that exist: of the served form, if that is what this module holds."""
         return memory_of(self)
 
-    # ---- serving, saving, loading --------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def serve(self, plan: Plan | None = None) -> EmbeddingTables:
-        """The tables in the form that is exported; the same object where that is the trained form.
-
-        Args:
-            plan: another plan of the same training, such as one of another precision, to whose form they are brought;
-                ``None`` for their own. Served tables take another one where their form is that of the training.
-
-        Raises:
-            ValueError: for a plan whose tables train otherwise, and another one than their own for served tables that
-                lost something.
-        """
-        target = self._checked_plan(plan)
-        if target is self.plan and (self.served or _serves_what_it_trains(target)):
-            return self
-        return self._served_from(self.store, target)
-
-    @torch.no_grad()
-    def averaged(self, plan: Plan | None = None) -> EmbeddingTables:
-        """The running mean of the weights in the form that is exported, as new tables; these stay as they are.
-
-        With a plan whose optimizer keeps one (``embtables.optimizers.averaged``).
-
-        Args:
-            plan: as in ``serve``.
-
-        Raises:
-            ValueError: where the optimizer keeps none, for served tables, and for a plan as in ``serve``.
-        """
-        target = self._checked_plan(plan)
-        optimizer = self.plan.optimizer
-        if self.served or optimizer is None or not optimizer.keeps_mean:
-            raise ValueError(
-                "these tables keep no running mean of their weights: plan with "
-                "optimizer=embtables.optimizers.averaged(Adam(), horizon=1000)"
-            )
-        return self._served_from(mean_of(self.store, self.plan), target)
-
-    def _checked_plan(self, plan: Plan | None) -> Plan:
-        """The plan by which these tables are to be served."""
-        if plan is None or plan is self.plan or plan.fingerprint == self.plan.fingerprint:
-            return self.plan
-        if self.served and not _serves_what_it_trains(self.plan):
-            raise ValueError("served tables stay in the form that they have")
-        if plan.training_fingerprint != self.plan.training_fingerprint:
-            raise ValueError(
-                "the tables of that plan train otherwise, so that these cannot be served in its form: plans may differ "
-                "in precision, and in the budget of a method that trains the same for every budget, as matryoshka does"
-            )
-        return plan
-
-    def _served_from(self, trained: Store, plan: Plan) -> EmbeddingTables:
-        served = self._empty_served(plan, trained.device)
-        served.to(trained.dtype)
-        for g in plan.groups:
-            g.method.serve(g.layout, g.group, trained, served.store)
-        return served.train(self.training)
-
-    def finalize(self) -> EmbeddingTables:
-        """Takes on the served form, in place, and returns this module; nothing changes where it is the trained one."""
-        served = self.serve()
-        if served is not self:
-            self.served = True
-            self._build(served.store)
-        return self
-
-    @contextmanager
-    def as_served(self) -> Iterator[None]:
-        """Within this ``with`` block lookups give what ``finalize`` would make of them; afterwards all is as before."""
-        if self.served:
-            yield
-            return
-        trained, stages = self.store, self.stages
-        self.finalize()
-        try:
-            yield
-        finally:
-            self.served = False
-            self._build(trained, stages)
-
-    @classmethod
-    def _empty_served(cls, plan: Plan, device: torch.device | str | None) -> EmbeddingTables:
-        tables = cls.__new__(cls)
-        TableLookup.__init__(tables, plan.tables, served=True)
-        tables.plan, tables.seed, tables.std = plan, 0, None
-        tables._build(Store([g.layout.serving for g in plan.groups], None, trainable=False, device=device))
-        return tables
+    # ---- saving, loading ------------------------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:
         """Writes the served form: one safetensors file, its tensors the plan's inference bytes, the plan inside.
@@ -358,7 +259,3 @@ class EmbeddingTables(TableLookup):
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)
         return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
-
-
-def _serves_what_it_trains(plan: Plan) -> bool:
-    return all(g.layout.serving == g.layout.training for g in plan.groups)
