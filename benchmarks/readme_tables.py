@@ -1,4 +1,4 @@
-"""Fills the tables of README.md, docs/results/README.md, docs/performance.md and docs/gpu.md: none is typed by hand.
+"""Fills the tables of README.md and of pages in docs: none is typed by hand.
 
 They come from docs/results/*/results.csv; those of speed from the parts of docs/results/speed/report.md, which
 `python -m benchmarks.report docs/results/speed` makes of its results.csv.
@@ -48,6 +48,9 @@ LENGTHS = {
 }
 #: Page, marker -> the folders of sweeps over variants of one data set, which make one table.
 ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
+#: What the page of each method says that it attained: how a training was tuned -> the folders of its sweeps.
+ATTAINED = {"as in the README": ("globo",), "regularized, averaged": ("globo-low",)}
+METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Its parts go where a page has the marker speed-<part>.
 SPEED_REPORT = RESULTS / "speed" / "report.md"
 #: Of docs/gpu.md: marker -> folder of `python -m benchmarks.gpu`, and the phase that a table shows.
@@ -105,6 +108,23 @@ def table(results: pd.DataFrame) -> str:
     for method in sorted(others["method"].unique(), key=lambda m: (-_at(others, m, "1%"), m)):
         cells = [_cell(others[(others["method"] == method) & (others["budget"] == budget)]) for budget in budgets]
         lines.append([_linked(method), *cells])
+    return _rendered(lines)
+
+
+def attained(kind: str) -> str:
+    """Test AUC on Globo of each form of a method, a column a budget; last what full tables of the same sweep have."""
+    by_sweep = {tuned: pd.concat([read(folder) for folder in folders]) for tuned, folders in ATTAINED.items()}
+    budgets = ["10%", "5%", "1%", "0.1%"]
+    lines = [["training", "method", *budgets, "full"], ["---", "---", *["---:"] * (len(budgets) + 1)]]
+    for tuned, results in by_sweep.items():
+        full = results[results["method"] == "full"]
+        of_kind = results[results["method"].str.partition("(")[0] == kind]
+        for method, cells in of_kind.groupby("method", sort=False):
+            if cells["budget"].isna().all():
+                lines.append([tuned, str(method), *[""] * len(budgets), _mean(cells)])
+                continue
+            each = [cells[cells["budget"] == budget] for budget in budgets]
+            lines.append([tuned, str(method), *(_cell(c) if len(c) else "" for c in each), _mean(full)])
     return _rendered(lines)
 
 
@@ -183,6 +203,8 @@ def filled(page: Path, text: str) -> str:
         report = SPEED_REPORT.read_text(encoding="utf-8")
         parts = re.findall("<!-- results:speed-(.*?) -->", text)
         contents |= {f"speed-{part}": speed(report, part) for part in parts}
+    if page in METHOD_PAGES and "results:attained" in text:
+        contents["attained"] = attained(page.stem)
     if page == GPU:
         contents |= {marker: on_a_gpu(folder, phase) for marker, (folder, phase) in GPU_TABLES.items()}
         contents["gpu-machine"] = gpu_machine("gpu")
@@ -200,7 +222,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     check = parser.parse_args().check
     changed = False
-    for page in (README, PAGE, PERFORMANCE, GPU):
+    for page in (README, PAGE, PERFORMANCE, GPU, *METHOD_PAGES):
         old = page.read_text(encoding="utf-8")
         new = filled(page, old)
         changed |= new != old

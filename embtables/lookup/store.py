@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -90,13 +90,11 @@ class Store(Weights):
             setattr(self, name, ops.huge_pages(torch.empty_like(self.tensor(name), device=device)))
         self.reset_state()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts like any module, but hyper-parameters stay float64: in bfloat16 Adam's beta2 would be 1."""
-        hyper = self._buffers.get("_hyper")
-        super()._apply(fn, recurse)
-        if hyper is not None and self._hyper.dtype != hyper.dtype:
-            self._hyper = hyper.to(self._hyper.device)
-        return self
+    def left_by_casts(self) -> list[str]:
+        """Hyper-parameters too, since in bfloat16 Adam's beta2 would be 1, and the fp32 state of rows in 16 bits."""
+        packed = [weight for weight in self.weight_names if not self.is_plain(weight)]
+        hyper = ["_hyper"] if "_hyper" in self._buffers else []
+        return [*super().left_by_casts(), *hyper, *(name for weight in packed for name in self.state_names(weight))]
 
     # ---- what a step needs -----------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ class Weights(Slabs):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves like any module, and casts what is stored in fp32; other formats stay what they are."""
-        kept = {name: self._buffers[name] for name in self.in_other_formats()}
+        kept = {name: self._buffers[name] for name in self.left_by_casts()}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             now = self._buffers[name]
@@ -110,6 +110,10 @@ class Weights(Slabs):
                 module._apply(fn)
             split.lay()
         return self
+
+    def left_by_casts(self) -> list[str]:
+        """The attributes of the buffers that ``half()`` and its like leave as they are."""
+        return self.in_other_formats()
 
     def is_half(self) -> bool:
         """Whether the weights are of half precision."""

@@ -124,7 +124,7 @@ class BandedMethod(RankedMethod):
                 slab = store.slab(band.slab)
                 # The row for ids that are out of range, which a trained table does not have, stays as it is.
                 places = (ids[: len(slab)] < len(vectors)).nonzero().squeeze(1)
-                own, ids = vectors[ids[places]].to(slab), ids[len(slab) :]
+                own, ids = vectors[ids[places]], ids[len(slab) :]
                 if band.projection is None:
                     slab[places] = own
                 else:

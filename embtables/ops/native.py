@@ -487,7 +487,8 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
     def _(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
         rows, step = split_step(state)
         native = in_use() and rule in RULES and fits([weight]) and fits(rows)
-        if native and all(s.dtype in (torch.float32, weight.dtype) for s in rows):
+        own = torch.float32 if rounds_stochastically(weight, grad) else weight.dtype
+        if native and all(s.dtype in (torch.float32, own) for s in rows):
             with training_lock:
                 return library.update(weight, rows, index, grad, hyper, rule, int(step))
         return plain_update(weight, state, index, grad, hyper, rule)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from embtables.config import TableConfig
 from embtables.lookup.engine import without_autocast
 from embtables.lookup.features import BlockLookup
-from embtables.lookup.recipe import Listed, Recipe
+from embtables.lookup.recipe import Listed, Recipe, Row, concat
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.store import Store
 from embtables.plan.solver import GroupPlan
@@ -39,6 +40,34 @@ class _Table:
             yield ids, self.weight[ids], self.counts[ids].unsqueeze(1)
 
 
+def checked_weights(
+    tables: Sequence[TableConfig], weights: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Trained tables in fp32, where the others are.
+
+    Raises:
+        ValueError: naming a table that there is not, or one whose weight is no finite ``[num_embeddings, D]``.
+    """
+    shapes = {config.name: (config.num_embeddings, config.embedding_dim) for config in tables}
+    for name, weight in weights.items():
+        if name not in shapes:
+            raise ValueError(f"there is no table '{name}'; the tables: {', '.join(shapes)}")
+        if not isinstance(weight, Tensor) or weight.is_meta or weight.is_complex() or weight.layout != torch.strided:
+            raise ValueError(f"the trained weight of table '{name}' must be a tensor of numbers that are there")
+        if tuple(weight.shape) != shapes[name]:
+            raise ValueError(f"table '{name}' is {list(shapes[name])}, its trained weight {list(weight.shape)}")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the trained weight of table '{name}' holds NaN or infinite values")
+    return {name: weight.detach().to(device, torch.float32) for name, weight in weights.items()}
+
+
+def shared_with(g: GroupPlan, weights: Mapping[str, Tensor]) -> list[str]:
+    """The tables of a group that are not given, where those that are given share storage with them."""
+    names = [table.name for table in g.group.tables]
+    shared = g.layout.training.bytes_by_table(names)[1]
+    return [t.name for t in g.group.tables if shared and t.name not in weights and t.num_embeddings is not None]
+
+
 def keep(
     groups: Sequence[GroupPlan], store: Store, weights: Mapping[str, Tensor], counts: Mapping[str, Counts]
 ) -> list[str]:
@@ -61,14 +90,18 @@ def share_kept(lookups: Sequence[BlockLookup], name: str, weight: Tensor, counts
     shares = _shares(weight, counts, lookup.tables[number].padding_idx)
     for start in range(0, len(weight), _CHUNK):
         part = slice(start, min(start + _CHUNK, len(weight)))
-        wanted, share = weight[part].float(), shares[part].unsqueeze(1)
-        missed += float((share * (dense_rows(lookup, number, part).float() - wanted).square()).sum())
+        wanted, share = weight[part].double(), shares[part].unsqueeze(1)
+        missed += float((share * (dense_rows(lookup, number, part).double() - wanted).square()).sum())
         whole += float((share * wanted.square()).sum())
     return 1 - missed / whole if whole else 1.0
 
 
 def fit(
-    store: Store, lookups: Sequence[BlockLookup], weights: Mapping[str, Tensor], counts: Mapping[str, Counts]
+    store: Store,
+    lookups: Sequence[BlockLookup],
+    weights: Mapping[str, Tensor],
+    counts: Mapping[str, Counts],
+    copied: Collection[str] = (),
 ) -> list[str]:
     """Changes the rows of tables so that the vectors of their ids are as near to trained ones as they can be.
 
@@ -87,6 +120,7 @@ def fit(
         lookups: of all tables.
         weights: trained tables ``[num_embeddings, D]`` by name.
         counts: occurrences ``[num_embeddings]`` of their ids by name, as far as they are known.
+        copied: the tables whose method took them over already; those with a row of their own for every id are done.
 
     Returns:
         The names of the tables that were fitted.
@@ -95,7 +129,9 @@ def fit(
     for name, weight in weights.items():
         lookup, number = block_of(lookups, name)
         recipe = lookup.block.recipes[number] if isinstance(lookup.block, RecipeBlock) else None
-        if recipe is not None and _can_be_fitted(recipe):
+        if recipe is None or not recipe.all_addresses() or not _can_be_fitted(recipe):
+            continue
+        if not (name in copied and recipe == concat(Row(name))):
             shares = _shares(weight, counts.get(name), lookup.tables[number].padding_idx)
             tables[name] = _Table(weight, shares, lookup, number, recipe)
     users: dict[str, list[_Table]] = {}
@@ -103,6 +139,10 @@ def fit(
         for address in table.recipe.all_addresses():
             if table not in users.setdefault(address.slab, []):
                 users[address.slab].append(table)
+    for slab, of_slab in users.items():
+        if any(table.recipe.combine in ("sum", "mean") for table in of_slab):
+            # What their first values hold beside the sums that are wanted would never leave them.
+            store.write_slab(slab, torch.zeros_like(store.read_slab(slab)))
     last = float("inf")
     with without_autocast(store.device):
         for _ in range(_ROUNDS):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embtables.lookup.engine import without_autocast
 from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
 from embtables.plan.solver import Plan, checked_counts
 from embtables.sizes.memory import Memory
 from embtables.tables.accounting import memory_of
 from embtables.tables.files import check_codes, dtype_of, reading_file, write_file
-from embtables.tables.fitting import fit, keep, share_kept
+from embtables.tables.fitting import checked_weights, fit, keep, share_kept, shared_with
 from embtables.tables.initialize import initialize
 from embtables.tables.reading import block_of, dense_rows, share_of_collisions
 from embtables.tables.rounding import rounded_slabs
@@ -107,8 +108,8 @@ class EmbeddingTables(PlannedTables):
     def fake_quantize(self) -> None:
         """Quantization-aware training from now on: lookups that train compute with rows rounded as they are served.
 
-        The rows themselves stay fp32: gradients, taken at the rounded rows, go straight through to them, and the
-        optimizer updates them as before. So a row learns where its rounded form does best, which pays below 4 bits.
+        The rows themselves stay what they are: gradients, taken at the rounded rows, go straight through to them, and
+        the optimizer updates them as before. So a row learns where its rounded form does best, which pays below 4 bits.
         Rows with scales of their own are rounded exactly as ``serve`` would at that moment. Of scales that rows have in
         common, as in ``"int4/64"``, the latest ones are kept beside the tables, in state dicts too, and found anew as
         their rows are looked up. What does not train is not rounded: ``serve`` gives what is to be evaluated. Where
@@ -151,7 +152,8 @@ class EmbeddingTables(PlannedTables):
         their ids' vectors. Ids count by how often they occur, where that is known. Optimizer state stays as it is.
 
         Args:
-            weights: ``{table name: [num_embeddings, embedding_dim]}``; tables that are not among them stay.
+            weights: ``{table name: [num_embeddings, embedding_dim]}`` of any type of number. Tables that are not among
+                them stay, or where they share storage with these, stay as near to what they are as they can.
             frequencies: ``{table name: counts}``, as in ``embtables.plan``.
 
         Returns:
@@ -160,20 +162,23 @@ class EmbeddingTables(PlannedTables):
             that nothing could be taken over of, such as those of a method with a block of its own, are not in it.
 
         Raises:
-            ValueError: for served tables, an unknown table, a weight of another shape, and frequencies that
-                ``embtables.plan`` would not take.
+            ValueError: for served tables and those on the meta device, an unknown table, a weight of another shape or
+                with numbers that are not finite, and frequencies that ``embtables.plan`` would not take.
         """
-        if self.served:
-            raise ValueError("served tables cannot take weights over: build EmbeddingTables(plan)")
-        shapes = {config.name: (config.num_embeddings, config.embedding_dim) for config in self.plan.tables}
-        for name, weight in weights.items():
-            if name not in shapes:
-                raise ValueError(f"there is no table '{name}'; the tables: {', '.join(shapes)}")
-            if tuple(weight.shape) != shapes[name]:
-                raise ValueError(f"table '{name}' is {list(shapes[name])}, its trained weight {list(weight.shape)}")
-        own = {name: weight.detach().to(self.store.device) for name, weight in weights.items()}
+        if self.served or self.store.device.type == "meta":
+            raise ValueError(
+                "served tables and those on the meta device take no weights over: EmbeddingTables(plan) does"
+            )
+        own = checked_weights(self.plan.tables, weights, self.store.device)
         counts = checked_counts(self.plan.tables, frequencies)
-        kept = {*keep(self.plan.groups, self.store, own, counts), *fit(self.store, self.lookups.blocks, own, counts)}
+        groups = [g for g in self.plan.groups if any(table.name in own for table in g.group.tables)]
+        with torch.inference_mode(False), without_autocast(self.store.device):
+            # Those that share storage with these stay as near to what they are as they can.
+            others = {name: self.to_dense(name) for g in groups for name in shared_with(g, own)}
+            kept = {*keep(groups, self.store, own | others, counts)}
+            kept |= {*fit(self.store, self.lookups.blocks, own | others, counts, copied=kept)}
+        if self.store.rounding is not None:
+            self.fake_quantize()
         served = self.serve().lookups.blocks
         return {name: share_kept(served, name, own[name], counts.get(name)) for name in own if name in kept}
 

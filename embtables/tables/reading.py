@@ -31,7 +31,7 @@ def block_of(blocks: Sequence[BlockLookup], table: str) -> tuple[BlockLookup, in
 
 def dense_rows(lookup: BlockLookup, number: int, rows: slice) -> Tensor:
     """The vectors ``[n, D]`` of some of a table's ids."""
-    block, feature, ids = lookup.block, lookup.lookup[number], _all_ids(lookup, number)[rows]
+    block, feature, ids = lookup.block, lookup.lookup[number], _all_ids(lookup, number, rows)
     step = Step(block.store)
 
     def vectors(chunk: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def share_of_collisions(lookup: BlockLookup, number: int) -> float:
     return float((counts[inverse] > 1).double().mean())
 
 
-def _all_ids(lookup: BlockLookup, number: int) -> Tensor:
+def _all_ids(lookup: BlockLookup, number: int, rows: slice = slice(None)) -> Tensor:
     table = lookup.tables[number]
     if table.rows is None:
         raise ValueError(f"table '{table.name}' has no num_embeddings, so its ids cannot be listed")
-    return torch.arange(table.rows, device=lookup.block.store.device)
+    return torch.arange(*rows.indices(table.rows), device=lookup.block.store.device)

@@ -259,7 +259,8 @@ def test_training_that_is_lost_is_told(method: str) -> None:
             compress_(model, method, None if method == "full" else "50%", rebind=optimizer)
         told = [str(warning.message) for warning in caught]
         lost = [
-            "what a, b learned so far is lost, since these tables start anew: with trained=True they are fitted to it"
+            "what a, b learned so far is lost, since these tables start anew: with trained=True those with rows are "
+            "fitted to it"
         ]
         assert told == (lost if steps and method == "hash" else [])
 

@@ -121,8 +121,55 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
         with pytest.raises(ValueError, match=sentence):
             tables.take_over(wrong)
     assert all(torch.equal(before[name], tables.state_dict()[name]) for name in before)
-    with pytest.raises(ValueError, match="served tables cannot take weights over"):
+    with pytest.raises(ValueError, match="served tables and those on the meta device take no weights over"):
         make("full", precision="int8").finalize().take_over(TRAINED, COUNTS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["unified", "low_rank", "full"])
+def test_what_is_not_finite_is_refused(kind: str, bad: float) -> None:
+    weight = TRAINED["a"].clone()
+    weight[7, 1] = bad
+    with pytest.raises(ValueError, match="the trained weight of table 'a' holds NaN or infinite values"):
+        make(kind).take_over({"a": weight, "b": TRAINED["b"], "c": TRAINED["c"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", ["hash", "low_rank", "banded", "mixed_dimension"])
+def test_weights_of_any_type_are_taken(kind: str, dtype: torch.dtype) -> None:
+    given = {name: (10 * weight).round() for name, weight in TRAINED.items()}
+    one, other = make(kind), make(kind)
+    assert one.take_over(given) == pytest.approx(other.take_over({n: w.to(dtype) for n, w in given.items()}), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["unified", "robe", "fewer_dimensions-projection"])
+def test_what_shares_storage_and_is_not_given_stays_near(kind: str) -> None:
+    kind, _, projection = kind.partition("-")
+    tables = make({"kind": kind, "projection": True} if projection else kind)
+    tables.take_over(TRAINED)
+    b = tables.to_dense("b")
+    tables.take_over({"a": TRAINED["a"]})
+    assert float((tables.to_dense("b") - b).square().sum()) < 0.5 * float(b.square().sum())
+
+
+def test_small_weights_are_fitted_as_well_as_large_ones() -> None:
+    shares = []
+    for scale in (1.0, 1e-5):
+        tables = make({"kind": "multi_hash", "num_hashes": 2})
+        shares.append(tables.take_over({name: scale * weight for name, weight in TRAINED.items()}, COUNTS))
+    assert shares[1] == pytest.approx(shares[0], abs=1e-3)
+
+
+def test_rows_that_training_rounds_have_the_scales_of_what_was_taken_over() -> None:
+    tables = make("hash", precision="int4/slab")
+    tables.fake_quantize()
+    tables.take_over({name: 100 * weight for name, weight in TRAINED.items()})
+    ids = torch.arange(30).unsqueeze(1).expand(-1, 3)
+    torch.testing.assert_close(tables(ids).detach(), tables.serve()(ids))
+
+
+def test_a_dropped_table_takes_nothing_over() -> None:
+    assert set(make("drop_feature").take_over(TRAINED)) < set(TRAINED)
 
 
 def test_tables_that_are_not_given_stay() -> None:
@@ -150,6 +197,8 @@ def test_compress_keeps_what_a_trained_model_learned() -> None:
     assert 0.5 < user.share_kept < 0.99
     assert f"{user.share_kept:.1%} kept" in str(report)
     assert report.kept == ["user", "item"] and not report.anew
+    assert user.std_after == pytest.approx(float(trained["user"](ids).square().mean().sqrt()), rel=1e-4)
+    assert "first vectors of another standard deviation" in str(report)
     assert anew.anew == ["user", "item"] and anew.tables[0].share_kept is None
     # A mean of untrained vectors would be shorter than they are.
     assert float(fresh["user"](ids).std()) == pytest.approx(float(wanted.std()), rel=0.1)

@@ -350,3 +350,30 @@ def test_a_view_looks_up_and_trains() -> None:
         view(torch.arange(20)).square().sum().backward()
     assert int(tables.store.step_number()) == 2
     assert torch.equal(view(torch.arange(300)), tables.to_dense("user"))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_casts_leave_rows_and_their_state_alone(cast: torch.dtype, optimizer: str) -> None:
+    """State in 16 bits would be read and written as if it were fp32, behind its end."""
+    solved = plan([TableConfig("t", 200, 16)], "hash", "50%", optimizer=optimizer, training_precision="bf16")
+    tables = EmbeddingTables(solved).to(cast)
+    for seed in range(2):
+        ids = torch.randint(200, (64, 1), generator=torch.Generator().manual_seed(seed))
+        out = tables(ids)
+        assert out.dtype == cast
+        out.sum().backward()
+    for name, tensor in tables.store.optimizer_state().items():
+        assert tensor.dtype in (torch.float32, torch.float64, torch.int64) and torch.isfinite(tensor).all(), name
+    assert tables.store.tensor(tables.store.weight_names[0]).dtype == torch.bfloat16
+
+
+def test_mixed_dimensions_in_bf16_take_trained_tables_over() -> None:
+    counts = {"t": 10_000 // torch.arange(1, 301).numpy()}
+    trained = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    shares = []
+    for precision in ("fp32", "bf16"):
+        options = {"optimizer": "adagrad", "training_precision": precision}
+        tables = EmbeddingTables(plan([TableConfig("t", 300, 16)], "mixed_dimension", "50%", counts, **options))
+        shares.append(tables.take_over({"t": trained}, counts)["t"])
+    assert shares[1] == pytest.approx(shares[0], abs=1e-2)

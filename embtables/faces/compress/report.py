@@ -73,7 +73,7 @@ class Compression:
 
     @property
     def anew(self) -> list[str]:
-        """Tables that start anew, since their method has no place for trained weights."""
+        """Tables that start anew."""
         return [table.name for table in self.tables if not table.kept]
 
     @property

@@ -136,7 +136,8 @@ def compress_(
     )
     _check_devices(units, std)
     built = _build(units, solved, sparse, std, seed, trained, frequencies or {})
-    copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= built.kept.keys()}
+    whole = {name for name, share in built.kept.items() if share is None or share > 1 - 1e-6}
+    copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= whole}
     moved, old = _swap(model, units, built, given, trained)
     shown = _tables(units, solved, built)
     left_bytes = _bytes_left(model, finding)
@@ -323,9 +324,12 @@ def _new_tables(
             with torch.no_grad():
                 shares = dict.fromkeys(keep(plan.groups, tables.store, by_name, checked_counts(plan.tables, counts)))
         built.kept.update({in_model[name]: share for name, share in shares.items()})
-        for name, weight, padding in zip(names, weights, paddings):
+        for table, name, weight, padding in zip(plan.tables, names, weights, paddings):
             before = _spread([weight], [padding])
-            built.scales[name] = (before, before if name in built.kept else std)
+            after = before if name in built.kept else std
+            if trained and name in built.kept:
+                after = _spread([tables.to_dense(table.name)], [padding])
+            built.scales[name] = (before, after)
     new = list(tables.parameters())
     built.swaps.append(Swap(list(names), weights, new, _rows(tables, weights, new), _gradients(tables)))
     return tables
@@ -348,7 +352,7 @@ def _gradients(tables: EmbeddingTables) -> set[str]:
     return {"sparse" if store.sparse and id(p) in weights else "dense" for p in tables.parameters()}
 
 
-def _spread(weights: Sequence[nn.Parameter], paddings: Sequence[int | None]) -> float:
+def _spread(weights: Sequence[Tensor], paddings: Sequence[int | None]) -> float:
     """Root mean square of all entries but those of padding vectors."""
     total, count = 0.0, 0
     for weight, padding in zip(weights, paddings):
@@ -438,7 +442,11 @@ def _swap(
     if lost:
         warnings.warn(
             f"what {few(lost)} learned so far is lost, since these tables start anew: "
-            + ("their method has no place for it" if trained else "with trained=True they are fitted to it"),
+            + (
+                "their method has no place for it"
+                if trained
+                else "with trained=True they are fitted to it where they have rows"
+            ),
             stacklevel=3,
         )
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
