@@ -126,7 +126,7 @@ class BandedMethod(RankedMethod):
                 places = (ids[: len(slab)] < len(vectors)).nonzero().squeeze(1)
                 own, ids = vectors[ids[places]], ids[len(slab) :]
                 if band.projection is None:
-                    slab[places] = own
+                    slab[places] = own.to(slab)
                 else:
                     narrow.setdefault(band.projection, []).append((slab, places, own))
             ids = ids[ids < len(vectors)]
@@ -136,7 +136,7 @@ class BandedMethod(RankedMethod):
             projection = store.extra(name).detach()
             projection.copy_(principal_rows([(own, None) for _, _, own in bands], len(projection)))
             for slab, places, own in bands:
-                slab[places] = narrow_rows(own, projection)
+                slab[places] = narrow_rows(own, projection).to(slab)
         return list(weights)
 
 

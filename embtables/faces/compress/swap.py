@@ -442,11 +442,7 @@ def _swap(
     if lost:
         warnings.warn(
             f"what {few(lost)} learned so far is lost, since these tables start anew: "
-            + (
-                "their method has no place for it"
-                if trained
-                else "with trained=True they are fitted to it where they have rows"
-            ),
+            + ("their method has no place for it" if trained else "with trained=True those with rows are fitted to it"),
             stacklevel=3,
         )
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
