@@ -118,7 +118,7 @@ def ours(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
 
         def gather(batch: int) -> None:
             with torch.no_grad():
-                torch.ops.embtables.lookup(weight, state, data.rows[batch], hook, hyper, rule)
+                torch.ops.embtables.lookup(weight, state, data.rows[batch], hook, hyper, rule, weight.dtype)
 
         def update(batch: int) -> None:
             torch.ops.embtables.update_(weight, state, data.rows[batch], data.flat_grad, hyper, rule)

@@ -68,7 +68,8 @@ def everything(tables: EmbeddingTables) -> dict[str, Tensor]:
 
 
 def assert_same(one: EmbeddingTables, other: EmbeddingTables) -> None:
-    torch.testing.assert_close(everything(one), everything(other), atol=1e-6, rtol=1e-6)
+    # Sums of 100 terms in fp32, in two orders: each is within 100 · 2⁻²⁴ of the exact one.
+    torch.testing.assert_close(everything(one), everything(other), atol=1e-6, rtol=1.2e-5)
 
 
 def unchanged(tables: EmbeddingTables, before: dict[str, Tensor]) -> bool:

@@ -186,6 +186,8 @@ def test_rows_in_16_bits_are_rounded_as_in_pytorch(kernels: object, rule: str, w
     assert torch.equal(kernels.lookup(found, index.to(DEVICE), torch.float32).cpu(), found.cpu().float()[index])
 
 
+@on_device
+@needs_triton
 @pytest.mark.parametrize("rule", RULES)
 def test_batches_without_duplicates_and_of_one_row_alone(kernels: object, rule: str) -> None:
     weight = torch.randn(90, 5)
