@@ -27,7 +27,7 @@ DROP = "drop_feature"
 FEWER = "fewer_dimensions"
 LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
-_TEXTS = ("budget", "method", "message", "cell", "variant")
+_TEXTS = ("budget", "method", "message", "cell", "variant", "trained_with")
 _WHOLE = ("seed", "inference_bytes", "training_bytes", "full_bytes", "floor_bytes")
 _SINCE_VARIANTS = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean")
 
@@ -204,6 +204,8 @@ def _read_results(file: Path) -> pd.DataFrame:
         raise ValueError(f"{file} is damaged ({reason}): start the sweep again, which writes it anew") from None
     if "variant" not in frame.columns:  # a sweep from before there were variants
         frame = frame.reindex(columns=[*frame.columns, *(c for c in _SINCE_VARIANTS if c not in frame.columns)])
+    if "trained_with" not in frame.columns:  # from before one training could be scored in several forms
+        frame["trained_with"] = ""
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]!r}: start the sweep again, which writes it anew")
@@ -222,7 +224,7 @@ def _read_results(file: Path) -> pd.DataFrame:
         known &= frame[column].isna() | (frame[column].between(0, 2**62) & (frame[column] % 1 == 0))
     if not known.all() or frame.duplicated("cell").any():
         raise ValueError(f"{file} has rows that no sweep writes: start the sweep again, which writes it anew")
-    texts = ["budget", "message", "variant"]
+    texts = ["budget", "message", "variant", "trained_with"]
     frame[texts] = frame[texts].astype(object).fillna("")  # a column without any text is one of numbers
     return frame
 

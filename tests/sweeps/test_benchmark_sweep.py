@@ -436,6 +436,9 @@ def test_one_training_is_scored_in_every_precision(tmp_path: Path) -> None:
     specs = in_precisions(parse_methods("full"), "int4,binary")
     assert [(row["method"], row["trained_with"]) for row in rows] == list(zip(specs, ["", rows[0]["cell"]]))
     assert [log.stem for log in (tmp_path / "sweep" / "cells").glob("*.log")] == [rows[0]["cell"]]
+    reported = subprocess.run([*command[:3], "report", str(tmp_path / "sweep")], capture_output=True, text=True)
+    assert reported.returncode == 0, reported.stderr
+    assert "full(precision=binary)" in reported.stdout
     for row in rows:
         config = cell_config(load_config(overrides=sets), specs[row["method"]], "", seed=0)
         whole = Trainer(config, PreparedDataset(tmp_path / "data"), tmp_path / row["method"]).run()
