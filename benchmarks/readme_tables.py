@@ -25,7 +25,9 @@ GPU = ROOT / "docs" / "gpu.md"
 #: Page, marker -> the folder of a sweep over methods and budgets.
 SWEEPS = {
     (README, "globo"): "globo",
+    (README, "globo-int4"): "globo-int4",
     (README, "ml100k"): "ml-100k",
+    (PAGE, "globo-int4"): "globo-int4",
     (PAGE, "globo-din"): "globo-din",
     (PAGE, "yelp-din"): "yelp-din",
     (PAGE, "sports-din"): "sports-din",
@@ -49,7 +51,7 @@ LENGTHS = {
 #: Page, marker -> the folders of sweeps over variants of one data set, which make one table.
 ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
 #: What the page of each method says that it attained: how a training was tuned -> the folders of its sweeps.
-ATTAINED = {"as in the README": ("globo",), "regularized, averaged": ("globo-low",)}
+ATTAINED = {"as in the README": ("globo",), "regularized, averaged": ("globo-int4",)}
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Its parts go where a page has the marker speed-<part>.
 SPEED_REPORT = RESULTS / "speed" / "report.md"
@@ -128,6 +130,24 @@ def attained(kind: str) -> str:
     return _rendered(lines)
 
 
+def compressed(folder: str) -> str:
+    """Of tables that were compressed after training how much is held, and test AUC at once and an epoch later."""
+    results = read(folder)
+    lines = [
+        ["method", "budget", "of full", "users held", "articles held", "at once", "after an epoch"],
+        ["---", *["---:"] * 6],
+    ]
+    for row in results.itertuples():
+        budget = "" if pd.isna(row.budget) else str(row.budget)
+        if row.status != "ok":
+            lines.append([_linked(str(row.method)), budget, f"needs {int(row.floor_bytes):,} bytes", *[""] * 4])
+            continue
+        held = ["" if pd.isna(share) else f"{share:.2f}" for share in (row.held_user_id, row.held_item_id)]
+        aucs = f"{row.test_auc_at_once:.4f}", f"{row.test_auc_after_an_epoch:.4f}"
+        lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *aucs])
+    return _rendered(lines).replace("](docs/", "](../")
+
+
 def _linked(method: str) -> str:
     """``hash(precision=int4)`` with the page of its kind behind the name."""
     kind, options, rest = method.partition("(")
@@ -203,6 +223,8 @@ def filled(page: Path, text: str) -> str:
         report = SPEED_REPORT.read_text(encoding="utf-8")
         parts = re.findall("<!-- results:speed-(.*?) -->", text)
         contents |= {f"speed-{part}": speed(report, part) for part in parts}
+    if page == PAGE:
+        contents["post-training"] = compressed("post-training")
     if page in METHOD_PAGES and "results:attained" in text:
         contents["attained"] = attained(page.stem)
     if page == GPU:

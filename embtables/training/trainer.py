@@ -186,8 +186,6 @@ class Trainer:
                 f"{self.out} would be another training: what is served beside a run may differ in precision, and in "
                 "the budget of a method that trains the same for every budget, as matryoshka does"
             )
-        if found.fingerprint == plan.fingerprint:
-            raise ValueError(f"{self.out} would be served as the run itself is")
         return found
 
     def _metrics(self) -> dict[str, Any]:

@@ -125,13 +125,21 @@ def test_one_that_is_stopped_goes_on_with_the_same(data, tmp_path, monkeypatch):
         (["tables.precision=int4", "training.batch_size=100"], "int4 would be another training: what is served beside"),
         (["tables.precision=int4", "tables.regularization=0.1"], "int4 would be another training"),
         (["tables.precision=int4", "tables.method=hash", "tables.budget=10%"], "int4 would be another training"),
-        ([], "int4 would be served as the run itself is"),
     ],
 )
 def test_another_training_is_refused(changed, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         Trainer(config_of(), data, tmp_path / "fp32", also={tmp_path / "int4": config_of(*changed)}).run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_budgets_may_make_the_same_tables(data, tmp_path):
+    """As those of a sweep do at which the same tables are dropped."""
+    one, other = (config_of("tables.method=drop_feature", f"tables.budget={b}", *SHORT) for b in ("30%", "20%"))
+    Trainer(one, data, tmp_path / "one", also={tmp_path / "other": other}).run()
+    for name in ("test_scores.npy", "validation.csv", "served/model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert json.loads((tmp_path / "other" / "metrics.json").read_text())["trained_with"] == "one"
 
 
 @pytest.mark.parametrize("option", ["training.quantize_from=1", "training.plateau_factor=0.5"])
