@@ -56,7 +56,9 @@ def draw(summary: Summary, target: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     with plt.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 5.0), layout="constrained")
+        # The legend needs its height beside the axes, above the note on what is infeasible.
+        entries = 1 + sum(bool(_curve(summary, name)) for name in summary.config.methods)
+        figure = Figure(figsize=(9.2, max(5.0, 1.5 + 0.27 * entries)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _draw_full(axes, summary)
