@@ -471,13 +471,7 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
 
     @lookup.register_kernel("cpu")
     def _(
-        weight: Tensor,
-        state: list[Tensor],
-        index: Tensor,
-        hook: Tensor,
-        hyper: Tensor,
-        rule: str,
-        dtype: torch.dtype,
+        weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str, dtype: torch.dtype
     ) -> Tensor:
         if in_use() and fits([weight]):
             return library.gather(weight, index).to(dtype)

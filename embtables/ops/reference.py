@@ -99,13 +99,7 @@ def update(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyp
 
 @torch.library.custom_op("embtables::lookup", mutates_args=())
 def fused_lookup(
-    weight: Tensor,
-    state: list[Tensor],
-    index: Tensor,
-    hook: Tensor,
-    hyper: Tensor,
-    rule: str,
-    dtype: torch.dtype,
+    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str, dtype: torch.dtype
 ) -> Tensor:
     """Rows ``index`` [N] of ``weight`` [R, W] → [N, W]; its backward updates them in place by ``rule``.
 
@@ -116,14 +110,8 @@ def fused_lookup(
 
 
 @fused_lookup.register_fake
-def _(
-    weight: Tensor,
-    state: list[Tensor],
-    index: Tensor,
-    hook: Tensor,
-    hyper: Tensor,
-    rule: str,
-    dtype: torch.dtype,
+def _empty_rows(
+    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str, dtype: torch.dtype
 ) -> Tensor:
     return weight.new_empty(index.shape[0], weight.shape[1], dtype=dtype)
 
@@ -191,13 +179,7 @@ def unpacking(index: Tensor) -> Unpack | None:
 
 
 def fused_rows(
-    weight: Tensor,
-    state: list[Tensor],
-    index: Tensor,
-    hook: Tensor,
-    hyper: Tensor,
-    rule: str,
-    dtype: torch.dtype,
+    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str, dtype: torch.dtype
 ) -> Tensor:
     """``fused_lookup``, by the shortest way that there is."""
     kernels = _eager(index)
@@ -215,13 +197,7 @@ def update_some(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor
 
 @torch.library.custom_op("embtables::lookup_of_some", mutates_args=())
 def fused_lookup_of_some(
-    weight: Tensor,
-    state: list[Tensor],
-    index: Tensor,
-    hook: Tensor,
-    hyper: Tensor,
-    rule: str,
-    dtype: torch.dtype,
+    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str, dtype: torch.dtype
 ) -> Tensor:
     """``fused_lookup``, where an index of −1 yields zeros and takes no gradient."""
     found = index >= 0
@@ -230,17 +206,7 @@ def fused_lookup_of_some(
     return rows
 
 
-@fused_lookup_of_some.register_fake
-def _(
-    weight: Tensor,
-    state: list[Tensor],
-    index: Tensor,
-    hook: Tensor,
-    hyper: Tensor,
-    rule: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    return weight.new_empty(index.shape[0], weight.shape[1], dtype=dtype)
+fused_lookup_of_some.register_fake(_empty_rows)
 
 
 def _step_of_some(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, None, None]:
