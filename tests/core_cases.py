@@ -182,7 +182,8 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         precisions = draw(st.lists(st.sampled_from(PRECISIONS), max_size=4))
         widths = draw(st.lists(st.integers(1, 9), max_size=3))
         prior_count = draw(st.sampled_from([0.0, 3.0, 100.0]))
-        return {"kind": kind, "precisions": precisions, "widths": widths, "prior_count": prior_count}
+        decay = draw(st.sampled_from([0.0, 1.0, 3.0]))
+        return {"kind": kind, "precisions": precisions, "widths": widths, "decay": decay, "prior_count": prior_count}
     if kind == "low_rank":
         return {"kind": kind, "inner_dim": draw(st.none() | st.integers(1, 50))}
     if kind == "matryoshka":

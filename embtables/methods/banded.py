@@ -33,7 +33,7 @@ class Banded(BandedMethod):
     Where the bands of all tables end is solved under the one budget. An id that occurs n times is worth
     v(x) = n·n/(n + κ)·q(w, p): its lookups, times the share of what its row learns that is signal, times the share q of
     that which the row keeps. q is what rounding leaves of a Gaussian row, 1 − E‖x − x̂‖²/E‖x‖², times what w of D
-    columns hold of a vector whose j-th direction has a variance in proportion to 1/j. Each byte goes to the id, of all
+    columns hold of a vector whose j-th direction has a variance in proportion to j^−α. Each byte goes to the id, of all
     tables, to which it is worth most. So the bytes of rows are divided as well as they can be, but for less than one
     row; these last bytes move the boundary of one band id by id. A larger budget moves no id down.
 
@@ -43,6 +43,8 @@ class Banded(BandedMethod):
         precisions: what bands may be stored in, beside ``precision``, where that takes fewer bits. No row of one's own
             is always among the choices.
         widths: how many columns rows may have beside D.
+        decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
+            of a vector a narrow row keeps. It matters only with ``widths``.
         prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
         precision: what the most frequent ids and the shared rows are stored in, and all of a table that fits in full;
             fp32 where neither it nor ``plan`` says another.
@@ -56,6 +58,7 @@ class Banded(BandedMethod):
     shares_lowest: ClassVar[bool] = True
     precisions: tuple[str, ...] = ("int8", "int4", "int2", "binary")
     widths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    decay: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     prior_count: float = Field(default=100.0, ge=0, allow_inf_nan=False)
 
     @field_validator("precisions")
@@ -82,7 +85,7 @@ class Banded(BandedMethod):
 
     def _choices(self, group: Group, dim: int) -> list[Choice]:
         formats = [row_format(precision) for precision in self.precisions]
-        return choices(group.format, formats, dim, self.widths)
+        return choices(group.format, formats, dim, self.widths, self.decay)
 
     def _climb(self, group: Group) -> Climb:
         """Ids of one count climb together, and those of all tables in the order of what that is worth per bit."""
@@ -133,7 +136,9 @@ class Choice(NamedTuple):
     kept: float
 
 
-def choices(rows_in: RowFormat, formats: Sequence[RowFormat], dim: int, widths: Sequence[int]) -> list[Choice]:
+def choices(
+    rows_in: RowFormat, formats: Sequence[RowFormat], dim: int, widths: Sequence[int], decay: float
+) -> list[Choice]:
     """The kinds of rows that are best for some number of bits, the smallest first; at the front the shared row.
 
     They are the corners of the concave hull of what rows keep over their bits: no kind between two of them keeps more
@@ -144,11 +149,13 @@ def choices(rows_in: RowFormat, formats: Sequence[RowFormat], dim: int, widths: 
         formats: others, of which those count that take fewer bits and keep less.
         dim: D, the width of the last kind.
         widths: others, of which those below D count.
+        decay: α of the variances j^−α that the directions of a vector have.
     """
     full = Level(dim, rows_in)
-    largest = _choice(full, dim)
+    largest = _choice(full, dim, decay)
     levels = (Level(width, each) for each in (rows_in, *formats) for width in {dim, *(w for w in widths if w < dim)})
-    smaller = [c for c in (_choice(level, dim) for level in levels) if c.bits < largest.bits and c.kept < largest.kept]
+    found = (_choice(level, dim, decay) for level in levels)
+    smaller = [c for c in found if c.bits < largest.bits and c.kept < largest.kept]
     hull = [Choice(full, 0.0, 0.0)]
     for choice in [*sorted(smaller, key=lambda c: (c.bits, -c.kept)), largest]:
         if choice.bits == hull[-1].bits:
@@ -159,18 +166,18 @@ def choices(rows_in: RowFormat, formats: Sequence[RowFormat], dim: int, widths: 
     return hull
 
 
-def _choice(level: Level, dim: int) -> Choice:
+def _choice(level: Level, dim: int, decay: float) -> Choice:
     bits = float(level.format.mean_bits(np.array([level.width]))[0])
-    return Choice(level, bits, _kept_of_width(level.width, dim) * _kept_of_rounding(level.format, level.width))
+    return Choice(level, bits, _kept_of_width(level.width, dim, decay) * _kept_of_rounding(level.format, level.width))
 
 
 def _slope(less: Choice, more: Choice) -> float:
     return (more.kept - less.kept) / (more.bits - less.bits)
 
 
-def _kept_of_width(width: int, dim: int) -> float:
-    """What the first directions hold of a vector whose j-th direction has a variance in proportion to 1/j."""
-    variances = 1 / np.arange(1, dim + 1)
+def _kept_of_width(width: int, dim: int, decay: float) -> float:
+    """What the first directions hold of a vector whose j-th direction has a variance in proportion to j^−decay."""
+    variances = np.arange(1, dim + 1) ** -decay
     return float(variances[:width].sum() / variances.sum())
 
 
