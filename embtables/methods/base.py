@@ -180,6 +180,10 @@ class Method(BaseModel):
         """The least feasible bytes of the served form."""
         raise NotImplementedError
 
+    def ceiling(self, group: Group) -> int | None:
+        """The most bytes that it can use: those of the full tables; ``None`` where they have no end."""
+        return None if any(table.rows is None for table in group.tables) else group.full_bytes
+
     def fit(self, group: Group, limit: int) -> Layout:
         """The largest layout within ``limit`` bytes of the served form, which is at least the floor."""
         raise NotImplementedError

@@ -564,8 +564,8 @@ def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Any], limit: int
         return [limit]
     # Sums of shares have to stay within 64 bits.
     limit = min(limit, 2**60)
-    ceilings = [limit if any(t.rows is None for t in group.tables) else group.full_bytes for group, _ in pairs]
-    return split(limit, [f.num_bytes for f in floors], ceilings)
+    most = [chosen.ceiling(group) for group, chosen in pairs]
+    return split(limit, [f.num_bytes for f in floors], [limit if n is None else n for n in most])
 
 
 def _why(pairs: list[tuple[Group, Method]], floors: list[tuple[int, str]]) -> str:

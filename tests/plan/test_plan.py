@@ -169,6 +169,15 @@ def test_frequencies_move_bytes_to_the_table_that_is_looked_up() -> None:
     assert even["hot"] == even["cold"]
 
 
+def test_tables_that_are_dropped_by_name_leave_their_bytes_to_the_others() -> None:
+    tables = [TableConfig("a", 5_000, 16), TableConfig("b", 400, 16), TableConfig("c", 600, 16)]
+    dropped = {"a": {"kind": "drop_feature", "keep_small": False}, "*": "hash"}
+    for budget in (128, 7_000, 63_999, 64_000, 10**9):
+        solved, alone = plan(tables, dropped, budget), plan(tables[1:], "hash", budget)
+        assert solved.groups[0].layout.serving.num_bytes == 0
+        assert solved.groups[1].layout.serving == alone.groups[0].layout.serving
+
+
 def test_patterns_share_one_budget_and_the_first_that_matches_counts() -> None:
     tables = [TableConfig(n, 1000, 8) for n in ("user_id", "user_city", "item_id")]
     solved = plan(tables, {"user_id": "full", "user_*": "hash", "*": {"kind": "hash"}}, "60%")
