@@ -108,7 +108,10 @@ def sweep(
         typer.Option(help="Grid for the tables, such as 0.02,0.05,0.1; chosen on validation by method and budget."),
     ] = None,
     baselines: Annotated[
-        bool, typer.Option(help="Add full, drop_feature, frequency_cutoff and fewer_dimensions where they are missing.")
+        bool,
+        typer.Option(
+            help="Add full (also in int8 and int4), drop_feature, frequency_cutoff and fewer_dimensions where missing."
+        ),
     ] = True,
 ) -> None:
     """Train every variant, with every method at every budget, with every seed; stopped and started again, it goes on.

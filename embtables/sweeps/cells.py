@@ -23,6 +23,9 @@ Place = tuple[str, str, str]
 #: Rows without which a sweep cannot be read: the upper mark, and what costs nothing to try.
 BASELINES: tuple[MethodSpec, ...] = (
     "full",
+    # One training with full: they cost its scores.
+    {"kind": "full", "precision": "int8"},
+    {"kind": "full", "precision": "int4"},
     "drop_feature",
     "frequency_cutoff",
     "fewer_dimensions",

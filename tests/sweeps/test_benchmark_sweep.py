@@ -70,7 +70,9 @@ def test_methods_and_budgets_of_the_command_line() -> None:
         ("compositional(operation=add)", "1%"),
     ]
     fewer = ["fewer_dimensions", "fewer_dimensions(projection=True)"]
-    assert list(with_baselines(parse_methods("hash"))) == ["full", "hash", "drop_feature", "frequency_cutoff", *fewer]
+    low = ["full(precision=int8)", "full(precision=int4)"]
+    added = list(with_baselines(parse_methods("hash")))
+    assert added == ["full", "hash", *low, "drop_feature", "frequency_cutoff", *fewer]
     assert with_baselines(parse_methods("hash"))[fewer[1]] == {"kind": "fewer_dimensions", "projection": True}
     given = "hash,drop_feature,full,{kind: fewer_dimensions, projection: true}"
     assert list(with_baselines(parse_methods(given))) == [
@@ -78,6 +80,7 @@ def test_methods_and_budgets_of_the_command_line() -> None:
         "drop_feature",
         "full",
         fewer[1],
+        *low,
         "frequency_cutoff",
         fewer[0],
     ]
@@ -101,9 +104,9 @@ def test_methods_in_several_precisions() -> None:
     # Each says its precision, so that none of the configuration takes its place.
     assert found["full(precision=fp32)"] == {"precision": "fp32", "kind": "full"}
     assert in_precisions(methods, None) == methods
-    # Full tables in fp32 are there already, the others are not.
+    # Full tables in fp32 and in int4 are there already, the others are not.
     missing = ["drop_feature", "frequency_cutoff", "fewer_dimensions", "fewer_dimensions(projection=True)"]
-    assert list(with_baselines(found)) == [*found, *missing]
+    assert list(with_baselines(found)) == [*found, "full(precision=int8)", *missing]
     with pytest.raises(ValueError, match="unknown precision 'int5'"):
         in_precisions(methods, "fp32,int5")
 
