@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +17,15 @@ from torch.optim import Optimizer
 
 from embtables._util.names import few
 from embtables.config import OutOfRange
-from embtables.faces.compress.discovery import Finding, Unit, find, is_bag_collection, refuse_wrappers
-from embtables.faces.compress.optimizers import Swap, check, containers, move
-from embtables.faces.compress.partition import cut, part
+from embtables.faces.compress.discovery import Finding, Unit, find, refuse_wrappers
+from embtables.faces.compress.optimizers import check, containers, move
 from embtables.faces.compress.references import Holders, refuse_other_holders
+from embtables.faces.compress.replacements import Replacements
 from embtables.faces.compress.report import Compression, SwappedTable
-from embtables.faces.embedding import Embedding, EmbeddingBag
-from embtables.hashing import seed_for
 from embtables.optimizers import FusedOptimizer
-from embtables.plan.solver import MethodLike, Plan, by_pattern, checked_counts, method_of, plan_apart
+from embtables.plan.solver import MethodLike, Plan, by_pattern, method_of, plan_apart
 from embtables.sizes.budget import Budget
-from embtables.sizes.layout import FULL
 from embtables.tables import EmbeddingTables
-from embtables.tables.fitting import keep
-
-# Of tables whose weights are all zero; the initial vectors have to differ from each other.
-_LEAST_STD = 1e-6
 
 
 def compress_(
@@ -134,11 +126,11 @@ def compress_(
         precision=precision,
         training_precision=training_precision,
     )
-    _check_devices(units, std)
-    built = _build(units, solved, sparse, std, seed, trained, frequencies or {})
+    built = Replacements(sparse, std, seed, trained, frequencies or {})
+    built.build(units, solved)
     whole = {name for name, share in built.kept.items() if share is None or share > 1 - 1e-6}
     copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= whole}
-    moved, old = _swap(model, units, built, given, trained)
+    moved, old = _swap(model, units, built, given)
     shown = _tables(units, solved, built)
     left_bytes = _bytes_left(model, finding)
     left_alone = finding.left_alone
@@ -228,184 +220,11 @@ def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
             yield name, first
 
 
-# ---- the new tables --------------------------------------------------------------------------------------------------
-
-
-class _Built(NamedTuple):
-    """New modules for old ones, by the old one's id; what optimizers exchange.
-
-    ``kept``: of the tables that were kept, how much of each, ``None`` where nobody measured. ``scales`` has for every
-    table the standard deviation of its vectors as they were, and as they start.
-    """
-
-    modules: dict[int, nn.Module]
-    swaps: list[Swap]
-    kept: dict[str, float | None]
-    scales: dict[str, tuple[float, float]]
-
-
-def _check_devices(units: Sequence[Unit], std: float | None) -> None:
-    meta = [c.name for u in units for c, w in zip(u.configs, u.weights) if w.is_meta]
-    if meta and std is None:
-        raise ValueError(
-            f"'{meta[0]}' is on the meta device, so its weight says nothing of the scale of initial vectors: give std=,"
-            " and after to_empty() call reset_parameters() of the new modules"
-        )
-
-
-def _build(
-    units: Sequence[Unit],
-    solved: Plan,
-    sparse: bool | None,
-    std: float | None,
-    seed: int,
-    trained: bool,
-    frequencies: Mapping[str, Any],
-) -> _Built:
-    built = _Built({}, [], {}, {})
-    by_name = {unit.configs[0].name: unit for unit in units if unit.collection is None}
-    for names in cut(solved):
-        members = [by_name[name] for name in names if name in by_name]
-        if members:
-            tables = _new_tables(part(solved, names), names, members, sparse, std, seed, trained, frequencies, built)
-            for name, unit in zip(names, members):
-                for site in unit.sites:
-                    built.modules[id(site.module)] = _view(tables, name, site.module)
-    for unit in units:
-        if unit.collection is not None:
-            names = [config.name for config in unit.configs]
-            own = part(
-                solved,
-                names,
-                prefix=f"{unit.collection}.",
-                hash_seed=seed_for(solved.hash_seed, "collection", unit.collection),
-            )
-            tables = _new_tables(own, names, [unit], sparse, std, seed, trained, frequencies, built)
-            built.modules[id(unit.sites[0].module)] = _collection_view(tables, unit.sites[0].module)
-    return built
-
-
-def _new_tables(
-    plan: Plan,
-    names: Sequence[str],
-    units: Sequence[Unit],
-    sparse: bool | None,
-    std: float | None,
-    seed: int,
-    trained: bool,
-    frequencies: Mapping[str, Any],
-    built: _Built,
-) -> EmbeddingTables:
-    """Tables for those of the units, whose names in the model are ``names``, with trained weights where they fit."""
-    weights = [weight for unit in units for weight in unit.weights]
-    paddings = [config.padding_idx for unit in units for config in unit.configs]
-    devices = {weight.device for weight in weights}
-    if len(devices) > 1:
-        raise ValueError(
-            f"'{names[0]}' and others would share storage, but are on different devices "
-            f"({', '.join(sorted(map(str, devices)))}): give those of each device a pattern of method of their own"
-        )
-    std = _spread(weights, paddings) if std is None else std
-    tables = EmbeddingTables(
-        plan,
-        seed=seed,
-        device=weights[0].device,
-        std=std,
-        sparse=_is_sparse(units, names) if sparse is None and plan.optimizer is None else bool(sparse),
-    )
-    in_model = dict(zip((table.name for table in plan.tables), names))
-    if not weights[0].is_meta:
-        by_name = {table.name: weight.detach() for table, weight in zip(plan.tables, weights)}
-        counts = {name: frequencies[other] for name, other in in_model.items() if other in frequencies}
-        shares: dict[str, float] | dict[str, None]
-        if trained:
-            shares = tables.take_over(by_name, counts)
-        else:
-            with torch.no_grad():
-                shares = dict.fromkeys(keep(plan.groups, tables.store, by_name, checked_counts(plan.tables, counts)))
-        built.kept.update({in_model[name]: share for name, share in shares.items()})
-        for table, name, weight, padding in zip(plan.tables, names, weights, paddings):
-            before = _spread([weight], [padding])
-            after = before if name in built.kept else std
-            if trained and name in built.kept:
-                after = _spread([tables.to_dense(table.name)], [padding])
-            built.scales[name] = (before, after)
-    new = list(tables.parameters())
-    built.swaps.append(Swap(list(names), weights, new, _rows(tables, weights, new), _gradients(tables)))
-    return tables
-
-
-def _rows(tables: EmbeddingTables, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
-    """Where each old table lies within the new parameters, if all are stored in full there: which one, first row."""
-    store = tables.store
-    full = all(e.variant == FULL for g in tables.plan.groups for e in g.layout.entries.values())
-    if not full or not new:
-        return []
-    number = {parameter.shape[1]: i for i, parameter in enumerate(new)}
-    return [(number[weight.shape[1]], store.start(table.name)) for table, weight in zip(tables.plan.tables, old)]
-
-
-def _gradients(tables: EmbeddingTables) -> set[str]:
-    """The kinds of gradient that the parameters get: those of projections are dense, whatever ``sparse`` says."""
-    store = tables.store
-    weights = {id(store.tensor(name)) for name in store.weight_names}
-    return {"sparse" if store.sparse and id(p) in weights else "dense" for p in tables.parameters()}
-
-
-def _spread(weights: Sequence[Tensor], paddings: Sequence[int | None]) -> float:
-    """Root mean square of all entries but those of padding vectors."""
-    total, count = 0.0, 0
-    for weight, padding in zip(weights, paddings):
-        dense = weight.detach()
-        total += float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2
-        count += dense.numel()
-        if padding is not None:
-            total -= float(torch.linalg.vector_norm(dense[padding], dtype=torch.float64)) ** 2
-            count -= dense.shape[1]
-    return max(_LEAST_STD, sqrt(max(0.0, total) / max(1, count)))
-
-
-def _is_sparse(units: Sequence[Unit], names: Sequence[str]) -> bool:
-    flags = {bool(getattr(site.module, "sparse", False)) for unit in units for site in unit.sites}
-    if len(flags) > 1:
-        raise ValueError(
-            f"'{names[0]}' and others would share storage, but some have sparse=True and some not: say sparse=True or "
-            "sparse=False, or give them patterns of method of their own"
-        )
-    return flags.pop()
-
-
-def _view(tables: EmbeddingTables, name: str, old: nn.Module) -> nn.Module:
-    view: Embedding | EmbeddingBag
-    stock: nn.Module
-    if isinstance(old, nn.EmbeddingBag):
-        view = EmbeddingBag.of(tables, name, "mean" if old.mode == "mean" else "sum", bool(old.include_last_offset))
-        stock = nn.EmbeddingBag(1, 1, device="meta")
-    else:
-        view = Embedding.of(tables, name)
-        stock = nn.Embedding(1, 1, device="meta")
-    for attribute, value in vars(old).items():
-        if attribute not in vars(view) and attribute not in vars(stock):
-            vars(view)[attribute] = value  # what a user noted on the module
-    return view.train(old.training)
-
-
-def _collection_view(tables: EmbeddingTables, old: nn.Module) -> nn.Module:
-    from embtables.torchrec import EmbeddingBagCollection, EmbeddingCollection
-
-    view: nn.Module
-    if is_bag_collection(old):
-        view = EmbeddingBagCollection.of(tables, old.is_weighted())  # type: ignore[operator]
-    else:
-        view = EmbeddingCollection.of(tables, old.need_indices())  # type: ignore[operator]
-    return view.train(old.training)
-
-
 # ---- the swap --------------------------------------------------------------------------------------------------------
 
 
 def _swap(
-    model: nn.Module, units: Sequence[Unit], built: _Built, given: Sequence[Optimizer], trained: bool
+    model: nn.Module, units: Sequence[Unit], built: Replacements, given: Sequence[Optimizer]
 ) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter], StorageWeakRef]]]:
     """Checks everything, then changes everything; what was moved, and the old weights by name as weak references."""
     new: dict[int, Sequence[Any]] = {key: [module] for key, module in built.modules.items()}
@@ -442,7 +261,11 @@ def _swap(
     if lost:
         warnings.warn(
             f"what {few(lost)} learned so far is lost, since these tables start anew: "
-            + ("their method has no place for it" if trained else "with trained=True those with rows are fitted to it"),
+            + (
+                "their method has no place for it"
+                if built.trained
+                else "with trained=True those with rows are fitted to it"
+            ),
             stacklevel=3,
         )
     moved = [move(path, optimizer, built.swaps) for path, optimizer in optimizers.values()]
@@ -455,7 +278,7 @@ def _swap(
     return moved + holders.notes, old
 
 
-def _tables(units: Sequence[Unit], solved: Plan, built: _Built) -> list[SwappedTable]:
+def _tables(units: Sequence[Unit], solved: Plan, built: Replacements) -> list[SwappedTable]:
     lines = {line["table"]: line for line in solved.lines()}
     shown = []
     for unit in units:
