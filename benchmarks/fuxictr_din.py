@@ -48,8 +48,8 @@ MODEL = {
     "dnn_hidden_units": [200, 80],
     "attention_hidden_units": [64],
     "din_use_softmax": True,
-    "learning_rate": 1e-3,
-    "embedding_regularizer": 0.0,
+    "learning_rate": 5e-3,
+    "embedding_regularizer": 1e-5,
 }
 
 
