@@ -23,17 +23,23 @@ from benchmarks.workload import CARDINALITIES, Workload, sizes
 from embtables import optimizers
 from embtables.models import DLRM
 
-
-@pytest.fixture(scope="module")
-def work() -> Workload:
-    return Workload([700, 40, 3, 300], dim=8, batch=64, batches=3)
+WORK = Workload([700, 40, 3, 300], dim=8, batch=64, batches=3)
 
 
-def contestants(work: Workload) -> list[Contestant]:
-    """All that keep full tables, of embtables and of others."""
-    found = [*ours.contestants(work), *rivals.contestants(work)]
+def contestants() -> dict[str, Contestant]:
+    """All that keep full tables, of embtables and of others, by what the tests call them."""
+    found = [*ours.contestants(WORK), *rivals.contestants(WORK)]
     full = [c for c in found if isinstance(c, Contestant) and (not c.ours or c.name.startswith(ours.FULL))]
-    return [c for c in full if c.name != rivals.QR]
+    return {f"{c.name} | {c.optimizer}": c for c in full if c.name != rivals.QR}
+
+
+# Solved once: of every test a second would go into plans.
+CONTESTANTS = contestants()
+
+
+@pytest.fixture
+def work() -> Workload:
+    return WORK
 
 
 def built(work: Workload, contestant: Contestant) -> Built:
@@ -48,15 +54,6 @@ def built(work: Workload, contestant: Contestant) -> Built:
 def weights(work: Workload) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(n, work.dim, generator=generator) for n in work.sizes]
-
-
-def participants() -> dict[str, Contestant]:
-    tiny = Workload([700, 40, 3, 300], 8, 4, 1)
-    return {f"{c.name} | {c.optimizer}": c for c in contestants(tiny)}
-
-
-def named(work: Workload, who: str) -> Contestant:
-    return next(c for c in contestants(work) if f"{c.name} | {c.optimizer}" == who)
 
 
 # ---- the workload ----------------------------------------------------------------------------------------------------
@@ -90,19 +87,19 @@ def test_ids_are_zipf() -> None:
 # ---- equal work ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", participants())
+@pytest.mark.parametrize("who", CONTESTANTS)
 def test_contestants_do_the_same_forward(work: Workload, who: str) -> None:
     """Against a computation by hand, in float64."""
-    tables_of = built(work, named(work, who))
+    tables_of = built(work, CONTESTANTS[who])
     expected = torch.cat([w.double()[ids] for w, ids in zip(weights(work), work.columns[1])], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(tables_of.vectors(1).double(), expected)
 
 
-@pytest.mark.parametrize("who", [who for who, contestant in participants().items() if contestant.step])
+@pytest.mark.parametrize("who", [who for who, contestant in CONTESTANTS.items() if contestant.step])
 def test_contestants_do_the_same_step(work: Workload, who: str) -> None:
     """Against a computation by hand, in float64."""
-    contestant = named(work, who)
+    contestant = CONTESTANTS[who]
     tables_of = built(work, contestant)
     before = [w.double() for w in weights(work)]
     for batch in (1, 2):
@@ -160,8 +157,7 @@ def test_quotient_remainder_bags() -> None:
 
 def test_a_dlrm_step_in_two_parts_is_a_step(work: Workload) -> None:
     """Backward through the dense part and then through the tables gives what one backward gives."""
-    contestant = next(c for c in contestants(work) if (c.name, c.optimizer) == (rivals.FLAT, "sgd"))
-    tables_of = built(work, contestant)
+    tables_of = built(work, CONTESTANTS[f"{rivals.FLAT} | sgd"])
     step = dlrm.Step(work, tables_of)
     torch.manual_seed(0)
     given = dlrm.Given(work.names, work.dim)
@@ -350,7 +346,7 @@ def test_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_real_measurement(work: Workload) -> None:
     settings = tables.Settings(threads=1, rounds=2)
-    found: list[Contestant | Skipped] = [c for c in contestants(work) if c.optimizer in ("sgd", "rowwise_adagrad")]
+    found: list[Contestant | Skipped] = [c for c in CONTESTANTS.values() if c.optimizer in ("sgd", "rowwise_adagrad")]
     rows = pd.DataFrame(tables.measure(work, settings, [*found, Skipped("gone", "sgd", False, "it is gone")]))
     mine = rows[(rows["contestant"] == ours.FULL) & (rows["status"] == "ok")]
     assert set(mine["phase"]) == {"forward", "step"}
@@ -363,7 +359,7 @@ def test_a_contestant_that_breaks_does_not_stop_the_others(work: Workload) -> No
     def fail(_: Workload) -> Built:
         raise RuntimeError("no such\nthing")
 
-    first = next(c for c in contestants(work))
+    first = next(iter(CONTESTANTS.values()))
     broken = Contestant("broken", "sgd", False, 0, fail)
     rows = tables.measure(work, tables.Settings(threads=1, rounds=1), [first, broken])
     assert [r["reason"] for r in rows if r["status"] == "skipped"] == ["RuntimeError: no such thing"]
