@@ -3,11 +3,14 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from embtables.training import outcome
 
 # Time limits on single examples fail on a busy machine and say nothing about the code.
 settings.register_profile("embtables", deadline=None)
@@ -18,6 +21,17 @@ settings.load_profile("embtables")
 def one_thread() -> None:
     """The test processes already fill the cores; one thread also fixes the order of sums."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_in_words() -> Iterator[None]:
+    """Runs leave what they would draw as text: drawing their curves takes longer than all the rest of small runs.
+
+    The figure itself is tested in ``test_training_options.py``, and processes that tests start draw theirs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "draw_curve", lambda rows, kept, path: path.write_text(repr((rows, kept))))
+        yield
 
 
 @pytest.fixture(scope="session")

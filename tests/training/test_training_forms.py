@@ -38,11 +38,6 @@ def data(tmp_path_factory):
     return prepare_synthetic(tmp_path_factory.mktemp("data") / "toy", config)
 
 
-@pytest.fixture(autouse=True)
-def plainly_drawn(monkeypatch):
-    monkeypatch.setattr(outcome, "draw_curve", lambda rows, kept, path: path.write_text(repr((rows, kept))))
-
-
 def left(out: Path) -> dict[str, object]:
     """What a run leaves, but for what only the training took."""
     metrics = unsealed(json.loads((out / "metrics.json").read_text()))

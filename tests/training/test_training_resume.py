@@ -18,7 +18,7 @@ from embtables.datasets import Synthetic, prepare_synthetic
 from embtables.datasets.interaction_log import LogOptions
 from embtables.datasets.readers.interactions import Interactions, prepare_interactions
 from embtables.methods import kinds
-from embtables.training import Trainer, load_config, loop, outcome
+from embtables.training import Trainer, load_config, loop
 
 # Python calls of a life: starting takes about 150,000 (most of them read YAML), a step with its checkpoint 35,000.
 CALLS = 320_000
@@ -143,9 +143,7 @@ EVERYTHING = [
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("variant", [*VARIANTS, "everything"])
-def test_killed_at_any_moment(variant, data, log, tmp_path, monkeypatch):
-    # Drawing takes ten times the Python calls of all the rest, and most deaths would fall into it.
-    monkeypatch.setattr(outcome, "draw_curve", lambda rows, monitor, path: path.write_text(repr(rows)))
+def test_killed_at_any_moment(variant, data, log, tmp_path):
     config = config_of(*VARIANTS.get(variant, EVERYTHING))
     data = log if variant == "everything" else data
     whole, killed = tmp_path / "whole", tmp_path / "killed"
