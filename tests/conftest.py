@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from kill_server import Server
 
 from embtables.training import outcome
 
@@ -52,6 +53,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tiny"
     prepare_synthetic(folder, Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Does the works of ``kill_works``."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kill_server import Server, Work
 from sweep_cases import config_of
 from sweep_cases import run as run_sweep
 
@@ -28,54 +27,8 @@ KILLS = int(os.environ.get("EMBTABLES_KILLS", "3"))
 TIMES = {"examples_per_second", "train_seconds", "compile_seconds", "peak_rss_bytes", "lookup_latency_us"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-Work = tuple[str, list[Any]]
-"""A work of ``kill_works``, and its arguments."""
-
-
-class Server:
-    """The process of ``kill_works``, which does one work at a time."""
-
-    def __init__(self) -> None:
-        paths = os.pathsep.join([str(HERE.parent), *(path for path in sys.path if path)])
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "kill_works.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-
-    def start(self, work: Work) -> int:
-        """The number of the process that does the work."""
-        assert self._process.stdin is not None
-        environment = {name: os.environ[name] for name in ("FAKE",) if name in os.environ}
-        print(json.dumps([*work, environment]), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def ended(self) -> int:
-        """The exit code of the process that was started."""
-        return self._answer()
-
-    def _answer(self) -> int:
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -150,7 +103,7 @@ def check(
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = random.Random(0)
-    rows = [f"{generator.randrange(300)},{generator.randrange(200)},{60 * time}" for time in range(30_000)]
+    rows = [f"{generator.randrange(300)},{generator.randrange(200)},{60 * time}" for time in range(10_000)]
     path = tmp_path_factory.mktemp("log") / "log.csv"
     path.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
     return path
@@ -204,6 +157,6 @@ def test_report(data: Path, fake: Path, tmp_path: Path, server: Server) -> None:
         shutil.copytree(tmp_path / "sweep", folder / "sweep")
 
     def work(folder: Path) -> Work:
-        return "commands", [["report", str(folder / "sweep"), "--resamples", "50"]]
+        return "report", [str(folder / "sweep"), "--resamples", "50"]
 
     check(server, work, tmp_path / "kills", "report", prepared)

@@ -4,18 +4,18 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from sweep_cases import CELL, config_of, fake_cell, read, run
+from kill_server import Server
+from sweep_cases import config_of, fake_cell, read, run
 
 import embtables.sweeps.sweep as sweep_module
 from embtables._util.files import sealed, write_json
@@ -296,25 +296,6 @@ def test_first_difference() -> None:
     assert first_difference({"a": 1}, {"a": 1, "c": 2}) == ("c", "nothing", "2")
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import sweep_cases as t
-t.run(t.config_of(Path({data!r}), seeds=1, budgets="50%"), Path({out!r}), jobs=2)
-"""
-
-
-@contextmanager
-def started_sweep(data: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    script = SCRIPT.format(tests=str(CELL.parent), data=str(data), out=str(out))
-    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def wait_until(true: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
@@ -334,23 +315,21 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_sweep_leaves_no_children_and_goes_on(
-    sign: signal.Signals, data: Path, fake: Path, tmp_path: Path
+    sign: signal.Signals, data: Path, fake: Path, tmp_path: Path, server: Server
 ) -> None:
     if sign == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux ends the children of a killed process")
     out = tmp_path / "sweep"
     (fake / "slow").touch()
-    with started_sweep(data, out) as process:
-        wait_until(lambda: len(started(fake)) == 2 or process.poll() is not None)
-        assert process.stderr is not None
-        assert process.poll() is None, process.stderr.read().decode()
-        if sign == signal.SIGINT:
-            with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
-                run(config_of(data, seeds=1, budgets="50%"), out)
-        pids = [int(line.split()[1]) for line in (fake / "started").read_text().splitlines()]
-        process.send_signal(sign)
-        process.wait(60)
-        wait_until(lambda: not any(map(alive, pids)), 30)
+    child = server.start(("sweep", [str(data), str(out)]))
+    wait_until(lambda: len(started(fake)) == 2)
+    if sign == signal.SIGINT:
+        with pytest.raises(ValueError, match=f"in use by process {child}"):
+            run(config_of(data, seeds=1, budgets="50%"), out)
+    pids = [int(line.split()[1]) for line in (fake / "started").read_text().splitlines()]
+    os.kill(child, sign)
+    server.ended()
+    wait_until(lambda: not any(map(alive, pids)), 30)
     (fake / "slow").unlink()
     rows = run(config_of(data, seeds=1, budgets="50%"), out)
     assert len([row for row in rows if row["status"] == "ok"]) == len(set(started(fake)))
@@ -398,23 +377,23 @@ def test_the_last_line_is_found_behind_a_progress_bar(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
+def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(
+    tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
     prepare_synthetic(tmp_path / "data", Synthetic(rows=20_000, cardinalities=(2000, 100), num_dense=2, seed=3))
-    command = [sys.executable, "-m", "embtables", "sweep", str(tmp_path / "data"), "--methods", "full,hash"]
-    command += ["--budgets", "10%", "--seeds", "1", "--no-baselines", "--jobs", "2"]
+    command = ["sweep", str(tmp_path / "data"), "--methods", "full,hash", "--budgets", "10%", "--seeds", "1"]
+    command += ["--no-baselines", "--jobs", "2", "--out", str(tmp_path / "killed")]
     sets = ["epochs=2", "batch_size=256", "threads=1"]
     command += [part for field in sets for part in ("--set", field)]
     # A checkpoint after each step, so that the sweep is killed in the midst of its cells.
-    often = ["--set", "training.checkpoint_seconds=0"]
-
-    process = subprocess.Popen([*command, *often, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    command += ["--set", "training.checkpoint_seconds=0"]
+    child = server.start(("commands", [command]))
     wait_until(lambda: bool(list((tmp_path / "killed").glob("cells/*/checkpoint/*"))))
-    process.kill()
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    server.ended()
     assert not list((tmp_path / "killed").glob("cells/*/metrics.json"))
-    done = subprocess.run([*command, *often, "--out", str(tmp_path / "killed")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 ok, 0 infeasible, 0 failed")
+    assert main(command) == 0
+    assert capfd.readouterr().out.startswith("2 ok, 0 infeasible, 0 failed")
     killed = read(tmp_path / "killed")
     assert [(row["method"], row["budget"]) for row in killed] == [("full", ""), ("hash", "10%")]
     assert float(killed[0]["test_auc"]) > 0.6
@@ -424,24 +403,27 @@ def test_a_real_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) 
         assert [str(whole[name]) for name in ("test_auc", "valid_auc")] == [row["test_auc"], row["valid_auc"]]
     log = (tmp_path / "killed" / "cells" / "full-s0.log").read_text()
     assert "test AUC" in log
+    # The figure as users get it, which runs of the tests' own process leave out.
+    curve = "".join(
+        ElementTree.parse(tmp_path / "killed" / "cells" / "full-s0" / "validation.svg").getroot().itertext()
+    )
+    assert "log loss" in curve and "kept" in curve
 
 
-def test_one_training_is_scored_in_every_precision(tmp_path: Path) -> None:
+def test_one_training_is_scored_in_every_precision(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Where sizes are the same, as those of full tables; each with the numbers of a run of its own."""
     prepare_synthetic(tmp_path / "data", Synthetic(rows=6_000, cardinalities=(300, 100), num_dense=2, seed=3))
     sets = ["epochs=3", "batch_size=256", "threads=1", "tables.learning_rate=0.1"]
-    command = [sys.executable, "-m", "embtables", "sweep", str(tmp_path / "data"), "--methods", "full", "--seeds", "1"]
+    command = ["sweep", str(tmp_path / "data"), "--methods", "full", "--seeds", "1"]
     command += ["--no-baselines", "--precisions", "int4,binary", "--out", str(tmp_path / "sweep")]
     command += [part for field in sets for part in ("--set", field)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert main(command) == 0
     rows = read(tmp_path / "sweep")
     specs = in_precisions(parse_methods("full"), "int4,binary")
     assert [(row["method"], row["trained_with"]) for row in rows] == list(zip(specs, ["", rows[0]["cell"]]))
     assert [log.stem for log in (tmp_path / "sweep" / "cells").glob("*.log")] == [rows[0]["cell"]]
-    reported = subprocess.run([*command[:3], "report", str(tmp_path / "sweep")], capture_output=True, text=True)
-    assert reported.returncode == 0, reported.stderr
-    assert "full(precision=binary)" in reported.stdout
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    assert "full(precision=binary)" in capfd.readouterr().out
     for row in rows:
         config = cell_config(load_config(overrides=sets), specs[row["method"]], "", seed=0)
         whole = Trainer(config, PreparedDataset(tmp_path / "data"), tmp_path / row["method"]).run()
