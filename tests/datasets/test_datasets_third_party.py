@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from embtables.cli.app import run
 from embtables.datasets import Block, PreparedDataset, Reader, Rejections, RowReader, Schema, readers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,17 +43,35 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     install(folder, "outsider", {"oddlog": "odd_log:OddLog"})
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.syspath_prepend(str(folder))
-    readers._third_party.cache_clear()
+    monkeypatch.setenv("COLUMNS", "200")
+    forget()
     yield folder
-    readers._third_party.cache_clear()
+    forget()
     sys.modules.pop("odd_log", None)
+
+
+def forget() -> None:
+    """Has the next command look for readers anew, as a new process does."""
+    readers._third_party.cache_clear()
+    sys.modules.pop("embtables.cli.prepare", None)
 
 
 def embtables(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs one command in a process of its own, which knows the package only through its entry point."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, FOLDER, ROOT))), "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, FOLDER, ROOT)))}
     command = [sys.executable, "-m", "embtables", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def command_line(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs one command in this process; returns its exit code and what it printed to stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        return run([*map(str, arguments)]), *capfd.readouterr()
+
+    return call
 
 
 def write_log(path: Path, num_rows: int = 600) -> list[dict[str, Any]]:
@@ -84,17 +103,19 @@ def raw(data: PreparedDataset, feature: str) -> list[str | None]:
     return [None, None, *pl.read_parquet(data.path / entry["vocabulary"]["file"])["value"].to_list()]
 
 
-def test_help_lists_it_and_its_options(site: Path) -> None:
-    listed = embtables(site, "prepare", "--help").stdout
+def test_help_lists_it_and_its_options(site: Path, command_line: Callable[..., tuple[int, str, str]]) -> None:
+    _, listed, _ = command_line("prepare", "--help")
     assert "oddlog" in listed and "A shop's odd log." in listed and "criteo" in listed
-    shown = embtables(site, "prepare", "oddlog", "--help").stdout
+    _, shown, _ = command_line("prepare", "oddlog", "--help")
     for text in ("A shop's odd log.", "The log, as the shop writes it.", "--without", "--dearest", "--min-count"):
         assert text in shown
     assert "Rows with a higher price are malformed." in shown and "not part of the help" not in shown
     assert "Example: embtables prepare oddlog shop.log" in shown
 
 
-def test_prepared_and_trained_from_the_command_line(site: Path, tmp_path: Path) -> None:
+def test_prepared_and_trained_from_the_command_line(
+    site: Path, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
     log, out = tmp_path / "shop.log", tmp_path / "shop"
     rows = write_log(log)
     log.write_text(log.read_text() + "# a remark\n")
@@ -128,14 +149,14 @@ def test_prepared_and_trained_from_the_command_line(site: Path, tmp_path: Path) 
             tags = [values["tags"][tag] for tag in row["tags"]]
             assert tags == [tag if tag in values["tags"] else None for tag in raw_row["tags"]]
 
-    again = embtables(site, "prepare", "oddlog", log, out, *options)
-    assert again.returncode == 0 and "reused" in again.stderr
-    other = embtables(site, "prepare", "oddlog", log, out, "--split", "time")
-    assert other.returncode == 2 and "was prepared with max_rejected = 0.05, not 0.01" in other.stderr
+    code, _, said = command_line("prepare", "oddlog", log, out, *options)
+    assert code == 0 and "reused" in said
+    code, _, said = command_line("prepare", "oddlog", log, out, "--split", "time")
+    assert code == 2 and "was prepared with max_rejected = 0.05, not 0.01" in said
 
     sizes = ("--method", "hash", "--budget", "50%", "--embedding-dim", 4, "--epochs", 1, "--batch-size", 64)
-    trained = embtables(site, "train", out, "--out", tmp_path / "run", "--model", "dlrm", *sizes, "--quiet")
-    assert trained.returncode == 0, trained.stderr
+    code, _, said = command_line("train", out, "--out", tmp_path / "run", "--model", "dlrm", *sizes, "--quiet")
+    assert code == 0, said
     assert 0 <= json.loads((tmp_path / "run" / "metrics.json").read_text())["test_auc"] <= 1
 
 
@@ -277,13 +298,14 @@ def test_an_option_without_a_default_is_named() -> None:
         ),
     ],
 )
-def test_a_bad_entry_point_is_named(site: Path, value: str, message: str) -> None:
+def test_a_bad_entry_point_is_named(
+    site: Path, value: str, message: str, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
     install(site, "broken", {"bad": value})
     with pytest.raises(ValueError, match=message):
         readers.all_readers()
-    result = embtables(site, "prepare", "--help")
-    assert result.returncode == 2 and message in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
+    code, _, said = command_line("prepare", "--help")
+    assert code == 2 and message in " ".join(said.split()) and "Traceback" not in said
 
 
 @pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M:%S", "%a %b %d %H:%M:%S +0000 %Y"])
