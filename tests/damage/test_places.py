@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import embtables
 from embtables import EmbeddingTables, TableConfig, plan
 from embtables._util import files
 from embtables._util.files import PREFIX, followed, remove_leftovers, replacing, replacing_folder, write_text
@@ -61,6 +62,13 @@ def test_commands_write_to_links_and_long_names(name: str, tmp_path: Path) -> No
     assert [names(place) for place in places] == [kept] * 4
 
 
+# The files and locks alone: the package itself would take seconds to import PyTorch.
+ALONE = f"""
+import sys, types
+sys.modules["embtables"] = types.ModuleType("embtables")
+sys.modules["embtables"].__path__ = {list(embtables.__path__)!r}
+"""
+
 STOPPED = """
 import os, sys
 from embtables._util import files
@@ -73,7 +81,7 @@ with files.replacing(sys.argv[1]) as temporary:
 
 def test_leftovers_go_when_their_process_has_gone(tmp_path: Path) -> None:
     """What a living process writes stays, whoever comes by; what a dead one left goes with the next write."""
-    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path / "a")], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", ALONE + STOPPED, str(tmp_path / "a")], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.read(4) == b"here"
     (left,) = names(tmp_path)
     assert left.startswith(PREFIX)
@@ -135,7 +143,7 @@ def test_a_new_folder_that_is_taken_for_a_leftover(tmp_path: Path, monkeypatch: 
 
 def test_a_pipe_among_leftovers_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"{PREFIX}x.lock")
-    code = "import sys; from pathlib import Path; from embtables._util.files import write_text\n"
+    code = ALONE + "from pathlib import Path; from embtables._util.files import write_text\n"
     code += "write_text(Path(sys.argv[1]), 'x')"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], timeout=60, check=True)
     assert names(tmp_path) == ["a"]
@@ -187,7 +195,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     """Locks whose files come and go count as well as ones that stay."""
     path = tmp_path / "number"
     path.write_text("0")
-    processes = [subprocess.Popen([sys.executable, "-c", COUNTING, str(path)]) for _ in range(3)]
+    processes = [subprocess.Popen([sys.executable, "-c", ALONE + COUNTING, str(path)]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert path.read_text() == "90" and names(tmp_path) == ["number"]
     with only_one(path, lambda: None):
