@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from core_cases import in_turn
 from torch import nn
 
 import embtables
@@ -204,8 +205,7 @@ def test_early_stop_waits_for_a_method_that_is_under_way(data, tmp_path, monkeyp
     assert result["steps"] == seen[-1]
 
 
-@pytest.mark.parametrize("model", ["dlrm", "mlp"])
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize(("kind", "model"), in_turn(kinds(), ["dlrm", "mlp"], 1))
 def test_every_method_trains_and_serves(kind, model, data, tmp_path):
     config = config_of(f"tables.method={kind}", "tables.budget=100%", f"model.name={model}", "training.epochs=1")
     if kind != "full":
