@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from core_cases import in_turn
 from model_cases import COLUMNS, LISTS, make_batch, make_tables
 from torch import nn
 
@@ -22,10 +25,10 @@ def tables_for(method, features, optimizer="fused"):
     return make_tables(features, 8, method, None if method == "full" else "60%", fused, std=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_trains_over_every_method(name, method, kind):
+@pytest.mark.parametrize(("combination", "kind"), in_turn([*product(MODELS, METHODS)], list(KINDS), 1))
+def test_every_model_trains_over_every_method(combination, kind):
+    """Seven methods, so that each model and each method meet both kinds of batches."""
+    name, method = combination
     torch.manual_seed(0)
     features = KINDS[kind]
     for num_dense in (0, 2):
