@@ -59,7 +59,7 @@ def own_bytes(solved: Plan) -> dict[str, int]:
     | cases(max_rows=10**9, use=[k for k in kinds() if k not in NEEDS_COUNTS], precisions=PRECISIONS),
     st.data(),
 )
-@settings(max_examples=examples(400))
+@settings(max_examples=examples(250))
 def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Case, data: st.DataObject) -> None:
     full = case.full_bytes
     small = data.draw(log_integers(1, full + 100))
@@ -106,7 +106,7 @@ def test_equals_the_built_tensors_to_the_byte(case: Case, share: float, training
 
 
 @given(cases(max_rows=500, precisions=PRECISIONS), st.floats(0.02, 1.0), st.sampled_from(TRAINED))
-@settings(max_examples=200)
+@settings(max_examples=examples(100))
 def test_survives_json(case: Case, share: float, trained: str) -> None:
     solved = feasible(case, max(1, int(share * case.full_bytes)), training_precision=trained)
     assume(solved is not None)
@@ -118,7 +118,7 @@ def test_survives_json(case: Case, share: float, trained: str) -> None:
 
 
 @given(cases(max_rows=10**7, min_rows=10**5, use=HASHES, patterns=False), st.floats(0.0005, 1.0), st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=examples(75))
 def test_hash_like_methods_use_the_budget(case: Case, share: float, counted: bool) -> None:
     if counted:
         tables = [TableConfig(t.name, 10**5, t.embedding_dim) for t in case.tables]
@@ -138,7 +138,7 @@ def test_a_billion_ids_are_planned_without_a_table_of_them(kind: str) -> None:
 
 
 @given(cases(max_rows=500), st.floats(0.05, 1.0), st.floats(0.1, 2.5), st.sampled_from(TRAINED))
-@settings(max_examples=150)
+@settings(max_examples=examples(100))
 def test_training_budget_is_respected(case: Case, share: float, training_share: float, trained: str) -> None:
     free = feasible(case, max(1, int(share * case.full_bytes)), training_precision=trained)
     assume(free is not None)
