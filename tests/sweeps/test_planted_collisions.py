@@ -17,7 +17,7 @@ from embtables.datasets.readers.synthetic import PROBABILITY, Synthetic, Truth, 
 from embtables.training import Trainer, load_config
 from embtables.training.planning import plan_tables
 
-CONFIG = Synthetic(rows=500_000, cardinalities=(12_000, 1200, 120), seed=3)
+CONFIG = Synthetic(rows=250_000, cardinalities=(6000, 600, 60), seed=3)
 METHODS = ["full", "compositional", "unified", "frequency_cutoff", "hash", "drop_feature"]
 
 
