@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
+from itertools import product
 from typing import Any
 
 import native_cases
@@ -72,14 +73,22 @@ RESTS = [name for name in METHODS if name.startswith("rest")]
 METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # A large eps keeps steps smooth in the gradient, whose last bits are nobody's business.
 FUSED: list[FusedOptimizer] = [SGD(lr=0.01), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1, eps=0.01), Adam(lr=0.1, eps=0.01)]
-OPTIMIZER = pytest.mark.parametrize("optimizer", [*FUSED, None], ids=lambda o: o.kind if o else "none")
-SOME_PAIRS = pytest.mark.parametrize(
-    ("method", "optimizer"),
-    [
-        pytest.param(METHODS[name], optimizer, id=f"{name}-{optimizer.kind if optimizer else 'none'}")
-        for name, optimizer in in_turn(list(METHODS), [*FUSED, None], 2)
-    ],
-)
+
+
+def kind_of(optimizer: FusedOptimizer | None) -> str:
+    return optimizer.kind if optimizer else "none"
+
+
+OPTIMIZER = pytest.mark.parametrize("optimizer", [*FUSED, None], ids=kind_of)
+
+
+def pairs(each: int) -> pytest.MarkDecorator:
+    """Every method with `each` of the optimizers."""
+    named = [
+        pytest.param(METHODS[name], optimizer, id=f"{name}-{kind_of(optimizer)}")
+        for name, optimizer in in_turn(list(METHODS), [*FUSED, None], each)
+    ]
+    return pytest.mark.parametrize(("method", "optimizer"), named)
 
 
 @pytest.fixture
@@ -292,9 +301,15 @@ def assert_as_loops(tables: EmbeddingTables, loops: Loops, given: tuple[Tensor, 
         torch.testing.assert_close(found.double(), due, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@METHOD
-@OPTIMIZER
-@pytest.mark.parametrize("bags", [False, True], ids=["columns", "weighted bags"])
+@pytest.mark.parametrize(
+    ("method", "optimizer", "bags"),
+    [
+        pytest.param(
+            METHODS[name], *option, id=f"{name}-{kind_of(option[0])}-{'weighted bags' if option[1] else 'columns'}"
+        )
+        for name, option in in_turn(list(METHODS), list(product([*FUSED, None], [False, True])), 3)
+    ],
+)
 def test_vectors_and_updates_equal_loops(method: Method, optimizer: FusedOptimizer | None, bags: bool) -> None:
     tables = make(method, optimizer)
     assert_as_loops(tables, Loops(tables), arguments(tables, bags))
@@ -303,8 +318,7 @@ def test_vectors_and_updates_equal_loops(method: Method, optimizer: FusedOptimiz
 # ---- against PyTorch -------------------------------------------------------------------------------------------------
 
 
-@METHOD
-@OPTIMIZER
+@pairs(2)
 def test_steps_equal_the_reference(method: Method, optimizer: FusedOptimizer | None) -> None:
     ours, reference = make(method, optimizer), make(method, optimizer)
     for seed in range(3):
@@ -346,7 +360,7 @@ def test_sparse_gradients_have_each_row_once(method: Method) -> None:
             assert rows.unique().numel() == rows.numel()
 
 
-@SOME_PAIRS
+@pairs(1)
 def test_two_lookups_before_a_backward(method: Method, optimizer: FusedOptimizer | None) -> None:
     """Gradients are of the rows and projections as they were looked up, not as the first update left them."""
     ours, reference = make(method, optimizer), make(method, optimizer)
@@ -357,7 +371,7 @@ def test_two_lookups_before_a_backward(method: Method, optimizer: FusedOptimizer
     assert_same(ours, reference)
 
 
-@SOME_PAIRS
+@pairs(1)
 def test_threads_leave_the_same_bits(method: Method, optimizer: FusedOptimizer | None, any_threads: None) -> None:
     results = []
     for threads in (1, 2, 3):
@@ -371,11 +385,19 @@ def test_threads_leave_the_same_bits(method: Method, optimizer: FusedOptimizer |
             assert torch.equal(tensor, results[0][1][name]), name
 
 
-@METHOD
-@pytest.mark.parametrize("optimizer", [FUSED[2], None], ids=["fused", "gradients"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+# Of each method both forms of gradients and both types of numbers.
+HALVES = [(torch.bfloat16, FUSED[2]), (torch.float16, None), (torch.bfloat16, None), (torch.float16, FUSED[2])]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "optimizer"),
+    [
+        pytest.param(METHODS[name], *half, id=f"{name}-{half[0]}-{'fused' if half[1] else 'gradients'}")
+        for name, half in in_turn(list(METHODS), HALVES, 2)
+    ],
+)
 def test_half_precision_is_as_close_to_float32_as_its_format(
-    method: Method, optimizer: FusedOptimizer | None, dtype: torch.dtype
+    method: Method, dtype: torch.dtype, optimizer: FusedOptimizer | None
 ) -> None:
     half, single = make(method, optimizer).to(dtype), make(method, optimizer)
     single.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in half.state_dict().items()})
