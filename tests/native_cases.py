@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def assert_same(ours: EmbeddingTables, reference: EmbeddingTables, rtol: float =
         torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def step(tables: EmbeddingTables, arguments: tuple[Any, ...], seed: int, **options: Any) -> Tensor:
+def step(tables: Callable[..., Tensor], arguments: tuple[Any, ...], seed: int, **options: Any) -> Tensor:
     out: Tensor = tables(*arguments, **options)
     if out.requires_grad:
         gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
