@@ -1,7 +1,13 @@
-"""What the tests of native lookups share: bags, steps, and what they leave."""
+"""What the tests of native lookups share: bags, steps, what they leave, and processes that import the package anew."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,9 +55,42 @@ def assert_same(ours: EmbeddingTables, reference: EmbeddingTables, rtol: float =
         torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def step(tables: EmbeddingTables, arguments: tuple[Any, ...], seed: int, **options: Any) -> Tensor:
+def step(tables: Callable[..., Tensor], arguments: tuple[Any, ...], seed: int, **options: Any) -> Tensor:
     out: Tensor = tables(*arguments, **options)
     if out.requires_grad:
         gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         out.backward(gradient.to(out.dtype))
     return out.detach()
+
+
+ROOT = Path(__file__).resolve().parents[1]
+_FORKS = """
+import json, os, sys, torch
+
+code, folder, environments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for number, environment in enumerate(environments):
+    child = os.fork()
+    if not child:
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"{folder}/{number}.{descriptor}", os.O_CREAT | os.O_WRONLY), descriptor)
+        os.environ.update(environment)
+        exec(compile(code, "<code>", "exec"))
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def run_each(code: str, environments: list[Mapping[str, str]], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Runs code in a process for each of these environments, all forked off one that has imported PyTorch, and no more.
+
+    That import takes seconds. What the processes print lies in the folder.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EMBTABLES_")}
+    kept["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    command = [sys.executable, "-c", _FORKS, code, str(folder), json.dumps(environments)]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return [
+        subprocess.CompletedProcess(code, int(status), *((folder / f"{i}.{each}").read_text() for each in (1, 2)))
+        for i, status in enumerate(done.stdout.split())
+    ]

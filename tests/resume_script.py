@@ -1,7 +1,8 @@
-"""Trains a compressed model by a framework and its own checkpoints: FRAMEWORK FOLDER begin|resume OPTIMIZER …
+"""Trains compressed models by frameworks and their own checkpoints: FOLDER begin|resume FRAMEWORKS OPTIMIZERS
 
 ``begin`` trains two epochs, writes a checkpoint, and trains other objects for four; ``resume`` goes on from the
-checkpoint for two. The state dicts that come of it are left in the folder.
+checkpoint for two. The state dicts that come of it are left in the folder, in one for each framework. The names of
+frameworks and optimizers stand between commas.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -80,12 +82,17 @@ def with_accelerate(folder: Path, optimizer: str, begin: int, end: int, path: Pa
     return accelerator.unwrap_model(model)
 
 
-def main(framework: str, out: str, how: str, *optimizers: str) -> None:
+FRAMEWORKS: dict[str, Callable[[Path, str, int, int, Path], nn.Module]] = {
+    "pytorch_lightning": with_lightning,
+    "accelerate": with_accelerate,
+}
+
+
+def main(out: str, how: str, frameworks: str, optimizers: str) -> None:
     warnings.simplefilter("ignore")
-    folder = Path(out)
-    train: Callable[[Path, str, int, int, Path], nn.Module]
-    train = with_lightning if framework == "pytorch_lightning" else with_accelerate
-    for optimizer in optimizers:
+    for framework, optimizer in product(frameworks.split(","), optimizers.split(",")):
+        folder, train = Path(out) / framework, FRAMEWORKS[framework]
+        folder.mkdir(exist_ok=True)
         kept = folder / f"{optimizer}.ckpt"
         runs = {"half": (0, 2, kept), "straight": (0, 4, folder / "not-used.ckpt")}
         if how == "resume":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -26,22 +26,35 @@ TABLES = [
     TableConfig("seen", 200, 8, ["history"], on_out_of_range="hash", padding_idx=7),
     TableConfig("tag", 40, 4, on_out_of_range="hash"),
 ]
+# As many features in two tables of one shape, which is what methods see of all these.
+PAIR = [TABLES[0], replace(TABLES[1], feature_names=["item", "history", "seen"])]
 FEATURES = 4
 BATCHES = [0, 1, 2, 7]
 # Each of them makes pruned serve another form; compressed rows are those of wide tables.
 FORMS = {"bitmap": ("60%", 8), "compressed rows": ("7%", 64), "entries": ("4%", 8)}
+PACKED = [
+    ("hash", "bf16"),
+    ("unified", "int8"),
+    ("hash", "int4/slab"),
+    ("robe", "int2"),
+    ("robe", "binary2"),
+    ("pruned", "int4"),
+]
 
 
 def pruned(form: str) -> EmbeddingTables:
     budget, dim = FORMS[form]
-    tables = [replace(table, embedding_dim=dim) for table in TABLES]
-    return EmbeddingTables(plan(tables, "pruned", budget, optimizer=None)).eval()
+    tables = EmbeddingTables(
+        plan([replace(t, embedding_dim=dim) for t in PAIR], "pruned", budget, optimizer=None)
+    ).eval()
+    assert {e.variant for g in tables.plan.groups for e in g.layout.entries.values()} == {form}
+    return tables
 
 
-def make(method: str, budget: str | None = "50%") -> EmbeddingTables:
-    counts = {table.name: shuffled_counts(table.num_embeddings or 0) for table in TABLES}
-    budget = None if method == "full" else budget
-    return EmbeddingTables(plan(TABLES, method, budget, frequencies=counts, optimizer=None)).eval()
+def make(method: str, configs: Sequence[TableConfig] = TABLES) -> EmbeddingTables:
+    counts = {table.name: shuffled_counts(table.num_embeddings or 0) for table in configs}
+    budget = None if method == "full" else "50%"
+    return EmbeddingTables(plan(configs, method, budget, frequencies=counts, optimizer=None)).eval()
 
 
 def bags(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,10 +84,10 @@ def foreign(program: ExportedProgram) -> list[str]:
     return sorted({name for name in names if name not in ("aten", "prim", "prims")})
 
 
-class EveryMethod(nn.Module):
-    """A table for each method, each form of what pruned serves and some precisions, a column each: exported once."""
+class ATableEach(nn.Module):
+    """A table for each method, and where asked the forms of what pruned serves and some precisions; a column each."""
 
-    def __init__(self, methods: Sequence[Method]) -> None:
+    def __init__(self, methods: Sequence[Method], others: bool) -> None:
         super().__init__()
         counts = {"item": shuffled_counts(300)}
         item = TableConfig("item", 300, 8, on_out_of_range="oov")
@@ -83,19 +96,12 @@ class EveryMethod(nn.Module):
             budget = None if method.kind == "full" else "50%"
             solved = plan([item], method, budget, frequencies=counts, optimizer=None)
             self.tables[method_id(method).replace(".", ",")] = EmbeddingTables(solved)
-        for form, (budget, dim) in FORMS.items():
+        for form, (budget, dim) in FORMS.items() if others else ():
             served = EmbeddingTables(plan([replace(item, embedding_dim=dim)], "pruned", budget, optimizer=None))
             served.finalize()
             assert [entry.variant for g in served.plan.groups for entry in g.layout.entries.values()] == [form]
             self.tables[form] = served
-        for method, precision in (
-            ("hash", "bf16"),
-            ("unified", "int8"),
-            ("hash", "int4/slab"),
-            ("robe", "int2"),
-            ("robe", "binary2"),
-            ("pruned", "int4"),
-        ):
+        for method, precision in PACKED if others else ():
             solved = plan([item], method, "10%", optimizer=None, precision=precision)
             self.tables[f"{method} {precision}"] = EmbeddingTables(solved).finalize()
 
@@ -107,14 +113,25 @@ class EveryMethod(nn.Module):
         return torch.randint(350, (batch, len(self.tables)), generator=torch.Generator().manual_seed(batch))
 
 
+Exported: TypeAlias = tuple[ATableEach, ExportedProgram]
+
+
 @pytest.fixture(scope="module")
-def every() -> tuple[EveryMethod, ExportedProgram]:
-    module = EveryMethod(all_methods()).eval()
+def defaults() -> Exported:
+    """The default of every kind, and what is stored in other ways."""
+    module = ATableEach([from_config(kind) for kind in kinds()], others=True).eval()
     return module, exported(module, (module.ids(5),))
 
 
-def test_every_method_exports_for_every_batch_size(every: tuple[EveryMethod, ExportedProgram]) -> None:
-    module, program = every
+@pytest.fixture(scope="module")
+def variants() -> Exported:
+    module = ATableEach(all_methods()[len(kinds()) :], others=False).eval()
+    return module, exported(module, (module.ids(5),))
+
+
+@pytest.mark.parametrize("which", ["defaults", "variants"])
+def test_every_method_exports_for_every_batch_size(which: str, request: pytest.FixtureRequest) -> None:
+    module, program = request.getfixturevalue(which)
     assert foreign(program) == []
     graph = program.module()
     for batch in BATCHES:
@@ -123,7 +140,7 @@ def test_every_method_exports_for_every_batch_size(every: tuple[EveryMethod, Exp
 
 @pytest.mark.parametrize("method", [*kinds(), *FORMS])
 def test_bags_export_for_every_number_of_examples(method: str) -> None:
-    tables = pruned(method) if method in FORMS else make(method)
+    tables = pruned(method) if method in FORMS else make(method, PAIR)
     tables.finalize()
     program = exported(tables, bags(5))
     assert foreign(program) == []
@@ -132,22 +149,34 @@ def test_bags_export_for_every_number_of_examples(method: str) -> None:
         torch.testing.assert_close(module(*bags(batch)), tables(*bags(batch)), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("given", [columns, bags])
-def test_an_exported_graph_refuses_ids_out_of_range(given: Any) -> None:
+@pytest.fixture(scope="module")
+def hashed() -> tuple[EmbeddingTables, nn.Module]:
+    """All of the tables, and their graph for bags."""
     tables = make("hash")
-    module = exported(tables, given(5)).module()
+    return tables, exported(tables, bags(5)).module()
+
+
+def test_bags_of_every_kind_of_table_export(hashed: tuple[EmbeddingTables, nn.Module]) -> None:
+    tables, graph = hashed
+    for batch in BATCHES:
+        torch.testing.assert_close(graph(*bags(batch)), tables(*bags(batch)), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("given", [columns, bags])
+def test_an_exported_graph_refuses_ids_out_of_range(given: Any, hashed: tuple[EmbeddingTables, nn.Module]) -> None:
+    tables, graph = hashed
+    module = graph if given is bags else exported(tables, given(5)).module()
     inputs = given(5)
     inputs[0].view(-1)[0] = 500
     with pytest.raises(RuntimeError, match="an id is out of range; the ids of the features: 'user' 0 … 499$"):
         module(*inputs)
 
 
-def test_an_exported_graph_refuses_offsets_that_fall() -> None:
+def test_an_exported_graph_refuses_offsets_that_fall(hashed: tuple[EmbeddingTables, nn.Module]) -> None:
     ids, offsets, weights = bags(5)
-    module = exported(make("hash"), (ids, offsets, weights)).module()
     offsets[3] = offsets[4] + 1
     with pytest.raises(RuntimeError, match="offsets must rise from 0 to the number of ids"):
-        module(ids, offsets, weights)
+        hashed[1](ids, offsets, weights)
 
 
 class Unpooled(nn.Module):
@@ -274,11 +303,11 @@ def test_a_compiled_package_runs_where_this_package_is_not(tmp_path: Path) -> No
     run_without_this_package(tables, file, [bags(batch) for batch in BATCHES])
 
 
-def in_onnx(program: ExportedProgram, file: Path) -> Any:
-    """A session of ONNX Runtime over the program."""
+def in_onnx(program: ExportedProgram, file: Path, optimize: bool = True) -> Any:
+    """A session of ONNX Runtime over the program, whose graph PyTorch's exporter has simplified before, or not."""
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript")
-    onnx = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    onnx = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=optimize)
     assert onnx is not None
     onnx.save(file)
     return runtime.InferenceSession(file)
@@ -297,10 +326,10 @@ def test_onnx_runtime_agrees(model: Model, program: ExportedProgram, tmp_path: P
 
 
 @pytest.mark.slow
-def test_onnx_runtime_agrees_on_every_method(tmp_path: Path) -> None:
-    """The default of every kind alone: the exporter takes a second a table."""
-    module = EveryMethod([from_config(kind) for kind in kinds()]).eval()
-    session = in_onnx(exported(module, (module.ids(5),)), tmp_path / "tables.onnx")
+def test_onnx_runtime_agrees_on_every_method(defaults: Exported, tmp_path: Path) -> None:
+    """The default of every kind alone, not simplified: the exporter takes a second a table even so."""
+    module, program = defaults
+    session = in_onnx(program, tmp_path / "tables.onnx", optimize=False)
     for batch in BATCHES:
         expected = module(module.ids(batch))
         found = session.run(None, {session.get_inputs()[0].name: module.ids(batch).numpy()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,12 @@ COUNTS = {
 }
 PRECISIONS = [name for name in FORMATS if name != "fp32"] + ["int4/slab", "int2/7"]
 METHOD = next(m for m in all_methods() if m.kind == "hash")
-METHODS = pytest.mark.parametrize("method", [m for m in all_methods() if m.kind != "drop_feature"], ids=method_id)
 
 
-def some_precisions(*without: str) -> pytest.MarkDecorator:
-    """Five precisions for every method."""
+def some_precisions(*without: str, of: Sequence[str] = PRECISIONS) -> pytest.MarkDecorator:
+    """Three precisions for every method."""
     methods = [m for m in all_methods() if m.kind not in ("drop_feature", *without)]
-    each = [pytest.param(m, p, id=f"{method_id(m)}-{p}") for m, p in in_turn(methods, PRECISIONS, 5)]
+    each = [pytest.param(m, p, id=f"{method_id(m)}-{p}") for m, p in in_turn(methods, of, 3)]
     return pytest.mark.parametrize(("method", "precision"), each)
 
 
@@ -66,8 +66,7 @@ def make(method: Method, precision: str, budget: Any = "12%") -> EmbeddingTables
     return EmbeddingTables(solved, std=0.3)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@METHODS
+@some_precisions()
 def test_served_tables_take_the_bytes_of_the_plan(method: Method, precision: str) -> None:
     tables = make(method, precision)
     served = tables.serve()
@@ -93,8 +92,7 @@ def test_served_vectors_equal_a_scalar_computation(method: Method, precision: st
 EXACT_TO_HALF_A_STEP = ["fp16", "bf16", "int8", "int4", "int4/slab"]
 
 
-@pytest.mark.parametrize("precision", EXACT_TO_HALF_A_STEP)
-@METHODS
+@some_precisions(of=EXACT_TO_HALF_A_STEP)
 def test_rows_move_by_at_most_half_a_step(method: Method, precision: str) -> None:
     tables = make(method, precision)
     served = tables.serve()
@@ -129,6 +127,7 @@ def test_pruned_values_are_the_largest_in_the_format(precision: str) -> None:
         tables = make(next(m for m in all_methods() if m.kind == "pruned"), precision, budget)
         dense = {t.name: tables.to_dense(t.name).detach() for t in CONFIGS}
         exact = EmbeddingTables(tables.plan, std=0.3).serve()
+        assert counted_bytes(exact) == exact.memory().inference_bytes == tables.plan.inference_bytes
         for config in CONFIGS:
             served = exact.to_dense(config.name)
             kept = served != 0
@@ -198,7 +197,7 @@ print("read", len(sys.argv) - 1)
 
 def test_files_are_read_back_bit_for_bit_by_another_process(tmp_path: Path) -> None:
     files = []
-    for number, (method, precision) in enumerate((m, p) for m in all_methods() for p in PRECISIONS):
+    for number, (method, precision) in enumerate(in_turn(all_methods(), PRECISIONS, 3)):
         tables = make(method, precision)
         file = str(tmp_path / f"{number}.safetensors")
         ids = random_ids(tables, 20)

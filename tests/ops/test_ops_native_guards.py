@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from core_cases import shuffled_counts
+from native_cases import run_each
 from third_party.metadata import Metadata
 from third_party.product_quantization import ProductQuantization
 
@@ -43,15 +44,6 @@ from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -380,46 +372,46 @@ def test_memory_says_what_these_very_tables_go_through() -> None:
 
 BITS = """
 import hashlib, torch
-from core_cases import all_methods, random_ids, shares_scalars
+from core_cases import all_methods, in_turn, random_ids, shares_scalars
 from embtables import EmbeddingTables, TableConfig, ops, plan
 from embtables.optimizers import SGD, Adam, Adagrad, RowWiseAdagrad
 torch.set_num_threads(1)
 print(ops.instructions())
 configs = [TableConfig("a", 700, 16, padding_idx=3), TableConfig("b", 90, 6, pooling="mean")]
-for method in all_methods():
-    for rule in (SGD(lr=0.1, clip_row_norm=0.5), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1), None):
-        if shares_scalars(method) and rule is not None and rule.kind == "rowwise_adagrad":
-            continue
-        counts = {c.name: torch.arange(1, c.num_embeddings + 1).roll(5).numpy() for c in configs}
-        budget = None if method.kind == "full" else "40%"
-        trained = ["fp32", "bf16"] if rule is not None and rule.kind == "adagrad" else ["fp32"]
-        for dtype, rows in (*((torch.float32, name) for name in trained), (torch.bfloat16, "fp32")):
-            solved = plan(configs, method.to_dict(), budget, counts, rule, training_precision=rows)
-            tables = EmbeddingTables(solved, std=0.5).to(dtype)
-            digest = hashlib.sha256()
-            for seed in range(2):
-                ids = random_ids(tables, 100, seed)
-                lengths = torch.arange(200) % 2 * 2
-                flat = ids.t().reshape(-1)
-                out = tables(flat, torch.cat([lengths[:0].new_zeros(1), lengths.cumsum(0)]))
-                if out.requires_grad:
-                    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
-                    out.backward(grad.to(dtype))
-                digest.update(out.detach().float().numpy().tobytes())
-            gradients = [p.grad for p in tables.parameters() if p.grad is not None]
-            for tensor in (*tables.state_dict().values(), *tables.optimizer_state_dict().values(), *gradients):
-                digest.update(tensor.double().numpy().tobytes())
-            print(method.to_dict(), rule and rule.kind, dtype, rows, digest.hexdigest())
+rules = [SGD(lr=0.1, clip_row_norm=0.5), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1), Adam(lr=0.1), None]
+for method, rule in in_turn(all_methods(), rules, 2):
+    if shares_scalars(method) and rule is not None and rule.kind == "rowwise_adagrad":
+        continue
+    counts = {c.name: torch.arange(1, c.num_embeddings + 1).roll(5).numpy() for c in configs}
+    budget = None if method.kind == "full" else "40%"
+    trained = ["fp32", "bf16"] if rule is not None and rule.kind == "adagrad" else ["fp32"]
+    for dtype, rows in (*((torch.float32, name) for name in trained), (torch.bfloat16, "fp32")):
+        solved = plan(configs, method.to_dict(), budget, counts, rule, training_precision=rows)
+        tables = EmbeddingTables(solved, std=0.5).to(dtype)
+        digest = hashlib.sha256()
+        for seed in range(2):
+            ids = random_ids(tables, 100, seed)
+            lengths = torch.arange(200) % 2 * 2
+            flat = ids.t().reshape(-1)
+            out = tables(flat, torch.cat([lengths[:0].new_zeros(1), lengths.cumsum(0)]))
+            if out.requires_grad:
+                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+                out.backward(grad.to(dtype))
+            digest.update(out.detach().float().numpy().tobytes())
+        gradients = [p.grad for p in tables.parameters() if p.grad is not None]
+        for tensor in (*tables.state_dict().values(), *tables.optimizer_state_dict().values(), *gradients):
+            digest.update(tensor.double().numpy().tobytes())
+        print(method.to_dict(), rule and rule.kind, dtype, rows, digest.hexdigest())
 """
 
 
 @NATIVE
-def test_all_instruction_sets_leave_the_same_bits() -> None:
+def test_all_instruction_sets_leave_the_same_bits(tmp_path: Path) -> None:
     sets = ["baseline", "avx2", "avx512"]
-    best = str(ops.instructions())
+    sets = sets[: sets.index(str(ops.instructions())) + 1]
+    environments = [{"EMBTABLES_INSTRUCTIONS": name, "EMBTABLES_OPS": "native"} for name in sets]
     expected: list[str] = []
-    for name in sets[: sets.index(best) + 1]:
-        result = run(BITS, EMBTABLES_INSTRUCTIONS=name, EMBTABLES_OPS="native")
+    for name, result in zip(sets, run_each(BITS, environments, tmp_path), strict=True):
         assert not result.returncode, result.stderr
         used, *lines = result.stdout.splitlines()
         assert used == name and len(lines) > 50
@@ -428,15 +420,18 @@ def test_all_instruction_sets_leave_the_same_bits() -> None:
 
 
 @NATIVE
-def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    result = run("import embtables", EMBTABLES_INSTRUCTIONS="avx1024")
-    last = result.stderr.strip().splitlines()[-1]
+def test_an_instruction_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    wrong = {"EMBTABLES_INSTRUCTIONS": "avx1024"}
+    environments = [wrong, {**wrong, "EMBTABLES_OPS": "reference"}, {"EMBTABLES_INSTRUCTIONS": ""}]
+    code = "from embtables import ops; print(ops.instructions())"
+    refused, aside, best = run_each(code, environments, tmp_path)
+    assert refused.returncode
+    last = refused.stderr.strip().splitlines()[-1]
     assert last == (
         "ValueError: EMBTABLES_INSTRUCTIONS must be baseline, avx2 or avx512, and one that this processor has, "
         "not 'avx1024'; leave it out for the best one"
     )
-    assert run("import embtables", EMBTABLES_INSTRUCTIONS="avx1024", EMBTABLES_OPS="reference").returncode == 0
-    best = run("from embtables import ops; print(ops.instructions())", EMBTABLES_INSTRUCTIONS="")
+    assert aside.returncode == 0
     assert best.stdout.strip() in ("baseline", "avx2", "avx512")
 
 

@@ -6,12 +6,13 @@ import importlib.util
 import subprocess
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from core_cases import all_methods, counted_bytes, method_id, random_ids
+from core_cases import all_methods, counted_bytes, in_turn, method_id, random_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,13 +52,22 @@ def same(one: nn.Module, other: nn.Module) -> None:
         assert tensor.dtype == second[key].dtype and torch.equal(tensor, second[key]), key
 
 
-@pytest.mark.parametrize("method", all_methods(), ids=method_id)
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam", None])
-@pytest.mark.parametrize("assigned", [False, True], ids=["copied", "assigned to meta tensors"])
+# How they come in is alike for all methods and rules.
+RESUMED = [
+    pytest.param(
+        method, optimizer, assigned, id=f"{method_id(method)}-{optimizer}-{'assigned' if assigned else 'copied'}"
+    )
+    for method, (optimizer, assigned) in in_turn(
+        all_methods(), list(product(["adagrad", "adam", None], [False, True])), 2
+    )
+]
+
+
+@pytest.mark.parametrize(("method", "optimizer", "assigned"), RESUMED)
 def test_a_file_of_the_state_dict_alone_resumes_bit_for_bit(
     method: Method, optimizer: str | None, assigned: bool, tmp_path: Path
 ) -> None:
-    """Also into tables on the meta device, which take everything over."""
+    """Copied, and assigned to tables on the meta device, which take everything over."""
     method = method.for_training(10)
     through = small(optimizer, method)
     train(through, range(5))
@@ -235,28 +245,38 @@ def test_sparse_and_dense_tables_have_the_same_keys_and_load_each_other(method: 
 # ---- frameworks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("framework", ["pytorch_lightning", "accelerate"])
-def test_a_framework_resumes_in_a_new_process_bit_for_bit(framework: str, tmp_path: Path) -> None:
-    """Two epochs, its own checkpoint, two more in a new process: the same as four epochs, with a state of each form."""
-    if importlib.util.find_spec(framework) is None:
-        pytest.skip(f"{framework} is not installed")
+FRAMEWORKS = ["pytorch_lightning", "accelerate"]
+RESUMING = ["rowwise_adagrad", "adam"]  # a state of each form
 
-    optimizers = ["rowwise_adagrad", "adam"]
 
-    def run(*arguments: str) -> None:
-        command = [sys.executable, str(SCRIPT), framework, str(tmp_path), *arguments, *optimizers]
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where frameworks left what they trained: one process begins with all of them, and another resumes."""
+    folder = tmp_path_factory.mktemp("resumed")
+    installed = ",".join(name for name in FRAMEWORKS if importlib.util.find_spec(name))
+    for how in ("begin", "resume"):
+        command = [sys.executable, str(SCRIPT), str(folder), how, installed, ",".join(RESUMING)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout + result.stderr
+    return folder
 
-    run("begin")
-    run("resume")
-    for optimizer in optimizers:
-        straight, resumed = (
-            torch.load(tmp_path / f"{optimizer}-{which}.pt", weights_only=True) for which in ("straight", "resumed")
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "framework",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"needs {name}"))
+        for name in FRAMEWORKS
+    ],
+)
+def test_a_framework_resumes_in_a_new_process_bit_for_bit(framework: str, resumed: Path) -> None:
+    """Two epochs, its own checkpoint, two more in a new process: the same as four epochs."""
+    for optimizer in RESUMING:
+        straight, went_on, half = (
+            torch.load(resumed / framework / f"{optimizer}-{which}.pt", weights_only=True)
+            for which in ("straight", "resumed", "half")
         )
-        half = torch.load(tmp_path / f"{optimizer}-half.pt", weights_only=True)
-        assert list(straight) == list(resumed) == list(half)
+        assert list(straight) == list(went_on) == list(half)
         assert any(not torch.equal(tensor, half[key]) for key, tensor in straight.items())
         for key, tensor in straight.items():
-            assert torch.equal(tensor, resumed[key]), f"{optimizer}: {key}"
+            assert torch.equal(tensor, went_on[key]), f"{optimizer}: {key}"
