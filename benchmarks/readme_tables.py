@@ -148,6 +148,24 @@ def compressed(folder: str) -> str:
     return _rendered(lines).replace("](docs/", "](../")
 
 
+def in_fuxictr(folder: str) -> str:
+    """Validation and test AUC of a peer's model over each method, the best on validation first."""
+    results = read(folder)
+    full = results[results["method"] == "full"].set_index("seed")
+    lines = [
+        ["method", "of full", "seeds", "validation AUC", "test AUC", "test AUC to full"],
+        ["---", *["---:"] * 5],
+    ]
+    means = results.groupby("method")["valid_auc"].mean().sort_values(ascending=False)
+    for method in means.index:
+        cells = results[results["method"] == method].set_index("seed")
+        share = cells["inference_bytes"].iloc[0] / full["inference_bytes"].iloc[0]
+        to_full = (cells["test_auc"] - full["test_auc"]).dropna().mean()
+        name = method if method.startswith("naive") else _linked(method)
+        lines.append([name, f"{share:.1%}", str(len(cells)), f"{means[method]:.4f}", _mean(cells), f"{to_full:+.4f}"])
+    return _rendered(lines).replace("](docs/", "](../")
+
+
 def _linked(method: str) -> str:
     """``hash(precision=int4)`` with the page of its kind behind the name."""
     kind, options, rest = method.partition("(")
@@ -225,6 +243,7 @@ def filled(page: Path, text: str) -> str:
         contents |= {f"speed-{part}": speed(report, part) for part in parts}
     if page == PAGE:
         contents["post-training"] = compressed("post-training")
+        contents["fuxictr-din"] = in_fuxictr("fuxictr-din")
     if page in METHOD_PAGES and "results:attained" in text:
         contents["attained"] = attained(page.stem)
     if page == GPU:

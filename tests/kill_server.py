@@ -40,7 +40,9 @@ class Server:
 
     def ended(self) -> int:
         """The exit code of the process that was started."""
-        return self._answer()
+        code = self._answer()
+        self._child = 0
+        return code
 
     def _answer(self) -> int:
         assert self._process.stdout is not None

@@ -40,7 +40,7 @@ def register_for(device_type: str) -> None:
     """Gives the operators these kernels for one type of device: ``"cpu"`` under Triton's interpreter."""
     fused_lookup.register_kernel(device_type, _lookup)
     update.register_kernel(device_type, _update)
-    reference.eager[device_type] = reference.Kernels(_gather, _Rows.look_up, _unpack)
+    reference.eager[device_type] = reference.Kernels(_gather, _Rows.apply, _unpack)
     registered.add(device_type)
 
 
@@ -79,25 +79,12 @@ class _Rows(torch.autograd.Function):
     """Rows that are updated in backward, as by ``embtables::lookup``. ``hook`` only makes autograd call it."""
 
     @staticmethod
-    def look_up(
-        weight: Tensor,
-        state: list[Tensor],
-        index: Tensor,
-        hook: Tensor,
-        hyper: Tensor,
-        rule: str,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        rows: Tensor = _Rows.apply(hook, weight, state, index, hyper, rule, dtype)
-        return rows
-
-    @staticmethod
     def forward(
         ctx: Any,
-        hook: Tensor,
         weight: Tensor,
         state: list[Tensor],
         index: Tensor,
+        hook: Tensor,
         hyper: Tensor,
         rule: str,
         dtype: torch.dtype,

@@ -359,7 +359,7 @@ def test_eager_lookups_go_straight_to_the_kernels(monkeypatch: pytest.MonkeyPatc
     weight, ids = module.store.weight_4, torch.tensor([[0, 1, 2], [3, 4, 5]], device=DEVICE)
     grad = torch.randn(2, 12, device=DEVICE)
     expected = weight.index_select(0, (ids + torch.tensor([0, 0, 9], device=DEVICE)).flatten()).view(2, 12)
-    monkeypatch.setitem(reference.eager, DEVICE, reference.Kernels(gpu._gather, gpu._Rows.look_up, gpu._unpack))
+    monkeypatch.setitem(reference.eager, DEVICE, reference.Kernels(gpu._gather, gpu._Rows.apply, gpu._unpack))
     monkeypatch.setattr(reference, "fused_lookup", None)
     with torch.no_grad():
         assert torch.equal(module(ids), expected)
