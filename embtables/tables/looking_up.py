@@ -23,7 +23,7 @@ from embtables.methods.base import Stage
 from embtables.plan.solver import checked_counts
 from embtables.tables.optimizer_state import OptimizerState
 from embtables.tables.outputs import Outputs
-from embtables.tables.reading import block_of
+from embtables.tables.reading import block_of, counts_of_rows
 
 
 class TableLookup(nn.Module):
@@ -184,16 +184,18 @@ class TableLookup(nn.Module):
 
         In ``backward`` the gradient of the vector w_j of each id j that a step looked up gets λ/n_j·w_j, once for each
         distinct id of a table, however often it occurs in the batch and in however many features of the table. That is
-        the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch. Padding gets none. The loss does not show
-        it, and a ``GradScaler`` does not scale it.
+        the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch. n_j is how often the rows of the id are
+        looked up in training, by all ids that share them, and the mean where it has several: so that over an epoch a
+        row is pulled towards 0 as strongly, whether one id has it or thousands. Padding gets none. The loss does not
+        show it, and a ``GradScaler`` does not scale it.
 
         Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, equations 6 and 7.
 
         Args:
             l2: λ; 0 switches it off.
             frequencies: ``{table name: counts}``, how often each id occurs in training, as in ``embtables.plan``, for
-                all tables that have a vocabulary; n_j is the count, at least 1, and 1 for the oov row. ``None``: n_j is
-                1, plain L2 of the vectors that are looked up. They take 4 bytes per id beside the tables and on
+                all tables that have a vocabulary; n_j is at least 1. ``None``: n_j is 1, plain L2 of the vectors that
+                are looked up. They take 4 bytes per id beside the tables and on
                 the host; ``memory()`` lists them under ``frequencies`` and counts them in its training bytes, which
                 the plan, that knows nothing of them, does not.
 
@@ -225,8 +227,11 @@ class TableLookup(nn.Module):
     def _add_regularizers(self) -> None:
         for block in self.lookups.blocks:
             block.regularizer = None
-            if self._regularization is not None and not self.served:
-                l2, counts = self._regularization
+        if self._regularization is not None and not self.served:
+            l2, counts = self._regularization
+            if self.store.device.type != "meta":  # where there are no addresses; what leaves it looks up anew
+                counts = counts_of_rows(self.lookups.blocks, counts)
+            for block in self.lookups.blocks:
                 block.regularizer = Regularizer(l2, block.tables, counts).to(self.store.device)
 
     def set_learning_rate(self, lr: float) -> None:

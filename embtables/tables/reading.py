@@ -1,12 +1,13 @@
-"""Reading single tables: their rows as dense vectors, and which of their ids share everything."""
+"""Reading tables: their rows as dense vectors, which of their ids share everything, and how often others share rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from embtables.lookup.block import Part
 from embtables.lookup.engine import without_autocast
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.step import Step
@@ -51,6 +52,49 @@ def share_of_collisions(lookup: BlockLookup, number: int) -> float:
     signatures = [lookup.block.signature(chunk, feature.expand_as(chunk)) for chunk in ids.split(_CHUNK)]
     _, inverse, counts = torch.unique(torch.cat(signatures), dim=0, return_inverse=True, return_counts=True)
     return float((counts[inverse] > 1).double().mean())
+
+
+def counts_of_rows(blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How often the rows of each id are looked up by all ids of all tables that share them, the mean over its rows.
+
+    With a row of its own alone that is how often the id itself occurs.
+
+    Args:
+        blocks: all blocks of tables that may share rows.
+        counts: ``{table name: occurrences [rows]}``.
+
+    Returns:
+        ``{table name: [rows]}``, fp32, on the device of the counts.
+    """
+    store = blocks[0].block.store
+    lookups = {
+        w: torch.zeros(len(store.matrix(w)), dtype=torch.float64, device=store.device) for w in store.weight_names
+    }
+    for name, of_table in counts.items():
+        own = of_table.to(store.device, torch.float64)
+        for part, ids in _rows_by_chunk(blocks, name):
+            there = (part.rows >= 0).reshape(len(ids), -1)
+            lookups[part.weight].index_add_(0, part.rows.clamp(min=0).flatten(), (own[ids, None] * there).flatten())
+    found = {}
+    for name, of_table in counts.items():
+        total, number = (torch.zeros(len(of_table), dtype=torch.float64, device=store.device) for _ in range(2))
+        for part, ids in _rows_by_chunk(blocks, name):
+            there = (part.rows >= 0).reshape(len(ids), -1)
+            of_rows = lookups[part.weight][part.rows.clamp(min=0)].reshape(len(ids), -1)
+            total.index_add_(0, ids, (of_rows * there).sum(1))
+            number.index_add_(0, ids, there.sum(1).double())
+        mean = torch.where(number > 0, total / number.clamp(min=1), of_table.to(total))
+        found[name] = mean.to(of_table.device, torch.float32)
+    return found
+
+
+def _rows_by_chunk(blocks: Sequence[BlockLookup], table: str) -> Iterator[tuple[Part, Tensor]]:
+    """The rows of all ids of a table, some ids at a time, and which ids ``[C]`` their first dimension stands for."""
+    lookup, number = block_of(blocks, table)
+    feature = lookup.lookup[number]
+    for ids in _all_ids(lookup, number).split(_CHUNK):
+        for part in lookup.block.address(ids, feature.expand_as(ids)):
+            yield part, ids if part.subset is None else ids[part.subset]
 
 
 def _all_ids(lookup: BlockLookup, number: int, rows: slice = slice(None)) -> Tensor:

@@ -123,7 +123,7 @@ class TablesConfig(_Section):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="mini-batch-aware L2: the gradient of an id in the batch gets regularization / its frequency × w",
+        description="mini-batch-aware L2: an id in the batch gets regularization / frequency of its rows × w",
     )
     fused: bool = Field(
         default=True, description="update inside backward; false: ordinary parameters under torch.optim"

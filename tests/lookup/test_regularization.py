@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -44,15 +45,23 @@ def backward(tables: EmbeddingTables) -> None:
     (0 * torch.cat([v.flatten() for v in result.values()]).sum()).backward()
 
 
+def found_counts(tables: EmbeddingTables) -> dict[str, Any]:
+    """n_j of every id, as the tables regularize by it."""
+    found = {}
+    for block in tables.lookups.blocks:
+        for config, start, number in zip(block.tables, block.regularizer.start, block.regularizer.known):
+            found[config.name] = block.regularizer.counts[int(start) : int(start + number)].double().tolist()
+    return found
+
+
 def term(vectors: dict[str, Tensor], counts: dict[str, Any] | None) -> Tensor:
     """½·λ·Σ ‖w_j‖²/n_j over the distinct ids of each table, one after another."""
     total = torch.zeros((), dtype=torch.float64)
     for table, features in (("item", ("item", "history")), ("brand", ("brand",)), ("maker", ("maker",))):
         used = {i for f in features for row in IDS[f] for i in row} - ({0} if table == "item" else set())
         for id_ in used:
-            known = counts is not None and id_ < len(counts[table])
-            n = max(1, int(counts[table][id_])) if counts is not None and known else 1
             row = min(id_, 40) if table == "brand" else id_
+            n = max(1, float(counts[table][row])) if counts is not None and row < len(counts[table]) else 1
             total = total + 0.5 * L2 * vectors[table][row].square().sum() / n
     return total
 
@@ -90,6 +99,7 @@ def test_gradient_of_any_storage_follows_the_chain_rule(method: Method) -> None:
     """The term's gradient with regard to the storage, by central differences in float64."""
     tables = build(method)
     tables.regularize(L2, COUNTS)
+    counts = found_counts(tables)
     backward(tables)
     grads = {name: p.grad.clone() for name, p in storage(tables).items() if p.grad is not None}
     tables.double()
@@ -97,7 +107,7 @@ def test_gradient_of_any_storage_follows_the_chain_rule(method: Method) -> None:
         stage.shows = {}  # whole rows are regularized, whatever lookups show of them
 
     def loss() -> float:
-        return float(term({t.name: tables.to_dense(t.name) for t in TABLES}, COUNTS))
+        return float(term({t.name: tables.to_dense(t.name) for t in TABLES}, counts))
 
     random = np.random.default_rng(0)
     for name, weight in storage(tables).items():
@@ -117,7 +127,10 @@ def test_gradient_of_any_storage_follows_the_chain_rule(method: Method) -> None:
 
 
 def test_compositional_rows_by_hand() -> None:
-    """Two partitions multiplied: the row of one gets λ/n_j·w_j∘(row of the other) for every distinct j that uses it."""
+    """Two partitions multiplied: the row of one gets λ/n_j·w_j∘(row of the other) for every distinct j that uses it.
+
+    n_j is the mean of how often the two rows are looked up, by all ids that have them.
+    """
     config = TableConfig("a", 100, 3, ["x", "y"])
     tables = EmbeddingTables(plan([config], "compositional", "40%", optimizer=None), std=0.5)
     counts = np.arange(100) % 5
@@ -129,13 +142,52 @@ def test_compositional_rows_by_hand() -> None:
     for j in (3, 14, 27):
         quotient, remainder = divmod(j, radix)
         vector = first[remainder] * second[quotient]
-        expected[0][remainder] += L2 / max(1, counts[j]) * vector * second[quotient]
-        expected[1][quotient] += L2 / max(1, counts[j]) * vector * first[remainder]
+        lookups = [sum(n for i, n in enumerate(counts) if i % radix == remainder)]
+        lookups.append(sum(n for i, n in enumerate(counts) if i // radix == quotient))
+        expected[0][remainder] += L2 / (sum(lookups) / 2) * vector * second[quotient]
+        expected[1][quotient] += L2 / (sum(lookups) / 2) * vector * first[remainder]
     (weight,) = tables.parameters()
     assert weight.grad is not None
     for j, want in enumerate(expected):
         start = tables.store.start(f"a/{j}")
         torch.testing.assert_close(weight.grad[start : start + len(want)].double(), want, rtol=1e-5, atol=1e-7)
+
+
+SHARING = [
+    "hash",
+    "frequency_cutoff",
+    {"kind": "multi_hash", "operation": "concat"},
+    {"kind": "hot_cold", "hot": 0.4},
+    {"kind": "unified", "width": 2},
+    {"kind": "banded", "precisions": [], "prior_count": 0},
+]
+
+
+@pytest.mark.parametrize("method", SHARING, ids=lambda m: method_id(from_config(m)))
+def test_ids_that_share_a_row_count_together(method: Any) -> None:
+    """Rows are found by their values, of which no two are alike."""
+    configs = [TableConfig("a", 60, 4, on_out_of_range="oov"), TableConfig("b", 40, 4)]
+    counts = {"a": np.arange(60) % 7 + (np.arange(60) < 5) * 100, "b": np.arange(40)[::-1] // 3}
+    tables = EmbeddingTables(plan(configs, method, 800, frequencies=counts, optimizer=None), std=0.5)
+    tables.regularize(L2, counts)
+    chunk = next(w.shape[1] for name, w in storage(tables).items() if name.startswith("weight"))
+    counted = {"a": [*counts["a"], 0], "b": list(counts["b"])}
+    rows = {
+        name: [[tuple(part.tolist()) for part in vector.split(chunk)] for vector in tables.to_dense(name)]
+        for name in counted
+    }
+    lookups: Counter[tuple[float, ...]] = Counter()
+    for name, of_table in rows.items():
+        for n, own in zip(counted[name], of_table):
+            lookups.update({row: 0 for row in own})
+            for row in own:
+                lookups[row] += n
+    assert any(len(set(map(tuple, of_table))) < len(of_table) or chunk < 4 for of_table in rows.values())
+    expected = {
+        name: [max(1, sum(lookups[row] for row in own) / len(own)) for own in of_table]
+        for name, of_table in rows.items()
+    }
+    assert found_counts(tables) == {name: pytest.approx(each, rel=1e-6) for name, each in expected.items()}
 
 
 def test_it_comes_on_top_of_the_loss_and_of_pooling() -> None:
