@@ -1,7 +1,7 @@
 """The native library's kernels in a program of their own, ``native/driver.cpp``, under sanitizers.
 
 ``EMBTABLES_SANITIZE_SEEDS`` is how many random cases there are. Without it nothing is compiled: sanitizers take minutes
-to compile the kernels of each instruction set. ``make sanitize`` sets it, and runs in CI.
+to compile the kernels of each instruction set. ``make sanitize`` sets it; run it after every change of the kernels.
 """
 
 from __future__ import annotations
