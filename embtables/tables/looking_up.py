@@ -229,7 +229,7 @@ class TableLookup(nn.Module):
             block.regularizer = None
         if self._regularization is not None and not self.served:
             l2, counts = self._regularization
-            if counts and self.store.device.type != "meta":  # there are no addresses there; what leaves it looks up anew
+            if counts and self.store.device.type != "meta":  # no addresses are there; what leaves it comes here again
                 counts = counts_of_rows(self.lookups.blocks, counts)
             for block in self.lookups.blocks:
                 block.regularizer = Regularizer(l2, block.tables, counts).to(self.store.device)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from embtables.lookup.block import Part
 from embtables.lookup.engine import without_autocast
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.step import Step
@@ -72,29 +71,27 @@ def counts_of_rows(blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor]) 
     }
     for name, of_table in counts.items():
         own = of_table.to(store.device, torch.float64)
-        for part, ids in _rows_by_chunk(blocks, name):
-            there = (part.rows >= 0).reshape(len(ids), -1)
-            lookups[part.weight].index_add_(0, part.rows.clamp(min=0).flatten(), (own[ids, None] * there).flatten())
+        for weight, rows, ids in _rows_by_chunk(blocks, name):
+            lookups[weight].index_add_(0, rows.clamp(min=0).flatten(), (own[ids, None] * (rows >= 0)).flatten())
     found = {}
     for name, of_table in counts.items():
         total, number = (torch.zeros(len(of_table), dtype=torch.float64, device=store.device) for _ in range(2))
-        for part, ids in _rows_by_chunk(blocks, name):
-            there = (part.rows >= 0).reshape(len(ids), -1)
-            of_rows = lookups[part.weight][part.rows.clamp(min=0)].reshape(len(ids), -1)
-            total.index_add_(0, ids, (of_rows * there).sum(1))
-            number.index_add_(0, ids, there.sum(1).double())
+        for weight, rows, ids in _rows_by_chunk(blocks, name):
+            total.index_add_(0, ids, (lookups[weight][rows.clamp(min=0)] * (rows >= 0)).sum(1))
+            number.index_add_(0, ids, (rows >= 0).sum(1).double())
         mean = torch.where(number > 0, total / number.clamp(min=1), of_table.to(total))
         found[name] = mean.to(of_table.device, torch.float32)
     return found
 
 
-def _rows_by_chunk(blocks: Sequence[BlockLookup], table: str) -> Iterator[tuple[Part, Tensor]]:
-    """The rows of all ids of a table, some ids at a time, and which ids ``[C]`` their first dimension stands for."""
+def _rows_by_chunk(blocks: Sequence[BlockLookup], table: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The rows of all ids of a table: a weight, places in it ``[C, P]``, −1 for none, and the ids ``[C]`` that ask."""
     lookup, number = block_of(blocks, table)
     feature = lookup.lookup[number]
     for ids in _all_ids(lookup, number).split(_CHUNK):
         for part in lookup.block.address(ids, feature.expand_as(ids)):
-            yield part, ids if part.subset is None else ids[part.subset]
+            rows = part.rows.unsqueeze(1) if part.rows.ndim == 1 else part.rows.flatten(1)
+            yield part.weight, rows, ids if part.subset is None else ids[part.subset]
 
 
 def _all_ids(lookup: BlockLookup, number: int, rows: slice = slice(None)) -> Tensor:

@@ -190,6 +190,17 @@ def test_ids_that_share_a_row_count_together(method: Any) -> None:
     assert found_counts(tables) == {name: pytest.approx(each, rel=1e-6) for name, each in expected.items()}
 
 
+def test_kinds_of_rows_that_a_table_is_without() -> None:
+    configs = [TableConfig("a", 20, 4), TableConfig("b", 40, 4)]
+    counts = {"a": np.array([1_000] * 5 + [0] * 15), "b": np.full(40, 3)}
+    tables = EmbeddingTables(plan(configs, {"kind": "banded", "precisions": ["binary/1"]}, 150, counts, None))
+    bands = {name: entry.values for name, entry in tables.plan.groups[0].layout.entries.items()}
+    assert [values["precisions"] for values in bands.values()] == [["fp32"], ["binary/1"]]
+    tables.regularize(L2, counts)
+    (own,) = bands["b"]["rows"]
+    assert found_counts(tables) == {"a": [1_000.0] * 5 + [1.0] * 15, "b": [3.0] * own + [3.0 * (40 - own)] * (40 - own)}
+
+
 def test_it_comes_on_top_of_the_loss_and_of_pooling() -> None:
     tables, twin = build("full", seed=1), build("full", seed=1)
     tables.regularize(L2, COUNTS)
