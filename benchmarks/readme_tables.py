@@ -145,7 +145,7 @@ def compressed(folder: str) -> str:
         held = ["" if pd.isna(share) else f"{share:.2f}" for share in (row.held_user_id, row.held_item_id)]
         aucs = f"{row.test_auc_at_once:.4f}", f"{row.test_auc_after_an_epoch:.4f}"
         lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *aucs])
-    return _rendered(lines).replace("](docs/", "](../")
+    return _rendered(lines)
 
 
 def in_fuxictr(folder: str) -> str:
@@ -163,7 +163,7 @@ def in_fuxictr(folder: str) -> str:
         to_full = (cells["test_auc"] - full["test_auc"]).dropna().mean()
         name = method if method.startswith("naive") else _linked(method)
         lines.append([name, f"{share:.1%}", str(len(cells)), f"{means[method]:.4f}", _mean(cells), f"{to_full:+.4f}"])
-    return _rendered(lines).replace("](docs/", "](../")
+    return _rendered(lines)
 
 
 def _linked(method: str) -> str:
@@ -235,8 +235,7 @@ def filled(page: Path, text: str) -> str:
     for (of, marker), folder in SWEEPS.items():
         if of == page:
             figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
-            rows = table(read(folder)).replace("](docs/", f"]({docs}")
-            contents[marker] = f"{rows}\n\n![test AUC against bytes]({figure})"
+            contents[marker] = f"{table(read(folder))}\n\n![test AUC against bytes]({figure})"
     if SPEED_REPORT.exists():
         report = SPEED_REPORT.read_text(encoding="utf-8")
         parts = re.findall("<!-- results:speed-(.*?) -->", text)
@@ -251,7 +250,8 @@ def filled(page: Path, text: str) -> str:
         contents["gpu-machine"] = gpu_machine("gpu")
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
-        whole = f"{start}\n{content}\n{end}"
+        linked = content.replace("](docs/methods/", f"]({docs}methods/")
+        whole = f"{start}\n{linked}\n{end}"
         text, found = re.subn(f"{start}.*?{end}", lambda _: whole, text, flags=re.S)  # noqa: B023
         if not found:
             raise ValueError(f"{page.relative_to(ROOT)} has no {start}")

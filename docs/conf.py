@@ -15,7 +15,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/**.md", "docs/**.rst"]
 # Folders that no page lies in need not be walked through: an environment has a hundred thousand files.
-exclude_patterns = [".*", "build", "dist", "runs", "tests", "embtables", "benchmarks", "docs/results/**/*.csv"]
+exclude_patterns = [".*", "build", "dist", "runs", "tests", "embtables", "benchmarks"]
 html_theme = "furo"
 html_title = f"embtables {release}"
 
