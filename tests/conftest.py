@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,13 @@ def curves_in_words() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outcome, "draw_curve", lambda rows, kept, path: path.write_text(repr((rows, kept))))
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet() -> None:
+    """Every test may compile the same code for tables of its own, of which torch allows eight in a process."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -508,7 +508,6 @@ def test_bags_as_torch(mode: str, padding_idx: int | None, include_last_offset: 
 )
 def test_ids_behind_the_last_bag_move_nothing(how: str, optimizer: SGD | str | None, l2: float) -> None:
     """Nor do they count as occurrences: all is as if they had not been given, although they are checked."""
-    torch._dynamo.reset()
     config = TableConfig("item", 300, 16, padding_idx=2, pooling="mean")
     without = EmbeddingTables(plan([config], "hash", "50%", optimizer=optimizer))
     without.regularize(l2, {"item": range(1, 301)})

@@ -481,7 +481,6 @@ def test_dlrm_compiles_as_one_graph_and_trains() -> None:
 @pytest.mark.parametrize("method", methods.kinds())
 def test_dlrm_compiles_as_one_graph_with_any_method(method: str) -> None:
     """Outputs and gradients for ``torch.optim`` are those of the model that is not compiled."""
-    torch._dynamo.reset()
     counts = {name: range(rows) for name, rows in zip("abc", ROWS.values())}
     model = dlrm({"method": method, "budget": None if method == "full" else 0.6, "frequencies": counts})
     model.train(method != "matryoshka")  # whose training lookups draw what they show

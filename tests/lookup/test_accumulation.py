@@ -320,7 +320,6 @@ def test_a_lookup_before_the_block_may_have_its_backward_after_it() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "backend"), zip(["hash", "compositional"], BACKENDS))
 def test_compiled_lookups_accumulate_too(method: str, backend: str) -> None:
-    torch._dynamo.reset()
     with ops.using(backend):
         one, chunked = twins(method, Adagrad(0.1))
         ids, weight = examples(one)
@@ -335,7 +334,6 @@ def test_compiled_lookups_accumulate_too(method: str, backend: str) -> None:
 
 
 def test_one_graph_for_all_is_refused() -> None:
-    torch._dynamo.reset()
     tables, _ = twins("hash", Adagrad(0.1))
     compiled = torch.compile(tables, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="which no graph can hold"), tables.accumulate():

@@ -21,12 +21,6 @@ TABLES = [
 METHODS = ["full", "hash", "multi_hash", "unified", "robe"]
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled_yet() -> None:
-    """Each case compiles the same code for other tables, of which torch allows eight."""
-    torch._dynamo.reset()
-
-
 def make(method: str, optimizer: str | None) -> EmbeddingTables:
     return EmbeddingTables(plan(TABLES, method, None if method == "full" else "10%", optimizer=optimizer))
 

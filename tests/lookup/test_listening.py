@@ -119,7 +119,6 @@ def test_nothing_is_heard_where_nothing_trains() -> None:
 
 
 def test_compiled_lookups_run_uncompiled_or_are_refused() -> None:
-    torch._dynamo.reset()
     tables, listener = listening("hash", "sgd")
     ids = random_ids(tables, 5)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="a stage that listens to gradients"):

@@ -128,7 +128,6 @@ class LookedUp(nn.Module):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_dense_part_is_one_graph(name):
-    torch._dynamo.reset()
     tables = tables_for("full", LISTS)
     # Whether histories are aligned depends on the data, so a mapping of several breaks the graph.
     apart = {"pairs": [{"history": "item"}, {"category_history": "category"}]} if name == "din" else {}
