@@ -7,6 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+# Threads that wait for each other sleep instead of spinning: here processes fill the cores, and whoever spins takes the
+# core from the thread that it waits for, for milliseconds each time. It counts where it is set before torch comes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -123,7 +123,7 @@ def options(epochs: int) -> list[str]:
 
 def test_train(data: Path, tmp_path: Path, server: Server) -> None:
     def work(folder: Path) -> Work:
-        return "train", ["train", str(data), "--out", str(folder / "run"), *options(3)]
+        return "train", ["train", str(data), "--out", str(folder / "run"), *options(2)]
 
     check(server, work, tmp_path, "train")
 

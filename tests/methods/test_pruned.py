@@ -143,7 +143,7 @@ def test_a_larger_budget_shrinks_nothing(sizes: list[tuple[int, int]], shares: l
 
 def test_every_byte_of_one_form_to_the_next() -> None:
     """One step of a byte never takes any away, where forms take over from each other as well."""
-    tables = by_dim(Group("g", (TableConfig("a", 400, 9), TableConfig("b", 30, 9)), (None, None), 0))[0]
+    tables = by_dim(Group("g", (TableConfig("a", 200, 9), TableConfig("b", 15, 9)), (None, None), 0))[0]
     found = [tables.largest_form(limit) for limit in range(tables.least_bytes, tables.full_bytes)]
     assert [form for form, _ in dict.fromkeys((form, 0) for form, _, _ in found)] == ["entries", "bitmap"]
     totals = [sum(code.num_bytes for code in codes) for _, _, codes in found]

@@ -404,7 +404,7 @@ def test_what_one_class_leaves_undefined_chooses_nothing_and_is_printed_as_such(
     found = json.loads((tmp_path / "other" / "metrics.json").read_text())
     assert found["valid_auc"] is None and found["test_normalized_entropy"] is None and 0 < found["test_logloss"] < 1
     settings = ["--set", "training.monitor=logloss", "--set", "training.epochs=1", "--model", "mlp", "--seeds", "1"]
-    sweep = ["sweep", str(data.path), "--methods", "full,hash", "--budgets", "50%", *settings, "--no-baselines"]
+    sweep = ["sweep", str(data.path), "--methods", "hash", "--budgets", "50%", *settings, "--no-baselines"]
     assert main([*sweep, "--out", str(tmp_path / "sweep")]) == 0
     assert "test AUC undefined" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "sweep")]) == 0
