@@ -1,8 +1,8 @@
 """Stands for ``embtables train`` in the tests of sweeps: writes a run directory in a blink.
 
-A score is the label plus noise, more of it for smaller budgets, and less of it at the learning rate 0.3.
-Files in the directory FAKE names steer it: ``fail-METHOD``: ends with an error; ``slow``: waits until that is gone;
-``die``: kills itself. Every start adds a line to ``started``.
+A score is the label plus noise, more of it for smaller budgets, and less of it the closer tuned fields are to 0.3.
+Files in the directory FAKE names steer it: ``fail-METHOD``: ends with an error; ``fail-METHOD-BUDGET``: at this budget;
+``slow``: waits until that is gone; ``die``: kills itself. Every start adds a line to ``started``.
 """
 
 from __future__ import annotations
@@ -61,16 +61,18 @@ def main() -> None:
 def write(out: Path, tables: dict[str, str], args: argparse.Namespace) -> None:
     fake, budget = Path(os.environ["FAKE"]), str(tables["budget"] or "")
     method = PROJECTED if "projection" in tables["method"] else tables["method"]
-    if (fake / f"fail-{method}").exists():
+    if any((fake / name).exists() for name in (f"fail-{method}", f"fail-{method}-{budget}")):
         print("some progress\rError: the loss is NaN at step 7", file=sys.stderr)
         sys.exit(2)
-    rate = next((float(item.split("=")[1]) for item in args.set), 0.05)
+    tuned = dict(item.split("=") for item in args.set)
+    off = sum(abs(float(value) - 0.3) for value in tuned.values())
     labels = np.load(out.parent.parent / "test_labels.npy")
     generator = np.random.default_rng(args.seed)
-    noise = NOISE.get(method, 1.2 + len(method) / 20) * (1 + 10 * abs(rate - 0.3) if args.set else 1) + ("1%" == budget)
+    noise = NOISE.get(method, 1.2 + len(method) / 20) * (1 + 10 * off) + ("1%" == budget)
     scores = (labels + noise * generator.standard_normal(len(labels))).astype(np.float32)
     out.mkdir(parents=True, exist_ok=True)
     np.save(out / "test_scores.npy", scores)
+    rate = tuned.get("tables.learning_rate", 0.05)
     (out / "config.yaml").write_text(f"tables: {{learning_rate: {rate}}}\ndense: {{learning_rate: 0.001}}\n")
     plans = json.loads((out.parent.parent / "plans.json").read_text())
     planned = next(p for p in plans if (p["method"], p["budget"]) == (method, budget))

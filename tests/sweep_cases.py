@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from embtables.sweeps.cells import Cell, parse_methods
-from embtables.sweeps.sweep import SweepConfig, describe, run_sweep, train_command
+from embtables.sweeps.config import SweepConfig, describe
+from embtables.sweeps.sweep import run_sweep, train_command
 from embtables.training.config import load_config
 
 CELL = Path(__file__).with_name("benchmark_cell.py")
@@ -24,7 +25,7 @@ def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
 
 
 def config_of(data: Path, seeds: int = 2, budgets: str = "50%,1%,8", **flags: object) -> SweepConfig:
-    return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags), [])
+    return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags))
 
 
 def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., list[str]] = fake_cell) -> list[dict]:
@@ -34,3 +35,9 @@ def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., li
 def read(out: Path) -> list[dict[str, str]]:
     with (out / "results.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def started(fake: Path) -> list[str]:
+    """The names of the cells that trained, in order."""
+    file = fake / "started"
+    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []

@@ -103,9 +103,25 @@ def sweep(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
     ] = None,
-    learning_rates: Annotated[
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE,VALUE",
+            help="Values to choose from on validation, with seed 0, for each method and budget, such as "
+            "tables.regularization=0.03,0.1,0.3; repeatable, for all combinations.",
+        ),
+    ] = None,
+    tune_at: Annotated[
         str | None,
-        typer.Option(help="Grid for the tables, such as 0.02,0.05,0.1; chosen on validation by method and budget."),
+        typer.Option(help="The one of --budgets at which --tune is tried, for all; else each has its own choice."),
+    ] = None,
+    best: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train further seeds only for the baselines, and for so many others that are best on validation with "
+            "seed 0, of each budget.",
+        ),
     ] = None,
     baselines: Annotated[
         bool,
@@ -120,21 +136,28 @@ def sweep(
     not trained; full ignores the budgets. The result is OUT/results.csv; `embtables report OUT` makes a table and a
     figure of it, at any time.
 
+    --tune chooses any field of the training for each method on validation, with seed 0: at every budget, or at the one
+    of --tune-at for all. --best spends the further seeds on the methods that validation puts first. Both choose by
+    training.monitor.
+
     Examples:
 
     \b
       embtables sweep data/globo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/globo
       embtables sweep data/globo --methods hash,robe --precisions fp32,int4 --budgets 10%,1% --out runs/precisions
-      embtables sweep data/globo --methods robe --budgets 64MB --learning-rates 0.02,0.05,0.1 --out runs/robe
+      embtables sweep data/globo --methods robe --budgets 64MB --tune tables.learning_rate=0.02,0.05,0.1 --out runs/robe
+      embtables sweep data/globo --methods all --precisions fp32,int4 --budgets 10%,1% \\
+        --tune tables.regularization=0.1,0.3 --tune-at 1% --seeds 3 --best 5 --out runs/globo
       embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}' \\
         --variant 'DIN: {model.name: din}' --out runs/din
     """
     from embtables.cli.train import names_of
-    from embtables.sweeps.cells import in_precisions, parse_budgets, parse_methods, parse_variants, with_baselines
-    from embtables.sweeps.sweep import describe, run_sweep
+    from embtables.sweeps import cells
+    from embtables.sweeps.config import describe
+    from embtables.sweeps.sweep import run_sweep
     from embtables.training.config import load_config
 
-    chosen = in_precisions(parse_methods(methods), precisions)
+    chosen = cells.in_precisions(cells.parse_methods(methods), precisions)
     flags = {"model.name": model, "data.leave_out": names_of(leave_out), "data.max_history": max_history}
 
     def train(fields: dict[str, Any]) -> RunConfig:
@@ -143,12 +166,14 @@ def sweep(
     rows = run_sweep(
         describe(
             data,
-            with_baselines(chosen) if baselines and budgets else chosen,
-            parse_budgets(budgets) if budgets is not None else [],
+            cells.with_baselines(chosen) if baselines and budgets else chosen,
+            cells.parse_budgets(budgets) if budgets is not None else [],
             seeds,
             train({}),
-            _numbers(learning_rates),
-            {name: train(fields) for name, fields in parse_variants(variants or []).items()},
+            {name: train(fields) for name, fields in cells.parse_variants(variants or []).items()},
+            tune=cells.parse_tune(tune or []),
+            tune_at=tune_at,
+            best=best,
         ),
         out,
         jobs=jobs,
@@ -166,20 +191,6 @@ def sweep(
             err=True,
         )
         raise typer.Exit(1)
-
-
-def _numbers(text: str | None) -> list[float]:
-    if text is None:
-        return []
-    try:
-        rates = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--learning-rates {text!r}: give numbers separated by commas, such as 0.01,0.03,0.1"
-        ) from None
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"--learning-rates {text!r}: every learning rate must be above 0")
-    return list(dict.fromkeys(rates))
 
 
 def report(

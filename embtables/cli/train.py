@@ -10,7 +10,7 @@ import typer
 from embtables._util.files import check_seal, followed, remove_leftovers
 from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
-from embtables.training.config import RunConfig, load_config, parse_value, with_tables
+from embtables.training.config import RunConfig, load_config, parse_value, with_fields
 from embtables.training.export import MODEL, TABLES, WEIGHTS, check_served, copy_served
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
@@ -201,7 +201,10 @@ def _beside(text: str, config: RunConfig) -> dict[Path, RunConfig]:
         raise ValueError(
             f"--also {text!r} is not of the form FOLDER: {{FIELD: VALUE}}, such as 'runs/int8: {{precision: int8}}'"
         )
-    return {Path(str(folder)): with_tables(config, fields) for folder, fields in found.items()}
+    return {
+        Path(str(folder)): with_fields(config, {f"tables.{name}": value for name, value in fields.items()})
+        for folder, fields in found.items()
+    }
 
 
 def names_of(text: str | None) -> list[str] | None:

@@ -6,7 +6,10 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
+
+import yaml
 
 from embtables._util.reading import NotYaml, parse_yaml
 from embtables.formats import FP32, row_format
@@ -41,14 +44,14 @@ _LONGEST_NAME = 200
 class Cell:
     """One run of a sweep.
 
-    `budget` is the text the user gave, and empty where the method takes none; `learning_rate` is None where the
-    training configuration's own applies; `variant` names the training configuration, where there are several.
+    `budget` is the text the user gave, and empty where the method takes none; `tuned` is an entry of :func:`grid`, and
+    empty where the training configuration applies as it is; `variant` names that, where there are several.
     """
 
     method: str
     budget: str
     seed: int
-    learning_rate: float | None = None
+    tuned: str = ""
     variant: str = ""
 
     @property
@@ -58,8 +61,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique in its sweep and fit for a file name: ``hash-10pct-s0``."""
-        rate = "" if self.learning_rate is None else f"lr{self.learning_rate:g}"
-        return file_name(self.variant, self.method, self.budget.replace("%", "pct"), f"s{self.seed}", rate)
+        values = [re.sub(r"^[\w.]*\.", "", assignment) for assignment in assignments(self.tuned)]
+        return file_name(self.variant, self.method, self.budget.replace("%", "pct"), f"s{self.seed}", *values)
 
 
 def file_name(*parts: str) -> str:
@@ -94,6 +97,47 @@ def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"variant {text!r} needs a name with letters or digits in it")
             variants[str(name)] = {str(field): value for field, value in fields.items()}
     return variants
+
+
+def parse_tune(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """``["tables.regularization=0.03,0.1", …]`` as {field: values}, in the order given.
+
+    Raises:
+        ValueError: a text is of another form or has no values, or a field is given twice.
+    """
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        field, _, listed = text.partition("=")
+        field = field.strip()
+        try:
+            values = parse_yaml(f"[{listed}]")
+        except NotYaml:
+            values = None
+        if not field or not isinstance(values, list) or not values:
+            raise ValueError(
+                f"--tune {text!r} is not of the form FIELD=VALUE,VALUE, such as tables.regularization=0.03,0.1,0.3"
+            )
+        if field in found:
+            raise ValueError(f"--tune {field} is given twice: give all its values at once, separated by commas")
+        found[field] = values
+    return found
+
+
+def grid(tune: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Every combination of the values as a text, ``"tables.regularization=0.1 tables.learning_rate=0.05"``."""
+    named = [[assignment(field, value) for value in values] for field, values in tune.items()]
+    return [" ".join(combination) for combination in product(*named)] if named else []
+
+
+def assignment(field: str, value: Any) -> str:
+    """``field=value``, from which YAML reads the same value."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return f"{field}={text.strip().removesuffix('...').strip()}"
+
+
+def assignments(tuned: str) -> list[str]:
+    """The parts of an entry of :func:`grid`, one a field."""
+    return re.split(r" (?=[\w.]+\.\w+=)", tuned) if tuned else []
 
 
 def parse_methods(text: str) -> dict[str, MethodSpec]:
@@ -156,11 +200,19 @@ def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
     """`methods` and the baselines that it lacks: full first, the others last."""
     missing: dict[str, MethodSpec] = {}
     for spec in BASELINES:
-        label = method_label(spec)
-        if not {label, method_label(_in_precision(spec, FP32.name))} & methods.keys():
-            missing[label] = spec
+        if not _labels(spec) & methods.keys():
+            missing[method_label(spec)] = spec
     first: dict[str, MethodSpec] = {"full": "full"} if "full" in missing else {}
     return {**first, **methods, **missing}
+
+
+def is_baseline(method: str) -> bool:
+    """Whether a label is that of a baseline, with or without the precision fp32 written out."""
+    return any(method in _labels(spec) for spec in BASELINES)
+
+
+def _labels(spec: MethodSpec) -> set[str]:
+    return {method_label(spec), method_label(_in_precision(spec, FP32.name))}
 
 
 def parse_budgets(text: str) -> list[str]:
@@ -175,6 +227,11 @@ def parse_budgets(text: str) -> list[str]:
     for budget in budgets:
         found.setdefault(_meaning(budget), budget)
     return list(found.values())
+
+
+def same_budget(text: str, budgets: Sequence[str]) -> str | None:
+    """The one of `budgets` that means what `text` does; None where there is none."""
+    return next((budget for budget in budgets if _meaning(budget) == _meaning(text.strip())), None)
 
 
 def _meaning(budget: str) -> tuple[str, object]:

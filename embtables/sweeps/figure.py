@@ -179,7 +179,8 @@ def _label_axes(axes: Axes, summary: Summary) -> None:
     axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     config = summary.config
-    seeds = "1 seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
+    most = f"up to {config.seeds}" if config.best is not None else f"{config.seeds}"
+    seeds = "1 seed" if config.seeds == 1 else f"mean and range of {most} seeds"
     unfinished = f" · unfinished: {summary.num_finished} of {summary.num_expected} cells" if summary.is_partial else ""
     axes.set_title(f"{summary.title} · {seeds}{unfinished}", loc="left", fontsize=11, pad=26)
     full = summary.full

@@ -30,6 +30,7 @@ HEADER = (
     "seeds",
     "note",
 )
+_RATES = {"tables.learning_rate", "dense.learning_rate"}
 _RIGHT = {"bytes", "of full", "test AUC", "difference to full", "95 % ≠ 0", "log loss", "seeds"}
 
 DETAIL = {
@@ -125,7 +126,7 @@ def line(point: Point, summary: Summary) -> tuple[str, ...]:
         _difference(point),
         _excluding_zero(point),
         _number(point.mean("test_logloss")),
-        f"{point.num_ok}/{summary.config.seeds}",
+        f"{point.num_ok}/{point.num_seeds}",
         note(point, summary),
     )
 
@@ -143,8 +144,8 @@ def note(point: Point, summary: Summary) -> str:
         notes.append(f"NO BETTER than the base rate (normalized entropy {entropy:.2f})")
     if point.num_failed:
         notes.append(f"{point.num_failed} failed: {point.message}")
-    if summary.config.learning_rates and point.num_ok:
-        notes.append(f"learning rate {point.mean('learning_rate'):g}")
+    if point.tuned:
+        notes.append(point.tuned + _elsewhere(point, summary))
     if point.p_value is not None:
         notes.append(f"p = {point.p_value:.3g}")
     if not point.num_ok and not notes:
@@ -152,10 +153,18 @@ def note(point: Point, summary: Summary) -> str:
     return "; ".join(notes)
 
 
+def _elsewhere(point: Point, summary: Summary) -> str:
+    """Where the values of `point` were chosen, where neither its row nor the remarks say so."""
+    home = summary.tuned_at(point)
+    if home is None or home is point:
+        return ""
+    if home.num_failed and not home.num_ok:
+        return f" (the first of the grid: all of it failed at {home.budget})"
+    return "" if home.budget == summary.config.tune_at else f" (chosen at {home.budget})"
+
+
 def head(summary: Summary) -> list[str]:
-    config = summary.config
-    seeds = "seed" if config.seeds == 1 else "seeds"
-    lines = [f"{summary.title} · {config.seeds} {seeds}"]
+    lines = [f"{summary.title} · {_seeds(summary)}"]
     if summary.is_partial:
         lines.append(
             f"Unfinished: {summary.num_finished} of {summary.num_expected} cells have a result; "
@@ -164,9 +173,18 @@ def head(summary: Summary) -> list[str]:
     return lines
 
 
+def _seeds(summary: Summary) -> str:
+    config = summary.config
+    seeds = f"{config.seeds} {'seed' if config.seeds == 1 else 'seeds'}"
+    if config.best is None:
+        return seeds
+    each = "each variant and budget" if config.variants else "each budget"
+    return f"{seeds} for baselines and the {config.best} best of {each} on validation, 1 for the rest"
+
+
 def remarks(summary: Summary) -> list[str]:
     """What must be known to read the table."""
-    found = [learning_rates(summary)]
+    found = [remark for remark in (tuned(summary), learning_rates(summary)) if remark]
     if summary.config.variants:
         first, *others = summary.config.variants
         found.append(
@@ -185,6 +203,8 @@ def remarks(summary: Summary) -> list[str]:
         found.append("There is no full table to compare to yet.")
     if summary.config.seeds < LEAST_SEEDS_FOR_P:
         found.append(f"No p-values: they need at least {LEAST_SEEDS_FOR_P} seeds.")
+    elif any(point.num_seeds < LEAST_SEEDS_FOR_P for point in summary.points):
+        found.append(f"No p-values for methods with 1 seed: they need at least {LEAST_SEEDS_FOR_P}.")
     return found
 
 
@@ -193,24 +213,36 @@ def _list(points: Iterable[Point]) -> str:
     return ", ".join(names)
 
 
+def tuned(summary: Summary) -> str:
+    """What was tuned, from which values and on what, in one sentence; nothing where nothing was."""
+    config = summary.config
+    if not config.tune:
+        return ""
+    if config.tune_at is None:
+        where = "variant, method and budget" if config.variants else "method and budget"
+    else:
+        where = "variant and method" if config.variants else "method"
+        where += f", at {config.tune_at} or else the first budget that is feasible, and used at all"
+    fields = (f"{field} from {', '.join(map(str, values))}" for field, values in config.tune.items())
+    return f"Chosen on validation with seed 0 for each {where}: {'; '.join(fields)} (tuning.csv)."
+
+
 def learning_rates(summary: Summary) -> str:
-    """How the learning rates came about: one sentence, or one a field."""
-    grid = summary.config.learning_rates
-    if grid:
-        rates = ", ".join(f"{rate:g}" for rate in grid)
-        return (
-            f"The tables' learning rate was chosen for each method and budget from {rates} on validation with seed 0 "
-            "(learning_rates.csv); that of the dense part was shared."
-        )
-    if not summary.learning_rates:
-        return "The learning rates were shared by all methods; none was tuned for a method."
+    """How those learning rates came about that were not tuned; nothing where all were."""
+    tuned_rates = _RATES & summary.config.tune.keys()
+    rates = {name: values for name, values in summary.learning_rates.items() if name not in tuned_rates}
+    if not rates:
+        everyone = "The learning rates were shared by all methods; none was tuned for a method."
+        return "" if tuned_rates else everyone
     parts = []
-    for name, values in summary.learning_rates.items():
+    for name, values in rates.items():
         if len(values) == 1:
             parts.append(f"{name} {next(iter(values))}")
         else:
             differing = "; ".join(f"{value} for {', '.join(methods)}" for value, methods in values.items())
             parts.append(f"{name} NOT shared ({differing})")
+    if tuned_rates:
+        return f"Of the learning rates these were shared by all methods: {', '.join(parts)}."
     return f"Learning rates were shared by all methods, none was tuned for a method: {', '.join(parts)}."
 
 

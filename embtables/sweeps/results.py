@@ -42,7 +42,6 @@ COLUMNS = (
     "collision_share",
     "lookup_latency_us",
     "epochs",
-    "learning_rate",
     "cell",
     "message",
     "variant",
@@ -50,6 +49,7 @@ COLUMNS = (
     "valid_gauc_weighted",
     "valid_gauc_mean",
     "trained_with",
+    "tuned",
 )
 
 # What the sweep itself knows of a cell; a run's own word on these is not asked for.
@@ -60,11 +60,11 @@ _OF_THE_SWEEP = (
     "budget",
     "seed",
     "status",
-    "learning_rate",
     "cell",
     "message",
     "variant",
     "trained_with",
+    "tuned",
 )
 
 
@@ -102,11 +102,11 @@ def row(cell: Cell, status: str, dataset: str, model: str, values: Mapping[str, 
         "seed": cell.seed,
         **measured,
         "status": status,
-        "learning_rate": values.get("learning_rate"),
         "cell": cell.name,
         "message": values.get("message"),
         "variant": cell.variant,
         "trained_with": values.get("trained_with"),
+        "tuned": cell.tuned,
     }
 
 
@@ -123,7 +123,7 @@ def write_hparams(row: Mapping[str, Any], folder: Path) -> None:
     """One entry for the HParams page of TensorBoard: the cell's coordinates against its results."""
     from torch.utils.tensorboard import SummaryWriter
 
-    coordinates = {name: row[name] for name in ("dataset", "variant", "model", "method", "budget", "seed")}
+    coordinates = {name: row[name] for name in ("dataset", "variant", "model", "method", "budget", "seed", "tuned")}
     skipped = {*coordinates, "status", "cell", "message", "trained_with"}
     numbers = {
         name: float(value)

@@ -18,16 +18,18 @@ from rich.progress import track
 
 from embtables._util.files import check_seal, remove_leftovers, sealed, sha256, unsealed, write_json
 from embtables._util.reading import inside, read_array, read_json, read_text, read_yaml
-from embtables.sweeps.cells import BASELINES, Cell, kind_of, takes_budget
+from embtables.sweeps.cells import BASELINES, Cell, Place, kind_of, takes_budget
+from embtables.sweeps.choosing import finalists, num_finalists, tuned_at
+from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.sweeps.results import COLUMNS, MEASURED, read_metrics
-from embtables.sweeps.sweep import LABELS_CHECKSUM, SweepConfig, read_config
+from embtables.training.learning_curve import value_of
 from embtables.training.metrics import bootstrap_auc_difference
 
 DROP = "drop_feature"
 FEWER = "fewer_dimensions"
 LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
-_TEXTS = ("budget", "method", "message", "cell", "variant", "trained_with")
+_TEXTS = ("budget", "method", "message", "cell", "variant", "trained_with", "tuned")
 _WHOLE = ("seed", "inference_bytes", "training_bytes", "full_bytes", "floor_bytes")
 _SINCE_VARIANTS = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean")
 
@@ -50,12 +52,13 @@ class Difference:
 
 @dataclass
 class Point:
-    """One method at one budget of one variant, over all seeds that are finished."""
+    """One method at one budget of one variant, over all seeds that are finished, of `num_seeds` that are asked for."""
 
     method: str
     budget: str
     takes_budget: bool
     rows: pd.DataFrame
+    num_seeds: int
     floor_bytes: int | None = None
     message: str = ""
     num_failed: int = 0
@@ -66,8 +69,17 @@ class Point:
     variant: str = ""
 
     @property
+    def place(self) -> Place:
+        return self.variant, self.method, self.budget
+
+    @property
     def num_ok(self) -> int:
         return len(self.rows)
+
+    @property
+    def tuned(self) -> str:
+        """The values that were chosen from a grid; empty where there is no result, or was no grid."""
+        return str(self.rows["tuned"].iloc[0]) if self.num_ok else ""
 
     def mean(self, column: str) -> float:
         """Mean over the finished seeds; nan where there is none, or the column is empty."""
@@ -132,8 +144,13 @@ class Summary:
         return replace(self, points=[point for point in self.points if point.variant == variant], variant=variant)
 
     def point(self, method: str, budget: str, variant: str = "") -> Point | None:
-        wanted = (variant, method, budget)
-        return next((p for p in self.points if (p.variant, p.method, p.budget) == wanted), None)
+        return next((p for p in self.points if p.place == (variant, method, budget)), None)
+
+    def tuned_at(self, point: Point) -> Point | None:
+        """Where the values of `point` were chosen; None where its method is feasible nowhere."""
+        infeasible = {p.place for p in self.points if p.floor_bytes is not None}
+        place = tuned_at(self.config, infeasible, point.place)
+        return None if place is None else self.point(place[1], place[2], place[0])
 
     @property
     def full(self) -> Point | None:
@@ -172,12 +189,14 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
     config = read_config(folder)
     frame = _read_results(inside(folder, "results.csv"))
     _check_cells(folder, frame)
-    points = [_point(config, *place, frame) for place in config.points]
+    values = _values(config, frame)
+    repeated = finalists(config, values)
+    points = [_point(config, place, frame, config.seeds if place in repeated else 1) for place in config.points]
     summary = Summary(
         folder,
         config,
         points,
-        num_expected=len(config.points) * config.seeds,
+        num_expected=len(points) + (config.seeds - 1) * num_finalists(config, config.points, values),
         num_finished=int(frame["status"].isin(["ok", "infeasible"]).sum()),
         learning_rates=_learning_rates(folder, frame),
     )
@@ -185,6 +204,16 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
     _compare_to_drop(summary)
     _compare_to_fewer(summary)
     return summary
+
+
+def _values(config: SweepConfig, frame: pd.DataFrame) -> dict[Place, float | None]:
+    """What the first seed of each place is worth on validation; None where it failed or is infeasible."""
+    found: dict[Place, float | None] = {}
+    for row in frame[frame["seed"] == 0].to_dict("records") if config.best is not None else ():
+        train = config.trains.get(row["variant"], config.train)
+        value = value_of(row, train.training.monitor) if row["status"] == "ok" else None
+        found[row["variant"], row["method"], row["budget"]] = value
+    return found
 
 
 def _read_results(file: Path) -> pd.DataFrame:
@@ -204,8 +233,9 @@ def _read_results(file: Path) -> pd.DataFrame:
         raise ValueError(f"{file} is damaged ({reason}): start the sweep again, which writes it anew") from None
     if "variant" not in frame.columns:  # a sweep from before there were variants
         frame = frame.reindex(columns=[*frame.columns, *(c for c in _SINCE_VARIANTS if c not in frame.columns)])
-    if "trained_with" not in frame.columns:  # from before one training could be scored in several forms
-        frame["trained_with"] = ""
+    for column in ("trained_with", "tuned"):  # from before one training had several forms, or any field was tuned
+        if column not in frame.columns:
+            frame[column] = ""
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]!r}: start the sweep again, which writes it anew")
@@ -224,7 +254,7 @@ def _read_results(file: Path) -> pd.DataFrame:
         known &= frame[column].isna() | (frame[column].between(0, 2**62) & (frame[column] % 1 == 0))
     if not known.all() or frame.duplicated("cell").any():
         raise ValueError(f"{file} has rows that no sweep writes: start the sweep again, which writes it anew")
-    texts = ["budget", "message", "variant", "trained_with"]
+    texts = ["budget", "message", "variant", "trained_with", "tuned"]
     frame[texts] = frame[texts].astype(object).fillna("")  # a column without any text is one of numbers
     return frame
 
@@ -232,8 +262,7 @@ def _read_results(file: Path) -> pd.DataFrame:
 def _check_cells(folder: Path, frame: pd.DataFrame) -> None:
     """Raises ``ValueError`` where results.csv says something else than the cells that it was collected from."""
     for _, row in frame.iterrows():
-        rate = None if pd.isna(row["learning_rate"]) else float(row["learning_rate"])
-        cell = Cell(str(row["method"]), row["budget"], int(row["seed"]), rate, row["variant"])
+        cell = Cell(str(row["method"]), row["budget"], int(row["seed"]), row["tuned"], row["variant"])
         if row["cell"] != cell.name:
             raise ValueError(
                 f"{folder / 'results.csv'} calls the cell {cell.name} {row['cell']!r}: start the sweep again, which "
@@ -257,7 +286,8 @@ def _check_cells(folder: Path, frame: pd.DataFrame) -> None:
                 )
 
 
-def _point(config: SweepConfig, variant: str, method: str, budget: str, frame: pd.DataFrame) -> Point:
+def _point(config: SweepConfig, place: Place, frame: pd.DataFrame, num_seeds: int) -> Point:
+    variant, method, budget = place
     own = frame[(frame["variant"] == variant) & (frame["method"] == method) & (frame["budget"] == budget)]
     infeasible = own[own["status"] == "infeasible"]
     failed = own[own["status"] == "failed"]
@@ -266,6 +296,7 @@ def _point(config: SweepConfig, variant: str, method: str, budget: str, frame: p
         budget,
         takes_budget(config.methods[method]),
         own[own["status"] == "ok"],
+        num_seeds,
         num_failed=len(failed),
         variant=variant,
     )

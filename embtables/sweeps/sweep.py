@@ -11,7 +11,7 @@ A sweep is a directory::
     cells/NAME/         a run directory; metrics.json in it = finished
     cells/NAME.log      what the cell printed;  cells/NAME.failed.json why it failed
     results.csv         one row a cell that is finished, infeasible or failed
-    learning_rates.csv  where a grid was given: its results on validation and the choice
+    tuning.csv          where a grid was given: its results on validation and the choice
     tensorboard/        HParams
 """
 
@@ -21,8 +21,7 @@ import csv
 import io
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,87 +29,31 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from embtables._util.files import (
-    check_seal,
-    followed,
-    remove_leftovers,
-    sealed,
-    sha256,
-    unsealed,
-    write_bytes,
-    write_text,
-)
+from embtables._util.files import followed, remove_leftovers, sealed, sha256, write_bytes, write_text
 from embtables._util.lock import locked
 from embtables._util.names import has_patterns
-from embtables._util.reading import inside, read_json, read_yaml
+from embtables._util.reading import read_json
 from embtables.datasets import PreparedDataset
 from embtables.models.registry import check_hyperparameters, is_built_in
 from embtables.sweeps import results
-from embtables.sweeps.cells import Cell, MethodSpec, Place, file_name, points, takes_budget
-from embtables.sweeps.planning import cell_config, plan_points
+from embtables.sweeps.cells import Cell, Place, assignments, file_name, points
+from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuning_cells
+from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
+from embtables.sweeps.planning import plan_points
 from embtables.sweeps.runner import Ended, Job, run_jobs, threads_per_job
-from embtables.training.config import RunConfig, parse_value
+from embtables.training.config import parse_value
 from embtables.training.environment import environment
 from embtables.training.learning_curve import value_of
 from embtables.training.loop import CHECKPOINT
 
-#: The entry of sweep.yaml with the checksum of test_labels.npy.
-LABELS_CHECKSUM = "test_labels_sha256"
-MOST_SEEDS = 100_000
+# Fields of the training by which it depends on the form that is served.
+_AS_SERVED = ("quantize_from", "plateau_factor")
 
 #: {(variant, method, budget): bytes of the plan, or floor_bytes and message where it is infeasible}
 Plans = Mapping[Place, Mapping[str, Any]]
-
-
-class SweepConfig(BaseModel):
-    """What a sweep is asked for. Two starts in one directory must agree in every field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: str
-    dataset: str
-    manifest_sha256: str
-    methods: dict[str, MethodSpec]
-    budgets: list[str]
-    seeds: int = Field(ge=1)
-    learning_rates: list[float] = []
-    train: RunConfig
-    variants: dict[str, RunConfig] = {}
-
-    def check(self) -> None:
-        """Raises ``ValueError`` where a method is given in a form that no command line gives."""
-        if self.seeds > MOST_SEEDS or not self.methods:
-            raise ValueError(f"seeds must be at most {MOST_SEEDS:,}, and there must be methods")
-        for label, spec in self.methods.items():
-            if isinstance(spec, dict) and "kind" not in spec and not all(_is_method(part) for part in spec.values()):
-                raise ValueError(f"methods.{label} is no method")
-
-    @property
-    def trains(self) -> dict[str, RunConfig]:
-        """The training configurations by variant; without variants the one, under an empty name."""
-        return self.variants or {"": self.train}
-
-    @property
-    def points(self) -> list[Place]:
-        return [(variant, *point) for variant in self.trains for point in points(self.methods, self.budgets)]
-
-    def cells(self, seeds: Iterable[int], learning_rates: Iterable[float | None]) -> list[Cell]:
-        """Seed by seed, so that a sweep that is cut short has whole curves."""
-        rates = list(learning_rates)
-        return [
-            Cell(method, budget, seed, rate, variant)
-            for seed in seeds
-            for variant, method, budget in self.points
-            for rate in rates
-        ]
-
-
-def _is_method(spec: object) -> bool:
-    return isinstance(spec, str) or (isinstance(spec, dict) and "kind" in spec)
 
 
 def train_file(variant: str) -> str:
@@ -132,68 +75,9 @@ def train_command(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
     model = config.trains[cell.variant].model.name
     if not is_built_in(model):  # the name in the file is not looked for in the working directory
         command += ["--model", model]
-    if cell.learning_rate is not None:
-        command += ["--set", f"tables.learning_rate={cell.learning_rate!r}"]
+    for assignment in assignments(cell.tuned):
+        command += ["--set", assignment]
     return command
-
-
-def describe(
-    data: Path,
-    methods: dict[str, MethodSpec],
-    budgets: list[str],
-    seeds: int,
-    train: RunConfig,
-    learning_rates: list[float],
-    variants: Mapping[str, RunConfig] | None = None,
-) -> SweepConfig:
-    """The configuration of a sweep over the prepared data at `data`, once for each of `variants` where there are any.
-
-    Method, budget and seed of `train` are of no account: every cell has its own, so that no variant may set them.
-    """
-    for config_of_cells in (train, *(variants or {}).values()):
-        if config_of_cells.tables.hash_seed is not None:
-            raise ValueError(
-                f"tables.hash_seed is {config_of_cells.tables.hash_seed}, but a sweep takes it from each seed, so that "
-                "the spread includes luck with collisions: leave it null"
-            )
-    for name, own in (variants or {}).items():
-        _refuse_what_cells_set(name, own, train, learning_rates)
-    needing = [label for label, spec in methods.items() if takes_budget(spec)]
-    if needing and not budgets:
-        raise ValueError(f"method {needing[0]} needs a budget: give for example --budgets 50%,10%,1%")
-    dataset = PreparedDataset(data)
-    config = SweepConfig(
-        data=str(data.resolve()),
-        dataset=dataset.name,
-        manifest_sha256=sha256(data / "manifest.json"),
-        methods=methods,
-        budgets=budgets,
-        seeds=seeds,
-        learning_rates=learning_rates,
-        train=cell_config(train, "full", "", seed=0),
-        variants={name: cell_config(own, "full", "", seed=0) for name, own in (variants or {}).items()},
-    )
-    names = Counter(cell.name for cell in config.cells([0], learning_rates or [None]))
-    twice = next((name for name, times in names.items() if times > 1), None)
-    if twice is not None:
-        raise ValueError(
-            f"two cells would both be named '{twice}': variants, methods, budgets or learning rates are too alike"
-        )
-    return config
-
-
-def _refuse_what_cells_set(name: str, variant: RunConfig, train: RunConfig, learning_rates: list[float]) -> None:
-    """``ValueError`` where a variant sets what every cell has of its own, and would be as if it did not."""
-    ours, theirs = variant.tables, train.tables
-    other_rate = ours.learning_rate != theirs.learning_rate and ours.optimizer == theirs.optimizer
-    for field, cure, is_set in (
-        ("tables.method", "give --methods", ours.method != theirs.method),
-        ("tables.budget", "give --budgets", ours.budget != theirs.budget),
-        ("training.seed", "give --seeds", variant.training.seed != train.training.seed),
-        ("tables.learning_rate", "leave out --learning-rates", bool(learning_rates) and other_rate),
-    ):
-        if is_set:
-            raise ValueError(f"variant {name!r} sets {field}, which every cell of a sweep has of its own: {cure}")
 
 
 def run_sweep(
@@ -261,6 +145,7 @@ class _Sweep:
 
     def __init__(self, config: SweepConfig, folder: Path, plans: Plans) -> None:
         self.config, self.folder, self.plans = config, folder, plans
+        self.infeasible = {place for place, planned in plans.items() if "floor_bytes" in planned}
 
     def run(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
@@ -284,9 +169,11 @@ class _Sweep:
         found: dict[tuple[Any, ...], list[Cell]] = {}
         for cell in filter(self.feasible, cells):
             training = self.config.trains[cell.variant].training
-            alone = training.quantize_from is not None or training.plateau_factor is not None
+            alone = any(
+                getattr(training, name) is not None or f"training.{name}" in self.config.tune for name in _AS_SERVED
+            )
             same = cell.place if alone else (cell.variant, self.plans[cell.place]["trains"])
-            found.setdefault((same, cell.seed, cell.learning_rate), []).append(cell)
+            found.setdefault((same, cell.seed, cell.tuned), []).append(cell)
         pending = {cell.name for cell in self.pending(cells)}
         first = {key: next((i for i, c in enumerate(alike) if c.name in pending), None) for key, alike in found.items()}
         return [alike[first[key] :] for key, alike in found.items() if first[key] is not None]
@@ -295,38 +182,65 @@ class _Sweep:
         return self.run(cell).with_name(f"{cell.name}.failed.json")
 
     def feasible(self, cell: Cell) -> bool:
-        return "floor_bytes" not in self.plans[cell.place]
+        return cell.place not in self.infeasible
 
     def pending(self, cells: Iterable[Cell]) -> list[Cell]:
         return [cell for cell in cells if self.feasible(cell) and results.read_metrics(self.run(cell)) is None]
 
-    def tuning_cells(self) -> list[Cell]:
-        """Cells of the first seed, over the grid of learning rates; none without a grid."""
-        return self.config.cells([0], self.config.learning_rates)
+    def stages(self) -> Iterator[list[Cell]]:
+        """What is trained: the grid, then the first seed, then the others; each once those before it have ended.
+
+        Where further seeds wait for nothing they are one stage with the first.
+        """
+        tried = tuning_cells(self.config, self.infeasible)
+        yield tried
+        done = set(tried)
+        first = 1 if self.config.best is not None else self.config.seeds
+        yield [cell for cell in self.main_cells() if cell.seed < first and cell not in done]
+        yield [cell for cell in self.main_cells() if cell.seed >= first]
+
+    def num_runs(self) -> int:
+        """How many cells are trained in all, as far as it is known by now who gets every seed."""
+        tried = tuning_cells(self.config, self.infeasible)
+        places = [place for place in self.config.points if place not in self.infeasible]
+        values = self.values_of_places(self.chosen_values())
+        untried = set(places) - {cell.place for cell in tried}
+        further = (self.config.seeds - 1) * num_finalists(self.config, places, values)
+        return len(tried) + len(untried) + further
 
     def main_cells(self) -> list[Cell]:
-        """The cells of results.csv that are known: with a grid, those whose learning rate has been chosen."""
-        if not self.config.learning_rates:
-            return self.config.cells(range(self.config.seeds), [None])
-        chosen = self.chosen_rates()
-        cells = [
-            replace(cell, learning_rate=chosen.get(cell.place))
-            for cell in self.config.cells(range(self.config.seeds), [None])
+        """The cells of results.csv that are known: whose values are chosen, and who gets further seeds."""
+        chosen_values = self.chosen_values()
+        found = [
+            replace(cell, tuned=chosen_values.get(cell.place, ""))
+            for cell in self.config.cells(range(self.config.seeds))
+            if cell.place in chosen_values or not self.config.tune or not self.feasible(cell)
         ]
-        return [cell for cell in cells if cell.learning_rate is not None or not self.feasible(cell)]
+        repeated = finalists(self.config, self.values_of_places(chosen_values))
+        return [cell for cell in found if cell.seed == 0 or cell.place in repeated]
 
-    def chosen_rates(self) -> dict[Place, float]:
-        """The learning rate with the best monitor, of each place whose grid is done (failed cells left out)."""
-        valid: dict[Place, dict[float, float]] = {}
-        missing: set[Place] = set()
-        for cell in self.tuning_cells():
-            metrics = results.read_metrics(self.run(cell))
-            if metrics is not None and metrics["status"] == "ok" and cell.learning_rate is not None:
-                value = value_of(metrics, self.monitor(cell))
-                valid.setdefault(cell.place, {})[cell.learning_rate] = value
-            elif metrics is None and not self.failure(cell).exists():
-                missing.add(cell.place)
-        return {place: max(found, key=lambda r: found[r]) for place, found in valid.items() if place not in missing}
+    def chosen_values(self) -> dict[Place, str]:
+        """The entry of the grid of each place where it is chosen."""
+        tried = tuning_cells(self.config, self.infeasible)
+        return chosen(self.config, self.infeasible, self.values(tried)) if tried else {}
+
+    def values_of_places(self, chosen_values: Mapping[Place, str]) -> dict[Place, float | None]:
+        """The value of the first seed, of each place that has one or never will."""
+        if self.config.best is None:
+            return {}
+        cells = [replace(cell, tuned=chosen_values.get(cell.place, "")) for cell in self.config.cells([0])]
+        return {cell.place: value for cell, value in self.values(cells).items()}
+
+    def values(self, cells: Iterable[Cell]) -> dict[Cell, float | None]:
+        """The monitor of each cell that is done, so that more is better; None where it failed or is infeasible."""
+        found: dict[Cell, float | None] = {}
+        for cell in cells:
+            metrics = results.read_metrics(self.run(cell)) if self.feasible(cell) else None
+            if metrics is not None and metrics["status"] == "ok":
+                found[cell] = value_of(metrics, self.monitor(cell))
+            elif metrics is not None or not self.feasible(cell) or self.failure(cell).exists():
+                found[cell] = None
+        return found
 
     def monitor(self, cell: Cell) -> str:
         return self.config.trains[cell.variant].training.monitor
@@ -338,14 +252,13 @@ class _Sweep:
         if not self.feasible(cell):
             return results.row(cell, "infeasible", name, model, planned)
         metrics = results.read_metrics(self.run(cell))
-        rate = {"learning_rate": cell.learning_rate}
         if metrics is not None:
-            return results.row(cell, str(metrics["status"]), name, model, {**planned, **metrics, **rate})
+            return results.row(cell, str(metrics["status"]), name, model, {**planned, **metrics})
         if self.failure(cell).exists():
             failure = read_json(self.failure(cell))
             if not isinstance(failure, dict):
                 raise ValueError(f"{self.failure(cell)} is damaged: delete it to try the cell again")
-            return results.row(cell, "failed", name, model, {**planned, **failure, **rate})
+            return results.row(cell, "failed", name, model, {**planned, **failure})
         return None
 
     def collect(self) -> list[dict[str, Any]]:
@@ -354,23 +267,22 @@ class _Sweep:
         cells = sorted(self.main_cells(), key=lambda cell: (order[cell.place], cell.seed))
         rows = [row for row in map(self.row, cells) if row is not None]
         results.write_results(rows, self.folder / "results.csv")
-        if self.config.learning_rates:
-            self._write_rates()
+        if self.config.tune:
+            self._write_tuning()
         return rows
 
-    def _write_rates(self) -> None:
-        chosen = self.chosen_rates()
+    def _write_tuning(self) -> None:
+        chosen_values = self.chosen_values()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["variant", "method", "budget", "learning_rate", "monitor", "valid", "chosen"])
-        for cell in self.tuning_cells():
+        writer.writerow(["variant", "method", "budget", "tuned", "monitor", "valid", "chosen"])
+        for cell in tuning_cells(self.config, self.infeasible):
             metrics = results.read_metrics(self.run(cell))
             if metrics is not None:
-                is_chosen = chosen.get(cell.place) == cell.learning_rate
                 monitor = self.monitor(cell)
-                value = metrics.get(f"valid_{monitor}")
-                writer.writerow([*cell.place, cell.learning_rate, monitor, value, int(is_chosen)])
-        write_text(self.folder / "learning_rates.csv", text.getvalue())
+                is_chosen = chosen_values.get(cell.place) == cell.tuned
+                writer.writerow([*cell.place, cell.tuned, monitor, metrics.get(f"valid_{monitor}"), int(is_chosen)])
+        write_text(self.folder / "tuning.csv", text.getvalue())
 
     def note_end(self, cell: Cell, ended: Ended) -> str:
         """Record how `cell` ended and return its status in a few words."""
@@ -392,21 +304,18 @@ class _Sweep:
 def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, lock: int) -> None:
     (sweep.folder / "cells").mkdir(exist_ok=True)
     sweep.collect()
-    config = sweep.config
-    num_points = sum("floor_bytes" not in sweep.plans[place] for place in config.points)
-    runs_of_a_point = config.seeds + max(0, len(config.learning_rates) - 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     remaining = TimeRemainingColumn(elapsed_when_finished=False)
     # Cells take minutes: the speed is taken over the whole sweep, not over the last half minute.
     with Progress(*columns, remaining, console=console, speed_estimate_period=1e9, transient=True) as progress:
-        bar = progress.add_task("cells", total=num_points * runs_of_a_point)
+        bar = progress.add_task("cells", total=sweep.num_runs())
 
         def run(cells: list[Cell]) -> None:
             trainings = sweep.trainings(cells)
             pending = [cell for training in trainings for cell in training]
             progress.advance(bar, 0)
             done = sum(map(sweep.feasible, cells)) - len(pending)
-            progress.update(bar, completed=progress.tasks[0].completed + done)
+            progress.update(bar, completed=progress.tasks[0].completed + done, total=sweep.num_runs())
             by_name = {training[0].name: training for training in trainings}
             active: list[str] = []
 
@@ -423,12 +332,8 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
                     progress.advance(bar)
                 sweep.collect()
 
-        if config.learning_rates:
-            run(sweep.tuning_cells())
-            chosen = sweep.main_cells()
-            run([cell for cell in chosen if cell.seed > 0])
-        else:
-            run(sweep.main_cells())
+        for cells in sweep.stages():
+            run(cells)
 
 
 def _announce(plans: Plans, console: Console) -> None:
@@ -455,24 +360,6 @@ def _record(config: SweepConfig, folder: Path, plans: Plans, dataset: PreparedDa
     # Last: a folder with a sweep.yaml has the rest.
     content = {**config.model_dump(mode="json"), LABELS_CHECKSUM: sha256(folder / "test_labels.npy")}
     write_text(folder / "sweep.yaml", yaml.safe_dump(sealed(content), sort_keys=False, allow_unicode=True))
-
-
-def read_config(folder: Path) -> SweepConfig:
-    """The configuration of the sweep in `folder`; ValueError where there is none."""
-    file = folder / "sweep.yaml"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not the directory of a sweep: it has no sweep.yaml")
-    try:
-        content = read_yaml(inside(folder, "sweep.yaml"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no fields")
-        check_seal(content, file)
-        fields = {name: value for name, value in unsealed(content).items() if name != LABELS_CHECKSUM}
-        config = SweepConfig.model_validate(fields)
-        config.check()
-        return config
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({' '.join(str(error).split())}): give another --out") from None
 
 
 def _refuse_other(config: SweepConfig, folder: Path) -> None:

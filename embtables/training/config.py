@@ -41,7 +41,7 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_value",
-    "with_tables",
+    "with_fields",
 ]
 
 
@@ -383,15 +383,17 @@ def load_config(
     return config
 
 
-def with_tables(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
-    """The configuration with other fields of its tables: ``{"precision": "int8"}``.
+def with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
+    """The configuration with other values in some of its fields: ``{"tables.precision": "int8"}``.
 
     Raises:
         ValueError: one sentence that names the field.
     """
     values = config.model_dump()
+    for name, value in fields.items():
+        _put(values, name, value)
     try:
-        return RunConfig.model_validate({**values, "tables": {**values["tables"], **fields}})
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
 

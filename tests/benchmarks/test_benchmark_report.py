@@ -16,9 +16,9 @@ from sweep_cases import config_of, read, run
 from embtables._util.files import sealed, unsealed
 from embtables.cli.app import run as command_line
 from embtables.sweeps.cells import parse_methods, with_baselines
+from embtables.sweeps.config import describe
 from embtables.sweeps.report import line, markdown, sections, write_report
 from embtables.sweeps.summary import Summary, sign_flip_p, summarize
-from embtables.sweeps.sweep import describe
 from embtables.training.config import load_config
 
 
@@ -106,7 +106,7 @@ def test_what_does_not_beat_fewer_dimensions_says_so(tmp_path: Path, monkeypatch
 
     prepare_synthetic(tmp_path / "data", Synthetic(rows=4000, cardinalities=(500, 50), seed=3))
     methods = with_baselines(parse_methods("hash,compositional"))
-    config = describe(tmp_path / "data", methods, ["50%"], 2, load_config(), [])
+    config = describe(tmp_path / "data", methods, ["50%"], 2, load_config())
     run(config, tmp_path / "out", jobs=2)
     summary = summary_of(tmp_path / "out")
     # By the noise: hash < projected < compositional < without a projection, which is not the one to beat.

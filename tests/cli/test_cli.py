@@ -260,8 +260,12 @@ def test_data_that_is_missing_or_damaged(data: Path, tmp_path: Path, capfd: pyte
         ({"--config": "gone.yaml"}, "gone.yaml"),
         ({"--set": "training.epoch=3"}, "training.epoch"),
         ({"--set": "epochs"}, "epochs"),
-        ({"--learning-rates": "0.1,fast"}, "--learning-rates '0.1,fast'"),
-        ({"--learning-rates": "0"}, "above 0"),
+        ({"--tune": "tables.learning_rate"}, "--tune 'tables.learning_rate' is not of the form FIELD=VALUE,VALUE"),
+        ({"--tune": "tables.learning_rate=0.1,fast"}, "--tune tables.learning_rate=fast: tables.learning_rate: "),
+        ({"--tune": "tables.learning_rate=0"}, "--tune tables.learning_rate=0: tables.learning_rate: "),
+        ({"--tune-at": "10%"}, "give the grid by --tune"),
+        ({"--tune": "tables.l2=0", "--tune-at": "1%"}, "--tune-at 1% is not among --budgets (10%)"),
+        ({"--best": "2", "--seeds": "1"}, "--best 2"),
     ],
 )
 def test_sweep_refuses_before_it_writes(

@@ -27,9 +27,10 @@ from embtables.cli.app import run as main
 from embtables.cli.app import sentence
 from embtables.datasets import PreparedDataset
 from embtables.models import build_model
+from embtables.sweeps.config import describe
 from embtables.sweeps.planning import cell_config
 from embtables.sweeps.summary import summarize
-from embtables.sweeps.sweep import describe, run_sweep
+from embtables.sweeps.sweep import run_sweep
 from embtables.training import Trainer, load_config, load_served
 from embtables.training.loop import Run
 from embtables.training.planning import plan_tables
@@ -99,8 +100,8 @@ def sweep(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     train = load_config(flags={"training.epochs": 1, "tables.embedding_dim": 4, "model.name": "mlp"})
     train.model.hyperparameters["units"] = [8]
-    config = describe(data, {"full": "full", "hash": "hash"}, ["50%"], 1, train, [])
-    for cell in config.cells([0], [None]):
+    config = describe(data, {"full": "full", "hash": "hash"}, ["50%"], 1, train)
+    for cell in config.cells([0]):
         own = cell_config(train, config.methods[cell.method], cell.budget, cell.seed)
         Trainer(own, PreparedDataset(data), folder / "runs" / cell.name).run()
     run_sweep(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -10,12 +9,13 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from kill_server import Server
-from sweep_cases import config_of, fake_cell, read, run
+from sweep_cases import config_of, fake_cell, read, run, started
 
 import embtables.sweeps.sweep as sweep_module
 from embtables._util.files import sealed, write_json
@@ -32,24 +32,22 @@ from embtables.sweeps.cells import (
     points,
     with_baselines,
 )
+from embtables.sweeps.config import SweepConfig, describe
 from embtables.sweeps.planning import cell_config
 from embtables.sweeps.report import markdown
 from embtables.sweeps.runner import Job, last_line, run_jobs, threads_per_job
 from embtables.sweeps.summary import summarize
-from embtables.sweeps.sweep import SweepConfig, describe, first_difference, run_sweep, train_command
+from embtables.sweeps.sweep import first_difference, run_sweep, train_command
 from embtables.training import Trainer
 from embtables.training.config import load_config
-
-
-def started(fake: Path) -> list[str]:
-    file = fake / "started"
-    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def test_names_are_unique_and_fit_for_files() -> None:
     assert Cell("hash", "10%", 0).name == "hash-10pct-s0"
     assert Cell("full", "", 2).name == "full-s2"
-    assert Cell("robe", "64MB", 1, 0.03).name == "robe-64MB-s1-lr0.03"
+    assert Cell("hash", "1%", 0, "tables.regularization=0.1").name == "hash-1pct-s0-regularization=0.1"
+    several = "tables.learning_rate=0.03 model.hyperparameters.units=[8, 4]"
+    assert Cell("robe", "64MB", 1, several).name == "robe-64MB-s1-learning_rate=0.03-units=_8_4"
     odd = Cell("compositional(operation=add,k=2)", "0.1", 0).name
     assert odd == "compositional_operation=add_k=2-0.1-s0"
 
@@ -118,9 +116,9 @@ def test_all_methods_can_be_asked_for_by_one_word() -> None:
 
 
 def test_the_command_of_a_cell(data: Path) -> None:
-    config = describe(data, parse_methods("{kind: multi_hash, num_hashes: 2}"), ["10%"], 1, load_config(), [])
+    config = describe(data, parse_methods("{kind: multi_hash, num_hashes: 2}"), ["10%"], 1, load_config())
     (label,) = config.methods
-    command = train_command(config, Cell(label, "10%", 4, 0.1), Path("/s/cells/x"))
+    command = train_command(config, Cell(label, "10%", 4, "tables.learning_rate=0.1 tables.l2=0.0"), Path("/s/cells/x"))
     assert command[3:] == [
         "train",
         str(data.resolve()),
@@ -130,6 +128,7 @@ def test_the_command_of_a_cell(data: Path) -> None:
         *("--budget", "10%"),
         *("--seed", "4"),
         *("--set", "tables.learning_rate=0.1"),
+        *("--set", "tables.l2=0.0"),
     ]
 
 
@@ -177,7 +176,7 @@ def test_a_whole_sweep(data: Path, fake: Path, tmp_path: Path) -> None:
 
 def test_budgets_that_one_training_serves_start_it_once(data: Path, fake: Path, tmp_path: Path) -> None:
     methods, budgets = parse_methods("matryoshka"), ["50%", "25%", "12.5%", "1%"]
-    rows = run(describe(data, methods, budgets, 2, load_config(), []), tmp_path / "sweep")
+    rows = run(describe(data, methods, budgets, 2, load_config()), tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["ok"] * 2 * 3 + ["infeasible"] * 2
     assert len({row["inference_bytes"] for row in rows[:6]}) == 3
     assert started(fake) == ["matryoshka-50pct-s0", "matryoshka-50pct-s1"]
@@ -206,23 +205,6 @@ def test_a_killed_cell_is_failed_and_says_so(data: Path, fake: Path, tmp_path: P
     }
 
 
-def test_learning_rates_are_chosen_on_validation(data: Path, fake: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
-    config = describe(data, parse_methods("full,hash"), ["50%", "8"], 2, load_config(), [0.1, 0.3])
-    rows = run(config, out)
-    ok = [row for row in rows if row["status"] == "ok"]
-    assert {row["learning_rate"] for row in ok} == {0.3}  # where the fake cell has least noise
-    # The grid for the first seed, the choice alone for the second.
-    assert sum("-s0-" in name for name in started(fake)) == 2 * sum("-s1-" in name for name in started(fake))
-    with (out / "learning_rates.csv").open() as file:
-        grid = list(csv.DictReader(file))
-    assert {row["learning_rate"] for row in grid if row["chosen"] == "1"} == {"0.3"}
-    assert len(grid) == 2 * len(ok) / 2
-    text = markdown(summarize(out, resamples=20), 20, [])
-    assert "was chosen for each method and budget from 0.1, 0.3 on validation with seed 0" in text
-    assert text.count("| learning rate 0.3") == 2
-
-
 def test_planning_comes_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     train = load_config()
@@ -235,7 +217,7 @@ def test_planning_comes_before_anything_is_written(data: Path, tmp_path: Path) -
         ("hash", ["120%"], "120%"),
     ]:
         with pytest.raises(ValueError, match=message):
-            run(describe(data, parse_methods(methods), budgets, 1, train, []), out)
+            run(describe(data, parse_methods(methods), budgets, 1, train), out)
         assert not out.exists()
 
 
@@ -247,9 +229,10 @@ def test_a_fixed_hash_seed_is_refused(data: Path) -> None:
 def test_cells_that_would_share_a_folder_are_refused(data: Path) -> None:
     alike = parse_methods("{'feature_*': hash, '*': full}, {'feature_?': hash, '*': full}")
     with pytest.raises(ValueError, match="two cells would both be named 'feature__hash_full-10pct-s0'"):
-        describe(data, alike, ["10%"], 1, load_config(), [])
-    with pytest.raises(ValueError, match="learning rates are too alike"):
-        describe(data, parse_methods("hash"), ["10%"], 1, load_config(), [0.1, 0.10000001])
+        describe(data, alike, ["10%"], 1, load_config())
+    with pytest.raises(ValueError, match="values of --tune are too alike"):
+        decays = [{"a*": 0.1}, {"a?": 0.1}]
+        describe(data, parse_methods("hash"), ["10%"], 1, load_config(), tune={"dense.weight_decay": decays})
 
 
 def test_another_sweep_in_the_directory_is_refused(data: Path, fake: Path, tmp_path: Path) -> None:
@@ -446,7 +429,7 @@ def test_cells_of_one_training(data: Path, tmp_path: Path) -> None:
     hashed = [[f"hash_precision={p}-10pct-s0"] for p in ("fp32", "int8", "binary")]
 
     def described(*overrides: str) -> SweepConfig:
-        return describe(data, methods, ["10%"], 1, load_config(overrides=overrides), [])
+        return describe(data, methods, ["10%"], 1, load_config(overrides=overrides))
 
     assert trainings(described(), tmp_path / "a") == [[fp32, int8, binary], *hashed]
     # What comes after the first that is left goes along, finished or not.
@@ -456,7 +439,7 @@ def test_cells_of_one_training(data: Path, tmp_path: Path) -> None:
     # Of a training that depends on how it is served there are as many as forms.
     for option in ("training.quantize_from=1", "training.plateau_factor=0.5"):
         assert trainings(described(option), tmp_path / option) == [[fp32], [int8], [binary], *hashed]
-    several = describe(data, methods, ["10%"], 2, load_config(), [])
+    several = describe(data, methods, ["10%"], 2, load_config())
     assert [len(each) for each in trainings(several, tmp_path / "e")] == [3, 1, 1, 1] * 2
 
 
@@ -468,10 +451,10 @@ VARIANTS = {
 }
 
 
-def varied(data: Path, methods: str = "full", budgets: str = "", rates: tuple[float, ...] = ()) -> SweepConfig:
+def varied(data: Path, methods: str = "full", budgets: str = "", **options: Any) -> SweepConfig:
     trains = {name: load_config(fields=fields) for name, fields in VARIANTS.items()}
     listed = budgets.split(",") if budgets else []
-    return describe(data, parse_methods(methods), listed, 2, load_config(), list(rates), trains)
+    return describe(data, parse_methods(methods), listed, 2, load_config(), trains, **options)
 
 
 def test_variants_of_the_command_line() -> None:
@@ -511,7 +494,7 @@ def test_a_sweep_over_variants(data: Path, fake: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((out / "train-small.yaml").read_text())["data"]["leave_out"] == ["feature_0"]
     assert yaml.safe_load((out / "train-wide_deep.yaml").read_text())["model"]["hyperparameters"] == {"units": [8, 4]}
     assert not (out / "train.yaml").exists()
-    command = train_command(config, Cell("full", "", 1, None, "wide & deep"), out / "cells" / "x")
+    command = train_command(config, Cell("full", "", 1, "", "wide & deep"), out / "cells" / "x")
     assert command[command.index("--config") + 1] == str(out / "train-wide_deep.yaml")
     assert len(run(config, out)) == len(rows) and len(started(fake)) == len(rows)
     with pytest.raises(ValueError, match="another variants.wide & deep.training.epochs"):
@@ -552,33 +535,22 @@ def test_variants_without_budgets(data: Path, fake: Path, tmp_path: Path) -> Non
         varied(data, "full,hash")
 
 
-def test_learning_rates_of_variants_follow_their_monitor(data: Path, fake: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
-    rows = run(varied(data, rates=(0.1, 0.3)), out)
-    assert {(row["variant"], row["learning_rate"]) for row in rows} == {("small", 0.3), ("wide & deep", 0.1)}
-    with (out / "learning_rates.csv").open() as file:
-        assert {(row["variant"], row["monitor"]) for row in csv.DictReader(file)} == {
-            ("small", "auc"),
-            ("wide & deep", "logloss"),
-        }
-
-
 def test_a_variant_with_a_wrong_field_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="training.epoch is not a field"):
         load_config(fields={"training.epoch": 3})
     trains = {"odd": load_config(fields={"data.leave_out": ["nothing"]})}
     with pytest.raises(ValueError, match=r"variant 'odd': .* has no feature 'nothing'"):
-        run(describe(data, parse_methods("full"), [], 1, load_config(), [], trains), tmp_path / "sweep")
+        run(describe(data, parse_methods("full"), [], 1, load_config(), trains), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
     for fields, cure in (
         ({"tables.method": "hash"}, "tables.method, .*: give --methods"),
         ({"tables.budget": "10%"}, "tables.budget, .*: give --budgets"),
         ({"training.seed": 1}, "training.seed, .*: give --seeds"),
-        ({"tables.learning_rate": 0.3}, "tables.learning_rate, .*: leave out --learning-rates"),
+        ({"tables.learning_rate": 0.3}, "tables.learning_rate, .*: leave out --tune"),
     ):
         trains = {"like no other": load_config(fields=fields)}
         with pytest.raises(ValueError, match=f"variant 'like no other' sets {cure}"):
-            describe(data, parse_methods("full"), [], 1, load_config(), [0.1, 0.2], trains)
+            describe(data, parse_methods("full"), [], 1, load_config(), trains, tune={"tables.learning_rate": [0.1]})
     with pytest.raises(ValueError, match="two cells would both be named 'a_b-full-s0': variants"):
         describe(
             data,
@@ -586,7 +558,6 @@ def test_a_variant_with_a_wrong_field_is_named(data: Path, tmp_path: Path) -> No
             [],
             1,
             load_config(),
-            [],
             {"a b": load_config(), "a_b": load_config()},
         )
 
