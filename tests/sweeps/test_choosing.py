@@ -6,6 +6,7 @@ import csv
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import pytest
 import yaml
 from sweep_cases import fake_cell, read, run, started
 
+import embtables.sweeps.sweep as sweep_module
 from embtables._util.files import sealed, unsealed
+from embtables.cli.app import run as main
+from embtables.datasets import PreparedDataset
 from embtables.sweeps.cells import (
     Cell,
     Place,
@@ -28,7 +32,7 @@ from embtables.sweeps.cells import (
 )
 from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuned_at, tuning_cells
 from embtables.sweeps.config import SweepConfig, describe, read_config
-from embtables.sweeps.report import head, line, markdown, remarks
+from embtables.sweeps.report import head, learning_rates, line, markdown, remarks
 from embtables.sweeps.summary import Summary, summarize
 from embtables.training.config import load_config, parse_value
 
@@ -214,6 +218,33 @@ def test_finalists_against_a_loop(data: Path) -> None:
     assert finalists(everyone, {}) == set(config.points) and num_finalists(everyone, config.points, {}) == 22
 
 
+def sweep_of(config: SweepConfig, folder: Path) -> sweep_module._Sweep:
+    return sweep_module._Sweep(config, folder, sweep_module._plans(config, PreparedDataset(Path(config.data))))
+
+
+def test_forms_of_one_training_share_it_at_each_value(data: Path, tmp_path: Path) -> None:
+    methods = in_precisions(parse_methods("full"), "fp32,int8")
+
+    def sizes(**tune: list[float]) -> list[int]:
+        grid = {f"training.{name}": values for name, values in tune.items()}
+        sweep = sweep_of(describe(data, methods, [], 1, load_config(), tune=grid), tmp_path)
+        return [len(cells) for cells in sweep.trainings(next(sweep.stages()))]
+
+    assert sizes(average=[0.1, 0.2, 0.4]) == [2, 2, 2]
+    # By these training depends on the form that is served.
+    assert sizes(plateau_factor=[0.1, 0.2]) == sizes(quantize_from=[1, 2]) == [1, 1, 1, 1]
+
+
+def test_the_command_line_hands_its_options_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SweepConfig] = []
+    monkeypatch.setattr(sweep_module, "run_sweep", lambda config, out, jobs: asked.append(config) or [])
+    options = ["--methods", "hash", "--budgets", "50%,1%", "--seeds", "3", "--best", "5", "--tune-at", "0.01"]
+    options += ["--tune", "tables.regularization=0.10,0.3", "--tune", "tables.l2=0,1e-5", "--out", str(tmp_path)]
+    assert main(["sweep", str(data), *options]) == 0
+    assert asked[0].tune == {"tables.regularization": [0.1, 0.3], "tables.l2": [0.0, 1e-5]}
+    assert (asked[0].tune_at, asked[0].best, asked[0].seeds) == ("1%", 5, 3)
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +278,9 @@ def test_a_field_is_tuned_at_every_budget(data: Path, fake: Path, tmp_path: Path
     # The rate that was not tuned is shared, and of the one that was nothing of the kind is said.
     assert "Of the learning rates these were shared by all methods: dense.learning_rate 0.001." in text
     assert "none was tuned" not in text
+    summary = summarize(out, resamples=20)
+    both = summary.config.model_copy(update={"tune": {"tables.learning_rate": [0.1], "dense.learning_rate": [0.1]}})
+    assert learning_rates(replace(summary, config=both)) == ""
     with pytest.raises(ValueError, match=r"another tune.tables.learning_rate: \[0.1, 0.3\] there, \[0.3\] now"):
         run(described(data, "full,hash", "50%,8", 2, tune={"tables.learning_rate": [0.3]}), out)
 
@@ -306,10 +340,12 @@ def test_a_whole_protocol_stopped_in_each_of_its_stages(data: Path, fake: Path, 
             run(config, out, command=stopping(number - before))
         before = number
         assert started(fake) == wanted[:number]
+        assert sweep_of(config, out).num_runs() == len(tried) * 2 + len(others) + 1 + 3 + 3
         summary = summarize(out, resamples=20)
         assert summary.is_partial and summary.num_expected == 2 + 3 * 1 + 3 * 2 + 3 * 2
     rows = run(config, out)
     assert started(fake) == wanted
+    assert sweep_of(config, out).num_runs() == len(list(out.glob("cells/*/metrics.json")))
     summary = summarize(out, resamples=20)
     assert not summary.is_partial and summary.num_expected == summary.num_finished == len(rows)
     ends = {p.place[1:]: line(p, summary)[-2:] for p in summary.points if p.method in ("hash", "robe")}
