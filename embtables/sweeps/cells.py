@@ -125,14 +125,14 @@ def parse_tune(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 def grid(tune: Mapping[str, Sequence[Any]]) -> list[str]:
     """Every combination of the values as a text, ``"tables.regularization=0.1 tables.learning_rate=0.05"``."""
-    named = [[assignment(field, value) for value in values] for field, values in tune.items()]
+    named = [[f"{field}={value_text(value)}" for value in values] for field, values in tune.items()]
     return [" ".join(combination) for combination in product(*named)] if named else []
 
 
-def assignment(field: str, value: Any) -> str:
-    """``field=value``, from which YAML reads the same value."""
+def value_text(value: Any) -> str:
+    """A text from which YAML reads the same value."""
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return f"{field}={text.strip().removesuffix('...').strip()}"
+    return text.strip().removesuffix("...").strip()
 
 
 def assignments(tuned: str) -> list[str]:

@@ -15,7 +15,7 @@ from embtables._util.files import check_seal, sha256, unsealed
 from embtables._util.reading import inside, read_yaml
 from embtables.datasets import PreparedDataset
 from embtables.models.registry import check_hyperparameters
-from embtables.sweeps.cells import Cell, MethodSpec, Place, assignment, grid, points, same_budget, takes_budget
+from embtables.sweeps.cells import Cell, MethodSpec, Place, grid, points, same_budget, takes_budget, value_text
 from embtables.sweeps.planning import cell_config
 from embtables.training.config import RunConfig, with_fields
 
@@ -205,11 +205,11 @@ def _as_fields_hold_them(config: SweepConfig) -> dict[str, list[Any]]:
             for train in config.trains.values():
                 check_hyperparameters(train.model.name, with_fields(train, fields).model.hyperparameters)
         except ValueError as error:
-            culprit = " ".join(assignment(field, value) for field, value in fields.items())
+            culprit = " ".join(f"{field}={value_text(value)}" for field, value in fields.items())
             raise ValueError(f"--tune {culprit}: {error}") from None
         for field, values in found.items():
             held = _held(base, field)
-            values.setdefault(assignment(field, held), held)
+            values.setdefault(value_text(held), held)
     return {field: list(values.values()) for field, values in found.items()}
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from embtables._util.files import write_text
 from embtables.sizes.memory import format_bytes
-from embtables.sweeps.cells import file_name
+from embtables.sweeps.cells import file_name, value_text
 from embtables.sweeps.figure import draw
 from embtables.sweeps.summary import DROP, LEAST_SEEDS_FOR_P, Difference, Point, Summary, summarize
 
@@ -154,13 +154,13 @@ def note(point: Point, summary: Summary) -> str:
 
 
 def _elsewhere(point: Point, summary: Summary) -> str:
-    """Where the values of `point` were chosen, where neither its row nor the remarks say so."""
-    home = summary.tuned_at(point)
-    if home is None or home is point:
+    """Where the values of `point` were chosen, where that is not where the remarks say."""
+    home, at = summary.tuned_at(point), summary.config.tune_at
+    if home is None or not home.budget or home.budget == (at or point.budget) and home.num_ok:
         return ""
-    if home.num_failed and not home.num_ok:
-        return f" (the first of the grid: all of it failed at {home.budget})"
-    return "" if home.budget == summary.config.tune_at else f" (chosen at {home.budget})"
+    if home.num_ok:
+        return f" (chosen at {home.budget})"
+    return f" (the first of the grid: all of it failed at {home.budget})" if home.num_failed else ""
 
 
 def head(summary: Summary) -> list[str]:
@@ -179,7 +179,8 @@ def _seeds(summary: Summary) -> str:
     if config.best is None:
         return seeds
     each = "each variant and budget" if config.variants else "each budget"
-    return f"{seeds} for baselines and the {config.best} best of {each} on validation, 1 for the rest"
+    best = "best" if config.best == 1 else f"{config.best} best"
+    return f"{seeds} for baselines and the {best} of {each} on validation, 1 for the rest"
 
 
 def remarks(summary: Summary) -> list[str]:
@@ -223,7 +224,7 @@ def tuned(summary: Summary) -> str:
     else:
         where = "variant and method" if config.variants else "method"
         where += f", at {config.tune_at} or else the first budget that is feasible, and used at all"
-    fields = (f"{field} from {', '.join(map(str, values))}" for field, values in config.tune.items())
+    fields = (f"{field} from {', '.join(map(value_text, values))}" for field, values in config.tune.items())
     return f"Chosen on validation with seed 0 for each {where}: {'; '.join(fields)} (tuning.csv)."
 
 

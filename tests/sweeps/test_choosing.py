@@ -32,7 +32,7 @@ from embtables.sweeps.cells import (
 )
 from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuned_at, tuning_cells
 from embtables.sweeps.config import SweepConfig, describe, read_config
-from embtables.sweeps.report import head, learning_rates, line, markdown, remarks
+from embtables.sweeps.report import head, learning_rates, line, markdown, remarks, tuned
 from embtables.sweeps.summary import Summary, summarize
 from embtables.training.config import load_config, parse_value
 
@@ -281,6 +281,8 @@ def test_a_field_is_tuned_at_every_budget(data: Path, fake: Path, tmp_path: Path
     summary = summarize(out, resamples=20)
     both = summary.config.model_copy(update={"tune": {"tables.learning_rate": [0.1], "dense.learning_rate": [0.1]}})
     assert learning_rates(replace(summary, config=both)) == ""
+    small = summary.config.model_copy(update={"tune": {"tables.l2": [1e-5], "training.clip_norm": [None]}})
+    assert "budget: tables.l2 from 1.0e-05; training.clip_norm from null (" in tuned(replace(summary, config=small))
     with pytest.raises(ValueError, match=r"another tune.tables.learning_rate: \[0.1, 0.3\] there, \[0.3\] now"):
         run(described(data, "full,hash", "50%,8", 2, tune={"tables.learning_rate": [0.3]}), out)
 
@@ -348,9 +350,12 @@ def test_a_whole_protocol_stopped_in_each_of_its_stages(data: Path, fake: Path, 
     assert sweep_of(config, out).num_runs() == len(list(out.glob("cells/*/metrics.json")))
     summary = summarize(out, resamples=20)
     assert not summary.is_partial and summary.num_expected == summary.num_finished == len(rows)
+    assert head(summary) == [
+        "tiny · dlrm · 2 seeds for baselines and the best of each budget on validation, 1 for the rest"
+    ]
     ends = {p.place[1:]: line(p, summary)[-2:] for p in summary.points if p.method in ("hash", "robe")}
     assert ends == {
-        ("hash", "50%"): ("1/1", "tables.regularization=0.3"),
+        ("hash", "50%"): ("1/1", "tables.regularization=0.3 (chosen at 50%)"),
         ("hash", "1%"): ("1/1", "tables.regularization=0.3 (chosen at 50%)"),
         ("hash", "100"): ("0/1", "infeasible: floor 128 bytes"),
         **{("robe", budget): ("2/2", "tables.regularization=0.3") for budget in config.budgets},
@@ -361,7 +366,7 @@ def test_the_best_on_validation_get_every_seed(data: Path, fake: Path, tmp_path:
     out = tmp_path / "sweep"
     (fake / "fail-robe").touch()
     config = described(data, "full,hash,multi_hash,robe,unified", "50%", 5, best=2)
-    assert run(config, out)[-1]["status"] == "ok"
+    assert run(config, out, jobs=2)[-1]["status"] == "ok"
     # By the noise of the fake cells: hash (1.5), unified (1.55), multi_hash (1.7); robe would be the best.
     rows = [(row["method"], row["seed"], row["status"]) for row in read(out)]
     assert rows == [
@@ -401,6 +406,7 @@ def test_where_a_whole_grid_fails_the_row_says_so(data: Path, fake: Path, tmp_pa
     config = described(data, "full,hash", "50%,1%", 1, tune=GRID, tune_at="1%")
     failed = [(row["cell"], row["message"]) for row in run(config, out) if row["status"] == "failed"]
     assert failed == [("hash-1pct-s0-regularization=0.1", "the loss is NaN at step 7")]
+    assert len(started(fake)) == len(set(started(fake)))  # what failed waits for the next start
     summary = summarize(out, resamples=20)
     first = "tables.regularization=0.1 (the first of the grid: all of it failed at 1%)"
     assert row_of(summary, "hash", "50%")["note"] == first
