@@ -123,6 +123,7 @@ def sweep(
             "seed 0, of each budget.",
         ),
     ] = None,
+    learning_rates: Annotated[str | None, typer.Option(hidden=True)] = None,
     baselines: Annotated[
         bool,
         typer.Option(
@@ -157,6 +158,10 @@ def sweep(
     from embtables.sweeps.sweep import run_sweep
     from embtables.training.config import load_config
 
+    if learning_rates is not None:
+        asked = f"tables.learning_rate={learning_rates}"
+        typer.echo(f"--learning-rates will go: give --tune {asked} in its place.", err=True)
+        tune = [*(tune or []), asked]
     chosen = cells.in_precisions(cells.parse_methods(methods), precisions)
     flags = {"model.name": model, "data.leave_out": names_of(leave_out), "data.max_history": max_history}
 

@@ -64,6 +64,11 @@ class Cell:
         values = [re.sub(r"^[\w.]*\.", "", assignment) for assignment in assignments(self.tuned)]
         return file_name(self.variant, self.method, self.budget.replace("%", "pct"), f"s{self.seed}", *values)
 
+    def tuned_value(self, field: str) -> Any:
+        """What was chosen for a field of the grid; None where it is not of it."""
+        found = dict(assignment.split("=", 1) for assignment in assignments(self.tuned))
+        return parse_yaml(found[field]) if field in found else None
+
 
 def file_name(*parts: str) -> str:
     """The parts that are not empty, with dashes between them, of characters and a length that file systems take."""

@@ -235,7 +235,9 @@ def test_forms_of_one_training_share_it_at_each_value(data: Path, tmp_path: Path
     assert sizes(plateau_factor=[0.1, 0.2]) == sizes(quantize_from=[1, 2]) == [1, 1, 1, 1]
 
 
-def test_the_command_line_hands_its_options_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_hands_its_options_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     asked: list[SweepConfig] = []
     monkeypatch.setattr(sweep_module, "run_sweep", lambda config, out, jobs: asked.append(config) or [])
     options = ["--methods", "hash", "--budgets", "50%,1%", "--seeds", "3", "--best", "5", "--tune-at", "0.01"]
@@ -243,6 +245,11 @@ def test_the_command_line_hands_its_options_on(data: Path, tmp_path: Path, monke
     assert main(["sweep", str(data), *options]) == 0
     assert asked[0].tune == {"tables.regularization": [0.1, 0.3], "tables.l2": [0.0, 1e-5]}
     assert (asked[0].tune_at, asked[0].best, asked[0].seeds) == ("1%", 5, 3)
+    assert capfd.readouterr().err == ""
+    # The option that `--tune` has replaced.
+    assert main(["sweep", str(data), "--learning-rates", "0.1,0.3", "--out", str(tmp_path)]) == 0
+    assert asked[1].tune == {"tables.learning_rate": [0.1, 0.3]}
+    assert "give --tune tables.learning_rate=0.1,0.3 in its place" in capfd.readouterr().err
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -254,7 +261,7 @@ def test_a_field_is_tuned_at_every_budget(data: Path, fake: Path, tmp_path: Path
     rows = run(config, out)
     ok = [row for row in rows if row["status"] == "ok"]
     # Where the fake cell has least noise.
-    assert {row["tuned"] for row in ok} == {"tables.learning_rate=0.3"}
+    assert {(row["tuned"], row["learning_rate"]) for row in ok} == {("tables.learning_rate=0.3", 0.3)}
     assert [row["cell"] for row in rows] == [
         *("full-s0-learning_rate=0.3", "full-s1-learning_rate=0.3"),
         *("hash-50pct-s0-learning_rate=0.3", "hash-50pct-s1-learning_rate=0.3"),
