@@ -146,7 +146,7 @@ def vector(
         while block < len(size) and rank >= size[block]:
             rank, block = rank - size[block], block + 1
         if block == len(size):
-            return row(f"{name}/shared", 0)
+            return [0.0] * dim
         width = entry.values["widths"][block]
         narrow = row(f"{name}/{block}", rank)
         if width == dim:

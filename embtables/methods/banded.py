@@ -1,4 +1,4 @@
-"""Ids by rank in bands, of which each has its width and precision; the rarest share a row."""
+"""Ids by rank in bands, of which each has its width and precision; the rarest have no row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from pydantic import Field, field_validator
 
 from embtables.formats import RowFormat, row_format
-from embtables.lookup.recipe import Capped, Recipe, concat
+from embtables.lookup.recipe import Recipe
 from embtables.lookup.stored_rows import StoredRows
-from embtables.methods.bands import BandedMethod, Climb, Level, shared_row
+from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
 from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, ranks_of
 from embtables.optimizers import FusedOptimizer
@@ -24,11 +24,12 @@ _SAMPLE = 512
 
 
 class Banded(BandedMethod):
-    """Bands: ids in the order of their frequency, the more frequent the more bits; the rarest share a row.
+    """Bands: ids in the order of their frequency, the more frequent the more bits; the rarest have none.
 
     A band has rows of one width w and one precision p. Those of full width are vectors as they stand; others are
-    multiplied with a projection ``[w, D]``, one for each w and D: e(x) = E_b[x]·P_w. The ids beyond the last band share
-    one trained row of their table. Bands are ranges of ranks, which cost no bytes.
+    multiplied with a projection ``[w, D]``, one for each w and D: e(x) = E_b[x]·P_w. The vectors of ids beyond the last
+    band are zeros: a trained row that thousands of rare ids share says little about any of them, and disturbs the rest.
+    Bands are ranges of ranks, which cost no bytes.
 
     Where the bands of all tables end is solved under the one budget. An id that occurs n times is worth
     v(x) = n·n/(n + κ)·q(w, p): its lookups, times the share of what its row learns that is signal, times the share q of
@@ -40,14 +41,14 @@ class Banded(BandedMethod):
     It needs ``frequencies``.
 
     Args:
-        precisions: what bands may be stored in, beside ``precision``, where that takes fewer bits. No row of one's own
-            is always among the choices.
+        precisions: what bands may be stored in, beside ``precision``, where that takes fewer bits. No row is always
+            among the choices.
         widths: how many columns rows may have beside D.
         decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
             of a vector a narrow row keeps. It matters only with ``widths``.
         prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
-        precision: what the most frequent ids and the shared rows are stored in, and all of a table that fits in full;
-            fp32 where neither it nor ``plan`` says another.
+        precision: what the most frequent ids are stored in, and all of a table that fits in full; fp32 where neither
+            it nor ``plan`` says another.
 
     Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems", ISIT 2021
     (blocks of ids by frequency); Li et al., "Mixed-Precision Embeddings for Large-Scale Recommendation Models", 2024
@@ -55,7 +56,7 @@ class Banded(BandedMethod):
     """
 
     kind: ClassVar[str] = "banded"
-    shares_lowest: ClassVar[bool] = True
+    drops_lowest: ClassVar[bool] = True
     precisions: tuple[str, ...] = ("int8", "int4", "int2", "binary")
     widths: tuple[Annotated[int, Field(ge=1)], ...] = ()
     decay: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -73,9 +74,7 @@ class Banded(BandedMethod):
         check_counted(group, self.kind)
 
     def floor(self, group: Group) -> Floor:
-        why = "one shared row per table" + (
-            " and the ranks of ids that are not numbered by frequency" if rank_code(group) else ""
-        )
+        why = "the ranks of ids that are not numbered by frequency" if rank_code(group) else "nothing: no id has a row"
         return Floor(min(self._solved(group).path.floor(), group.full_bytes), why)
 
     # ---- what rows are worth -------------------------------------------------------------------------------------
@@ -92,8 +91,7 @@ class Banded(BandedMethod):
         parts = []
         for t, (table, counts) in enumerate(zip(group.tables, group.counts)):
             assert counts is not None
-            # The last id would be alone in the shared row, so it never needs one of its own.
-            ranked = counts_by_rank(counts)[:-1].astype(np.float64)
+            ranked = counts_by_rank(counts).astype(np.float64)
             starts = np.concatenate([[0], np.flatnonzero(np.diff(ranked)) + 1])[: len(ranked)]
             ends = np.append(starts[1:], len(ranked))[: len(starts)]
             each = ranked[starts]
@@ -124,8 +122,9 @@ class Banded(BandedMethod):
         return Entry("banded_by_rank", values | {"ranks_from": ranks_from})
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
-        bands, shared = self._ranges(entry, group), concat(Capped(shared_row(entry.table.name)))
-        return Recipe("alternatives", bands, ranks_of(entry, group), rest=shared) if bands else shared
+        bands, zeros = self._ranges(entry, group), Recipe("sum", ())
+        rest = zeros if sum(entry.entry.values["rows"]) < int(entry.table.rows or 0) else None
+        return Recipe("alternatives", bands, ranks_of(entry, group), rest=rest) if bands else zeros
 
 
 class Choice(NamedTuple):
@@ -139,7 +138,7 @@ class Choice(NamedTuple):
 def choices(
     rows_in: RowFormat, formats: Sequence[RowFormat], dim: int, widths: Sequence[int], decay: float
 ) -> list[Choice]:
-    """The kinds of rows that are best for some number of bits, the smallest first; at the front the shared row.
+    """The kinds of rows that are best for some number of bits, the smallest first; at the front no row at all.
 
     They are the corners of the concave hull of what rows keep over their bits: no kind between two of them keeps more
     than a mixture of the two.

@@ -47,10 +47,10 @@ class Climb(NamedTuple):
 class BandedMethod(RankedMethod):
     """A method whose tables consist of bands.
 
-    The lowest level of a table is a row that all of its ids on that level share, where ``shares_lowest`` says so.
+    Where ``drops_lowest`` says so, ids on the lowest level of a table have no row, and zeros as their vectors.
     """
 
-    shares_lowest: ClassVar[bool]
+    drops_lowest: ClassVar[bool]
 
     def _levels(self, group: Group, dim: int) -> list[Level]:
         """The levels of tables of a dimension, the lowest first; rows of the highest are those of a full table."""
@@ -79,12 +79,10 @@ class BandedMethod(RankedMethod):
                 entries[table.name], slab = full_entry(group, table)
                 slabs.append(slab)
                 continue
-            own = range(int(self.shares_lowest), len(levels))
+            own = range(int(self.drops_lowest), len(levels))
             bands = [(int(rows[i]), levels[i]) for i in reversed(own) if rows[i]]
             narrow |= {(dim, level.width) for _, level in bands if level.width < dim}
             slabs += [Slab(f"{table.name}/{j}", n, *_of_slab(level)) for j, (n, level) in enumerate(bands)]
-            if self.shares_lowest:
-                slabs.append(Slab(shared_row(table.name), 1, *_of_slab(levels[0])))
             entries[table.name] = self._entry(bands, starts.get(table.name))
         extras = tuple(projection_of(group, width, dim) for dim, width in sorted(narrow))
         return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
@@ -110,8 +108,7 @@ class BandedMethod(RankedMethod):
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
         """Takes over trained full tables: rows of width D as they are, narrower ones as near as the projection allows.
 
-        A projection becomes the directions in which all vectors that it is for have most of their squares. A row that
-        ids share becomes the mean of their vectors.
+        A projection becomes the directions in which all vectors that it is for have most of their squares.
         """
         super().keep(layout, group, store, weights)
         narrow: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -129,9 +126,6 @@ class BandedMethod(RankedMethod):
                     slab[places] = own.to(slab)
                 else:
                     narrow.setdefault(band.projection, []).append((slab, places, own))
-            ids = ids[ids < len(vectors)]
-            if self.shares_lowest and len(ids):
-                store.slab(shared_row(table.name))[0] = vectors[ids].mean(dim=0)
         for name, bands in narrow.items():
             projection = store.extra(name).detach()
             projection.copy_(principal_rows([(own, None) for _, _, own in bands], len(projection)))
@@ -148,12 +142,11 @@ class Solved:
     """
 
     def __init__(self, method: BandedMethod, group: Group) -> None:
-        self._group, self._shares = group, method.shares_lowest
+        self._group, self._drops = group, method.drops_lowest
         self._starts, self._full = remapped(group), group.rows_bytes(group.num_rows)
         of_dim = {dim: method._levels(group, dim) for dim in {table.embedding_dim for table in group.tables}}
         self.levels = [of_dim[table.embedding_dim] for table in group.tables]
-        # Of the ids that share a row the last one would be alone in it, and has it for itself.
-        self.ids = group.num_rows - self._shares
+        self.ids = group.num_rows
         self._lowest = np.zeros((len(self.levels), max(map(len, self.levels))), dtype=np.int64)
         self._lowest[:, 0] = self.ids
         self._climb = climb = method._climb(group)
@@ -207,8 +200,8 @@ class Solved:
         """The bytes of a table where ranks stand as in each row of ``standing``."""
         table, levels = self._group.tables[t], self.levels[t]
         rows = _on_each(standing[:, : len(levels)])
-        if self._shares:
-            rows[:, 0] = 1
+        if self._drops:
+            rows[:, 0] = 0
         sizes = np.zeros(len(rows), dtype=np.int64)
         for rows_in in {level.format for level in levels}:
             own = [i for i, level in enumerate(levels) if level.format == rows_in]
@@ -222,11 +215,6 @@ class Solved:
         """How many rows need each projection."""
         rows, which = _on_each(standing), self._needs
         return np.bincount(which[which >= 0], rows[which >= 0], len(self._projections)).astype(np.int64)
-
-
-def shared_row(table: str) -> str:
-    """The slab of the row that a table's ids without a row of their own share."""
-    return f"{table}/shared"
 
 
 def _ids_by_rank(entry: TableEntry, group: Group, store: Store) -> Tensor:

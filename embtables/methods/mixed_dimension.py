@@ -36,7 +36,7 @@ class MixedDimension(BandedMethod):
     """
 
     kind: ClassVar[str] = "mixed_dimension"
-    shares_lowest: ClassVar[bool] = False
+    drops_lowest: ClassVar[bool] = False
     first_block: int = Field(default=64, ge=1)
     block_growth: int = Field(default=4, ge=2)
 
