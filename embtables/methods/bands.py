@@ -108,16 +108,19 @@ class BandedMethod(RankedMethod):
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
         """Takes over trained full tables: rows of width D as they are, narrower ones as near as the projection allows.
 
-        A projection becomes the directions in which all vectors that it is for have most of their squares.
+        A projection becomes the directions in which all vectors that it is for have most of their squares. Tables of
+        which no id has a row are not among those taken over.
         """
-        super().keep(layout, group, store, weights)
+        kept = super().keep(layout, group, store, weights)
         narrow: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for table in group.tables:
             entry = TableEntry(table, layout.entries[table.name])
             if table.name not in weights or entry.entry.variant == FULL:
                 continue
             vectors, ids = weights[table.name], _ids_by_rank(entry, group, store)
-            for band in self._ranges(entry, group):
+            bands = self._ranges(entry, group)
+            kept += [table.name] if bands else []
+            for band in bands:
                 slab = store.slab(band.slab)
                 # The row for ids that are out of range, which a trained table does not have, stays as it is.
                 places = (ids[: len(slab)] < len(vectors)).nonzero().squeeze(1)
@@ -126,12 +129,12 @@ class BandedMethod(RankedMethod):
                     slab[places] = own.to(slab)
                 else:
                     narrow.setdefault(band.projection, []).append((slab, places, own))
-        for name, bands in narrow.items():
+        for name, parts in narrow.items():
             projection = store.extra(name).detach()
-            projection.copy_(principal_rows([(own, None) for _, _, own in bands], len(projection)))
-            for slab, places, own in bands:
+            projection.copy_(principal_rows([(own, None) for _, _, own in parts], len(projection)))
+            for slab, places, own in parts:
                 slab[places] = narrow_rows(own, projection).to(slab)
-        return list(weights)
+        return kept
 
 
 class Solved:

@@ -67,9 +67,9 @@ class HotCold(Method):
     all ids, whatever is hot: so no table shrinks where the budget grows.
 
     Args:
-        cold: the method of the other ids: its name, mapping or config. One that goes by frequency itself, such as
-            ``frequency_cutoff``, gets its least bytes: one row for each table. Its own ``precision`` holds for the cold
-            rows alone.
+        cold: the method of the other ids: its name, mapping or config. One that goes by frequency itself gets its least
+            bytes: one row for each table with ``frequency_cutoff``, none with ``banded``. Its own ``precision`` holds
+            for the cold rows alone.
         hot: the share of the bytes for hot rows, those of the remap set apart; ``None``: solved.
         shrinkage: κ, in lookups.
 

@@ -204,6 +204,15 @@ def test_takes_over_what_a_trained_table_learned(ranked: bool, widths: tuple[int
     assert not found[rest].any()
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_table_without_any_row_is_not_said_to_be_kept(trained: bool) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Embedding(100, 4), "b": torch.nn.Embedding(50, 4)})
+    counts = {"a": falling_counts(100), "b": np.zeros(50, dtype=np.int64)}
+    report = compress_(model, "banded", 60, frequencies=counts, trained=trained)
+    assert bands(report.plan, "a") and not bands(report.plan, "b")
+    assert (report.kept, report.anew) == (["a"], ["b"])
+
+
 def test_each_band_is_served_in_its_precision() -> None:
     table = TableConfig("a", 2_000, 16)
     solved = plan([table], "banded", "6%", {"a": falling_counts(2_000)})
