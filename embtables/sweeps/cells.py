@@ -36,6 +36,8 @@ BASELINES: tuple[MethodSpec, ...] = (
 )
 
 
+# Between the fields of an entry of a grid.
+_BEFORE_FIELD = re.compile(r" (?=[\w.]+\.\w+=)")
 # Names get endings such as .failed.json, and most file systems end at 255 bytes.
 _LONGEST_NAME = 200
 
@@ -135,14 +137,21 @@ def grid(tune: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def value_text(value: Any) -> str:
-    """A text from which YAML reads the same value."""
+    """A text on one line from which YAML reads the same value.
+
+    Raises:
+        ValueError: there is none that :func:`assignments` would leave whole.
+    """
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.strip().removesuffix("...").strip()
+    text = text.strip().removesuffix("...").strip()
+    if not text.isprintable() or _BEFORE_FIELD.search(text):
+        raise ValueError(f"the value {value!r} holds a line end, a control character or another FIELD=VALUE")
+    return text
 
 
 def assignments(tuned: str) -> list[str]:
     """The parts of an entry of :func:`grid`, one a field."""
-    return re.split(r" (?=[\w.]+\.\w+=)", tuned) if tuned else []
+    return _BEFORE_FIELD.split(tuned) if tuned else []
 
 
 def parse_methods(text: str) -> dict[str, MethodSpec]:

@@ -197,18 +197,31 @@ def _as_fields_hold_them(config: SweepConfig) -> dict[str, list[Any]]:
             raise ValueError(f"--tune {field}: it changes {_CHANGES[home]}, and so what is compared: use --variant")
         if home in RunConfig.model_fields:
             raise ValueError(f"--tune {field}: it is a section of the configuration, no field")
+        inner = next((other for other in config.tune if other.startswith(f"{field}.")), None)
+        if inner is not None:
+            raise ValueError(
+                f"--tune {inner}: it is a part of {field}, which is tuned as a whole: leave one of them out"
+            )
+        for value in config.tune[field]:
+            try:
+                value_text(value)
+            except ValueError as error:
+                raise ValueError(f"--tune {field}: {error}: leave it out") from None
     found: dict[str, dict[str, Any]] = {field: {} for field in config.tune}
     for combination in product(*config.tune.values()) if config.tune else ():
         fields = dict(zip(config.tune, combination))
         try:
-            base = with_fields(config.train, fields)
-            for train in config.trains.values():
-                check_hyperparameters(train.model.name, with_fields(train, fields).model.hyperparameters)
+            trains = [with_fields(train, fields) for train in config.trains.values()]
+            for train in trains:
+                check_hyperparameters(train.model.name, train.model.hyperparameters)
+            held_by_all = [{field: _held(train, field) for field in fields} for train in trains]
+            if any(held != held_by_all[0] for held in held_by_all):
+                raise ValueError("it stands for another value in each variant: write the values themselves")
         except ValueError as error:
             culprit = " ".join(f"{field}={value_text(value)}" for field, value in fields.items())
             raise ValueError(f"--tune {culprit}: {error}") from None
         for field, values in found.items():
-            held = _held(base, field)
+            held = held_by_all[0][field]
             values.setdefault(value_text(held), held)
     return {field: list(values.values()) for field, values in found.items()}
 

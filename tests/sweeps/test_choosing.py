@@ -88,8 +88,17 @@ def test_values_are_those_that_the_configuration_holds(data: Path) -> None:
     config = described(data, "hash", "10%", 1, tune={"tables.l2": [0.1, "1e-1", 1], "training.epochs": [3, 3]})
     assert config.tune == {"tables.l2": [0.1, 1.0], "training.epochs": [3]}
     assert grid(config.tune) == ["tables.l2=0.1 training.epochs=3", "tables.l2=1.0 training.epochs=3"]
-    # What is wrong with the one alone is right with the other.
+    # What is wrong with the one alone is right with the other, and what is wrong for all may be right for each variant.
     described(data, "hash", "10%", 1, tune={"training.epochs": [30], "training.quantize_from": [20]})
+    longer = {"longer": load_config(fields={"training.epochs": 30})}
+    described(data, "hash", "10%", 1, variants=longer, tune={"training.quantize_from": [20]})
+    # Without a value each optimizer has its own.
+    both = {kind: load_config(fields={"tables.optimizer": kind}) for kind in ("adam", "sgd")}
+    with pytest.raises(ValueError, match="--tune tables.learning_rate=null: it stands for another value in each"):
+        described(data, "hash", "10%", 1, variants=both, tune={"tables.learning_rate": [0.1, None]})
+    assert described(data, "hash", "10%", 1, tune={"tables.learning_rate": [None]}).tune == {
+        "tables.learning_rate": [load_config().tables.learning_rate]
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,17 @@ def test_values_are_those_that_the_configuration_holds(data: Path) -> None:
         ({"model.name": ["mlp"]}, "--tune model.name: .*use --variant"),
         ({"training.monitor": ["logloss"]}, "--tune training.monitor: .*use --variant"),
         ({"tables": [{}]}, "--tune tables: it is a section"),
+        (
+            {"model.hyperparameters": [{}], "model.hyperparameters.units": [[8]]},
+            "--tune model.hyperparameters.units: it is a part of model.hyperparameters",
+        ),
+        *[
+            (
+                {"model.hyperparameters.activation": ["relu", text]},
+                "--tune model.hyperparameters.activation: the value ",
+            )
+            for text in ("a\nb", "relu training.epochs=1", "\x85relu")
+        ],
     ],
 )
 def test_what_no_grid_can_have(tune: dict[str, list[Any]], message: str, data: Path) -> None:
