@@ -68,6 +68,11 @@ class SweepConfig(BaseModel):
         combinations = math.prod(map(len, self.tune.values()))
         if not 0 < combinations <= MOST_COMBINATIONS:
             raise ValueError(f"--tune has {combinations:,} combinations of values: give 1 to {MOST_COMBINATIONS:,}")
+        for field, values in self.tune.items():
+            try:
+                grid({field: values})
+            except ValueError as error:
+                raise ValueError(f"--tune {field}: {error}: leave it out") from None
         if self.tune_at is not None and not self.tune:
             raise ValueError("--tune-at says where a grid is tried: give the grid by --tune, or leave --tune-at out")
         if self.tune_at is not None and self.tune_at not in self.budgets:
@@ -202,11 +207,6 @@ def _as_fields_hold_them(config: SweepConfig) -> dict[str, list[Any]]:
             raise ValueError(
                 f"--tune {inner}: it is a part of {field}, which is tuned as a whole: leave one of them out"
             )
-        for value in config.tune[field]:
-            try:
-                value_text(value)
-            except ValueError as error:
-                raise ValueError(f"--tune {field}: {error}: leave it out") from None
     found: dict[str, dict[str, Any]] = {field: {} for field in config.tune}
     for combination in product(*config.tune.values()) if config.tune else ():
         fields = dict(zip(config.tune, combination))
