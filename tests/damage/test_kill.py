@@ -23,7 +23,7 @@ from sweep_cases import run as run_sweep
 from embtables._util.files import PREFIX, unsealed
 from embtables.cli.app import run as main
 
-KILLS = int(os.environ.get("EMBTABLES_KILLS", "3"))
+KILLS = int(os.environ.get("EMBTABLES_KILLS", "2"))
 TIMES = {"examples_per_second", "train_seconds", "compile_seconds", "peak_rss_bytes", "lookup_latency_us"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

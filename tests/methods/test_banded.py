@@ -94,8 +94,9 @@ def worth(count: int, prior_count: float, share: float) -> float:
     return count * count / (count + prior_count) * share if count else 0.0
 
 
-@pytest.mark.parametrize("prior_count", [0.0, 5.0, 100.0])
-@pytest.mark.parametrize("precisions", [PRECISIONS, ("int4/1",), ()])
+@pytest.mark.parametrize(
+    ("precisions", "prior_count"), [(PRECISIONS, 0.0), (PRECISIONS, 100.0), (("int4/1",), 5.0), ((), 5.0)]
+)
 def test_no_other_division_of_the_same_bytes_is_worth_more(precisions: tuple[str, ...], prior_count: float) -> None:
     """All divisions of all budgets, one by one."""
     tables = [TableConfig("a", 3, 8), TableConfig("b", 3, 16)]
