@@ -49,7 +49,7 @@ MODEL = {
     "attention_hidden_units": [64],
     "din_use_softmax": True,
     "learning_rate": 5e-3,
-    "embedding_regularizer": 1e-4,
+    "embedding_regularizer": 1e-3,
 }
 
 
