@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from core_cases import random_ids
 from torch import Tensor
 
-from embtables import EmbeddingTables
+from embtables import EmbeddingTables, ops
+
+NATIVE = pytest.mark.skipif(ops.backend() != "native", reason="needs the native library")
+BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]
 
 
 def jagged(tables: EmbeddingTables, batch: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ LABELS_CHECKSUM = "test_labels_sha256"
 MOST_SEEDS = 100_000
 MOST_COMBINATIONS = 1_000
 
-# Fields that no grid can have: where every cell's own value comes from, and what another value would change.
+# Fields that no grid can have: where every cell's own value comes from (which no variant sets either), and what another
+# value would change.
 _OWN = {
     "tables.method": "--methods",
     "tables.budget": "--budgets",
@@ -175,12 +176,7 @@ def describe(
 
 def _refuse_what_cells_set(name: str, variant: RunConfig, train: RunConfig, tune: Mapping[str, Sequence[Any]]) -> None:
     """``ValueError`` where a variant sets what every cell has of its own, and would be as if it did not."""
-    cures = {
-        "tables.method": "give --methods",
-        "tables.budget": "give --budgets",
-        "training.seed": "give --seeds",
-        **dict.fromkeys(tune, "leave out --tune"),
-    }
+    cures = {field: f"give {option}" for field, option in _OWN.items()} | dict.fromkeys(tune, "leave out --tune")
     for field, cure in cures.items():
         # With another optimizer comes another learning rate, which nobody set.
         follows = field == "tables.learning_rate" and variant.tables.optimizer != train.tables.optimizer

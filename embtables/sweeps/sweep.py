@@ -308,7 +308,7 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
     remaining = TimeRemainingColumn(elapsed_when_finished=False)
     # Cells take minutes: the speed is taken over the whole sweep, not over the last half minute.
     with Progress(*columns, remaining, console=console, speed_estimate_period=1e9, transient=True) as progress:
-        bar = progress.add_task("cells", total=sweep.num_runs())
+        bar = progress.add_task("cells", total=None)
 
         def run(cells: list[Cell]) -> None:
             trainings = sweep.trainings(cells)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from core_cases import counted_bytes, falling_counts, shuffled_counts
+from native_cases import BACKENDS
 
 from embtables import SGD, EmbeddingTables, Plan, TableConfig, compress_, ops, plan
 from embtables.formats import FORMATS, FP32, RowFormat, row_format
@@ -233,11 +234,9 @@ def test_each_band_is_served_in_its_precision() -> None:
     assert 0 < start < 2_000 and not trained[start:].any() and not served[start:].any()
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ranked", [True, False])
 def test_ids_without_a_row_have_zeros_and_no_updates(ranked: bool, backend: str) -> None:
-    if backend == "native" and ops.backend() != "native":
-        pytest.skip("the native library was not built")
     tables = [TableConfig("a", 50, 8, pooling="mean"), TableConfig("b", 31, 8)]
     # No row at all in one table; in the other rows for all ids, but not of one kind.
     counts = {"a": np.zeros(50, dtype=np.int64), "b": (falling_counts if ranked else shuffled_counts)(31) + 1}

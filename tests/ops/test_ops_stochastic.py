@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from native_cases import BACKENDS, NATIVE
 from scalar import MASK, mix64
 from torch import Tensor
 
@@ -17,8 +18,6 @@ from embtables.optimizers import FusedOptimizer
 
 pytestmark = pytest.mark.core
 
-NATIVE = pytest.mark.skipif(ops.backend() != "native", reason="needs the native library")
-BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]
 RULES: list[FusedOptimizer] = [
     SGD(lr=0.03125, l2=0.25),
     RowWiseAdagrad(lr=0.05, eps=1e-4),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from core_cases import method_id, random_ids, shuffled_counts, trained_methods
+from native_cases import BACKENDS, NATIVE
 from torch import Tensor, nn
 
 from embtables import SGD, Adam, EmbeddingTables, Plan, RowWiseAdagrad, TableConfig, compress_, ops, plan
@@ -20,8 +21,6 @@ from embtables.methods import Method
 from embtables.optimizers import FusedOptimizer, averaged
 from embtables.sizes.layout import Form, Slab
 
-NATIVE = pytest.mark.skipif(ops.backend() != "native", reason="needs the native library")
-BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]
 TABLES = [TableConfig("user", 300, 8), TableConfig("item", 90, 8, feature_names=["item", "last"], padding_idx=3)]
 
 
