@@ -72,6 +72,19 @@ def test_no_scalar_moves_by_more_than_half_a_step(precision: str, width: int, ro
                 assert value != 0 or found == 0
 
 
+@pytest.mark.parametrize("precision", ["int8/1", "int4/1"])
+def test_the_smallest_numbers_have_a_scale_too(precision: str) -> None:
+    """Among them are those whose quotient by the number of levels is nothing in fp32, or is rounded down there."""
+    values = torch.tensor([1, 7, 10, 127, 190, 191, 10_000, 2**23 + 1]).unsqueeze(1) * torch.tensor(
+        [2.0**-149, -(2.0**-149)]
+    )
+    rows, stored, scales = packed(precision, [values])
+    served = rows.read(stored, scales, torch.arange(len(values))).double()
+    halves = scales.double().flatten() / 2
+    assert bool((halves > 0).all())
+    assert bool(((served - values).abs().amax(1) <= halves).all())
+
+
 @pytest.mark.parametrize("precision", ["int2/slab", "binary/slab"])
 def test_few_levels_have_the_scale_of_least_squared_error(precision: str) -> None:
     """Against a search over a thousand scales."""

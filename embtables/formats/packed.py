@@ -113,7 +113,8 @@ class PackedFormat(RowFormat):
         """The scales ``[blocks, scales]`` that blocks of scalars ``[blocks, n]`` are stored with."""
         magnitudes = values.abs()
         if self.bits > 2:
-            return _rounded_up(magnitudes.amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1))
+            # In fp32 the quotient of the smallest numbers would be rounded down, or to 0.
+            return _rounded_up(magnitudes.amax(dim=1, keepdim=True).double() / (2 ** (self.bits - 1) - 1))
         scales = 2.0 ** (2 - self.bits) * magnitudes.mean(dim=1, keepdim=True)
         # Of two levels it is the best one already, since each scalar has the level of its sign whatever the scale is.
         for _ in range(_ROUNDS if self.bits > 1 else 0):
