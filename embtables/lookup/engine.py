@@ -156,12 +156,17 @@ class Lookup(nn.Module):
         showing = [stage for stage in stages if stage.shows.keys() & set(tables)]
         self.shown = Shown(tables, self.dims, showing) if showing else None
         self.native = self._compile()
-        natives = self._natives if self.native is not None else []
-        self._in_pytorch = [i for i in range(len(blocks)) if i not in natives]
-        self._native_outputs = sorted(o for i in natives for o in self._outputs[i])
+        self._in_native = self._natives if self.native is not None else []
+        self._in_pytorch = [i for i in range(len(blocks)) if i not in self._in_native]
+        self._native_outputs = sorted(o for i in self._in_native for o in self._outputs[i])
+        places = {output: place for place, output in enumerate(self._native_outputs)}
+        # Numbers, one for each output.
+        self.of_native = Arrangement(
+            [[places[o] for o in self._outputs[i]] for i in self._in_native], [1] * len(places)
+        )
         self.all_in_pytorch = Arrangement(self._outputs, self.dims)
         both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
-        self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
+        self.in_both = Arrangement(both, self.dims) if self._in_native and self._in_pytorch else None
 
     @property
     def store(self) -> Store:
@@ -223,7 +228,9 @@ class Lookup(nn.Module):
 
     def _side_by_side(self, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         own = tuple(modes[output] for output in self._native_outputs) if self._in_pytorch else modes
-        native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step), modes)
+        native, found = self._look_up(
+            given, step, lambda n, tensors, shares: n.side_by_side(tensors, given, own, step, shares), modes
+        )
         if native is not None and not found:
             return native
         pooled = [f.block.pool(f.vectors, f.ids, [modes[o] for o in f.outputs]) for f in found]
@@ -234,7 +241,9 @@ class Lookup(nn.Module):
 
     def _one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
         own = [modes[output] for output in self._native_outputs]
-        native, found = self._look_up(given, step, lambda n, tensors: n.one_by_one(tensors, given, own, step), modes)
+        native, found = self._look_up(
+            given, step, lambda n, tensors, shares: n.one_by_one(tensors, given, own, step, shares), modes
+        )
         if native is not None and not found:
             return native
         outputs = dict(zip(self._native_outputs, native or []))
@@ -251,7 +260,9 @@ class Lookup(nn.Module):
             # Without features in two tables, outputs stand in the order of the input's columns.
             each = self._one_by_one(given, modes, step)
             return torch.stack(each, dim=1) if given.offsets is None else torch.cat(each)
-        native, found = self._look_up(given, step, lambda n, tensors: n.in_input_order(tensors, given, step), modes)
+        native, found = self._look_up(
+            given, step, lambda n, tensors, shares: n.in_input_order(tensors, given, step, shares), modes
+        )
         if native is not None:
             return native
         weighted = [f.block.weighted(f.vectors, f.ids) for f in found]
@@ -275,7 +286,7 @@ class Lookup(nn.Module):
         self,
         given: Input,
         step: Step,
-        natively: Callable[[NativeLookup, ProgramTensors], T],
+        natively: Callable[[NativeLookup, ProgramTensors, Tensor | None], T],
         modes: Sequence[str | None] = (),
     ) -> tuple[T | None, list[BlockVectors]]:
         """What native code gives for its blocks, ``None`` where it takes none, and the vectors of all others.
@@ -287,11 +298,13 @@ class Lookup(nn.Module):
         """
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
-        # Regularization works on the vectors of single ids, and stages may listen to the gradients of single rows:
-        # native code shows neither. Nor does it round rows before it combines them.
+        # Regularization works on the vectors of single ids, which native code does not show where they are pooled or
+        # weighted. Stages may listen to the gradients of single rows, which it never shows; nor does it round rows
+        # before it combines them.
         # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
         unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
-        in_pytorch = regularizes or step.listeners or step.rounding is not None or unknown
+        hidden = regularizes and not (given.offsets is None and given.weights is None)
+        in_pytorch = hidden or step.listeners or step.rounding is not None or unknown
         tensors = None if native is None or in_pytorch else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         result = None
@@ -307,10 +320,15 @@ class Lookup(nn.Module):
             if step.stages:
                 step.begin(Touched(self.blocks, given, self.only))
             if native is not None and tensors is not None:
-                result = natively(native, tensors)
+                result = natively(native, tensors, self._native_shares(given) if regularizes else None)
         except Refused as refused:
             self._explain(refused, given)
         return result, self._in_plain_pytorch(rest, ids, step) if rest else []
+
+    def _native_shares(self, given: Input) -> Tensor:
+        """``shares`` of the outputs that are looked up natively, ``[B, L]``."""
+        parts = [self.blocks[i].shares(self.blocks[i].pick(given, self.only)) for i in self._in_native]
+        return self.of_native.ordered(parts).t()
 
     def check_range(self, ids: Tensor) -> None:
         """Raises ``IndexError`` for ids ``[N]`` out of range, as a lookup of this view, and does nothing else."""

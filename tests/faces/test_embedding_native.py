@@ -148,10 +148,12 @@ def test_what_goes_through_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert factors.grad is not None and len(in_pytorch) == 1
     module.regularize(0.1)
     item(ids)
+    assert len(in_pytorch) == 1
+    bag(ids)
     assert len(in_pytorch) == 2
-    item.eval()(ids)
+    bag.eval()(ids)
     module.regularize(0)
-    item.train()(ids)
+    bag.train()(ids)
     assert len(in_pytorch) == 2
     item.double()(ids)
     assert len(in_pytorch) == 3

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from core_cases import all_methods, method_id, trained_methods
+from native_cases import NATIVE
 from torch import Tensor
 
-from embtables import SGD, EmbeddingTables, TableConfig, plan
+from embtables import SGD, EmbeddingTables, TableConfig, ops, plan
+from embtables.lookup import engine
+from embtables.lookup.features import BlockLookup
+from embtables.lookup.store import Store
 from embtables.methods import Method, from_config
 
 L2 = 0.3
@@ -29,6 +34,13 @@ IDS = {
     "brand": [[5], [39], [44], [5]],
     "maker": [[5], [7], [7], [5]],
 }
+# The same with one id for each feature, which native code looks up where it sees the vectors of single ids.
+MATRIX = {
+    "item": [[5], [7], [5], [9]],
+    "history": [[7], [5], [0], [5]],
+    "brand": [[5], [39], [44], [5]],
+    "maker": [[5], [7], [7], [5]],
+}
 FLAT = torch.tensor([i for rows in IDS.values() for row in rows for i in row])
 OFFSETS = torch.tensor([0, *np.cumsum([len(row) for rows in IDS.values() for row in rows])])
 
@@ -39,10 +51,13 @@ def build(method: Any, optimizer: Any = None, **options: Any) -> EmbeddingTables
     return EmbeddingTables(solved, std=0.5, **options)
 
 
-def backward(tables: EmbeddingTables) -> None:
+def backward(tables: EmbeddingTables, ids: dict[str, list[list[int]]] = IDS) -> None:
     """A loss that depends on all outputs, and whose own gradient is zero."""
-    result = tables.lookup(FLAT, OFFSETS, pooling={"history": None})
-    (0 * torch.cat([v.flatten() for v in result.values()]).sum()).backward()
+    if ids is IDS:
+        result = tables.lookup(FLAT, OFFSETS, pooling={"history": None})
+        (0 * torch.cat([v.flatten() for v in result.values()]).sum()).backward()
+    else:
+        (0 * tables(torch.tensor(list(ids.values())).squeeze(2).t()).sum()).backward()
 
 
 def found_counts(tables: EmbeddingTables) -> dict[str, Any]:
@@ -54,11 +69,11 @@ def found_counts(tables: EmbeddingTables) -> dict[str, Any]:
     return found
 
 
-def term(vectors: dict[str, Tensor], counts: dict[str, Any] | None) -> Tensor:
+def term(vectors: dict[str, Tensor], counts: dict[str, Any] | None, ids: dict[str, list[list[int]]] = IDS) -> Tensor:
     """½·λ·Σ ‖w_j‖²/n_j over the distinct ids of each table, one after another."""
     total = torch.zeros((), dtype=torch.float64)
     for table, features in (("item", ("item", "history")), ("brand", ("brand",)), ("maker", ("maker",))):
-        used = {i for f in features for row in IDS[f] for i in row} - ({0} if table == "item" else set())
+        used = {i for f in features for row in ids[f] for i in row} - ({0} if table == "item" else set())
         for id_ in used:
             row = min(id_, 40) if table == "brand" else id_
             n = max(1, float(counts[table][row])) if counts is not None and row < len(counts[table]) else 1
@@ -94,20 +109,21 @@ def test_what_stores_nothing_has_nothing_to_regularize() -> None:
     assert not any(v.requires_grad for v in tables.lookup(FLAT, OFFSETS).values())
 
 
+@pytest.mark.parametrize("ids", [IDS, MATRIX], ids=["bags", "matrix"])
 @pytest.mark.parametrize("method", trained_methods(), ids=method_id)
-def test_gradient_of_any_storage_follows_the_chain_rule(method: Method) -> None:
+def test_gradient_of_any_storage_follows_the_chain_rule(method: Method, ids: dict[str, list[list[int]]]) -> None:
     """The term's gradient with regard to the storage, by central differences in float64."""
     tables = build(method)
     tables.regularize(L2, COUNTS)
     counts = found_counts(tables)
-    backward(tables)
+    backward(tables, ids)
     grads = {name: p.grad.clone() for name, p in storage(tables).items() if p.grad is not None}
     tables.double()
     for stage in tables.stages:
         stage.shows = {}  # whole rows are regularized, whatever lookups show of them
 
     def loss() -> float:
-        return float(term({t.name: tables.to_dense(t.name) for t in TABLES}, counts))
+        return float(term({t.name: tables.to_dense(t.name) for t in TABLES}, counts, ids))
 
     random = np.random.default_rng(0)
     for name, weight in storage(tables).items():
@@ -303,6 +319,58 @@ def test_a_batch_without_ids_is_left_alone(num_examples: int, optimizer: str | N
     torch.cat([v.flatten() for v in found.values()]).sum().backward()
     assert all(torch.equal(weight, before[name]) for name, weight in storage(tables).items())
     assert not any(p.grad.any() for p in tables.parameters() if p.grad is not None)
+
+
+@NATIVE
+@pytest.mark.parametrize("in_pytorch", [None, "maker"], ids=["native", "mixed"])
+@pytest.mark.parametrize("form", ["side by side", "one by one", "in input order"])
+@pytest.mark.parametrize("optimizer", [None, "adagrad", "adam"])
+def test_native_lookups_of_single_ids_are_regularized_as_in_pytorch(
+    optimizer: str | None, form: str, in_pytorch: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left_to_pytorch(block: BlockLookup, store: Store) -> bool:
+        return native(block, store) and all(config.name != in_pytorch for config in block.tables)
+
+    native = engine._is_native
+    monkeypatch.setattr(engine, "_is_native", left_to_pytorch)
+    configs = [replace(config, embedding_dim=4) for config in TABLES] if form == "in input order" else TABLES
+    methods = {"item": "compositional", "maker": "hash", "*": "full"}
+    solved = plan(configs, methods, "60%", frequencies=COUNTS, optimizer=optimizer)
+    ids = torch.tensor(list(MATRIX.values())).squeeze(2).t()
+    left = {}
+    for backend in ("native", "reference"):
+        with ops.using(backend):
+            tables = EmbeddingTables(solved, seed=3)
+            tables.regularize(L2, COUNTS)
+            assert tables.lookups.ops == (
+                "reference" if backend == "reference" else "mixed" if in_pytorch else "native"
+            )
+            for _ in range(3):
+                if form == "one by one":
+                    found = list(tables.lookup(ids).values())
+                else:
+                    found = [tables(ids, pooling=None if form == "in input order" else "sum")]
+                torch.cat([v.flatten() for v in found]).pow(3).sum().backward()
+            left[backend] = [*storage(tables).values(), *(p.grad for p in tables.parameters() if p.grad is not None)]
+    for ours, expected in zip(left["native"], left["reference"]):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@NATIVE
+def test_which_lookups_are_regularized_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that give the vectors of single ids as they are."""
+    in_pytorch: list[str] = []
+    look_up = engine.Lookup._in_plain_pytorch
+    monkeypatch.setattr(engine.Lookup, "_in_plain_pytorch", lambda *each: in_pytorch.append("once") or look_up(*each))
+    tables = build("full", "adam")
+    tables.regularize(L2, COUNTS)
+    ids = torch.tensor(list(MATRIX.values())).squeeze(2).t()
+    tables(ids), tables.lookup(ids)
+    assert not in_pytorch
+    tables(ids, per_sample_weights=torch.ones(4, 4))
+    assert len(in_pytorch) == 1
+    tables(FLAT, OFFSETS)
+    assert len(in_pytorch) == 2
 
 
 # ---- when it acts, and what it leaves behind -------------------------------------------------------------------------
