@@ -130,21 +130,24 @@ def attained(kind: str) -> str:
     return _rendered(lines)
 
 
-def compressed(folder: str) -> str:
-    """Of tables that were compressed after training how much is held, and test AUC at once and an epoch later."""
-    results = read(folder)
+def compressed(folder: str, start: str) -> str:
+    """Of tables that were compressed after training how much is held, and test AUC at once and an epoch later.
+
+    Beside it stands that of the sweep `start`, whose tables were compressed from the start.
+    """
+    results, trained = read(folder), read(start)
     lines = [
-        ["method", "budget", "of full", "users held", "articles held", "at once", "after an epoch"],
-        ["---", *["---:"] * 6],
+        ["method", "budget", "of full", "users held", "articles held", "at once", "after an epoch", "from the start"],
+        ["---", *["---:"] * 7],
     ]
     for row in results.itertuples():
         budget = "" if pd.isna(row.budget) else str(row.budget)
         if row.status != "ok":
-            lines.append([_linked(str(row.method)), budget, f"needs {int(row.floor_bytes):,} bytes", *[""] * 4])
+            lines.append([_linked(str(row.method)), budget, f"needs {int(row.floor_bytes):,} bytes", *[""] * 5])
             continue
         held = ["" if pd.isna(share) else f"{share:.2f}" for share in (row.held_user_id, row.held_item_id)]
-        aucs = f"{row.test_auc_at_once:.4f}", f"{row.test_auc_after_an_epoch:.4f}"
-        lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *aucs])
+        aucs = row.test_auc_at_once, row.test_auc_after_an_epoch, _at(trained, str(row.method), budget)
+        lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *(f"{auc:.4f}" if auc else "" for auc in aucs)])
     return _rendered(lines)
 
 
@@ -241,7 +244,7 @@ def filled(page: Path, text: str) -> str:
         parts = re.findall("<!-- results:speed-(.*?) -->", text)
         contents |= {f"speed-{part}": speed(report, part) for part in parts}
     if page == PAGE:
-        contents["post-training"] = compressed("post-training")
+        contents["post-training"] = compressed("post-training", "globo-from-start")
         contents["fuxictr-din"] = in_fuxictr("fuxictr-din")
     if page in METHOD_PAGES and "results:attained" in text:
         contents["attained"] = attained(page.stem)

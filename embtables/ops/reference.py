@@ -57,7 +57,9 @@ def update_rows(
     """
     rule = rule_of(kind)
     named = rule.hyper_by_name(hyper)
-    old, before = weight[rows].to(grad.dtype), [tensor[rows] for tensor in state]
+    # Of whole rows, these are several times faster than indexing.
+    stored, before = weight.index_select(0, rows), [tensor.index_select(0, rows) for tensor in state]
+    old = stored.to(grad.dtype)
     if (most := named.get("clip_row_norm")) is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad = grad * (most / norm.clamp(min=most)).to(grad.dtype)
@@ -75,11 +77,10 @@ def update_rows(
     if rounds_stochastically(weight, grad):
         new = rounded(old - change.float(), random_bits(step, rows, weight.shape[1]))
         after = rule.after_rounding(after, old - new.float() - change, named, step)
-        weight[rows] = new
     else:
-        weight.index_add_(0, rows, change.to(weight.dtype), alpha=-1)
-    for tensor, values in zip(state, after):
-        tensor[rows] = values
+        new = stored - change.to(weight.dtype)
+    for tensor, values in zip((weight, *state), (new, *after)):
+        tensor.index_copy_(0, rows, values.to(tensor.dtype))
 
 
 @torch.library.custom_op("embtables::update_", mutates_args=("weight", "state"))
