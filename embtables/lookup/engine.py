@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
@@ -156,17 +156,15 @@ class Lookup(nn.Module):
         showing = [stage for stage in stages if stage.shows.keys() & set(tables)]
         self.shown = Shown(tables, self.dims, showing) if showing else None
         self.native = self._compile()
-        self._in_native = self._natives if self.native is not None else []
-        self._in_pytorch = [i for i in range(len(blocks)) if i not in self._in_native]
-        self._native_outputs = sorted(o for i in self._in_native for o in self._outputs[i])
-        places = {output: place for place, output in enumerate(self._native_outputs)}
-        # Numbers, one for each output.
-        self.of_native = Arrangement(
-            [[places[o] for o in self._outputs[i]] for i in self._in_native], [1] * len(places)
-        )
+        natives = self._natives if self.native is not None else []
+        self._in_pytorch = [i for i in range(len(blocks)) if i not in natives]
+        self._native_outputs = sorted(o for i in natives for o in self._outputs[i])
+        numbers = {output: i for i, output in enumerate(self._native_outputs)}
+        # The outputs of each native block, as native code numbers them.
+        self._in_native = {i: [numbers[output] for output in self._outputs[i]] for i in natives}
         self.all_in_pytorch = Arrangement(self._outputs, self.dims)
         both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
-        self.in_both = Arrangement(both, self.dims) if self._in_native and self._in_pytorch else None
+        self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
 
     @property
     def store(self) -> Store:
@@ -228,9 +226,7 @@ class Lookup(nn.Module):
 
     def _side_by_side(self, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         own = tuple(modes[output] for output in self._native_outputs) if self._in_pytorch else modes
-        native, found = self._look_up(
-            given, step, lambda n, tensors, shares: n.side_by_side(tensors, given, own, step, shares), modes
-        )
+        native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step), modes)
         if native is not None and not found:
             return native
         pooled = [f.block.pool(f.vectors, f.ids, [modes[o] for o in f.outputs]) for f in found]
@@ -241,9 +237,7 @@ class Lookup(nn.Module):
 
     def _one_by_one(self, given: Input, modes: Sequence[str | None], step: Step) -> list[Tensor]:
         own = [modes[output] for output in self._native_outputs]
-        native, found = self._look_up(
-            given, step, lambda n, tensors, shares: n.one_by_one(tensors, given, own, step, shares), modes
-        )
+        native, found = self._look_up(given, step, lambda n, tensors: n.one_by_one(tensors, given, own, step), modes)
         if native is not None and not found:
             return native
         outputs = dict(zip(self._native_outputs, native or []))
@@ -260,9 +254,7 @@ class Lookup(nn.Module):
             # Without features in two tables, outputs stand in the order of the input's columns.
             each = self._one_by_one(given, modes, step)
             return torch.stack(each, dim=1) if given.offsets is None else torch.cat(each)
-        native, found = self._look_up(
-            given, step, lambda n, tensors, shares: n.in_input_order(tensors, given, step, shares), modes
-        )
+        native, found = self._look_up(given, step, lambda n, tensors: n.in_input_order(tensors, given, step), modes)
         if native is not None:
             return native
         weighted = [f.block.weighted(f.vectors, f.ids) for f in found]
@@ -286,7 +278,7 @@ class Lookup(nn.Module):
         self,
         given: Input,
         step: Step,
-        natively: Callable[[NativeLookup, ProgramTensors, Tensor | None], T],
+        natively: Callable[[NativeLookup, ProgramTensors], T],
         modes: Sequence[str | None] = (),
     ) -> tuple[T | None, list[BlockVectors]]:
         """What native code gives for its blocks, ``None`` where it takes none, and the vectors of all others.
@@ -298,21 +290,22 @@ class Lookup(nn.Module):
         """
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
-        # Regularization works on the vectors of single ids, which native code does not show where they are pooled or
-        # weighted. Stages may listen to the gradients of single rows, which it never shows; nor does it round rows
+        # Stages may listen to the gradients of single rows, which native code does not show; nor does it round rows
         # before it combines them.
         # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
         unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
-        hidden = regularizes and not (given.offsets is None and given.weights is None)
-        in_pytorch = hidden or step.listeners or step.rounding is not None or unknown
+        # Regularization works on the vectors of single ids. Those of bags PyTorch looks up and pools as fast.
+        in_bags = regularizes and given.offsets is not None
+        in_pytorch = in_bags or step.listeners or step.rounding is not None or unknown
         tensors = None if native is None or in_pytorch else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
-        result = None
+        singly = self._in_native if tensors is not None and regularizes else {}
+        result, vectors = None, {}
         try:
-            if rest:
+            if rest or singly:
                 check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
-            ids = [self.blocks[i].pick(given, self.only) for i in rest]
+            ids = {i: self.blocks[i].pick(given, self.only) for i in (*rest, *singly)}
             # In graphs its operator checks by itself, and nothing is changed before it.
             first = (rest or step.stages) and not torch.compiler.is_compiling()
             if native is not None and tensors is not None and first:
@@ -320,15 +313,18 @@ class Lookup(nn.Module):
             if step.stages:
                 step.begin(Touched(self.blocks, given, self.only))
             if native is not None and tensors is not None:
-                result = natively(native, tensors, self._native_shares(given) if regularizes else None)
+                if singly:
+                    plain = given._replace(weights=None)
+                    vectors = dict(zip(singly, native.of_ids(tensors, plain, list(singly.values()), step)))
+                else:
+                    result = natively(native, tensors)
         except Refused as refused:
             self._explain(refused, given)
-        return result, self._in_plain_pytorch(rest, ids, step) if rest else []
-
-    def _native_shares(self, given: Input) -> Tensor:
-        """``shares`` of the outputs that are looked up natively, ``[B, L]``."""
-        parts = [self.blocks[i].shares(self.blocks[i].pick(given, self.only)) for i in self._in_native]
-        return self.of_native.ordered(parts).t()
+        if rest:
+            vectors |= self._in_plain_pytorch({i: ids[i] for i in rest}, step)
+        if step.trains:
+            vectors = {i: self.blocks[i].regularized(each, ids[i]) for i, each in vectors.items()}
+        return result, [BlockVectors(self.blocks[i], ids[i], vectors[i], self._outputs[i]) for i in sorted(vectors)]
 
     def check_range(self, ids: Tensor) -> None:
         """Raises ``IndexError`` for ids ``[N]`` out of range, as a lookup of this view, and does nothing else."""
@@ -342,24 +338,21 @@ class Lookup(nn.Module):
         check_offsets(given.ids, given.offsets)
         raise AssertionError("native code refused offsets that are good") from refused
 
-    def _in_plain_pytorch(self, which: Sequence[int], ids: Sequence[FeatureIds], step: Step) -> list[BlockVectors]:
-        """The vector of every id, for each of these blocks; one gather in all."""
-        blocks = [self.blocks[i] for i in which]
+    def _in_plain_pytorch(self, ids: Mapping[int, FeatureIds], step: Step) -> dict[int, Tensor]:
+        """The vector of every id, for each of these blocks by its number; one gather in all."""
+        blocks = [self.blocks[i] for i in ids]
         with without_autocast(self.store.device):
             parts = [
                 block.without_padding(block.block.address(found.ids, found.feature), found)
-                for block, found in zip(blocks, ids)
+                for block, found in zip(blocks, ids.values())
             ]
-            may_skip = any(block.may_skip(found) for block, found in zip(blocks, ids))
+            may_skip = any(block.may_skip(found) for block, found in zip(blocks, ids.values()))
             gathered = iter(step.gather([part for each in parts for part in each], may_skip=may_skip))
             vectors = []
-            for block, found, each in zip(blocks, ids, parts):
+            for block, found, each in zip(blocks, ids.values(), parts):
                 values = [next(gathered) for _ in each]
                 vectors.append(block.mask(block.block.combine(values, found.ids, found.feature, step.extra), found))
-        if step.trains:
-            vectors = [block.regularized(v, found) for block, v, found in zip(blocks, vectors, ids)]
-        outputs = [self._outputs[i] for i in which]
-        return [BlockVectors(*each) for each in zip(blocks, ids, vectors, outputs)]
+        return dict(zip(ids, vectors))
 
 
 def _is_native(block: BlockLookup, store: Store) -> bool:

@@ -18,7 +18,7 @@ from embtables.lookup.constants import WithConstants
 from embtables.lookup.graphs import bag_sums, intervals, is_exporting
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec
-from embtables.lookup.regularization import Regularizer, regularized
+from embtables.lookup.regularization import Regularizer
 from embtables.ops.program import POLICIES, UNBOUNDED
 
 
@@ -272,15 +272,9 @@ class BlockLookup(WithConstants):
         padded = self._padded(ids)
         return vectors if padded is None else vectors * ~padded.unsqueeze(-1)
 
-    def shares(self, ids: FeatureIds) -> Tensor:
-        """What regularization adds to the gradient of each id's vector, as a part of that vector."""
-        assert self.regularizer is not None
-        shares: Tensor = self.regularizer(ids.ids, ids.feature, ids.absent)
-        return shares
-
     def regularized(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, whose gradients are regularized where the tables are."""
-        return vectors if self.regularizer is None else regularized(vectors, self.shares(ids).unsqueeze(-1))
+        return vectors if self.regularizer is None else self.regularizer(vectors, ids.ids, ids.feature, ids.absent)
 
     def weighted(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, each times its weight where there are weights."""

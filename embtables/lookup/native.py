@@ -13,7 +13,6 @@ from embtables.lookup.graphs import is_exporting, transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
-from embtables.lookup.regularization import regularized
 from embtables.lookup.step import Step
 from embtables.lookup.store import Store
 from embtables.ops.native import LookupArgs
@@ -42,7 +41,6 @@ class NativeLookup:
         self.dims = [spec.embedding_dim for spec, _ in lookups]
         self.width = sum(self.dims)
         self._starts = [0, *accumulate(self.dims)][:-1]
-        self._output_of_column = torch.tensor([i for i, dim in enumerate(self.dims) for _ in range(dim)], device="cpu")
         self._side_by_side: dict[tuple[str | None, ...], Tensor] = {}
         recipes = [recipe for _, recipe in lookups]
         # A product's gradient depends on its factors, that of a sum with signs on the ids.
@@ -148,32 +146,16 @@ class NativeLookup:
 
     # ---- looking up ------------------------------------------------------------------------------------------------
 
-    #
-    # ``shares``, ``[B, L]`` where there are neither bags nor weights: what regularization adds, as in ``regularized``.
-
-    def side_by_side(
-        self,
-        tensors: ProgramTensors,
-        given: Input,
-        modes: tuple[str | None, ...],
-        step: Step,
-        shares: Tensor | None,
-    ) -> Tensor:
+    def side_by_side(self, tensors: ProgramTensors, given: Input, modes: tuple[str | None, ...], step: Step) -> Tensor:
         """Pooled vectors ``[B, ΣD]``."""
         batch = given.batch(self.num_features)
         outputs = self._side_by_side.get(modes)
         if outputs is None:
             outputs = self._side_by_side[modes] = self._outputs(self._starts, [self.width] * len(self.dims), modes)
-        values = self._values(tensors, given, outputs, batch, (batch, self.width), step)
-        return values if shares is None else regularized(values, shares.index_select(1, self._output_of_column))
+        return self._values(tensors, given, outputs, batch, (batch, self.width), step)
 
     def one_by_one(
-        self,
-        tensors: ProgramTensors,
-        given: Input,
-        modes: Sequence[str | None],
-        step: Step,
-        shares: Tensor | None,
+        self, tensors: ProgramTensors, given: Input, modes: Sequence[str | None], step: Step
     ) -> list[Tensor]:
         """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where bags are not pooled."""
         batch = given.batch(self.num_features)
@@ -189,17 +171,30 @@ class NativeLookup:
         sizes = [n * dim for n, dim in zip(rows, self.dims)]
         outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
         values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
-        parts = [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
-        if shares is None:
-            return parts
-        return [regularized(part, share) for part, share in zip(parts, shares.split(1, dim=1))]
+        return [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
 
-    def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step, shares: Tensor | None) -> Tensor:
+    def of_ids(
+        self, tensors: ProgramTensors, given: Input, groups: Sequence[Sequence[int]], step: Step
+    ) -> list[Tensor]:
+        """The vectors ``[L, B, D]`` of each group of outputs, for ids that are in no bags.
+
+        ``groups``: the numbers of outputs of one D; each output is in one group.
+        """
+        batch, dims = given.batch(self.num_features), [self.dims[group[0]] for group in groups]
+        order = [output for group in groups for output in group]
+        starts = dict(zip(order, accumulate((batch * self.dims[output] for output in order), initial=0)))
+        modes: list[str | None] = [None] * len(order)
+        outputs = self._outputs([starts[output] for output in range(len(order))], self.dims, modes)
+        values = self._values(tensors, given, outputs, batch, (batch * self.width,), step)
+        parts = values.split([len(group) * batch * dim for group, dim in zip(groups, dims)])
+        return [part.view(len(group), batch, dim) for part, group, dim in zip(parts, groups, dims)]
+
+    def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step) -> Tensor:
         """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""
         dim, modes = self.dims[0], (None,) * len(self.dims)
         ids, offsets = given.ids, given.offsets
         if offsets is None:
-            return self.side_by_side(tensors, given, modes, step, shares).view(ids.shape[0], self.num_features, dim)
+            return self.side_by_side(tensors, given, modes, step).view(ids.shape[0], self.num_features, dim)
         bounds = given.bounds(self.num_features)
         outputs = self._outputs([bounds[column] * dim for column in self.columns], self.dims, modes)
         return self._values(tensors, given, outputs, given.batch(self.num_features), (ids.numel(), dim), step)

@@ -51,12 +51,16 @@ class Regularizer(nn.Module):
             self.counts = counts.to(self.counts.device)
         return self
 
-    def forward(self, ids: Tensor, feature: Tensor, absent: Tensor | None = None) -> Tensor:
-        """How much of its vector each of ``ids`` adds to the gradient of that vector, in the shape of ``ids``.
+    def forward(self, vectors: Tensor, ids: Tensor, feature: Tensor, absent: Tensor | None = None) -> Tensor:
+        """The vectors ``[..., D]`` of ``ids`` as they are; zero vectors, as those of padding, get nothing.
 
         ``absent``: which of the ids are none, and count as no occurrence.
         """
-        return self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature, absent))
+        if not vectors.requires_grad:
+            return vectors
+        share = self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature, absent))
+        regularized: Tensor = _Regularized.apply(vectors, share.unsqueeze(-1))
+        return regularized
 
     def _training_count(self, ids: Tensor, feature: Tensor) -> Tensor:
         if self.counts is None:
@@ -84,21 +88,6 @@ def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     ordered, order = values.flatten().sort()
     return (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0), order
-
-
-def regularized(vectors: Tensor, shares: Tensor) -> Tensor:
-    """The vectors as they are, whose backward adds their shares of themselves to their gradients.
-
-    Zero vectors, as those of padding, get nothing.
-
-    Args:
-        vectors: ``[..., D]``.
-        shares: one for each vector, or for each of its scalars, with as many dimensions as the vectors.
-    """
-    if not vectors.requires_grad:
-        return vectors
-    found: Tensor = _Regularized.apply(vectors, shares)
-    return found
 
 
 class _Regularized(torch.autograd.Function):

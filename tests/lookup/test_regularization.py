@@ -323,10 +323,11 @@ def test_a_batch_without_ids_is_left_alone(num_examples: int, optimizer: str | N
 
 @NATIVE
 @pytest.mark.parametrize("in_pytorch", [None, "maker"], ids=["native", "mixed"])
-@pytest.mark.parametrize("form", ["side by side", "one by one", "in input order"])
+@pytest.mark.parametrize("bags", [False, True], ids=["matrix", "bags"])
+@pytest.mark.parametrize("form", ["side by side", "weighted", "one by one", "in input order"])
 @pytest.mark.parametrize("optimizer", [None, "adagrad", "adam"])
-def test_native_lookups_of_single_ids_are_regularized_as_in_pytorch(
-    optimizer: str | None, form: str, in_pytorch: str | None, monkeypatch: pytest.MonkeyPatch
+def test_native_lookups_are_regularized_as_in_pytorch(
+    optimizer: str | None, form: str, bags: bool, in_pytorch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def left_to_pytorch(block: BlockLookup, store: Store) -> bool:
         return native(block, store) and all(config.name != in_pytorch for config in block.tables)
@@ -336,7 +337,16 @@ def test_native_lookups_of_single_ids_are_regularized_as_in_pytorch(
     configs = [replace(config, embedding_dim=4) for config in TABLES] if form == "in input order" else TABLES
     methods = {"item": "compositional", "maker": "hash", "*": "full"}
     solved = plan(configs, methods, "60%", frequencies=COUNTS, optimizer=optimizer)
-    ids = torch.tensor(list(MATRIX.values())).squeeze(2).t()
+    given = (FLAT, OFFSETS) if bags else (torch.tensor(list(MATRIX.values())).squeeze(2).t(), None)
+    weights = torch.linspace(0.5, 2, given[0].numel()).view(given[0].shape) if form == "weighted" else None
+    looked_up_in_pytorch: list[list[int]] = []
+    look_up = engine.Lookup._in_plain_pytorch
+
+    def noted(self: engine.Lookup, ids: Any, step: Any) -> Any:
+        looked_up_in_pytorch.append(list(ids))
+        return look_up(self, ids, step)
+
+    monkeypatch.setattr(engine.Lookup, "_in_plain_pytorch", noted)
     left = {}
     for backend in ("native", "reference"):
         with ops.using(backend):
@@ -347,30 +357,17 @@ def test_native_lookups_of_single_ids_are_regularized_as_in_pytorch(
             )
             for _ in range(3):
                 if form == "one by one":
-                    found = list(tables.lookup(ids).values())
+                    found = list(tables.lookup(*given, pooling={"history": None, "maker": "mean"}).values())
                 else:
-                    found = [tables(ids, pooling=None if form == "in input order" else "sum")]
+                    found = [tables(*given, weights, pooling=None if form == "in input order" else "mean")]
                 torch.cat([v.flatten() for v in found]).pow(3).sum().backward()
             left[backend] = [*storage(tables).values(), *(p.grad for p in tables.parameters() if p.grad is not None)]
+        # Bags go through PyTorch.
+        each_step = len(tables.lookups.blocks) if backend == "reference" or bags else 1 if in_pytorch else 0
+        assert [len(which) for which in looked_up_in_pytorch] == [each_step] * 3 * (each_step > 0)
+        looked_up_in_pytorch.clear()
     for ours, expected in zip(left["native"], left["reference"]):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-
-
-@NATIVE
-def test_which_lookups_are_regularized_natively(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that give the vectors of single ids as they are."""
-    in_pytorch: list[str] = []
-    look_up = engine.Lookup._in_plain_pytorch
-    monkeypatch.setattr(engine.Lookup, "_in_plain_pytorch", lambda *each: in_pytorch.append("once") or look_up(*each))
-    tables = build("full", "adam")
-    tables.regularize(L2, COUNTS)
-    ids = torch.tensor(list(MATRIX.values())).squeeze(2).t()
-    tables(ids), tables.lookup(ids)
-    assert not in_pytorch
-    tables(ids, per_sample_weights=torch.ones(4, 4))
-    assert len(in_pytorch) == 1
-    tables(FLAT, OFFSETS)
-    assert len(in_pytorch) == 2
 
 
 # ---- when it acts, and what it leaves behind -------------------------------------------------------------------------
