@@ -147,7 +147,8 @@ def compressed(folder: str, start: str) -> str:
             continue
         held = ["" if pd.isna(share) else f"{share:.2f}" for share in (row.held_user_id, row.held_item_id)]
         aucs = row.test_auc_at_once, row.test_auc_after_an_epoch, _at(trained, str(row.method), budget)
-        lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *(f"{auc:.4f}" if auc else "" for auc in aucs)])
+        shown = (f"{auc:.4f}" if auc else "" for auc in aucs)
+        lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *shown])
     return _rendered(lines)
 
 

@@ -113,8 +113,7 @@ class PackedFormat(RowFormat):
         """The scales ``[blocks, scales]`` that blocks of scalars ``[blocks, n]`` are stored with."""
         magnitudes = values.abs()
         if self.bits > 2:
-            # In fp32 the quotient of the smallest numbers would be rounded down, or to 0.
-            return _rounded_up(magnitudes.amax(dim=1, keepdim=True).double() / (2 ** (self.bits - 1) - 1))
+            return _scale_of(magnitudes.amax(dim=1, keepdim=True), 2 ** (self.bits - 1) - 1)
         scales = 2.0 ** (2 - self.bits) * magnitudes.mean(dim=1, keepdim=True)
         # Of two levels it is the best one already, since each scalar has the level of its sign whatever the scale is.
         for _ in range(_ROUNDS if self.bits > 1 else 0):
@@ -194,8 +193,9 @@ def _sign(values: Tensor) -> Tensor:
     return (values >= 0).float() - 0.5
 
 
-def _rounded_up(scales: Tensor) -> Tensor:
-    """Non-negative numbers in bf16, none of them smaller than it was; those that are none stay what they are."""
-    nearest = scales.to(DTYPES[SCALE])
+def _scale_of(most: Tensor, levels: int) -> Tensor:
+    """The smallest scales in bf16 under which so many levels reach non-negative numbers; none for what is no number."""
+    nearest = (most / levels).to(DTYPES[SCALE])
     above = (nearest.view(torch.int16) + 1).view(DTYPES[SCALE])
-    return torch.where(nearest.float() < scales, above, nearest)
+    # The product is exact, where the quotient of a very small number is 0 or too small.
+    return torch.where(nearest.float() * levels < most, above, nearest)

@@ -161,8 +161,8 @@ class Lookup(nn.Module):
         self._native_outputs = sorted(o for i in natives for o in self._outputs[i])
         numbers = {output: i for i, output in enumerate(self._native_outputs)}
         # The outputs of each native block, as native code numbers them.
-        self._in_native = {i: [numbers[output] for output in self._outputs[i]] for i in natives}
-        self.all_in_pytorch = Arrangement(self._outputs, self.dims)
+        self._native_numbers = {i: [numbers[output] for output in self._outputs[i]] for i in natives}
+        self.of_all_blocks = Arrangement(self._outputs, self.dims)
         both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
         self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
 
@@ -202,7 +202,10 @@ class Lookup(nn.Module):
 
     @property
     def ops(self) -> str:
-        """What ids go through where they train: ``"native"`` code, ``"reference"`` (PyTorch), or ``"mixed"``: both."""
+        """What ids go through where they train: ``"native"`` code, ``"reference"`` (PyTorch), or ``"mixed"``: both.
+
+        Bags go through PyTorch while they are regularized.
+        """
         if self.native is None or ops.backend() != "native" or self.native.tensors() is None:
             return "reference"
         return "mixed" if self._in_pytorch else "native"
@@ -231,7 +234,7 @@ class Lookup(nn.Module):
             return native
         pooled = [f.block.pool(f.vectors, f.ids, [modes[o] for o in f.outputs]) for f in found]
         if native is None:
-            return self.all_in_pytorch.side_by_side(pooled)
+            return self.of_all_blocks.side_by_side(pooled)
         assert self.in_both is not None
         return self.in_both.flat([native, *(beside(vectors) for vectors in pooled)])
 
@@ -259,7 +262,7 @@ class Lookup(nn.Module):
             return native
         weighted = [f.block.weighted(f.vectors, f.ids) for f in found]
         if given.offsets is None:
-            return self.all_in_pytorch.ordered(weighted).transpose(0, 1)
+            return self.of_all_blocks.ordered(weighted).transpose(0, 1)
         if in_graph:
             return reduce(torch.add, weighted)  # each of all ids, with zeros for those of other blocks
         positions = [f.ids.position for f in found if f.ids.position is not None]
@@ -281,41 +284,43 @@ class Lookup(nn.Module):
         natively: Callable[[NativeLookup, ProgramTensors], T],
         modes: Sequence[str | None] = (),
     ) -> tuple[T | None, list[BlockVectors]]:
-        """What native code gives for its blocks, ``None`` where it takes none, and the vectors of all others.
+        """What native code gives as outputs, ``None`` where it gives none, and the vectors of all other blocks.
 
-        ``modes``: the pooling of each output.
+        Those are what PyTorch looks up, and where single ids are regularized what native code does, too. ``modes``: the
+        pooling of each output.
 
         This is the one place that chooses between native code and PyTorch. Nothing is read or changed before all ids
         are known to be good.
         """
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
+        # Regularization needs the vector of each id. Bags would have to be unpooled for it, in which native code is no
+        # faster than PyTorch; weights come behind it.
+        plain = given._replace(weights=None) if regularizes else given
+        in_bags = regularizes and given.offsets is not None
+        # Where the vectors of a bag lie among those of others, which native code has to be told, no graph knows.
+        unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
         # Stages may listen to the gradients of single rows, which native code does not show; nor does it round rows
         # before it combines them.
-        # Where the vectors of a bag lie among those of others, which it would have to be told, no graph knows.
-        unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
-        # Regularization works on the vectors of single ids. Those of bags PyTorch looks up and pools as fast.
-        in_bags = regularizes and given.offsets is not None
-        in_pytorch = in_bags or step.listeners or step.rounding is not None or unknown
-        tensors = None if native is None or in_pytorch else native.takes(given, step)
+        in_pytorch = in_bags or unknown or step.listeners or step.rounding is not None
+        tensors = None if native is None or in_pytorch else native.takes(plain, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
-        singly = self._in_native if tensors is not None and regularizes else {}
+        groups = self._native_numbers if tensors is not None and regularizes else {}
         result, vectors = None, {}
         try:
-            if rest or singly:
+            if rest or groups:
                 check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
-            ids = {i: self.blocks[i].pick(given, self.only) for i in (*rest, *singly)}
+            ids = {i: self.blocks[i].pick(given, self.only) for i in (*rest, *groups)}
             # In graphs its operator checks by itself, and nothing is changed before it.
-            first = (rest or step.stages) and not torch.compiler.is_compiling()
+            first = (rest or step.stages) and not groups and not torch.compiler.is_compiling()
             if native is not None and tensors is not None and first:
                 native.check(tensors, given)
             if step.stages:
                 step.begin(Touched(self.blocks, given, self.only))
             if native is not None and tensors is not None:
-                if singly:
-                    plain = given._replace(weights=None)
-                    vectors = dict(zip(singly, native.of_ids(tensors, plain, list(singly.values()), step)))
+                if groups:
+                    vectors = dict(zip(groups, native.by_group(tensors, plain, list(groups.values()), step)))
                 else:
                     result = natively(native, tensors)
         except Refused as refused:

@@ -173,12 +173,12 @@ class NativeLookup:
         values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
         return [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
 
-    def of_ids(
+    def by_group(
         self, tensors: ProgramTensors, given: Input, groups: Sequence[Sequence[int]], step: Step
     ) -> list[Tensor]:
-        """The vectors ``[L, B, D]`` of each group of outputs, for ids that are in no bags.
+        """The vectors of ids ``[B, F]``, ``[l, B, D]`` for each group of l outputs; weights are not applied.
 
-        ``groups``: the numbers of outputs of one D; each output is in one group.
+        ``groups``: the numbers of the outputs of each, which have one D; together they are all outputs, each once.
         """
         batch, dims = given.batch(self.num_features), [self.dims[group[0]] for group in groups]
         order = [output for group in groups for output in group]

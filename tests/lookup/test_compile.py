@@ -73,7 +73,7 @@ def test_graphs_look_packed_rows_up_natively(precision: str) -> None:
 
 
 @pytest.mark.parametrize("pending", ["compositional", "multi_hash"])
-@pytest.mark.parametrize("l2", [0.0, 0.3])  # the operator of whole lookups, and that of rows
+@pytest.mark.parametrize("l2", [0.0, 0.3])  # the operator of whole lookups, and that of rows, as bags are regularized
 def test_compiled_steps_while_another_lookup_waits_for_its_backward(pending: str, l2: float) -> None:
     """Of a product of rows, which has to know of all updates; compiling has no memory at which it could see them."""
     waiting = make(pending, "sgd")
@@ -83,7 +83,16 @@ def test_compiled_steps_while_another_lookup_waits_for_its_backward(pending: str
     tables = make("hash", "adagrad")
     tables.regularize(l2, {table.name: range(table.num_embeddings or 0) for table in TABLES})
     start = tables.to_dense("user")
-    torch.compile(tables, fullgraph=True, backend="aot_eager")(ids).square().sum().backward()
+    given = (ids.t().reshape(-1), torch.arange(65)) if l2 else (ids,)
+    called: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    torch.compile(tables, fullgraph=True, backend=backend)(*given).square().sum().backward()
+    assert f"embtables.{'lookup' if l2 else 'look_up'}.default" in called
     assert not torch.equal(tables.to_dense("user"), start)
     for loss in (output, expected):
         loss.backward()

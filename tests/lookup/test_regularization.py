@@ -308,6 +308,56 @@ def test_padding_and_ids_that_were_not_looked_up_stay() -> None:
     assert moved == {"item": [5, 7, 9, 11], "brand": [5, 39, 40], "maker": [5, 7]}
 
 
+@pytest.mark.parametrize("optimizer", [None, "adam"])
+def test_an_empty_matrix_is_left_alone(optimizer: str | None) -> None:
+    tables = build("full", optimizer)
+    tables.regularize(L2, COUNTS)
+    before = {name: weight.detach().clone() for name, weight in storage(tables).items()}
+    found = tables(torch.empty(0, 4, dtype=torch.int64))
+    assert found.shape == (0, 18)
+    found.sum().backward()
+    assert all(torch.equal(weight, before[name]) for name, weight in storage(tables).items())
+
+
+@NATIVE
+def test_weights_that_are_learned_go_through_native_code_too() -> None:
+    """They come behind the vectors of single ids."""
+    gradients = {}
+    for backend in ("native", "reference"):
+        with ops.using(backend):
+            tables = build("compositional", "adam", seed=2)
+            tables.regularize(L2, COUNTS)
+            ids = torch.tensor(list(MATRIX.values())).squeeze(2).t()
+            weights = torch.linspace(0.5, 2, 16).view(4, 4).requires_grad_()
+            tables(ids, per_sample_weights=weights).pow(3).sum().backward()
+            gradients[backend] = [weights.grad, *storage(tables).values()]
+    for ours, expected in zip(gradients["native"], gradients["reference"]):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@NATIVE
+def test_matrices_of_several_sizes_compile_once_more_at_most() -> None:
+    configs = [TableConfig("a", 60, 4), TableConfig("b", 40, 6)]
+    tables, twin = (EmbeddingTables(plan(configs, "full", None, optimizer="adam"), seed=1) for _ in range(2))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager: Any = torch._dynamo.lookup_backend("aot_eager")
+    compiled = torch.compile(tables, fullgraph=True, backend=backend)
+    for each in (tables, twin):
+        each.regularize(L2)
+    for size in (3, 5, 8, 2):
+        ids = torch.randint(40, (size, 2), generator=torch.Generator().manual_seed(size))
+        for each in (compiled, twin):
+            each(ids).pow(3).sum().backward()
+    assert len(graphs) <= 2
+    for ours, expected in zip(storage(tables).values(), storage(twin).values()):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("num_examples", [0, 2])
 @pytest.mark.parametrize("optimizer", [None, "adam"])
 def test_a_batch_without_ids_is_left_alone(num_examples: int, optimizer: str | None) -> None:
