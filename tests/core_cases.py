@@ -67,6 +67,18 @@ def shares_scalars(method: Method) -> bool:
     return "robe" in (method.kind, getattr(getattr(method, "cold", None), "kind", None))
 
 
+class Graphs:
+    """A backend of torch.compile that keeps the operators of every graph, which another backend runs."""
+
+    def __init__(self, backend: str = "eager") -> None:
+        self.backend: Any = torch._dynamo.lookup_backend(backend)
+        self.operators: list[list[str]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.operators.append([str(node.target) for node in graph.graph.nodes])
+        return self.backend(graph, inputs)
+
+
 def examples(number: int) -> int:
     """How many random examples a long test takes: ``EMBTABLES_EXAMPLES`` times the number, once where it is not set."""
     return number * int(os.environ.get("EMBTABLES_EXAMPLES", "1"))

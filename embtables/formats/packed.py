@@ -194,7 +194,7 @@ def _sign(values: Tensor) -> Tensor:
 
 
 def _scale_of(most: Tensor, levels: int) -> Tensor:
-    """The smallest scales in bf16 under which so many levels reach non-negative numbers; none for what is no number."""
+    """The smallest scales in bf16 under which so many levels reach non-negative numbers; NaN stays NaN."""
     nearest = (most / levels).to(DTYPES[SCALE])
     above = (nearest.view(torch.int16) + 1).view(DTYPES[SCALE])
     # The product is exact, where the quotient of a very small number is 0 or too small.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, method_id, trained_methods
+from core_cases import Graphs, all_methods, method_id, trained_methods
 from native_cases import NATIVE
 from torch import Tensor
 
@@ -41,6 +41,7 @@ MATRIX = {
     "brand": [[5], [39], [44], [5]],
     "maker": [[5], [7], [7], [5]],
 }
+SINGLE = torch.tensor(list(MATRIX.values())).squeeze(2).t()
 FLAT = torch.tensor([i for rows in IDS.values() for row in rows for i in row])
 OFFSETS = torch.tensor([0, *np.cumsum([len(row) for rows in IDS.values() for row in rows])])
 
@@ -57,7 +58,7 @@ def backward(tables: EmbeddingTables, ids: dict[str, list[list[int]]] = IDS) -> 
         result = tables.lookup(FLAT, OFFSETS, pooling={"history": None})
         (0 * torch.cat([v.flatten() for v in result.values()]).sum()).backward()
     else:
-        (0 * tables(torch.tensor(list(ids.values())).squeeze(2).t()).sum()).backward()
+        (0 * tables(SINGLE).sum()).backward()
 
 
 def found_counts(tables: EmbeddingTables) -> dict[str, Any]:
@@ -327,9 +328,8 @@ def test_weights_that_are_learned_go_through_native_code_too() -> None:
         with ops.using(backend):
             tables = build("compositional", "adam", seed=2)
             tables.regularize(L2, COUNTS)
-            ids = torch.tensor(list(MATRIX.values())).squeeze(2).t()
             weights = torch.linspace(0.5, 2, 16).view(4, 4).requires_grad_()
-            tables(ids, per_sample_weights=weights).pow(3).sum().backward()
+            tables(SINGLE, per_sample_weights=weights).pow(3).sum().backward()
             gradients[backend] = [weights.grad, *storage(tables).values()]
     for ours, expected in zip(gradients["native"], gradients["reference"]):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -339,21 +339,15 @@ def test_weights_that_are_learned_go_through_native_code_too() -> None:
 def test_matrices_of_several_sizes_compile_once_more_at_most() -> None:
     configs = [TableConfig("a", 60, 4), TableConfig("b", 40, 6)]
     tables, twin = (EmbeddingTables(plan(configs, "full", None, optimizer="adam"), seed=1) for _ in range(2))
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    aot_eager: Any = torch._dynamo.lookup_backend("aot_eager")
-    compiled = torch.compile(tables, fullgraph=True, backend=backend)
+    graphs = Graphs("aot_eager")
+    compiled = torch.compile(tables, fullgraph=True, backend=graphs)
     for each in (tables, twin):
         each.regularize(L2)
     for size in (3, 5, 8, 2):
         ids = torch.randint(40, (size, 2), generator=torch.Generator().manual_seed(size))
         for each in (compiled, twin):
             each(ids).pow(3).sum().backward()
-    assert len(graphs) <= 2
+    assert len(graphs.operators) <= 2
     for ours, expected in zip(storage(tables).values(), storage(twin).values()):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
@@ -387,7 +381,7 @@ def test_native_lookups_are_regularized_as_in_pytorch(
     configs = [replace(config, embedding_dim=4) for config in TABLES] if form == "in input order" else TABLES
     methods = {"item": "compositional", "maker": "hash", "*": "full"}
     solved = plan(configs, methods, "60%", frequencies=COUNTS, optimizer=optimizer)
-    given = (FLAT, OFFSETS) if bags else (torch.tensor(list(MATRIX.values())).squeeze(2).t(), None)
+    given = (FLAT, OFFSETS) if bags else (SINGLE, None)
     weights = torch.linspace(0.5, 2, given[0].numel()).view(given[0].shape) if form == "weighted" else None
     looked_up_in_pytorch: list[list[int]] = []
     look_up = engine.Lookup._in_plain_pytorch

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from core_cases import Graphs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import assert_weights, config_of, curve_of, weights_of
@@ -42,17 +43,6 @@ def tables_of(optimizer: str | None = "adagrad", rows: int = 50) -> EmbeddingTab
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
-
-
-class Graphs:
-    """A backend that compiles nothing, and counts what it is given."""
-
-    def __init__(self) -> None:
-        self.operators: list[list[str]] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        self.operators.append([str(node.target) for node in graph.graph.nodes])
-        return graph.forward
 
 
 @pytest.fixture
