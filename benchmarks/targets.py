@@ -142,6 +142,8 @@ TARGETS = [
     _at_most("step, compositional, mult", "full", 1.5, _within("compositional")),
     _at_most("step, robe, block 8, Adagrad", "full, Adagrad", 1.5, _within("robe", "adagrad")),
     _at_most("step, mixed_dimension", "full", 1.5, _within("mixed_dimension")),
+    _at_most("step, hot_cold", "full", 1.15, _within("hot_cold")),
+    _at_most("step, banded", "full", 1.15, _within("banded")),
     _at_least(
         "step, compositional, mult, Adagrad",
         "quotient–remainder bags, a loop, Adagrad",

@@ -261,7 +261,8 @@ class Adam(FusedOptimizer):
 
 # ---- a running mean of the weights ---------------------------------------------------------------------------------
 
-_AVERAGED = "averaged_"
+#: The kind of a rule that also keeps a running mean is this and that of the rule.
+AVERAGED = "averaged_"
 
 
 def averaged(optimizer: FusedOptimizer, horizon: int) -> FusedOptimizer:
@@ -294,13 +295,13 @@ def _averaged_rule(rule: type[FusedOptimizer]) -> type[FusedOptimizer]:
     """The rule that also keeps a running mean."""
     if rule.keeps_mean:
         raise ValueError(f"the optimizer {rule.kind} keeps a running mean already")
-    known = _rules.get(_AVERAGED + rule.kind)
+    known = _rules.get(AVERAGED + rule.kind)
     if known is not None and issubclass(known, rule):
         return known
 
     @dataclass(frozen=True)
     class Averaged(rule):  # type: ignore[misc, valid-type]
-        kind: ClassVar[str] = _AVERAGED + rule.kind
+        kind: ClassVar[str] = AVERAGED + rule.kind
         counts_steps: ClassVar[bool] = True
         keeps_mean: ClassVar[bool] = True
         _: KW_ONLY
@@ -387,16 +388,16 @@ def rule_of(kind: str) -> type[FusedOptimizer]:
     """
     if kind not in _rules:
         _third_party()
-    if kind not in _rules and kind.startswith(_AVERAGED):
-        return _averaged_rule(rule_of(kind.removeprefix(_AVERAGED)))
+    if kind not in _rules and kind.startswith(AVERAGED):
+        return _averaged_rule(rule_of(kind.removeprefix(AVERAGED)))
     if kind not in _rules:
         raise ValueError(f"unknown optimizer {kind!r}: those that are known are {', '.join(_rules)}")
     return _rules[kind]
 
 
 def _known(kind: str) -> type[FusedOptimizer] | None:
-    if kind.startswith(_AVERAGED):
-        rule = _known(kind.removeprefix(_AVERAGED))
+    if kind.startswith(AVERAGED):
+        rule = _known(kind.removeprefix(AVERAGED))
         return None if rule is None else _averaged_rule(rule)
     return _BUILT_IN.get(kind) or _third_party().get(kind)
 

@@ -16,7 +16,7 @@ from embtables.lookup.recipe import Recipe
 from embtables.lookup.step import Step
 from embtables.lookup.store import Store
 from embtables.ops.native import LookupArgs
-from embtables.ops.program import POOLING, ProgramTensors
+from embtables.ops.program import POOLING, STATES, ProgramTensors
 
 
 class NativeLookup:
@@ -60,8 +60,8 @@ class NativeLookup:
             if not store.is_plain(name)
         }
         self._codes = [store.key(name) for name in self.program.codes]
-        # Rules with a native form keep at most two tensors; others take all of theirs in PyTorch.
-        kept = [[*store.state_names(name), "", ""][:2] for name in self._trained]
+        keeps_mean = store.optimizer is not None and store.optimizer.keeps_mean
+        kept = [ops.state_places(store.state_names(name), keeps_mean, "") for name in self._trained]
         self._states = [name for names in kept for name in names]
         self._no_states = [_NOTHING] * len(self._states)
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
@@ -90,12 +90,13 @@ class NativeLookup:
                 return None
         states = [find(name) if name else _NOTHING for name in self._states] if updates else self._no_states
         kept = [state for state in states if state is not _NOTHING]
-        if kept and not (ops.fits(kept) and kept[0].dtype in (torch.float32, both[0].dtype)):
+        if kept and not (ops.fits(kept) and ops.takes_state(type(fused), kept[0].dtype, both[0].dtype)):
             return None
         n = len(self.program.weights)
+        of_weights, of_projections = states[: STATES * n], states[STATES * n :]
         rule = "sgd" if fused is None else fused.kind
         return ProgramTensors(
-            self.program.words, both[:n], both[n:], codes, states[: 2 * n], states[2 * n :], store.hyper, rule, scales
+            self.program.words, both[:n], both[n:], codes, of_weights, of_projections, store.hyper, rule, scales
         )
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:

@@ -32,7 +32,7 @@ from embtables.ops.fused import (
     update_in_backward,
 )
 from embtables.ops.ids import raise_for_id, raise_for_ids, ranges, refuse_ids
-from embtables.ops.native import Refused, fits, has_native_form
+from embtables.ops.native import Refused, fits, has_native_form, state_places, takes_state
 from embtables.ops.reference import (
     coalesce,
     fused_dense,
@@ -69,6 +69,8 @@ __all__ = [
     "raise_for_ids",
     "ranges",
     "refuse_ids",
+    "state_places",
+    "takes_state",
     "training_lock",
     "unpacking",
     "update",

@@ -12,21 +12,34 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from embtables._util.allocator import keep_freed_memory
-from embtables.ops.program import BF16, CODE_WORDS, LOOKUP_WORDS, PIECE_WORDS, PLAIN, WEIGHT_WORDS, ProgramTensors
+from embtables.ops.program import (
+    BF16,
+    CODE_WORDS,
+    LOOKUP_WORDS,
+    PIECE_WORDS,
+    PLAIN,
+    STATES,
+    WEIGHT_WORDS,
+    ProgramTensors,
+)
 from embtables.ops.reference import rounds_stochastically, split_step, training_lock
-from embtables.optimizers import rule_of
+from embtables.optimizers import AVERAGED, FusedOptimizer, rule_of
+
+T = TypeVar("T")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # ``RuleKind`` of ``csrc/program.h``: rules of ``embtables.optimizers`` that have a native form, and what backward does
 # without a rule.
 RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3}
 _GRADIENTS = {"dense": 4, "sparse": 5}
+# The same beside a running mean of the weights: ``AVERAGED`` of ``csrc/program.h``.
+RULES |= {AVERAGED + kind: number + 8 for kind, number in RULES.items()}
 # Below this many rows a second thread costs more than it saves.
 _ROWS_A_THREAD = 4096
 # Tables from this size on ask for huge pages, outputs from this size on for memory that stays mapped.
@@ -37,6 +50,7 @@ _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 _address = Tensor.data_ptr
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
+_NOTHING = torch.empty(0)
 
 
 def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -71,8 +85,7 @@ _Gather = _struct(
 _RowUpdate = _struct(
     "_RowUpdate",
     weight=_pointer,
-    state0=_pointer,
-    state1=_pointer,
+    states=_pointer * STATES,
     rows=_pointer,
     gradient=_pointer,
     hyper=_pointer,
@@ -91,7 +104,7 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 8
+    version = 9
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
     words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
     for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):
@@ -102,6 +115,20 @@ def _version() -> int:
 def has_native_form(kind: str) -> bool:
     """Whether native code makes the updates of this optimizer; PyTorch makes those of others."""
     return kind in RULES
+
+
+def takes_state(rule: type[FusedOptimizer], dtype: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether native code has a rule's state in this type; a running mean counts steps, which 16 bits cannot."""
+    return dtype is torch.float32 or (dtype is weights and not rule.keeps_mean)
+
+
+def state_places(kept: Sequence[T], keeps_mean: bool, nothing: T) -> list[T]:
+    """What a rule keeps of a weight, in the ``STATES`` places of native code: its own, then that of a running mean.
+
+    Of a rule without a native form, whose updates are made elsewhere, there may be more than places.
+    """
+    own = len(kept) - 2 * keeps_mean
+    return [*[*kept[:own], nothing, nothing][:2], *[*kept[own:], nothing, nothing][:2]]
 
 
 class Refused(Exception):
@@ -256,8 +283,7 @@ class Library:
         hyper = hyper.to("cpu", torch.float64).contiguous()
         call = _RowUpdate(
             weight=weight.data_ptr(),
-            state0=rows[0].data_ptr() if rows else None,
-            state1=rows[1].data_ptr() if len(rows) > 1 else None,
+            states=(_pointer * STATES)(*map(_address, state_places(rows, described.keeps_mean, _NOTHING))),
             rows=index.data_ptr(),
             gradient=grad.data_ptr(),
             hyper=hyper.data_ptr(),
@@ -482,7 +508,7 @@ def register(library: Library, in_use: Callable[[], bool], lookup: Any, update: 
         rows, step = split_step(state)
         native = in_use() and rule in RULES and fits([weight]) and fits(rows)
         own = torch.float32 if rounds_stochastically(weight, grad) else weight.dtype
-        if native and all(s.dtype in (torch.float32, own) for s in rows):
+        if native and all(takes_state(rule_of(rule), s.dtype, own) for s in rows):
             with training_lock:
                 return library.update(weight, rows, index, grad, hyper, rule, int(step))
         return plain_update(weight, state, index, grad, hyper, rule)

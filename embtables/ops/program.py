@@ -17,6 +17,8 @@ POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
 # How many words ``csrc/program.h`` has at the beginning, and for a lookup, a piece, a weight and a code.
 HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 18, 17, 5, 3
+# How many tensors a weight or projection has for what an optimizer keeps of it.
+STATES = 4
 # The types of code buffers that native code reads.
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -46,9 +48,9 @@ def values_dtype(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> torch.d
 class ProgramTensors(NamedTuple):
     """A program and what it reads and writes, as a rule the weights and state of a module, as they are now.
 
-    ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``: two
-    for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``; ``scales``: of each
-    weight, empty where its format has none, and no list at all where all weights are plain.
+    ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``:
+    ``STATES`` for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``;
+    ``scales``: of each weight, empty where its format has none, and no list at all where all weights are plain.
     """
 
     words: Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from embtables import EmbeddingTables, Plan, TableConfig, ops, plan
 from embtables.methods import Method, from_config
-from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+from embtables.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad, averaged
 
 pytestmark = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
 
@@ -28,10 +28,11 @@ METHODS = pytest.mark.parametrize("method", all_methods(), ids=method_id)
 # Of SGD a small rate: products of factors, as those of low_rank, would grow until their last bits are the first ones.
 # A large eps keeps steps smooth in the gradient: where it is a sum near 0, its sign is a matter of last bits.
 OPTIMIZERS = [SGD(lr=0.01), RowWiseAdagrad(lr=0.1), Adagrad(lr=0.1, eps=0.01), Adam(lr=0.1, eps=0.01), None]
+AVERAGED = [averaged(optimizer, horizon) for optimizer, horizon in zip(OPTIMIZERS[:-1], [1, 2, 1000, 2])]
 
 
 def suits(method: Method, optimizer: Any) -> bool:
-    return not (shares_scalars(method) and optimizer is not None and optimizer.kind == "rowwise_adagrad")
+    return not (shares_scalars(method) and optimizer is not None and optimizer.is_row_wise())
 
 
 def pairs(each: Sequence[tuple[Method, Any]]) -> pytest.MarkDecorator:
@@ -284,7 +285,7 @@ def test_conversions_round_to_nearest_and_ties_to_even() -> None:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@one_each(OPTIMIZERS)
+@one_each([*OPTIMIZERS, *AVERAGED])
 def test_threads_leave_the_same_bits(method: Method, optimizer: Any) -> None:
     results = []
     for threads in (1, 2, 5):
@@ -433,7 +434,7 @@ def test_the_graph_check_says_when_a_weight_changed_before_its_gradient_was_take
 # ---- between a lookup and its gradient -------------------------------------------------------------------------------
 
 
-@one_each(OPTIMIZERS[:-1])
+@one_each([*AVERAGED, *OPTIMIZERS[:-1]])
 def test_two_lookups_before_a_backward(method: Method, optimizer: Any) -> None:
     """The second update must not read what the first one wrote: gradients are of the rows as they were looked up."""
     ours, reference = make(method, optimizer), make(method, optimizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embtables import SGD, Adagrad, Adam, EmbeddingTables, RowWiseAdagrad, TableConfig, ops, plan
 from embtables.ops.stochastic import random_bits, rounded
-from embtables.optimizers import FusedOptimizer
+from embtables.optimizers import FusedOptimizer, averaged
 
 pytestmark = pytest.mark.core
 
@@ -142,6 +142,24 @@ def test_native_code_rounds_as_pytorch(rule: FusedOptimizer, width: int) -> None
     for states in zip(*(state for _, state in results)):
         assert torch.equal(*states)
     assert not torch.equal(results[0][0], weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+def test_running_means_follow_what_rounding_took(rule: FusedOptimizer, backend: str) -> None:
+    """mean − w after a step, from the rows as they were and as they are, in float64."""
+    step, horizon, before, generator = 9, 4, 0.25, torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 13, generator=generator).bfloat16()
+    index, grad = torch.randint(50, (30,), generator=generator), torch.randn(30, 13, generator=generator)
+    after, state = updated(averaged(rule, horizon), weight, index, grad, step, backend, before)
+    touched = torch.zeros(50, 1, dtype=torch.bool).index_fill_(0, index, True)
+    # Since step 0.25, as the state says, up to the step before this one: a plain mean until step 4, then exponential.
+    left = (1 + before) / (1 + horizon) * (horizon / (horizon + 1)) ** (step - 1 - horizon)
+    moved = weight.double() - after.double()
+    behind = torch.where(touched, horizon / (horizon + 1) * (left * before + moved), before)
+    torch.testing.assert_close(state[-2].double(), behind, rtol=1e-5, atol=1e-6)
+    assert torch.equal(state[-1], torch.where(touched, float(step), before))
+    assert (moved != 0).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

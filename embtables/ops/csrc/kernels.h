@@ -143,10 +143,11 @@ inline void balanced(const Piece& piece, int64_t end, const int64_t* x, int64_t 
 }
 
 // Of so many bags, or examples, one lookup after another is worked on, some ids at a time: while the vectors of some are
-// written, rows of the next ones are on their way.
-constexpr int64_t BLOCK_OF_BAGS = 64, BLOCK_OF_IDS = 256;
+// written, rows of the next ones are on their way. The first rows of each are asked for in one burst, which processors
+// wait for: the more ids, the fewer bursts.
+constexpr int64_t BLOCK_OF_BAGS = 64, BLOCK_OF_IDS = 512;
 // How many ids ahead of their use rows are asked for: of many at once fewer would arrive in time.
-constexpr int64_t READ_AHEAD = 48;
+constexpr int64_t READ_AHEAD = 24;
 
 inline bool is_list(const Lookup& lookup) { return lookup.operation == LIST_SUM || lookup.operation == LIST_MEAN; }
 
@@ -661,18 +662,17 @@ inline int64_t ids_in_slab(const Program& program, const Piece& piece, const int
 }
 
 // Calls f with the width as a constant where it is one that a narrow row of a common dimension has.
+template <class F, int... I>
+inline bool with_one_of(std::integer_sequence<int, I...>, int64_t width, const F& f) {
+    return ((width == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
+}
 template <int D, class F>
 inline bool with_narrow_width(int64_t width, const F& f) {
     if constexpr (D == 8 || D == 16 || D == 32) {
-        switch (width) {
-            case 1: return f(std::integral_constant<int, 1>{}), true;
-            case 2: return f(std::integral_constant<int, 2>{}), true;
-            case 4: return f(std::integral_constant<int, 4>{}), true;
-            case 8:
-                if constexpr (D > 8) return f(std::integral_constant<int, 8>{}), true;
-        }
+        return with_one_of(std::make_integer_sequence<int, (D < 16 ? D : 16) - 1>{}, width, f);
+    } else {
+        return false;
     }
-    return false;
 }
 
 // out[i] = row_i · projection for some of n ids.
@@ -699,23 +699,24 @@ template <int D, int W>
 inline void project_back(const float* values, int64_t start, const float* projection, const int64_t* rows, int64_t row_stride,
                          const int64_t* index, int64_t count, const float* gradient, int64_t stride, float* own,
                          int64_t own_stride, float* total) {
-    constexpr int N = D < 16 ? D : 16, C = D / N;
+    constexpr int N = D < 16 ? D : 16, C = D / N, P = W > 8 ? 16 : W > 4 ? 8 : W > 2 ? 4 : W;  // lanes of W columns
     lanes<N> sums[W][C];
-    lanes<W> columns[D];
+    lanes<P> columns[D];
     for (int j = 0; j < W; ++j)
         for (int c = 0; c < C; ++c) sums[j][c] = get<N>(total + j * D + c * N);
     for (int d = 0; d < D; ++d) {
-        float column[W];
+        float column[P] = {};
         for (int j = 0; j < W; ++j) column[j] = projection[j * D + d];
-        columns[d] = get<W>(column);
+        columns[d] = get<P>(column);
     }
     for (int64_t k = 0; k < count; ++k) {
         const float* row = values + (rows[index[k] * row_stride] - start) * W;
         const float* g = gradient + index[k] * stride;
         // Two running sums, for the sake of speed: of the first half of the dimensions, and of the second.
-        lanes<W> low = g[0] * columns[0], high = g[D / 2] * columns[D / 2];
+        lanes<P> low = g[0] * columns[0], high = g[D / 2] * columns[D / 2];
         for (int d = 1; d < D / 2; ++d) low += g[d] * columns[d], high += g[D / 2 + d] * columns[D / 2 + d];
-        put<W>(own + index[k] * own_stride, low + high);
+        const lanes<P> both = low + high;
+        std::memcpy(own + index[k] * own_stride, &both, W * sizeof(float));
         for (int j = 0; j < W; ++j)
             for (int c = 0; c < C; ++c) sums[j][c] += row[j] * get<N>(g + c * N);
     }
@@ -1130,12 +1131,20 @@ Outcome forward(const Call& call) {
 struct Rule {
     int64_t kind;
     float clip = 0, lr = 0, l2 = 0, eps = 0, beta1 = 0, beta2 = 0, rest1 = 0, rest2 = 0, correction1 = 0, correction2 = 0;
+    // Of a running mean of the weights (AVERAGED): how many steps it spans, the steps before this one, and which part of
+    // a mean at the step before is left after this one.
+    double horizon = 0, steps_before = 0;
+    float kept = 0;
 
-    explicit Rule(const Call& call) : kind(call.rule) {
+    explicit Rule(const Call& call) : kind(call.rule & ~AVERAGED) {
         if (kind >= DENSE_GRADIENT) return;
-        const double *h = call.hyper, *own = h + 2, *most = own + OWN_HYPER[kind];
+        const double *h = call.hyper, *own = h + 2, *next = own + OWN_HYPER[kind];
         lr = static_cast<float>(h[0]), l2 = static_cast<float>(h[1]);
-        if (most < h + call.num_hyper) clip = static_cast<float>(*most);
+        if (call.rule & AVERAGED) {
+            horizon = *next++, steps_before = static_cast<double>(call.step - 1);
+            kept = since(steps_before, steps_before + 1);
+        }
+        if (next < h + call.num_hyper) clip = static_cast<float>(*next);
         if (kind != SGD) eps = static_cast<float>(own[0]);
         if (kind != ADAM) return;
         beta1 = static_cast<float>(own[1]), beta2 = static_cast<float>(own[2]);
@@ -1144,12 +1153,52 @@ struct Rule {
         correction1 = static_cast<float>(1 - std::pow(own[1], static_cast<double>(call.step)));
         correction2 = static_cast<float>(1 - std::pow(own[2], static_cast<double>(call.step)));
     }
+
+    // Which part of a mean at one step is left in that of a later one, as embtables.optimizers.averaged has it.
+    float since(double before, double now) const {
+        auto log_share = [&](double step) {
+            const double early = std::min(step, horizon);
+            return std::log(horizon / (horizon + 1)) * (step - early) - std::log1p(early);
+        };
+        return static_cast<float>(std::exp(log_share(now) - log_share(before)));
+    }
 };
 
-// `w`: a pointer to the row, or what is used like one.
+// What a rule keeps of a weight, from some row on: what it has of its own, and with AVERAGED how far the running mean was
+// from a row when that was last updated, and at which step that was. Null is what there is not.
+template <class S>
+struct State {
+    S *first = nullptr, *second = nullptr, *behind = nullptr, *last = nullptr;
+
+    State() = default;
+    State(void* const* of_weight, int64_t number) {
+        if (of_weight == nullptr) return;
+        void* const* own = of_weight + STATES * number;
+        first = static_cast<S*>(own[0]), second = static_cast<S*>(own[1]);
+        behind = static_cast<S*>(own[2]), last = static_cast<S*>(own[3]);
+    }
+
+    // f(tensor, its columns) for all of it.
+    template <class F>
+    __attribute__((always_inline)) void each_tensor(const Rule& rule, int64_t width, const F& f) const {
+        f(first, rule.kind == ROWWISE_ADAGRAD ? 1 : width), f(second, width), f(behind, width), f(last, int64_t{1});
+    }
+
+    // Of a row of so many columns; a scalar of a block is a row of one.
+    __attribute__((always_inline)) State at(const Rule& rule, int64_t row, int64_t width) const {
+        State found = *this;
+        if (first) found.first += row * (rule.kind == ROWWISE_ADAGRAD ? 1 : width);
+        if (second) found.second += row * width;
+        if (behind) found.behind += row * width, found.last += row;
+        return found;
+    }
+};
+
+// `w`: a pointer to the row, or what is used like one. `is_block`: it is scalars of a block, each a row of its own.
 template <int W, class Row, class S>
-inline void update_row(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t width) {
+inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g, int64_t width, bool is_block = false) {
     const int64_t n = fixed<W>(width);
+    S *const s0 = state.first, *const s1 = state.second;
     if (rule.kind >= DENSE_GRADIENT) {
         each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(g + d)); });
         return;
@@ -1160,14 +1209,26 @@ inline void update_row(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t 
         each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) * factor); });
     }
     if (rule.l2 != 0) each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + rule.l2 * get<m>(w + d)); });
+    const bool averages = state.behind != nullptr;
+    const float left = averages && !is_block ? rule.since(load(state.last), rule.steps_before) : 0;
+    // The mean is as far behind the row as it was then, of which a part is left, and as the row moves now.
+    auto subtract = [&](int64_t d, auto m, auto change) __attribute__((always_inline)) {
+        const lanes<m> before = get<m>(w + d);
+        put<m>(w + d, before - change);
+        if (__builtin_expect(!averages, 1)) return;
+        float left_of_each[m];
+        for (int i = 0; i < m; ++i) left_of_each[i] = is_block ? rule.since(load(state.last + d + i), rule.steps_before) : left;
+        const lanes<m> moved = before - get<m>(w + d);
+        put<m>(state.behind + d, rule.kept * (get<m>(left_of_each) * get<m>(state.behind + d) + moved));
+    };
     switch (rule.kind) {
         case SGD:
-            each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rule.lr * get<m>(g + d)); });
+            each<W>(n, [&](int64_t d, auto m) { subtract(d, m, rule.lr * get<m>(g + d)); });
             break;
         case ROWWISE_ADAGRAD: {
             store(s0, load(s0) + dot<W>(g, g, n) / static_cast<float>(n));
             const float rate = rule.lr / (std::sqrt(load(s0)) + rule.eps);
-            each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(w + d) - rate * get<m>(g + d)); });
+            each<W>(n, [&](int64_t d, auto m) { subtract(d, m, rate * get<m>(g + d)); });
             break;
         }
         case ADAGRAD:
@@ -1175,7 +1236,7 @@ inline void update_row(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t 
                 const auto gradient = get<m>(g + d);
                 const lanes<m> total = get<m>(s0 + d) + gradient * gradient;
                 put<m>(s0 + d, total);
-                put<m>(w + d, get<m>(w + d) - rule.lr * gradient / (root<m>(total) + rule.eps));
+                subtract(d, m, rule.lr * gradient / (root<m>(total) + rule.eps));
             });
             break;
         default:  // ADAM
@@ -1186,14 +1247,16 @@ inline void update_row(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t 
                 put<m>(s0 + d, first);
                 put<m>(s1 + d, second);
                 const lanes<m> root_of = root<m>(second / rule.correction2);
-                put<m>(w + d, get<m>(w + d) - rule.lr * (first / rule.correction1) / (root_of + rule.eps));
+                subtract(d, m, rule.lr * (first / rule.correction1) / (root_of + rule.eps));
             });
     }
+    for (int64_t i = 0; averages && i < (is_block ? n : 1); ++i)
+        store(state.last + i, static_cast<float>(rule.steps_before + 1));
 }
 
 // Scalars of blocks have no rows: each is clipped by itself.
 template <class Row, class S>
-inline void update_scalars(const Rule& rule, Row w, S* s0, S* s1, float* g, int64_t n) {
+inline void update_scalars(const Rule& rule, Row w, const State<S>& state, float* g, int64_t n) {
     if (rule.kind < DENSE_GRADIENT && rule.clip > 0) {
         for (int64_t i = 0; i < n; ++i) {
             const float norm = g[i] < 0 ? -g[i] : g[i];
@@ -1201,10 +1264,10 @@ inline void update_scalars(const Rule& rule, Row w, S* s0, S* s1, float* g, int6
         }
         Rule unclipped = rule;
         unclipped.clip = 0;
-        update_row<0>(unclipped, w, s0, s1, g, n);
+        update_row<0>(unclipped, w, state, g, n, true);
         return;
     }
-    update_row<0>(rule, w, s0, s1, g, n);
+    update_row<0>(rule, w, state, g, n, true);
 }
 
 // ---- the occurrences of rows ---------------------------------------------------------------------------------------
@@ -1316,8 +1379,7 @@ inline void sum_run(const Entry* run, const Entry* end, const T* gradient, const
 template <class Row, class S>
 struct Target {
     Row values;
-    S* state0;
-    S* state1;
+    State<S> state;
     int64_t width;
     int64_t start;        // number of its first row among those of all weights
     int64_t* rows;        // SPARSE_GRADIENT: where to note rows, from `next` on
@@ -1327,7 +1389,7 @@ struct Target {
 template <int W, class Row, class T, class S>
 void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, const Entry* end, const T* gradient,
                  const float* own, float* sum) {
-    const int64_t width = fixed<W>(target.width), state_width = rule.kind == ROWWISE_ADAGRAD ? 1 : width;
+    const int64_t width = fixed<W>(target.width);
     const bool sparse = rule.kind == SPARSE_GRADIENT;
     while (entry < end) {
         if (entry + AHEAD < end) {
@@ -1337,14 +1399,11 @@ void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, c
                 const char* w = bytes_at(target.values + row * width);
                 for (int64_t at = 0; at < width * scalar_bytes<Row>; at += 64) __builtin_prefetch(w + at, 1);
             }
-            if (target.state0) {
-                const char* s = reinterpret_cast<const char*>(target.state0 + row * state_width);
-                for (int64_t at = 0; at < state_width * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(s + at, 1);
-            }
-            if (target.state1) {
-                const char* s = reinterpret_cast<const char*>(target.state1 + row * state_width);
-                for (int64_t at = 0; at < state_width * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(s + at, 1);
-            }
+            target.state.each_tensor(rule, width, [&](const S* values, int64_t columns) __attribute__((always_inline)) {
+                if (!values) return;
+                const char* first = reinterpret_cast<const char*>(values + row * columns);
+                for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(first + at, 1);
+            });
             if (!(later.source & OWN)) __builtin_prefetch(gradient + later.source);
         }
         const Entry* run = entry;
@@ -1354,8 +1413,7 @@ void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, c
         const int64_t row = static_cast<int64_t>(run->row) - target.start;
         const int64_t to = sparse ? target.next++ : row;
         if (sparse) target.rows[to] = row;
-        update_row<W>(rule, target.values + to * width, target.state0 ? target.state0 + row * state_width : nullptr,
-                      target.state1 ? target.state1 + row * state_width : nullptr, sum, width);
+        update_row<W>(rule, target.values + to * width, target.state.at(rule, row, width), sum, width);
     }
 }
 
@@ -1396,8 +1454,7 @@ void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work,
                 const Entry& later = entry[AHEAD];
                 const int64_t at = static_cast<int64_t>(later.row) - target.start;
                 if (!target.rows) prefetch(target.values, at, length_of(later));
-                prefetch(target.state0, at, length_of(later));
-                prefetch(target.state1, at, length_of(later));
+                target.state.each_tensor(rule, 1, [&](const S* values, int64_t) { prefetch(values, at, length_of(later)); });
                 if (!(later.source & OWN)) __builtin_prefetch(gradient + source_of(later));
             }
             one_place &= entry->row == first;
@@ -1407,13 +1464,12 @@ void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work,
         const int64_t length = static_cast<int64_t>(stop - first);
         const int64_t scalar = static_cast<int64_t>(first) - target.start;
         if (count == 1 && !target.rows && rule.clip == 0) {  // the rule, and fast
-            S* const s0 = target.state0 ? target.state0 + scalar : nullptr;
-            S* const s1 = target.state1 ? target.state1 + scalar : nullptr;
+            const State<S> state = target.state.at(rule, scalar, 1);
             with_dim<T>(length, [&](auto w) {
                 work.sum.reserve(length);
                 const Entry one{first, source_of(*chain)};
                 sum_run<w>(&one, &one + 1, gradient, own, length, work.sum.data.get());
-                update_row<w>(rule, target.values + scalar, s0, s1, work.sum.data.get(), length);
+                update_row<w>(rule, target.values + scalar, state, work.sum.data.get(), length, true);
             });
             continue;
         }
@@ -1432,12 +1488,11 @@ void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work,
         }
         if (target.rows) {
             for (int64_t i = 0; i < length; ++i) target.rows[target.next + i] = scalar + i;
-            update_row<0>(rule, target.values + target.next, target.state0, target.state1, sum, length);
+            update_row<0>(rule, target.values + target.next, target.state, sum, length, true);
             target.next += length;
             continue;
         }
-        update_scalars(rule, target.values + scalar, target.state0 ? target.state0 + scalar : nullptr,
-                       target.state1 ? target.state1 + scalar : nullptr, sum, length);
+        update_scalars(rule, target.values + scalar, target.state.at(rule, scalar, 1), sum, length);
     }
 }
 
@@ -1823,9 +1878,8 @@ struct Update {
         const Weight& weight = program.weights[w];
         auto run = [&](auto values) {
             Target<decltype(values), S> target{
-                values, stateful ? static_cast<S*>(call.states[2 * w]) : nullptr,
-                stateful ? static_cast<S*>(call.states[2 * w + 1]) : nullptr, weight.width,
-                weight.start, rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, next ? next[w] : 0};
+                values, State<S>(stateful ? call.states : nullptr, w), weight.width, weight.start,
+                rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, next ? next[w] : 0};
             f(target);
             if (next) next[w] = target.next;
         };
@@ -1938,12 +1992,10 @@ void update_projections(const Program& program, const Call& call, const Rule& ru
     for (int64_t p = 0; p < program.num_projections; ++p) {
         const Projection& shape = program.projections[p];
         const bool stateful = rule.kind < DENSE_GRADIENT && call.projection_states;
-        const int64_t state_width = rule.kind == ROWWISE_ADAGRAD ? 1 : shape.dim;
-        S* s0 = stateful ? static_cast<S*>(call.projection_states[2 * p]) : nullptr;
-        S* s1 = stateful ? static_cast<S*>(call.projection_states[2 * p + 1]) : nullptr;
+        const State<S> state(stateful ? call.projection_states : nullptr, p);
         for (int64_t j = 0; j < shape.width; ++j)
-            update_row<0>(rule, static_cast<T*>(call.projections[p]) + j * shape.dim, s0 ? s0 + j * state_width : nullptr,
-                          s1 ? s1 + j * state_width : nullptr, total.data() + starts[p] + j * shape.dim, shape.dim);
+            update_row<0>(rule, static_cast<T*>(call.projections[p]) + j * shape.dim, state.at(rule, j, shape.dim),
+                          total.data() + starts[p] + j * shape.dim, shape.dim);
     }
 }
 
@@ -2153,9 +2205,8 @@ void update_of(const RowUpdate& u) {
     const int64_t words[] = {1, 0, 0, 1, 0, 0, 0, /* Weight */ u.width, 0, u.format, 16, 0, u.width, u.num_rows, u.format, 16, 0};
     const Program program(words);
     void* weights[] = {u.weight};
-    void* states[] = {u.state0, u.state1};
     Call call{};
-    call.weights = weights, call.states = states, call.rule = u.rule, call.hyper = u.hyper, call.num_hyper = u.num_hyper;
+    call.weights = weights, call.states = u.states, call.rule = u.rule, call.hyper = u.hyper, call.num_hyper = u.num_hyper;
     call.step = u.step;
     Kept& keep = kept();
     if (static_cast<int64_t>(keep.stretch_works.size()) < u.num_threads) {

@@ -10,8 +10,12 @@ enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4, L
 enum Policy : int64_t { ANY = -1, REFUSE = 0, FOLD = 1, OOV = 2 };
 enum Pooling : int64_t { NONE = 0, POOL_SUM = 1, POOL_MEAN = 2 };
 enum RuleKind : int64_t { SGD = 0, ROWWISE_ADAGRAD = 1, ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
+// Beside the number of a rule: it keeps a running mean of the weights, and one hyper-parameter more behind its own.
+constexpr int64_t AVERAGED = 8;
 // How many hyper-parameters of its own each rule has: eps; eps, beta1, beta2.
 constexpr int64_t OWN_HYPER[] = {0, 1, 1, 3};
+// How many tensors a weight or projection has for what a rule keeps of it: two of its own, two of AVERAGED.
+constexpr int64_t STATES = 4;
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // A (table, feature) pair: an output; or what the ids of such a lookup are looked up by that none of its alternatives has,
@@ -157,8 +161,8 @@ struct Call {
     const double* hyper;         // lr, l2, the rule's own and, where there is one more, the norm to clip at
     int64_t num_hyper;
     int64_t step;
-    void* const* states;              // two a weight, null where the rule has none
-    void* const* projection_states;   // two a projection
+    void* const* states;              // STATES a weight, null where the rule has none
+    void* const* projection_states;   // as many a projection
     int64_t* const* gradient_rows;    // SPARSE_GRADIENT: the distinct rows of each weight; `weights` takes their values
     int64_t* num_gradient_rows;
     void* saved;                      // what keep_rows wrote: the rows as they were, where a gradient depends on them
@@ -181,8 +185,7 @@ struct Gather {
 // when the weight is of the gradient's type; or BRAINS, of a weight that is trained in bfloat16 by gradients in float32.
 struct RowUpdate {
     void* weight;
-    void* state0;
-    void* state1;
+    void* states[STATES];
     const int64_t* rows;
     const void* gradient;
     const double* hyper;
