@@ -90,8 +90,9 @@ class NativeLookup:
                 return None
         states = [find(name) if name else _NOTHING for name in self._states] if updates else self._no_states
         kept = [state for state in states if state is not _NOTHING]
-        if kept and not (ops.fits(kept) and ops.takes_state(type(fused), kept[0].dtype, both[0].dtype)):
-            return None
+        if fused is not None and kept:
+            if not (ops.fits(kept) and ops.takes_state(type(fused), kept[0].dtype, both[0].dtype)):
+                return None
         n = len(self.program.weights)
         of_weights, of_projections = states[: STATES * n], states[STATES * n :]
         rule = "sgd" if fused is None else fused.kind
