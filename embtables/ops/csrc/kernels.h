@@ -1194,7 +1194,20 @@ struct State {
     }
 };
 
-// `w`: a pointer to the row, or what is used like one. `is_block`: it is scalars of a block, each a row of its own.
+// A row has moved: its mean is as far behind it as it was then, of which a part is left, and so much more.
+// `is_block`: it is n scalars of a block, each a row of its own.
+template <class S>
+__attribute__((noinline)) void move_mean(const Rule& rule, const State<S>& state, const float* moved, int64_t n, bool is_block) {
+    for (int64_t i = 0; i < (is_block ? n : 1); ++i) {
+        const float left = rule.since(load(state.last + i), rule.steps_before);
+        each<0>(is_block ? 1 : n, [&](int64_t d, auto m) {
+            put<m>(state.behind + i + d, rule.kept * (left * get<m>(state.behind + i + d) + get<m>(moved + i + d)));
+        });
+        store(state.last + i, static_cast<float>(rule.steps_before + 1));
+    }
+}
+
+// `w`: a pointer to the row, or what is used like one. `is_block`: as for move_mean.
 template <int W, class Row, class S>
 inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g, int64_t width, bool is_block = false) {
     const int64_t n = fixed<W>(width);
@@ -1210,16 +1223,11 @@ inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g,
     }
     if (rule.l2 != 0) each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + rule.l2 * get<m>(w + d)); });
     const bool averages = state.behind != nullptr;
-    const float left = averages && !is_block ? rule.since(load(state.last), rule.steps_before) : 0;
-    // The mean is as far behind the row as it was then, of which a part is left, and as the row moves now.
     auto subtract = [&](int64_t d, auto m, auto change) __attribute__((always_inline)) {
         const lanes<m> before = get<m>(w + d);
         put<m>(w + d, before - change);
-        if (__builtin_expect(!averages, 1)) return;
-        float left_of_each[m];
-        for (int i = 0; i < m; ++i) left_of_each[i] = is_block ? rule.since(load(state.last + d + i), rule.steps_before) : left;
-        const lanes<m> moved = before - get<m>(w + d);
-        put<m>(state.behind + d, rule.kept * (get<m>(left_of_each) * get<m>(state.behind + d) + moved));
+        // The gradient is used up: its place takes how far the row has moved.
+        if (__builtin_expect(averages, 0)) put<m>(g + d, before - get<m>(w + d));
     };
     switch (rule.kind) {
         case SGD:
@@ -1250,8 +1258,7 @@ inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g,
                 subtract(d, m, rule.lr * (first / rule.correction1) / (root_of + rule.eps));
             });
     }
-    for (int64_t i = 0; averages && i < (is_block ? n : 1); ++i)
-        store(state.last + i, static_cast<float>(rule.steps_before + 1));
+    if (__builtin_expect(averages, 0)) move_mean(rule, state, g, n, is_block);
 }
 
 // Scalars of blocks have no rows: each is clipped by itself.
