@@ -226,6 +226,7 @@ struct Case {
     int64_t dtype = 0, state_dtype = 0, rule = 0, step = 1;
     bool jagged = false, weighted = false, narrow_ids = false, has_blocks = false, keeps_rows = false;
     bool halves = false;  // whether weights are trained in bfloat16, by gradients in float32
+    bool averaged = false;  // whether the rule keeps a running mean of the weights
     std::vector<double> hyper;
     std::vector<int64_t> ids, offsets;
     // What calls are given.
@@ -237,6 +238,7 @@ struct Case {
     void make_single();
     std::string name() const;
     int64_t weight_type() const { return halves ? static_cast<int64_t>(BFLOAT16) : dtype; }
+    int64_t whole_rule() const { return rule | (averaged ? AVERAGED : 0); }
 
 private:
     std::map<int64_t, std::vector<Slab>> slabs_;  // by width; those of blocks apart
@@ -260,7 +262,7 @@ std::string Case::name() const {
     static const char* rules[] = {"sgd", "rowwise adagrad", "adagrad", "adam", "dense gradients", "sparse gradients"};
     static const char* types[] = {"float32", "bfloat16", "float16"};
     return std::string(jagged ? "jagged" : "dense") + (weighted ? ", weighted" : "") + (narrow_ids ? ", int32" : ", int64") + ", " + types[dtype] +
-           " with state of " + types[state_dtype] + (halves ? ", weights in bfloat16" : "") + ", " + rules[rule] + ", batch " + std::to_string(batch);
+           " with state of " + types[state_dtype] + (halves ? ", weights in bfloat16" : "") + (averaged ? ", averaged " : ", ") + rules[rule] + ", batch " + std::to_string(batch);
 }
 
 // Rows of a weight of this width: new ones, or those of a slab that is as large.
@@ -627,12 +629,19 @@ void Case::make_values(int64_t last_rule) {
     hyper = {0.1, random.chance(2) ? 0.05 : 0.0};
     if (rule != SGD) hyper.push_back(1e-3);
     if (rule == ADAM) hyper.insert(hyper.end(), {0.9, 0.99});
+    averaged = rule <= ADAM && !halves && dtype == FLOAT32 && state_dtype == FLOAT32 && random.chance(3);
+    if (averaged) hyper.push_back(random.one_of<double>({1, 2, 1000}));
     if (random.chance(2)) hyper.push_back(random.one_of<double>({0.0, 0.3, 3.0}));
     step = random.between(1, 4);
     gradient = scalars(num_values, dtype, -1, 1);
     auto with_states = [&](int64_t num, int64_t width, int64_t type, std::vector<Memory>& values, std::vector<Memory>& state) {
         values.push_back(scalars(num * width, type, -1, 1));
-        for (int64_t s = 0; s < 2; ++s) {
+        for (int64_t s = 0; s < STATES; ++s) {
+            if (s >= 2) {
+                if (averaged) state.push_back(s == 2 ? scalars(num * width, FLOAT32, -1, 1) : scalars(num, FLOAT32, 0, static_cast<double>(step - 1)));
+                else state.push_back(Memory());
+                continue;
+            }
             const bool has = rule == ADAM || (s == 0 && (rule == ADAGRAD || rule == ROWWISE_ADAGRAD));
             const bool squares = rule != ADAM || s == 1;
             state.push_back(has ? scalars(rule == ROWWISE_ADAGRAD ? num : num * width, state_dtype, squares ? 0.25 : -1, 1) : Memory());
@@ -893,7 +902,9 @@ void Reference::bag(int64_t l, int64_t first, int64_t last, int64_t stride, int6
 void Reference::update(std::vector<double>& w, std::vector<double>* s, const std::vector<double>& gradient, int64_t row, int64_t width) const {
     const auto number = [&](size_t i) { return i < c_.hyper.size() ? c_.hyper[i] : 0; };
     const double lr = number(0), l2 = number(1), eps = number(2), beta1 = number(3), beta2 = number(4);
-    const double clip = number(c_.rule == SGD ? 2 : c_.rule == ADAM ? 5 : 3);
+    const size_t own = c_.rule == SGD ? 2 : c_.rule == ADAM ? 5 : 3;
+    const double horizon = number(own), clip = number(own + c_.averaged);
+    const std::vector<double> before(w.begin() + row * width, w.begin() + (row + 1) * width);
     std::vector<double> g(gradient.begin() + row * width, gradient.begin() + (row + 1) * width);
     double squares = 0;
     for (double x : g) squares += x * x;
@@ -922,6 +933,15 @@ void Reference::update(std::vector<double>& w, std::vector<double>* s, const std
             }
         }
     }
+    if (!c_.averaged) return;
+    // What is left of a mean after the steps up to one: 1/(t + 1) of it up to the horizon, then always the same part.
+    const auto left = [&](double t) { return std::pow(horizon / (horizon + 1), t - std::min(t, horizon)) / (1 + std::min(t, horizon)); };
+    const double now = static_cast<double>(c_.step);
+    for (int64_t d = 0; d < width; ++d) {
+        double& behind = s[2][row * width + d];
+        behind = left(now) / left(now - 1) * (left(now - 1) / left(s[3][row]) * behind + before[d] - w[row * width + d]);
+    }
+    s[3][row] = now;
 }
 
 static std::vector<double> all_decoded(const Memory& memory, int64_t dtype) {
@@ -962,10 +982,10 @@ Expected Reference::run() {
     if (c_.rule >= DENSE_GRADIENT) return e_;
     for (std::size_t w = 0; w < c_.widths.size(); ++w)
         for (int64_t r = 0; r < c_.rows[w]; ++r)
-            if (e_.touched[w][r]) update(e_.weights[w], &e_.states[2 * w], e_.gradients[w], r, c_.widths[w]);
+            if (e_.touched[w][r]) update(e_.weights[w], &e_.states[STATES * w], e_.gradients[w], r, c_.widths[w]);
     for (std::size_t p = 0; p < c_.projections.size(); ++p)
         for (int64_t r = 0; r < c_.projections[p].width; ++r)
-            update(e_.projections[p], &e_.projection_states[2 * p], e_.projection_gradients[p], r, c_.projections[p].dim);
+            update(e_.projections[p], &e_.projection_states[STATES * p], e_.projection_gradients[p], r, c_.projections[p].dim);
     return e_;
 }
 
@@ -1011,7 +1031,7 @@ struct Step {
         call.codes = codes.data();
         call.outputs = c.outputs.data(), call.values = r.values.data(), call.rows = r.rows.as<int64_t>();
         call.dtype = c.dtype, call.state_dtype = c.state_dtype, call.num_threads = num_threads;
-        call.rule = c.rule, call.hyper = c.hyper.data(), call.num_hyper = static_cast<int64_t>(c.hyper.size());
+        call.rule = c.whole_rule(), call.hyper = c.hyper.data(), call.num_hyper = static_cast<int64_t>(c.hyper.size());
         call.step = c.step, call.states = states.data(), call.projection_states = projection_states.data();
     }
 
@@ -1110,8 +1130,8 @@ static void compare(const Case& c, const Result& r, const Expected& e) {
             continue;
         }
         expect_close("weight " + name, all_decoded(r.weights[w], c.weight_type()), e.weights[w], std::max(limit, tolerance(c.weight_type())));
-        for (int s = 0; s < 2; ++s)
-            expect_close("state " + name, all_decoded(r.states[2 * w + s], c.state_dtype), e.states[2 * w + s], state_limit * 4);
+        for (int s = 0; s < STATES; ++s)
+            expect_close("state " + name, all_decoded(r.states[STATES * w + s], c.state_dtype), e.states[STATES * w + s], state_limit * 4);
         for (int64_t row = 0; row < c.rows[w]; ++row) {
             const int64_t size = c.widths[w] * bytes_of(c.weight_type());
             if (!e.touched[w][row])
@@ -1127,8 +1147,8 @@ static void compare(const Case& c, const Result& r, const Expected& e) {
             continue;
         }
         expect_close(name, got, e.projections[p], limit);
-        for (int s = 0; s < 2; ++s)
-            expect_close("state of " + name, all_decoded(r.projection_states[2 * p + s], c.state_dtype), e.projection_states[2 * p + s], state_limit * 4);
+        for (int s = 0; s < STATES; ++s)
+            expect_close("state of " + name, all_decoded(r.projection_states[STATES * p + s], c.state_dtype), e.projection_states[STATES * p + s], state_limit * 4);
     }
 }
 
@@ -1302,9 +1322,10 @@ static void try_single_weights(uint64_t seed) {
                 EXPECT(functions->gather(gather) == DONE, "gather refused");
                 for (int64_t i = 0; i < c.num_values; ++i) encode(r.values.data(), i, c.dtype, decoded(gathered.data(), i, c.weight_type()));
                 RowUpdate update{};
-                update.weight = r.weights[0].data(), update.state0 = r.states[0].data(), update.state1 = r.states[1].data();
+                update.weight = r.weights[0].data();
+                for (int s = 0; s < STATES; ++s) update.states[s] = r.states[s].data();
                 update.rows = rows.as<int64_t>(), update.gradient = c.gradient.data(), update.hyper = c.hyper.data();
-                update.num_hyper = static_cast<int64_t>(c.hyper.size()), update.step = c.step, update.rule = c.rule;
+                update.num_hyper = static_cast<int64_t>(c.hyper.size()), update.step = c.step, update.rule = c.whole_rule();
                 update.dtype = c.dtype, update.state_dtype = c.state_dtype, update.width = width;
                 update.num_rows = num_rows, update.num_ids = c.num_ids, update.num_threads = num_threads;
                 update.format = c.halves ? BRAINS : PLAIN;
