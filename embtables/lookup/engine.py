@@ -202,10 +202,7 @@ class Lookup(nn.Module):
 
     @property
     def ops(self) -> str:
-        """What ids go through where they train: ``"native"`` code, ``"reference"`` (PyTorch), or ``"mixed"``: both.
-
-        Bags go through PyTorch while they are regularized.
-        """
+        """What ids go through where they train: ``"native"`` code, ``"reference"`` (PyTorch), or ``"mixed"``: both."""
         if self.native is None or ops.backend() != "native" or self.native.tensors() is None:
             return "reference"
         return "mixed" if self._in_pytorch else "native"
@@ -286,7 +283,7 @@ class Lookup(nn.Module):
     ) -> tuple[T | None, list[BlockVectors]]:
         """What native code gives as outputs, ``None`` where it gives none, and the vectors of all other blocks.
 
-        Those are what PyTorch looks up, and where single ids are regularized what native code does, too. ``modes``: the
+        Those are what PyTorch looks up, and where ids are regularized what native code does, too. ``modes``: the
         pooling of each output.
 
         This is the one place that chooses between native code and PyTorch. Nothing is read or changed before all ids
@@ -294,15 +291,14 @@ class Lookup(nn.Module):
         """
         native = self.native
         regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
-        # Regularization needs the vector of each id. Bags would have to be unpooled for it, in which native code is no
-        # faster than PyTorch; weights come behind it.
+        # Regularization needs the vector of each id; weights and pooling come behind it.
         plain = given._replace(weights=None) if regularizes else given
-        in_bags = regularizes and given.offsets is not None
         # Where the vectors of a bag lie among those of others, which native code has to be told, no graph knows.
-        unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
+        in_graph = given.offsets is not None and torch.compiler.is_compiling()
+        unknown = in_graph and (regularizes or None in modes)
         # Stages may listen to the gradients of single rows, which native code does not show; nor does it round rows
         # before it combines them.
-        in_pytorch = in_bags or unknown or step.listeners or step.rounding is not None
+        in_pytorch = unknown or step.listeners or step.rounding is not None
         tensors = None if native is None or in_pytorch else native.takes(plain, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         groups = self._native_numbers if tensors is not None and regularizes else {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
-from embtables.lookup.graphs import is_exporting, transforms
+from embtables.lookup.graphs import in_memory, is_exporting
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
@@ -126,10 +126,7 @@ class NativeLookup:
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
             return self.tensors() if suits and not given.rest and not is_exporting() else None
-        for tensor in given[:3]:
-            if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):
-                return None
-        return None if torch.jit.is_tracing() or transforms() else self.tensors(step.updates)
+        return self.tensors(step.updates) if in_memory(*given[:3]) else None
 
     def _updates_in_graphs(self, step: Step) -> bool:
         # A stage may change weights before they are read, and the operator checks the ids that it reads by itself.
@@ -161,15 +158,8 @@ class NativeLookup:
     ) -> list[Tensor]:
         """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where bags are not pooled."""
         batch = given.batch(self.num_features)
-        rows = [batch] * len(self.dims)
-        if given.offsets is not None:
-            bounds = given.bounds(self.num_features)
-            for i, (mode, column) in enumerate(zip(modes, self.columns)):
-                if mode is None:
-                    start, end = bounds[column : column + 2]
-                    if not 0 <= start <= end <= given.ids.numel():  # there is no such tensor to be filled
-                        raise ops.Refused(None, None)
-                    rows[i] = end - start
+        of_ids = self._ids_of_outputs(given) if None in modes else []  # for the rest no graph need know them
+        rows = [batch if mode is not None else of_ids[i] for i, mode in enumerate(modes)]
         sizes = [n * dim for n, dim in zip(rows, self.dims)]
         outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
         values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
@@ -178,18 +168,37 @@ class NativeLookup:
     def by_group(
         self, tensors: ProgramTensors, given: Input, groups: Sequence[Sequence[int]], step: Step
     ) -> list[Tensor]:
-        """The vectors of ids ``[B, F]``, ``[l, B, D]`` for each group of l outputs; weights are not applied.
+        """The vector of each id, for each group of l outputs: ``[l, B, D]`` of ids ``[B, F]``, else ``[N, D]``.
 
-        ``groups``: the numbers of the outputs of each, which have one D; together they are all outputs, each once.
+        Weights are not applied. ``groups``: the numbers of the outputs of each, which have one D; together they are all
+        outputs, each once.
         """
-        batch, dims = given.batch(self.num_features), [self.dims[group[0]] for group in groups]
+        batch, of_ids = given.batch(self.num_features), self._ids_of_outputs(given)
         order = [output for group in groups for output in group]
-        starts = dict(zip(order, accumulate((batch * self.dims[output] for output in order), initial=0)))
+        starts = dict(zip(order, accumulate((of_ids[output] * self.dims[output] for output in order), initial=0)))
         modes: list[str | None] = [None] * len(order)
         outputs = self._outputs([starts[output] for output in range(len(order))], self.dims, modes)
-        values = self._values(tensors, given, outputs, batch, (batch * self.width,), step)
-        parts = values.split([len(group) * batch * dim for group, dim in zip(groups, dims)])
-        return [part.view(len(group), batch, dim) for part, group, dim in zip(parts, groups, dims)]
+        rows, dims = [sum(of_ids[o] for o in group) for group in groups], [self.dims[group[0]] for group in groups]
+        sizes = [n * dim for n, dim in zip(rows, dims)]
+        values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
+        shapes = [(len(group), batch) if given.offsets is None else (n,) for group, n in zip(groups, rows)]
+        return [part.view(*shape, dim) for part, shape, dim in zip(values.split(sizes), shapes, dims)]
+
+    def _ids_of_outputs(self, given: Input) -> list[int]:
+        """How many ids each output has.
+
+        Raises:
+            Refused: for offsets between which no ids can lie.
+        """
+        if given.offsets is None:
+            return [given.batch(self.num_features)] * len(self.dims)
+        bounds = given.bounds(self.num_features)
+        counts = []
+        for start, end in ((bounds[column], bounds[column + 1]) for column in self.columns):
+            if not 0 <= start <= end <= given.ids.numel():  # there is no such tensor to be filled
+                raise ops.Refused(None, None)
+            counts.append(end - start)
+        return counts
 
     def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step) -> Tensor:
         """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""

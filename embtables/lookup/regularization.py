@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embtables import ops
 from embtables.config import TableConfig
+from embtables.lookup.graphs import in_memory
 
 
 class Regularizer(nn.Module):
@@ -28,7 +30,7 @@ class Regularizer(nn.Module):
     table: Tensor
     start: Tensor
     known: Tensor
-    counts: Tensor | None
+    counts: Tensor
 
     def __init__(self, l2: float, tables: Sequence[TableConfig], counts: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -41,13 +43,13 @@ class Regularizer(nn.Module):
         table = torch.tensor([distinct.index(t.name) for t in tables])
         for buffer, values in (("table", table), ("start", start[table]), ("known", lengths[table])):
             self.register_buffer(buffer, values, persistent=False)
-        self.register_buffer("counts", torch.cat(given).clamp(min=1) if given else None, persistent=False)
+        self.register_buffer("counts", torch.cat([torch.empty(0), *given]).clamp(min=1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Regularizer:
         """Moves and casts like any module, but counts stay float32: in float16 those from 65,520 on would be inf."""
         counts = self.counts
         super()._apply(fn, recurse)
-        if counts is not None and self.counts is not None and self.counts.dtype != counts.dtype:
+        if self.counts.dtype != counts.dtype:
             self.counts = counts.to(self.counts.device)
         return self
 
@@ -58,12 +60,17 @@ class Regularizer(nn.Module):
         """
         if not vectors.requires_grad:
             return vectors
-        share = self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature, absent))
-        regularized: Tensor = _Regularized.apply(vectors, share.unsqueeze(-1))
+        regularized: Tensor = _Regularized.apply(vectors, self._share(ids, feature, absent).unsqueeze(-1))
         return regularized
 
+    def _share(self, ids: Tensor, feature: Tensor, absent: Tensor | None) -> Tensor:
+        """λ/(n_j·m_j): m_j, how often the id j of a table is among all ``ids``."""
+        if absent is None and ops.backend() == "native" and in_memory(ids, feature):
+            return ops.shares(ids, feature.expand_as(ids), self.table, self.start, self.known, self.counts, self.l2)
+        return self.l2 / (self._training_count(ids, feature) * self._occurrences(ids, feature, absent))
+
     def _training_count(self, ids: Tensor, feature: Tensor) -> Tensor:
-        if self.counts is None:
+        if not self.counts.numel():
             return torch.ones_like(ids, dtype=torch.float32)
         counted = (ids >= 0) & (ids < self.known[feature])
         return torch.where(counted, self.counts[torch.where(counted, self.start[feature] + ids, 0)], 1.0)

@@ -100,14 +100,26 @@ _RowUpdate = _struct(
     num_threads=_int,
     format=_int,
 )
+_Shares = _struct(
+    "_Shares",
+    ids=_pointer,
+    lookup=_pointer,
+    table=_pointer,
+    start=_pointer,
+    known=_pointer,
+    counts=_pointer,
+    shares=_pointer,
+    num_ids=_int,
+    l2=ctypes.c_float,
+)
 
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 9
+    version = 10
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
     words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
-    for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):
+    for size in (8 * len(_CALL), *structs, *(8 * count for count in words), ctypes.sizeof(_Shares)):
         version = (version * 1000 + size) % 1_000_000_000_007
     return version
 
@@ -177,6 +189,7 @@ def load() -> ctypes.CDLL:
         ("keep_rows", [_pointer]),
         ("gather", [_pointer]),
         ("update", [_pointer]),
+        ("shares", [_pointer]),
         ("huge_pages", [_pointer, _int]),
     ):
         getattr(library, f"embtables_{name}").argtypes = arguments
@@ -208,7 +221,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        names = ("forward", "backward", "keep_rows", "gather", "update")
+        names = ("forward", "backward", "keep_rows", "gather", "update", "shares")
         self._functions = {name: getattr(library, f"embtables_{name}") for name in names}
         self._keeps_blocks = False
         self.instructions: str = library.embtables_instructions().decode()
@@ -300,6 +313,36 @@ class Library:
         )
         if self.run("update", ctypes.addressof(call)) == _NO_SUCH_ROW:
             raise _no_such_row(weight, index)
+
+    # ---- regularization --------------------------------------------------------------------------------------------
+
+    def shares(
+        self, ids: Tensor, lookup: Tensor, table: Tensor, start: Tensor, known: Tensor, counts: Tensor, l2: float
+    ) -> Tensor:
+        """How strongly the L2 of a step pulls each id, float32 of the shape of ``ids``: see ``Regularizer``.
+
+        Args:
+            ids: int64, of any shape; ``lookup`` the same, the lookup that each id is of.
+            table: int64, the number of each lookup's table.
+            start: int64, where the counts of that table's rows begin in ``counts``, float32.
+            known: int64, how many counts the table has.
+            l2: λ.
+        """
+        ids, lookup = ids.contiguous(), lookup.contiguous()
+        found = torch.empty(ids.shape)
+        call = _Shares(
+            ids=ids.data_ptr(),
+            lookup=lookup.data_ptr(),
+            table=table.data_ptr(),
+            start=start.data_ptr(),
+            known=known.data_ptr(),
+            counts=counts.data_ptr(),
+            shares=found.data_ptr(),
+            num_ids=ids.numel(),
+            l2=l2,
+        )
+        self.run("shares", ctypes.addressof(call))
+        return found
 
     # ---- whole programs --------------------------------------------------------------------------------------------
     #

@@ -34,11 +34,10 @@ def memory_of(tables: EmbeddingTables) -> Memory:
         by_kind |= {"scales": scales} if scales else {}
         training += scales
     regularizers = [block.regularizer for block in tables.lookups.blocks if block.regularizer is not None]
-    counts = [regularizer.counts for regularizer in regularizers if regularizer.counts is not None]
-    if counts:
-        by_kind["frequencies"] = storage_bytes(counts)
-        training += by_kind["frequencies"]
-    constants = storage_bytes([*constants_of(tables), *tables.blocks.buffers()]) - storage_bytes(counts)
+    frequencies = storage_bytes([regularizer.counts for regularizer in regularizers])
+    by_kind |= {"frequencies": frequencies} if frequencies else {}
+    training += frequencies
+    constants = storage_bytes([*constants_of(tables), *tables.blocks.buffers()]) - frequencies
     dense = tables.plan.optimizer is None and not (tables.served or tables.store.sparse)
     return Memory(
         inference,

@@ -1380,8 +1380,49 @@ int64_t embtables_version();
 const char* embtables_instructions();
 int embtables_forward(const Call*);
 int embtables_backward(const Call*, const Call*);
+int embtables_shares(const Shares*);
 int embtables_find_openmp();
 void embtables_huge_pages(void*, int64_t);
+}
+
+// How strongly L2 pulls each id of a step, beside a count of pairs of ids and tables.
+static void try_shares(uint64_t seed) {
+    std::mt19937_64 random(seed);
+    auto below = [&](int64_t end) { return static_cast<int64_t>(random() % static_cast<uint64_t>(end)); };
+    const int64_t num_ids = below(4) ? below(3000) : below(3), num_lookups = 1 + below(4), range = 1 + below(500);
+    begin("seed " + std::to_string(seed) + ", shares of " + std::to_string(num_ids) + " ids");
+    Memory ids(num_ids, 8), lookup(num_ids, 8), table(num_lookups, 8), start(num_lookups, 8), known(num_lookups, 8);
+    int64_t total = 0;
+    for (int64_t l = 0; l < num_lookups; ++l) {
+        table.as<int64_t>()[l] = below(num_lookups);
+        start.as<int64_t>()[l] = total;
+        total += known.as<int64_t>()[l] = below(3) ? below(300) : 0;
+    }
+    Memory counts(total, 4), shares(num_ids, 4);
+    for (int64_t r = 0; r < total; ++r) counts.as<float>()[r] = static_cast<float>(1 + below(1000));
+    std::map<std::pair<int64_t, int64_t>, int64_t> times;
+    for (int64_t i = 0; i < num_ids; ++i) {
+        const int64_t far[] = {-1, INT64_MIN, INT64_MAX, below(INT64_MAX)};
+        ids.as<int64_t>()[i] = below(20) ? below(range) : far[below(4)];
+        lookup.as<int64_t>()[i] = below(num_lookups);
+        ++times[{table.as<int64_t>()[lookup.as<int64_t>()[i]], ids.as<int64_t>()[i]}];
+    }
+    Shares call{};
+    call.ids = ids.as<int64_t>(), call.lookup = lookup.as<int64_t>(), call.num_ids = num_ids, call.l2 = 0.25f;
+    call.table = table.as<int64_t>(), call.start = start.as<int64_t>(), call.known = known.as<int64_t>();
+    call.counts = counts.as<float>(), call.shares = shares.as<float>();
+    in_new_thread([&] {
+        allocations_left = 0;
+        EXPECT(embtables_shares(&call) == OUT_OF_MEMORY, "shares were found without memory");
+        allocations_left = -1;
+        EXPECT(embtables_shares(&call) == DONE, "no shares were found");
+    });
+    for (int64_t i = 0; i < num_ids; ++i) {
+        const int64_t id = call.ids[i], l = call.lookup[i];
+        const double count = id >= 0 && id < call.known[l] ? call.counts[call.start[l] + id] : 1.0;
+        const double expected = 0.25 / (count * static_cast<double>(times[{call.table[l], id}]));
+        EXPECT(std::fabs(call.shares[i] - expected) <= 1e-6 * expected, "the share of id " + std::to_string(id));
+    }
 }
 
 // The functions that Python calls. Without memory they return so.
@@ -1422,6 +1463,7 @@ int main(int argc, char** argv) {
     for (uint64_t seed = first; seed < first + num; ++seed) {
         try_steps(seed);
         try_single_weights(seed);
+        try_shares(seed);
         if (seed % 4 == 0) {
             try_refusals(seed);
             try_two_callers(seed);

@@ -192,6 +192,20 @@ struct RowUpdate {
     int64_t num_hyper, step, rule, dtype, state_dtype, width, num_rows, num_ids, num_threads, format;
 };
 
+// How strongly the L2 of a step pulls each of its ids (embtables/lookup/regularization.py). `table`, `start` and `known`
+// are of the lookups: which counts are those of the table's rows, and how many of them there are.
+struct Shares {
+    const int64_t* ids;     // [num_ids]
+    const int64_t* lookup;  // of each of them
+    const int64_t* table;
+    const int64_t* start;
+    const int64_t* known;
+    const float* counts;
+    float* shares;          // [num_ids]
+    int64_t num_ids;
+    float l2;
+};
+
 // What a function returns.
 enum Outcome : int { DONE = 0, REFUSED_ID = 1, BAD_OFFSETS = 2, NO_SUCH_ROW = 3, OUT_OF_MEMORY = 4 };
 
