@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,13 @@ def describe() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {name: value for name, value in info.items() if value}
+
+
+def label(info: Mapping[str, Any]) -> str:
+    """A machine in few words, from what ``describe`` said of it: ``Intel Xeon, L3 480 MiB``."""
+    name = " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b", " ", str(info.get("processor", ""))).split())
+    kibibytes = re.search(r"L3 (\d+)K", str(info.get("caches", "")))
+    return name + (f", L3 {int(kibibytes[1]) / 1024:.0f} MiB" if kibibytes else "") or "a machine"
 
 
 def backend() -> str:

@@ -1,7 +1,7 @@
 """Fills the tables of README.md and of pages in docs: none is typed by hand.
 
-They come from docs/results/*/results.csv; those of speed from the parts of docs/results/speed/report.md, which
-`python -m benchmarks.report docs/results/speed` makes of its results.csv.
+They come from docs/results/*/results.csv; those of speed from the parts of the report.md that
+`python -m benchmarks.report docs/results/speed` writes there and in its folders, one for each machine.
 
 python benchmarks/readme_tables.py            # rewrite the pages
 python benchmarks/readme_tables.py --check    # exit 1 where a page is not what the results say
@@ -53,8 +53,8 @@ ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations"
 #: What the page of each method says that it attained: how a training was tuned -> the folders of its sweeps.
 ATTAINED = {"plain": ("globo",), "regularized, averaged": ("globo-int4",)}
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
-#: Its parts go where a page has the marker speed-<part>.
-SPEED_REPORT = RESULTS / "speed" / "report.md"
+#: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
+SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "intel-xeon-l3-480m" / "report.md")
 #: Of docs/gpu.md: marker -> folder of `python -m benchmarks.gpu`, and the phase that a table shows.
 GPU_TABLES = {
     **{f"gpu-{phase}": ("gpu", phase) for phase in ("forward", "update", "step")},
@@ -176,12 +176,13 @@ def _linked(method: str) -> str:
     return f"[{kind}](docs/methods/{kind}.md)" + (f" ({rest}" if options else "")
 
 
-def speed(report: str, part: str) -> str:
-    """What stands between a part's comments."""
-    found = re.search(f"<!-- part:{part} -->\n(.*?)\n<!-- /part -->", report, re.S)
-    if found is None:
-        raise ValueError(f"{SPEED_REPORT.relative_to(ROOT)} has no part '{part}'")
-    return found[1]
+def speed(part: str) -> str:
+    """What stands between a part's comments, in the first report that has it."""
+    for path in SPEED_REPORTS:
+        found = re.search(f"<!-- part:{part} -->\n(.*?)\n<!-- /part -->", path.read_text(encoding="utf-8"), re.S)
+        if found is not None:
+            return found[1]
+    raise ValueError(f"no report in {SPEED_REPORTS[0].parent.relative_to(ROOT)} has a part '{part}'")
 
 
 def on_a_gpu(folder: str, phase: str) -> str:
@@ -240,10 +241,7 @@ def filled(page: Path, text: str) -> str:
         if of == page:
             figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
             contents[marker] = f"{table(read(folder))}\n\n![test AUC against bytes]({figure})"
-    if SPEED_REPORT.exists():
-        report = SPEED_REPORT.read_text(encoding="utf-8")
-        parts = re.findall("<!-- results:speed-(.*?) -->", text)
-        contents |= {f"speed-{part}": speed(report, part) for part in parts}
+    contents |= {f"speed-{part}": speed(part) for part in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
         contents["post-training"] = compressed("post-training", "globo-from-start")
         contents["fuxictr-din"] = in_fuxictr("fuxictr-din")

@@ -1,8 +1,10 @@
 """From the CSV of a run to Markdown: targets, tables, where a rival is faster, and what not to trust.
 
-    python -m benchmarks.report docs/results/speed
+    python -m benchmarks.report runs/bench            # one run
+    python -m benchmarks.report docs/results/speed    # a folder of the runs of several machines
 
-writes ``report.md`` anew beside ``results.csv``. Its parts stand between comments, from which other pages take them.
+writes ``report.md`` anew beside ``results.csv``; of several runs that of each, and one that has them side by side. Its
+parts stand between comments, from which other pages take them.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import bags, ours, rivals
+from benchmarks import bags, machine, ours, rivals
 from benchmarks.results import DAGGER, FULL, RESULTS, Results, default_ops, memory_rows, ratio, rendered, row_of
-from benchmarks.targets import targets
+from benchmarks.targets import side_by_side, targets
 from benchmarks.timing import OTHERS
 
 REPORT = "report.md"
@@ -305,15 +307,53 @@ def page(results: Results) -> str:
     return "# Speed\n\n" + "\n\n".join(parts) + "\n"
 
 
+def of_machines(folder: Path) -> dict[str, Results]:
+    """The runs of the folders in this one, by what their machines are, in the order of their names.
+
+    Raises:
+        ValueError: where two are of machines that look alike.
+    """
+    runs: dict[str, Results] = {}
+    for csv in sorted(folder.glob(f"*/{RESULTS}")):
+        results = Results.read(csv.parent)
+        name = machine.label(results.run.get("machine", {}))
+        if name in runs:
+            raise ValueError(f"{folder} holds two runs of {name}: keep one of them")
+        runs[name] = results
+    return runs
+
+
+def common_page(runs: Mapping[str, Results]) -> str:
+    """What several runs have to say together."""
+    by_machine = {
+        "faster": ("Where a rival is faster", faster_rivals),
+        "machine": ("The machines", description),
+    }
+    parts = [f"## Targets\n\n<!-- part:targets -->\n{side_by_side(runs)}\n<!-- /part -->"]
+    for name, (title, make) in by_machine.items():
+        each = "\n\n".join(f"**{label}**\n\n{make(results)}" for label, results in runs.items())
+        parts.append(f"## {title}\n\n<!-- part:{name} -->\n{each}\n<!-- /part -->")
+    return "# Speed, on several machines\n\n" + "\n\n".join(parts) + "\n"
+
+
 def write(folder: Path) -> str:
-    text = page(Results.read(folder))
+    """Writes the report of a run, or of the runs of a folder's folders, and returns it.
+
+    Raises:
+        ValueError: where there are no results.
+    """
+    several = not (folder / RESULTS).is_file() and of_machines(folder)
+    if several:
+        for csv in folder.glob(f"*/{RESULTS}"):
+            write(csv.parent)
+    text = common_page(several) if several else page(Results.read(folder))
     (folder / REPORT).write_text(text, encoding="utf-8")
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help=f"holds the {RESULTS} of a run")
+    parser.add_argument("folder", type=Path, help=f"holds the {RESULTS} of a run, or folders that do")
     try:
         print(write(parser.parse_args().folder))
     except ValueError as error:

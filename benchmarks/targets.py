@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from benchmarks import bags, frameworks, ours, rivals
@@ -38,6 +38,11 @@ class Target(NamedTuple):
             return ""
         met = measured.value >= self.bound if self.at_least else measured.value <= self.bound
         return ("met" if met else "**not met**") + (f" {DAGGER}" if measured.doubts else "")
+
+    def worst(self, measured: Iterable[Measured | None]) -> Measured | None:
+        """What holds wherever it was measured."""
+        there = [each for each in measured if each is not None]
+        return (min if self.at_least else max)(there, key=lambda each: each.value, default=None)
 
 
 def _faster(slow: Pair, fast: Pair, phase: str = "step", scale: str = "1/10") -> Measure:
@@ -176,3 +181,14 @@ def targets(results: Results) -> str:
     if results.threads != THREADS:
         text += f"\n\nThe targets are for {THREADS} threads; this run had {results.threads}."
     return text + (f"\n\n{DAGGER} The machine was not quiet:\n\n" + "\n".join(doubts) if doubts else "")
+
+
+def side_by_side(runs: Mapping[str, Results]) -> str:
+    """What had to be reached, what each run measured, by its machine, and whether the worst of them reaches it."""
+    lines = [["what", "against", "required", *runs, "the worst"], ["---", "---", "---:", *["---:"] * len(runs), "---"]]
+    for target in TARGETS:
+        measured = [target.measure(results) for results in runs.values()]
+        cells = ["" if m is None else target.shown(m.value) + (f" {DAGGER}" if m.doubts else "") for m in measured]
+        lines.append([target.what, target.against, target.required(), *cells, target.verdict(target.worst(measured))])
+    text = rendered(lines)
+    return f"{text}\n\n{DAGGER} The machine was not quiet." if DAGGER in text else text
