@@ -54,7 +54,7 @@ ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations"
 ATTAINED = {"plain": ("globo",), "regularized, averaged": ("globo-int4",)}
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
-SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "intel-xeon-l3-480m" / "report.md")
+SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "intel-xeon-2.5ghz-l3-36m" / "report.md")
 #: Of docs/gpu.md: marker -> folder of `python -m benchmarks.gpu`, and the phase that a table shows.
 GPU_TABLES = {
     **{f"gpu-{phase}": ("gpu", phase) for phase in ("forward", "update", "step")},
