@@ -159,9 +159,6 @@ class Lookup(nn.Module):
         natives = self._natives if self.native is not None else []
         self._in_pytorch = [i for i in range(len(blocks)) if i not in natives]
         self._native_outputs = sorted(o for i in natives for o in self._outputs[i])
-        numbers = {output: i for i, output in enumerate(self._native_outputs)}
-        # The outputs of each native block, as native code numbers them.
-        self._native_numbers = {i: [numbers[output] for output in self._outputs[i]] for i in natives}
         self.of_all_blocks = Arrangement(self._outputs, self.dims)
         both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
         self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
@@ -283,48 +280,37 @@ class Lookup(nn.Module):
     ) -> tuple[T | None, list[BlockVectors]]:
         """What native code gives as outputs, ``None`` where it gives none, and the vectors of all other blocks.
 
-        Those are what PyTorch looks up, and where ids are regularized what native code does, too. ``modes``: the
-        pooling of each output.
+        Those are what PyTorch looks up. ``modes``: the pooling of each output.
 
         This is the one place that chooses between native code and PyTorch. Nothing is read or changed before all ids
         are known to be good.
         """
         native = self.native
-        regularizes = step.trains and any(block.regularizer is not None for block in self.blocks)
-        # Regularization needs the vector of each id; weights and pooling come behind it.
-        plain = given._replace(weights=None) if regularizes else given
         # Where the vectors of a bag lie among those of others, which native code has to be told, no graph knows.
-        in_graph = given.offsets is not None and torch.compiler.is_compiling()
-        unknown = in_graph and (regularizes or None in modes)
+        unknown = given.offsets is not None and torch.compiler.is_compiling() and None in modes
         # Stages may listen to the gradients of single rows, which native code does not show; nor does it round rows
         # before it combines them.
         in_pytorch = unknown or step.listeners or step.rounding is not None
-        tensors = None if native is None or in_pytorch else native.takes(plain, step)
+        tensors = None if native is None or in_pytorch else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
-        groups = self._native_numbers if tensors is not None and regularizes else {}
         result, vectors = None, {}
         try:
-            if rest or groups:
+            if rest:
                 check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
-            ids = {i: self.blocks[i].pick(given, self.only) for i in (*rest, *groups)}
+            ids = {i: self.blocks[i].pick(given, self.only) for i in rest}
             # In graphs its operator checks by itself, and nothing is changed before it.
-            first = (rest or step.stages) and not groups and not torch.compiler.is_compiling()
+            first = (rest or step.stages) and not torch.compiler.is_compiling()
             if native is not None and tensors is not None and first:
                 native.check(tensors, given)
             if step.stages:
                 step.begin(Touched(self.blocks, given, self.only))
             if native is not None and tensors is not None:
-                if groups:
-                    vectors = dict(zip(groups, native.by_group(tensors, plain, list(groups.values()), step)))
-                else:
-                    result = natively(native, tensors)
+                result = natively(native, tensors)
         except Refused as refused:
             self._explain(refused, given)
         if rest:
-            vectors |= self._in_plain_pytorch({i: ids[i] for i in rest}, step)
-        if step.trains:
-            vectors = {i: self.blocks[i].regularized(each, ids[i]) for i, each in vectors.items()}
+            vectors = self._in_plain_pytorch(ids, step)
         return result, [BlockVectors(self.blocks[i], ids[i], vectors[i], self._outputs[i]) for i in sorted(vectors)]
 
     def check_range(self, ids: Tensor) -> None:

@@ -18,7 +18,6 @@ from embtables.lookup.constants import WithConstants
 from embtables.lookup.graphs import bag_sums, intervals, is_exporting
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec
-from embtables.lookup.regularization import Regularizer
 from embtables.ops.program import POLICIES, UNBOUNDED
 
 
@@ -110,7 +109,6 @@ class BlockLookup(WithConstants):
     ) -> None:
         super().__init__()
         self.block, self.may_be_native = block, may_be_native
-        self.regularizer: Regularizer | None = None
         self.features = list(features)
         self.tables = list(tables)
         columns = [feature_names.index(feature) for feature in features]
@@ -271,10 +269,6 @@ class BlockLookup(WithConstants):
         """The vectors, with zeros for padding ids."""
         padded = self._padded(ids)
         return vectors if padded is None else vectors * ~padded.unsqueeze(-1)
-
-    def regularized(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
-        """The vectors, whose gradients are regularized where the tables are."""
-        return vectors if self.regularizer is None else self.regularizer(vectors, ids.ids, ids.feature, ids.absent)
 
     def weighted(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, each times its weight where there are weights."""

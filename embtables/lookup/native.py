@@ -66,8 +66,8 @@ class NativeLookup:
         self._no_states = [_NOTHING] * len(self._states)
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
 
-    def tensors(self, updates: bool = True) -> ProgramTensors | None:
-        """What the program reads as it is now, and writes where it updates; ``None`` where native code has no way."""
+    def tensors(self, trains: bool = True) -> ProgramTensors | None:
+        """What the program reads as it is now, and writes where it trains; ``None`` where native code has no way."""
         store, fused = self.store, self.store.optimizer
         find = store.tensor
         both, codes = [find(name) for name in self._trained], [find(name) for name in self._codes]
@@ -88,7 +88,7 @@ class NativeLookup:
         for code, form in zip(codes, self._code_forms):
             if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
                 return None
-        states = [find(name) if name else _NOTHING for name in self._states] if updates else self._no_states
+        states = [find(name) if name else _NOTHING for name in self._states] if trains else self._no_states
         kept = [state for state in states if state is not _NOTHING]
         if fused is not None and kept:
             if not (ops.fits(kept) and ops.takes_state(type(fused), kept[0].dtype, both[0].dtype)):
@@ -96,9 +96,23 @@ class NativeLookup:
         n = len(self.program.weights)
         of_weights, of_projections = states[: STATES * n], states[STATES * n :]
         rule = "sgd" if fused is None else fused.kind
+        strengths = self._strengths() if trains and store.strengths() else []
         return ProgramTensors(
-            self.program.words, both[:n], both[n:], codes, of_weights, of_projections, store.hyper, rule, scales
+            self.program.words,
+            both[:n],
+            both[n:],
+            codes,
+            of_weights,
+            of_projections,
+            store.hyper,
+            rule,
+            scales,
+            strengths,
         )
+
+    def _strengths(self) -> list[Tensor]:
+        found = [self.store.strength(name) for name in self.program.weights]
+        return [_NOTHING if strength is None else strength.contiguous() for strength in found]
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
@@ -126,7 +140,7 @@ class NativeLookup:
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
             return self.tensors() if suits and not given.rest and not is_exporting() else None
-        return self.tensors(step.updates) if in_memory(*given[:3]) else None
+        return self.tensors(step.trains) if in_memory(*given[:3]) else None
 
     def _updates_in_graphs(self, step: Step) -> bool:
         # A stage may change weights before they are read, and the operator checks the ids that it reads by itself.
@@ -158,47 +172,19 @@ class NativeLookup:
     ) -> list[Tensor]:
         """A tensor for each output: ``[B, D]``, or ``[N_f, D]`` where bags are not pooled."""
         batch = given.batch(self.num_features)
-        of_ids = self._ids_of_outputs(given) if None in modes else []  # for the rest no graph need know them
-        rows = [batch if mode is not None else of_ids[i] for i, mode in enumerate(modes)]
+        rows = [batch] * len(self.dims)
+        if given.offsets is not None:
+            bounds = given.bounds(self.num_features)
+            for i, (mode, column) in enumerate(zip(modes, self.columns)):
+                if mode is None:
+                    start, end = bounds[column : column + 2]
+                    if not 0 <= start <= end <= given.ids.numel():  # there is no such tensor to be filled
+                        raise ops.Refused(None, None)
+                    rows[i] = end - start
         sizes = [n * dim for n, dim in zip(rows, self.dims)]
         outputs = self._outputs([0, *accumulate(sizes)][:-1], self.dims, modes)
         values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
         return [part.view(n, dim) for part, n, dim in zip(values.split(sizes), rows, self.dims)]
-
-    def by_group(
-        self, tensors: ProgramTensors, given: Input, groups: Sequence[Sequence[int]], step: Step
-    ) -> list[Tensor]:
-        """The vector of each id, for each group of l outputs: ``[l, B, D]`` of ids ``[B, F]``, else ``[N, D]``.
-
-        Weights are not applied. ``groups``: the numbers of the outputs of each, which have one D; together they are all
-        outputs, each once.
-        """
-        batch, of_ids = given.batch(self.num_features), self._ids_of_outputs(given)
-        order = [output for group in groups for output in group]
-        starts = dict(zip(order, accumulate((of_ids[output] * self.dims[output] for output in order), initial=0)))
-        modes: list[str | None] = [None] * len(order)
-        outputs = self._outputs([starts[output] for output in range(len(order))], self.dims, modes)
-        rows, dims = [sum(of_ids[o] for o in group) for group in groups], [self.dims[group[0]] for group in groups]
-        sizes = [n * dim for n, dim in zip(rows, dims)]
-        values = self._values(tensors, given, outputs, batch, (sum(sizes),), step)
-        shapes = [(len(group), batch) if given.offsets is None else (n,) for group, n in zip(groups, rows)]
-        return [part.view(*shape, dim) for part, shape, dim in zip(values.split(sizes), shapes, dims)]
-
-    def _ids_of_outputs(self, given: Input) -> list[int]:
-        """How many ids each output has.
-
-        Raises:
-            Refused: for offsets between which no ids can lie.
-        """
-        if given.offsets is None:
-            return [given.batch(self.num_features)] * len(self.dims)
-        bounds = given.bounds(self.num_features)
-        counts = []
-        for start, end in ((bounds[column], bounds[column + 1]) for column in self.columns):
-            if not 0 <= start <= end <= given.ids.numel():  # there is no such tensor to be filled
-                raise ops.Refused(None, None)
-            counts.append(end - start)
-        return counts
 
     def in_input_order(self, tensors: ProgramTensors, given: Input, step: Step) -> Tensor:
         """The vectors of all ids, ``[B, F, D]`` or ``[N, D]``: of one D, with no feature in two tables."""

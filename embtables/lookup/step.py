@@ -16,6 +16,7 @@ from embtables.lookup.accumulation import Accumulation, accumulated_rows
 from embtables.lookup.block import Part
 from embtables.lookup.graphs import is_transformed
 from embtables.lookup.listening import listened_to
+from embtables.lookup.regularization import regularized
 from embtables.lookup.rounding import Rounding
 from embtables.lookup.store import Store
 
@@ -129,6 +130,8 @@ class Step:
                 rows = self._rows(weight, flat)
             if self.listeners:
                 rows = listened_to(rows, flat, width, self.store, self.listeners)
+            if self.trains and (strength := self.store.strength(weight)) is not None:
+                rows = regularized(rows, flat, strength)
             chunks = rows.split([flat.numel() for flat in flats]) if len(flats) > 1 else [rows]
             for i, stored, chunk in zip(which, ordered, chunks):
                 vectors = chunk.view(*stored.shape, width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Store(Weights):
     ) -> None:
         if trainable:
             _check_formats(forms, optimizer)
+        self._strengths: dict[str, str] = {}
         super().__init__(forms, as_parameters=trainable and optimizer is None, sparse=sparse, device=device)
         self.optimizer = optimizer if trainable else None
         # Which rounding a step makes follows from its number, too.
@@ -94,7 +95,8 @@ class Store(Weights):
         """Hyper-parameters too, since in bfloat16 Adam's beta2 would be 1, and the fp32 state of rows in 16 bits."""
         packed = [weight for weight in self.weight_names if not self.is_plain(weight)]
         hyper = ["_hyper"] if "_hyper" in self._buffers else []
-        return [*super().left_by_casts(), *hyper, *(name for weight in packed for name in self.state_names(weight))]
+        states = [name for weight in packed for name in self.state_names(weight)]
+        return [*super().left_by_casts(), *hyper, *states, *self._strengths.values()]
 
     # ---- what a step needs -----------------------------------------------------------------------------------------
 
@@ -144,6 +146,29 @@ class Store(Weights):
         if not is_non_negative(lr):
             raise ValueError(f"the learning rate must be a non-negative number, not {lr!r}")
         self._hyper[0] = float(lr)
+
+    # ---- regularization --------------------------------------------------------------------------------------------
+
+    def regularize(self, strengths: Mapping[str, Tensor]) -> None:
+        """Has training steps pull the rows that they read towards 0, each as strongly as ``strengths`` says.
+
+        Args:
+            strengths: ``[R]`` of each weight, by its attribute, in float32; weights without are left alone.
+        """
+        for name in self._strengths.values():
+            delattr(self, name)
+        self._strengths = {weight: f"_strength_{weight}" for weight in strengths}
+        for weight, name in self._strengths.items():
+            self.register_buffer(name, strengths[weight], persistent=False)
+
+    def strength(self, weight: str) -> Tensor | None:
+        """How strongly a step pulls each row of a weight, by its attribute; ``None`` where it does not."""
+        name = self._strengths.get(weight)
+        return None if name is None else self.tensor(name)
+
+    def strengths(self) -> list[Tensor]:
+        """``strength`` of all weights that have any."""
+        return [self.tensor(name) for name in self._strengths.values()]
 
     # ---- optimizer state -------------------------------------------------------------------------------------------
 

@@ -69,7 +69,6 @@ __all__ = [
     "raise_for_ids",
     "ranges",
     "refuse_ids",
-    "shares",
     "state_places",
     "takes_state",
     "training_lock",
@@ -158,11 +157,3 @@ gpu.register()
 def huge_pages(fresh: Tensor) -> Tensor:
     """The tensor, to which nothing has been written yet, on huge pages where native code is used and it is large."""
     return fresh if _library is None else _library.huge_pages(fresh)
-
-
-def shares(
-    ids: Tensor, lookup: Tensor, table: Tensor, start: Tensor, known: Tensor, counts: Tensor, l2: float
-) -> Tensor:
-    """``Library.shares``, where there is native code."""
-    assert _library is not None
-    return _library.shares(ids, lookup, table, start, known, counts, l2)

@@ -273,6 +273,7 @@ def look_up(
     states: list[Tensor],
     projection_states: list[Tensor],
     scales: list[Tensor],
+    strengths: list[Tensor],
     hyper: Tensor,
     step: Tensor,
     num_values: int,
@@ -288,7 +289,9 @@ def look_up(
     kept = _copies(ids, offsets, id_weights)
     if offsets is not None:
         offsets = kept[1]  # what is checked is what backward will read
-    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule, scales)
+    tensors = ProgramTensors(
+        words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths
+    )
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (num_values,), num_rows)
     try:
         return *_library[0].forward(tensors, args), *kept
@@ -314,6 +317,7 @@ def look_up_in_graph(
         tensors.states,
         tensors.projection_states,
         list(tensors.scales),
+        list(tensors.strengths),
         tensors.hyper,
         step,
         math.prod(args.shape),
@@ -351,6 +355,7 @@ def _(
     states: list[Tensor],
     projection_states: list[Tensor],
     scales: list[Tensor],
+    strengths: list[Tensor],
     hyper: Tensor,
     step: Tensor,
     num_values: int,
@@ -379,6 +384,7 @@ def update_rows(
     states: list[Tensor],
     projection_states: list[Tensor],
     scales: list[Tensor],
+    strengths: list[Tensor],
     hyper: Tensor,
     step: Tensor,
     rule: str,
@@ -386,7 +392,9 @@ def update_rows(
     grad: Tensor,
 ) -> None:
     """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
-    tensors = ProgramTensors(words, weights, projections, codes, states, projection_states, hyper, rule, scales)
+    tensors = ProgramTensors(
+        words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths
+    )
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (grad.numel(),), rows.numel())
     with training_lock:
         _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
@@ -398,7 +406,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    words, _, offsets, id_weights, *tensors = ctx.inputs[:13]
+    words, _, offsets, id_weights, *tensors = ctx.inputs[:14]
     rows, ids, kept_offsets, kept_weights = ctx.kept
     update_rows(
         words,
@@ -406,7 +414,7 @@ def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         None if offsets is None else kept_offsets,
         None if id_weights is None else kept_weights,
         *tensors,
-        ctx.inputs[15],
+        ctx.inputs[16],
         rows,
         grad,
     )

@@ -62,12 +62,12 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 _CALL = (
     "program ids id_bytes offsets num_ids id_weights batch weights projections codes outputs values rows dtype "
     "state_dtype num_threads rule hyper num_hyper step states projection_states gradient_rows num_gradient_rows saved "
-    "refused scales"
+    "refused scales strengths"
 ).split()
 _PLACE = {name: place for place, name in enumerate(_CALL)}
 _WEIGHTS, _PROJECTIONS, _CODES = _PLACE["weights"], _PLACE["projections"], _PLACE["codes"]
 _STATES, _PROJECTION_STATES = _PLACE["states"], _PLACE["projection_states"]
-_REFUSED, _SCALES = _PLACE["refused"], _PLACE["scales"]
+_REFUSED, _SCALES, _STRENGTHS = _PLACE["refused"], _PLACE["scales"], _PLACE["strengths"]
 # The fields after ``projection_states``, and behind them the lookup and the id that are refused.
 _REST = (0,) * (len(_CALL) - _PROJECTION_STATES - 1 + 2)
 _LISTS = len(_CALL) + 2  # where the lists of pointers begin
@@ -100,26 +100,14 @@ _RowUpdate = _struct(
     num_threads=_int,
     format=_int,
 )
-_Shares = _struct(
-    "_Shares",
-    ids=_pointer,
-    lookup=_pointer,
-    table=_pointer,
-    start=_pointer,
-    known=_pointer,
-    counts=_pointer,
-    shares=_pointer,
-    num_ids=_int,
-    l2=ctypes.c_float,
-)
 
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 10
+    version = 11
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
     words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
-    for size in (8 * len(_CALL), *structs, *(8 * count for count in words), ctypes.sizeof(_Shares)):
+    for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):
         version = (version * 1000 + size) % 1_000_000_000_007
     return version
 
@@ -189,7 +177,6 @@ def load() -> ctypes.CDLL:
         ("keep_rows", [_pointer]),
         ("gather", [_pointer]),
         ("update", [_pointer]),
-        ("shares", [_pointer]),
         ("huge_pages", [_pointer, _int]),
     ):
         getattr(library, f"embtables_{name}").argtypes = arguments
@@ -221,7 +208,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        names = ("forward", "backward", "keep_rows", "gather", "update", "shares")
+        names = ("forward", "backward", "keep_rows", "gather", "update")
         self._functions = {name: getattr(library, f"embtables_{name}") for name in names}
         self._keeps_blocks = False
         self.instructions: str = library.embtables_instructions().decode()
@@ -313,36 +300,6 @@ class Library:
         )
         if self.run("update", ctypes.addressof(call)) == _NO_SUCH_ROW:
             raise _no_such_row(weight, index)
-
-    # ---- regularization --------------------------------------------------------------------------------------------
-
-    def shares(
-        self, ids: Tensor, lookup: Tensor, table: Tensor, start: Tensor, known: Tensor, counts: Tensor, l2: float
-    ) -> Tensor:
-        """How strongly the L2 of a step pulls each id, float32 of the shape of ``ids``: see ``Regularizer``.
-
-        Args:
-            ids: int64, of any shape; ``lookup`` the same, the lookup that each id is of.
-            table: int64, the number of each lookup's table.
-            start: int64, where the counts of that table's rows begin in ``counts``, float32.
-            known: int64, how many counts the table has.
-            l2: λ.
-        """
-        ids, lookup = ids.contiguous(), lookup.contiguous()
-        found = torch.empty(ids.shape)
-        call = _Shares(
-            ids=ids.data_ptr(),
-            lookup=lookup.data_ptr(),
-            table=table.data_ptr(),
-            start=start.data_ptr(),
-            known=known.data_ptr(),
-            counts=counts.data_ptr(),
-            shares=found.data_ptr(),
-            num_ids=ids.numel(),
-            l2=l2,
-        )
-        self.run("shares", ctypes.addressof(call))
-        return found
 
     # ---- whole programs --------------------------------------------------------------------------------------------
     #
@@ -466,7 +423,7 @@ class Library:
 
     def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> array[int]:
         """A ``Call`` of ``csrc/program.h`` and its lists of pointers; it does not hold the tensors."""
-        words, weights, projections, codes, states, projection_states, hyper, rule, scales = tensors
+        words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths = tensors
         ids, offsets, id_weights, outputs, batch, _, num_rows = args
         call = array(
             "q",  # addresses of user space are far below 2**63
@@ -496,7 +453,7 @@ class Library:
                 0,
                 *_REST,
                 # Empty tensors have the address 0.
-                *map(_address, (*weights, *projections, *codes, *states, *projection_states, *scales)),
+                *map(_address, (*weights, *projections, *codes, *states, *projection_states, *scales, *strengths)),
             ),
         )
         call[_WEIGHTS] = place = call.buffer_info()[0] + 8 * _LISTS
@@ -504,7 +461,9 @@ class Library:
         call[_CODES] = place = place + 8 * len(projections)
         call[_STATES] = place = place + 8 * len(codes)
         call[_PROJECTION_STATES] = place = place + 8 * len(states)
-        call[_SCALES] = place + 8 * len(projection_states)
+        call[_SCALES] = place = place + 8 * len(projection_states)
+        if strengths:
+            call[_STRENGTHS] = place + 8 * len(scales)
         return call
 
 

@@ -50,7 +50,9 @@ class ProgramTensors(NamedTuple):
 
     ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``:
     ``STATES`` for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``;
-    ``scales``: of each weight, empty where its format has none, and no list at all where all weights are plain.
+    ``scales``: of each weight, empty where its format has none, and no list at all where all weights are plain;
+    ``strengths``: of each weight, float32, how strongly L2 pulls each row that is updated, or whose gradient is asked
+    for; empty where it pulls none, and no list at all where it pulls no row of any weight.
     """
 
     words: Tensor
@@ -62,6 +64,7 @@ class ProgramTensors(NamedTuple):
     hyper: Tensor
     rule: str
     scales: Sequence[Tensor] = ()
+    strengths: Sequence[Tensor] = ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,11 +33,10 @@ def memory_of(tables: EmbeddingTables) -> Memory:
         scales = storage_bytes(tables.store.rounding.buffers())
         by_kind |= {"scales": scales} if scales else {}
         training += scales
-    regularizers = [block.regularizer for block in tables.lookups.blocks if block.regularizer is not None]
-    frequencies = storage_bytes([regularizer.counts for regularizer in regularizers])
-    by_kind |= {"frequencies": frequencies} if frequencies else {}
-    training += frequencies
-    constants = storage_bytes([*constants_of(tables), *tables.blocks.buffers()]) - frequencies
+    strengths = storage_bytes(tables.store.strengths())
+    by_kind |= {"regularization": strengths} if strengths else {}
+    training += strengths
+    constants = storage_bytes([*constants_of(tables), *tables.blocks.buffers()])
     dense = tables.plan.optimizer is None and not (tables.served or tables.store.sparse)
     return Memory(
         inference,

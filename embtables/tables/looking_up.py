@@ -16,14 +16,13 @@ from embtables.lookup.accumulation import accumulating
 from embtables.lookup.engine import Lookup
 from embtables.lookup.features import BlockLookup
 from embtables.lookup.inputs import CONFIG, Input, PoolingLike, check_input, check_pooling
-from embtables.lookup.regularization import Regularizer
 from embtables.lookup.step import Step, ViewSteps
 from embtables.lookup.store import Store
 from embtables.methods.base import Stage
 from embtables.plan.solver import checked_counts
 from embtables.tables.optimizer_state import OptimizerState
 from embtables.tables.outputs import Outputs
-from embtables.tables.reading import block_of, counts_of_rows
+from embtables.tables.reading import block_of, strengths_of_rows
 
 
 class TableLookup(nn.Module):
@@ -55,7 +54,7 @@ class TableLookup(nn.Module):
         for table in views:
             self.view(table)
         self._view_steps = ViewSteps()
-        self._add_regularizers()
+        self._regularize_store()
         # Python finds parts of a module by their names in several microseconds each.
         self._in_reach = store, self.lookups
         self.optimizer_state = OptimizerState(store, stages)
@@ -182,22 +181,23 @@ class TableLookup(nn.Module):
     def regularize(self, l2: float, frequencies: Mapping[str, Any] | None = None) -> None:
         """Mini-batch-aware L2 regularization from now on, in training, for any method and optimizer.
 
-        In ``backward`` the gradient of the vector w_j of each id j that a step looked up gets λ/n_j·w_j, once for each
-        distinct id of a table, however often it occurs in the batch and in however many features of the table. That is
-        the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch. n_j is how often the rows of the id are
-        looked up in training, by all ids that share them, and the mean where it has several: so that over an epoch a
-        row is pulled towards 0 as strongly, whether one id has it or thousands. Padding gets none. The loss does not
-        show it, and a ``GradScaler`` does not scale it.
+        In ``backward`` the gradient of each row r that a step looked up gets λ/n_r·r, once, however often the row
+        occurs in the batch. n_r is how often it is looked up in training, by all ids that share it, so that over an
+        epoch a row is pulled towards 0 about as strongly, whether one id has it or thousands. Where each id j has a row
+        of its own, w_j, that is the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch, as in the paper.
+        A row of w scalars that is multiplied with a projection to D gets D/w times as much, and one of k of which the
+        mean is taken 1/k² of it: as much as its share of the square of a vector. Projections, which all ids have in
+        common, and padding get none. It is clipped with the rest of a row's gradient; the loss does not show it, and a
+        ``GradScaler`` does not scale it.
 
         Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, equations 6 and 7.
 
         Args:
             l2: λ; 0 switches it off.
             frequencies: ``{table name: counts}``, how often each id occurs in training, as in ``embtables.plan``, for
-                all tables that have a vocabulary; n_j is at least 1. ``None``: n_j is 1, plain L2 of the vectors that
-                are looked up. They take 4 bytes per id beside the tables and on
-                the host; ``memory()`` lists them under ``frequencies`` and counts them in its training bytes, which
-                the plan, that knows nothing of them, does not.
+                all tables that have a vocabulary; n_r is at least 1. ``None``: n_r is 1, plain L2 of the rows that are
+                looked up. It takes 4 bytes per row beside the tables; ``memory()`` lists them under ``regularization``
+                and counts them in its training bytes, which the plan, that knows nothing of them, does not.
 
         It belongs to the training at hand: no state dict or file holds it.
 
@@ -222,17 +222,14 @@ class TableLookup(nn.Module):
                 )
         in_float32 = {name: torch.from_numpy(n).to(torch.float32) for name, n in counts.items()}
         self._regularization = (float(l2), in_float32) if l2 else None
-        self._add_regularizers()
+        self._regularize_store()
 
-    def _add_regularizers(self) -> None:
-        for block in self.lookups.blocks:
-            block.regularizer = None
-        if self._regularization is not None and not self.served:
-            l2, counts = self._regularization
-            if counts and self.store.device.type != "meta":  # no addresses are there; what leaves it comes here again
-                counts = counts_of_rows(self.lookups.blocks, counts)
-            for block in self.lookups.blocks:
-                block.regularizer = Regularizer(l2, block.tables, counts).to(self.store.device)
+    def _regularize_store(self) -> None:
+        strengths: dict[str, Tensor] = {}
+        # On meta no addresses are there; what leaves it comes here again.
+        if self._regularization is not None and not self.served and self.store.device.type != "meta":
+            strengths = strengths_of_rows(self._regularization[0], self.lookups.blocks, self._regularization[1])
+        self.store.regularize(strengths)
 
     def set_learning_rate(self, lr: float) -> None:
         """Sets the fused optimizer's learning rate; a schedule calls it before each step.

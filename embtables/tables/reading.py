@@ -9,7 +9,10 @@ from torch import Tensor
 
 from embtables.lookup.engine import without_autocast
 from embtables.lookup.features import BlockLookup
+from embtables.lookup.recipe import Range, Recipe
+from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.step import Step
+from embtables.lookup.store import Store
 
 # Ids that are looked up at once.
 _CHUNK = 65536
@@ -53,17 +56,15 @@ def share_of_collisions(lookup: BlockLookup, number: int) -> float:
     return float((counts[inverse] > 1).double().mean())
 
 
-def counts_of_rows(blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How often the rows of each id are looked up by all ids of all tables that share them, the mean over its rows.
-
-    With a row of its own alone that is how often the id itself occurs.
+def lookups_of_rows(blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How often each row is looked up, by all ids of all tables that share it.
 
     Args:
         blocks: all blocks of tables that may share rows.
-        counts: ``{table name: occurrences [rows]}``.
+        counts: ``{table name: occurrences [rows]}``; tables without them look nothing up.
 
     Returns:
-        ``{table name: [rows]}``, fp32, on the device of the counts.
+        ``[R]`` of each weight, by its attribute, float64.
     """
     store = blocks[0].block.store
     lookups = {
@@ -73,15 +74,49 @@ def counts_of_rows(blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor]) 
         own = of_table.to(store.device, torch.float64)
         for weight, rows, ids in _rows_by_chunk(blocks, name):
             lookups[weight].index_add_(0, rows.clamp(min=0).flatten(), (own[ids, None] * (rows >= 0)).flatten())
-    found = {}
-    for name, of_table in counts.items():
-        total, number = (torch.zeros(len(of_table), dtype=torch.float64, device=store.device) for _ in range(2))
-        for weight, rows, ids in _rows_by_chunk(blocks, name):
-            total.index_add_(0, ids, (lookups[weight][rows.clamp(min=0)] * (rows >= 0)).sum(1))
-            number.index_add_(0, ids, (rows >= 0).sum(1).double())
-        mean = torch.where(number > 0, total / number.clamp(min=1), of_table.to(total))
-        found[name] = mean.to(of_table.device, torch.float32)
-    return found
+    return lookups
+
+
+def strengths_of_rows(
+    l2: float, blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """λ·s/n of each row: n, how often it is looked up, at least 1; s, how much of a vector's square its own makes.
+
+    s is 1 for a row that is a vector or stands in it as it is. A row of w scalars before a projection to D dimensions,
+    which begins as w orthogonal rows of length √(D/w), has s = D/w, and one of k of which the mean is taken 1/k².
+
+    Args:
+        l2: λ.
+        blocks: all blocks of tables that may share rows.
+        counts: as in ``lookups_of_rows``; without them n is 1.
+
+    Returns:
+        ``[R]`` of each weight, by its attribute, float32.
+    """
+    store = blocks[0].block.store
+    found = lookups_of_rows(blocks, counts or {})
+    strengths = {weight: l2 / lookups.clamp(min=1) for weight, lookups in found.items()}
+    for block in blocks:
+        recipes = block.block.recipes if isinstance(block.block, RecipeBlock) else []
+        scales = {slab: s for t, r in zip(block.tables, recipes) for slab, s in _scales(r, t.embedding_dim, store)}
+        for slab, scale in scales.items():
+            start = store.start(slab)
+            strengths[store.weight_of(slab)][start : start + store.rows(slab)] *= scale
+    return {weight: each.to(torch.float32) for weight, each in strengths.items()}
+
+
+def _scales(recipe: Recipe, dim: int, store: Store) -> Iterator[tuple[str, float]]:
+    """Each slab of a recipe, with the share s of its rows as in ``strengths_of_rows``."""
+    for address in recipe.addresses:
+        width, projected = store.width(address.slab), recipe.projection
+        if isinstance(address, Range):
+            projected = address.projection
+        elif recipe.combine == "concat":
+            width = sum(store.width(each.slab) * getattr(each, "scalars", 1) for each in recipe.addresses)
+        scale = dim / width if projected is not None else 1.0
+        yield address.slab, scale / len(recipe.addresses) ** 2 if recipe.combine == "mean" else scale
+    if recipe.rest is not None:
+        yield from _scales(recipe.rest, dim, store)
 
 
 def _rows_by_chunk(blocks: Sequence[BlockLookup], table: str) -> Iterator[tuple[str, Tensor, Tensor]]:

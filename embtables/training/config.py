@@ -123,7 +123,7 @@ class TablesConfig(_Section):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="mini-batch-aware L2: an id in the batch gets regularization / frequency of its rows × w",
+        description="mini-batch-aware L2: a row that a batch reads gets regularization / frequency of its ids × row",
     )
     fused: bool = Field(
         default=True, description="update inside backward; false: ordinary parameters under torch.optim"

@@ -68,20 +68,19 @@ def test_graphs_look_packed_rows_up_natively(precision: str) -> None:
 
 
 @pytest.mark.parametrize("pending", ["compositional", "multi_hash"])
-@pytest.mark.parametrize("l2", [0.0, 0.3])  # the operator of whole lookups, and that of rows, as bags are regularized
-def test_compiled_steps_while_another_lookup_waits_for_its_backward(pending: str, l2: float) -> None:
+@pytest.mark.parametrize("by_rows", [False, True], ids=["whole", "rows"])  # the operator of whole lookups, and of rows
+def test_compiled_steps_while_another_lookup_waits_for_its_backward(pending: str, by_rows: bool) -> None:
     """Of a product of rows, which has to know of all updates; compiling has no memory at which it could see them."""
     waiting = make(pending, "sgd")
     twin = copy.deepcopy(waiting)
     ids = torch.randint(300, (32, 2), generator=torch.Generator().manual_seed(0))
     output, expected = (tables(ids).square().sum() for tables in (waiting, twin))
     tables = make("hash", "adagrad")
-    tables.regularize(l2, {table.name: range(table.num_embeddings or 0) for table in TABLES})
     start = tables.to_dense("user")
-    given = (ids.t().reshape(-1), torch.arange(65)) if l2 else (ids,)
+    given = (ids.t().reshape(-1), torch.arange(65), None, None) if by_rows else (ids,)  # bags that are not pooled
     graphs = Graphs("aot_eager")
     torch.compile(tables, fullgraph=True, backend=graphs)(*given).square().sum().backward()
-    by_rows = l2 or ops.backend() != "native"
+    by_rows = by_rows or ops.backend() != "native"
     assert f"embtables.{'lookup' if by_rows else 'look_up'}.default" in graphs.operators[0]
     assert not torch.equal(tables.to_dense("user"), start)
     for loss in (output, expected):

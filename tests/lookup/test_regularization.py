@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -61,13 +60,36 @@ def backward(tables: EmbeddingTables, ids: dict[str, list[list[int]]] = IDS) -> 
         (0 * tables(SINGLE).sum()).backward()
 
 
-def found_counts(tables: EmbeddingTables) -> dict[str, Any]:
-    """n_j of every id, as the tables regularize by it."""
-    found = {}
-    for block in tables.lookups.blocks:
-        for config, start, number in zip(block.tables, block.regularizer.start, block.regularizer.known):
-            found[config.name] = block.regularizer.counts[int(start) : int(start + number)].double().tolist()
-    return found
+class Owned(NamedTuple):
+    """A row: the ids of each table that have it, as often as they do, and how much of it their vectors show."""
+
+    ids: dict[str, list[int]]
+    shown: float
+
+
+def owned_rows(tables: EmbeddingTables, adds: bool) -> dict[str, list[Owned]]:
+    """The rows of each weight; an id has one whose vector is another where the row is.
+
+    ``adds``: whether a vector that has a row twice shows twice as much of a change.
+    """
+    found: dict[str, list[Owned]] = {}
+    with torch.no_grad():
+        before = {t.name: tables.to_dense(t.name) for t in tables.plan.tables}
+        for name, weight in storage(tables).items():
+            if not name.startswith("weight"):
+                continue
+            found[name] = []
+            for row in weight.data:
+                was = row.clone()
+                row += 0.5
+                moved = {table: (tables.to_dense(table) - v).abs().amax(1) for table, v in before.items()}
+                row.copy_(was)
+                changes = torch.cat([m[m > 0] for m in moved.values()])
+                least = float(changes.min()) if len(changes) else 1.0
+                times = {t: (m / least).round().long() if adds else (m > 0).long() for t, m in moved.items()}
+                ids = {t: torch.arange(len(n)).repeat_interleave(n).tolist() for t, n in times.items()}
+                found[name].append(Owned(ids, least / 0.5 if adds else 1.0))
+        return found
 
 
 def term(vectors: dict[str, Tensor], counts: dict[str, Any] | None, ids: dict[str, list[list[int]]] = IDS) -> Tensor:
@@ -110,100 +132,63 @@ def test_what_stores_nothing_has_nothing_to_regularize() -> None:
     assert not any(v.requires_grad for v in tables.lookup(FLAT, OFFSETS).values())
 
 
+def has_signs(method: Any) -> bool:
+    """With them an id may have a row twice and show nothing of it."""
+    return any(getattr(each, "signs", False) for each in (method, getattr(method, "cold", None)))
+
+
 @pytest.mark.parametrize("ids", [IDS, MATRIX], ids=["bags", "matrix"])
-@pytest.mark.parametrize("method", trained_methods(), ids=method_id)
-def test_gradient_of_any_storage_follows_the_chain_rule(method: Method, ids: dict[str, list[list[int]]]) -> None:
-    """The term's gradient with regard to the storage, by central differences in float64."""
+@pytest.mark.parametrize("method", [m for m in trained_methods() if not has_signs(m)], ids=method_id)
+def test_each_row_of_any_storage_is_pulled_by_how_often_all_look_it_up(
+    method: Method, ids: dict[str, list[list[int]]]
+) -> None:
     tables = build(method)
-    tables.regularize(L2, COUNTS)
-    counts = found_counts(tables)
-    backward(tables, ids)
-    grads = {name: p.grad.clone() for name, p in storage(tables).items() if p.grad is not None}
-    tables.double()
     for stage in tables.stages:
         stage.shows = {}  # whole rows are regularized, whatever lookups show of them
+    tables.regularize(L2, COUNTS)
+    backward(tables, ids)
+    counts = COUNTS | {"brand": [*COUNTS["brand"], 0]}
+    looked_up = {
+        table: {min(i, 40) if table == "brand" else i for f in features for row in ids[f] for i in row}
+        - ({0} if table == "item" else set())
+        for table, features in (("item", ("item", "history")), ("brand", ("brand",)), ("maker", ("maker",)))
+    }
+    dims = {t.name: t.embedding_dim for t in TABLES}
+    pulled = 0
+    projects = method.kind in ("low_rank", "mixed_dimension") or getattr(method, "projection", False)
+    for name, rows in owned_rows(tables, adds=method.kind == "multi_hash").items():
+        weight = storage(tables)[name]
+        expected = torch.zeros(weight.shape, dtype=torch.float64)
+        for row, (ids_of, shown) in enumerate(rows):
+            if any(looked_up[table] & set(owners) for table, owners in ids_of.items()):
+                lookups = max(1, sum(counts[table][i] for table, owners in ids_of.items() for i in owners))
+                dim = next(dims[table] for table, owners in ids_of.items() if owners)
+                scale = dim / weight.shape[1] if projects else shown**2
+                expected[row] = L2 * scale / lookups * weight.data[row].double()
+                pulled += 1
+        grad = torch.zeros_like(expected) if weight.grad is None else weight.grad.to_dense().double()
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
+    assert pulled or method.kind == "drop_feature"
+    for name, weight in storage(tables).items():  # projections, which all ids have in common, are not pulled
+        assert name.startswith("weight") or weight.grad is None or not weight.grad.any()
 
-    def loss() -> float:
-        return float(term({t.name: tables.to_dense(t.name) for t in TABLES}, counts, ids))
 
-    random = np.random.default_rng(0)
-    for name, weight in storage(tables).items():
-        flat = weight.data.view(-1)
-        touched = grads[name].view(-1).nonzero().squeeze(1).tolist() if name in grads else []
-        chosen = random.choice(touched, min(12, len(touched)), replace=False) if touched else []
-        others = random.choice(flat.numel(), 4)
-        for i in (*chosen, *others):
-            saved = float(flat[i])
-            values = []
-            for step in (1e-5, -1e-5):
-                flat[i] = saved + step
-                values.append(loss())
-            flat[i] = saved
-            got = float(grads[name].view(-1)[i]) if name in grads else 0.0
-            assert got == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-6), (name, i)
-
-
-def test_compositional_rows_by_hand() -> None:
-    """Two partitions multiplied: the row of one gets λ/n_j·w_j∘(row of the other) for every distinct j that uses it.
-
-    n_j is the mean of how often the two rows are looked up, by all ids that have them.
-    """
+def test_rows_of_a_product_by_hand() -> None:
     config = TableConfig("a", 100, 3, ["x", "y"])
     tables = EmbeddingTables(plan([config], "compositional", "40%", optimizer=None), std=0.5)
     counts = np.arange(100) % 5
     tables.regularize(L2, {"a": counts})
-    ids = torch.tensor([[3, 14], [14, 3], [27, 3]])
-    (0 * tables(ids).sum()).backward()
-    (first, second), radix = (tables.store.slab(f"a/{j}").double() for j in (0, 1)), len(tables.store.slab("a/0"))
-    expected = [torch.zeros_like(first), torch.zeros_like(second)]
-    for j in (3, 14, 27):
-        quotient, remainder = divmod(j, radix)
-        vector = first[remainder] * second[quotient]
-        lookups = [sum(n for i, n in enumerate(counts) if i % radix == remainder)]
-        lookups.append(sum(n for i, n in enumerate(counts) if i // radix == quotient))
-        expected[0][remainder] += L2 / (sum(lookups) / 2) * vector * second[quotient]
-        expected[1][quotient] += L2 / (sum(lookups) / 2) * vector * first[remainder]
+    (0 * tables(torch.tensor([[3, 14], [14, 3], [27, 3]])).sum()).backward()
+    parts = [tables.store.slab(f"a/{j}").detach().double() for j in (0, 1)]
+    radix = len(parts[0])
     (weight,) = tables.parameters()
     assert weight.grad is not None
-    for j, want in enumerate(expected):
+    for j, (part, of) in enumerate(zip(parts, (lambda i: i % radix, lambda i: i // radix))):
+        expected = torch.zeros_like(part)
+        for row in {of(i) for i in (3, 14, 27)}:
+            expected[row] = L2 / max(1, sum(n for i, n in enumerate(counts) if of(i) == row)) * part[row]
         start = tables.store.start(f"a/{j}")
-        torch.testing.assert_close(weight.grad[start : start + len(want)].double(), want, rtol=1e-5, atol=1e-7)
-
-
-SHARING = [
-    "hash",
-    "frequency_cutoff",
-    {"kind": "multi_hash", "operation": "concat"},
-    {"kind": "hot_cold", "hot": 0.4},
-    {"kind": "unified", "width": 2},
-]
-
-
-@pytest.mark.parametrize("method", SHARING, ids=lambda m: method_id(from_config(m)))
-def test_ids_that_share_a_row_count_together(method: Any) -> None:
-    """Rows are found by their values, of which no two are alike."""
-    configs = [TableConfig("a", 60, 4, on_out_of_range="oov"), TableConfig("b", 40, 4)]
-    counts = {"a": np.arange(60) % 7 + (np.arange(60) < 5) * 100, "b": np.arange(40)[::-1] // 3}
-    tables = EmbeddingTables(plan(configs, method, 800, frequencies=counts, optimizer=None), std=0.5)
-    tables.regularize(L2, counts)
-    chunk = next(w.shape[1] for name, w in storage(tables).items() if name.startswith("weight"))
-    counted = {"a": [*counts["a"], 0], "b": list(counts["b"])}
-    rows = {
-        name: [[tuple(part.tolist()) for part in vector.split(chunk)] for vector in tables.to_dense(name)]
-        for name in counted
-    }
-    lookups: Counter[tuple[float, ...]] = Counter()
-    for name, of_table in rows.items():
-        for n, own in zip(counted[name], of_table):
-            lookups.update({row: 0 for row in own})
-            for row in own:
-                lookups[row] += n
-    assert any(len(set(map(tuple, of_table))) < len(of_table) or chunk < 4 for of_table in rows.values())
-    expected = {
-        name: [max(1, sum(lookups[row] for row in own) / len(own)) for own in of_table]
-        for name, of_table in rows.items()
-    }
-    assert found_counts(tables) == {name: pytest.approx(each, rel=1e-6) for name, each in expected.items()}
+        torch.testing.assert_close(weight.grad[start : start + len(part)].double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_kinds_of_rows_that_a_table_is_without() -> None:
@@ -213,8 +198,11 @@ def test_kinds_of_rows_that_a_table_is_without() -> None:
     bands = {name: entry.values for name, entry in tables.plan.groups[0].layout.entries.items()}
     assert [values["precisions"] for values in bands.values()] == [["fp32"], ["binary/1"]]
     tables.regularize(L2, counts)
-    assert bands["b"]["rows"][0] < 40  # and the others have none
-    assert found_counts(tables) == {"a": [1_000.0] * 5 + [1.0] * 15, "b": [3.0] * 40}
+    (strengths,) = tables.store.strengths()
+    with_rows = bands["b"]["rows"][0]
+    assert with_rows < 40  # and the others have none
+    expected = [L2 / 1_000] * 5 + [L2] * (bands["a"]["rows"][0] - 5) + [L2 / 3] * with_rows
+    assert sorted(strengths.tolist()) == pytest.approx(sorted(expected))
 
 
 def test_it_comes_on_top_of_the_loss_and_of_pooling() -> None:
@@ -443,7 +431,7 @@ def test_only_in_training_and_until_it_is_switched_off() -> None:
     pruned = build("pruned", "sgd")
     pruned.regularize(L2, COUNTS)
     pruned.finalize()
-    assert not pruned(FLAT, OFFSETS).requires_grad and "frequencies" not in pruned.memory().by_kind
+    assert not pruned(FLAT, OFFSETS).requires_grad and "regularization" not in pruned.memory().by_kind
     with pytest.raises(ValueError, match="served tables are not trained"):
         pruned.regularize(L2)
 
@@ -476,17 +464,16 @@ def test_counts_beyond_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(weight.grad.float(), expected, rtol=0.01, atol=1e-6)
 
 
-def test_bytes_of_the_counts() -> None:
+def test_bytes_of_the_strengths() -> None:
     tables = build("hash", SGD())
     before = tables.memory()
-    tables.regularize(L2, COUNTS)
-    after = tables.memory()
-    # Three tables of 60, 40 and 50 ids, and the oov row.
-    assert after.by_kind["frequencies"] == 4 * (60 + 41 + 50)
-    assert after.training_bytes == before.training_bytes + 4 * 151
-    assert after.inference_bytes == before.inference_bytes == tables.plan.inference_bytes
-    tables.regularize(L2)
-    assert "frequencies" not in tables.memory().by_kind
+    for frequencies in (COUNTS, None):
+        tables.regularize(L2, frequencies)
+        after = tables.memory()
+        rows = sum(len(weight) for weight in storage(tables).values())
+        assert after.by_kind["regularization"] == 4 * rows
+        assert after.training_bytes == before.training_bytes + 4 * rows
+        assert after.inference_bytes == before.inference_bytes == tables.plan.inference_bytes
     tables.regularize(0, COUNTS)
     assert tables.memory() == before
 
@@ -507,10 +494,10 @@ def test_bytes_of_the_counts() -> None:
 def test_what_is_refused(l2: float, frequencies: Any, message: str) -> None:
     tables = build("full", SGD(lr=1.0))
     tables.regularize(0.5)
-    before = [block.regularizer for block in tables.lookups.blocks]
+    before = tables.store.strengths()
     with pytest.raises(ValueError, match=message):
         tables.regularize(l2, frequencies)
-    assert all(block.regularizer is kept for block, kept in zip(tables.lookups.blocks, before))
+    assert before and all(now is then for now, then in zip(tables.store.strengths(), before, strict=True))
 
 
 # ---- bfloat16 around the tables --------------------------------------------------------------------------------------

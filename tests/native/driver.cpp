@@ -231,7 +231,7 @@ struct Case {
     std::vector<int64_t> ids, offsets;
     // What calls are given.
     Memory words, id_memory, offset_memory, id_weights, gradient;
-    std::vector<Memory> codes, weights, projection_weights, states, projection_states;
+    std::vector<Memory> codes, weights, projection_weights, states, projection_states, strengths;
 
     explicit Case(uint64_t seed) { random.engine.seed(seed * 2654435761u + 1); }
     void make();
@@ -648,6 +648,8 @@ void Case::make_values(int64_t last_rule) {
         }
     };
     for (std::size_t w = 0; w < widths.size(); ++w) with_states(rows[w], widths[w], weight_type(), weights, states);
+    if (random.chance(3))
+        for (int64_t count : rows) strengths.push_back(random.chance(4) ? Memory() : scalars(count, FLOAT32, 0, 1));
     for (const Projection& p : projections) with_states(p.width, p.dim, dtype, projection_weights, projection_states);
 }
 
@@ -656,6 +658,8 @@ void Case::make() {
     make_input();
     make_values(SPARSE_GRADIENT);
     keeps_rows = random.chance(2);
+    // Gradients of rows as they were say nothing of how strongly L2 pulls them: it goes by what they are.
+    if (keeps_rows && rule >= DENSE_GRADIENT) strengths.clear();
 }
 
 // One lookup with a row an id.
@@ -674,6 +678,7 @@ void Case::make_single() {
     for (int64_t& id : ids) id += pieces[0].base;
     lookups[0].size += pieces[0].base, pieces[0].base = 0;
     make_values(ADAM);
+    strengths.clear();  // L2 by the row is for whole programs
 }
 
 // ---- the same in float64 -----------------------------------------------------------------------------------------------
@@ -979,6 +984,11 @@ Expected Reference::run() {
             }
         }
     }
+    for (std::size_t w = 0; w < c_.strengths.size(); ++w)
+        for (int64_t r = 0; c_.strengths[w].data() && r < c_.rows[w]; ++r)
+            for (int64_t d = 0; e_.touched[w][r] && d < c_.widths[w]; ++d)
+                e_.gradients[w][r * c_.widths[w] + d] +=
+                    decoded(c_.strengths[w].data(), r, FLOAT32) * e_.weights[w][r * c_.widths[w] + d];
     if (c_.rule >= DENSE_GRADIENT) return e_;
     for (std::size_t w = 0; w < c_.widths.size(); ++w)
         for (int64_t r = 0; r < c_.rows[w]; ++r)
@@ -1012,7 +1022,7 @@ struct Step {
     const Functions& functions;
     Result r;
     Memory kept;
-    std::vector<void*> weights, projections, codes, states, projection_states, into, into_projections, gradient_rows;
+    std::vector<void*> weights, projections, codes, states, projection_states, strengths, into, into_projections, gradient_rows;
     Call call{}, target{};
 
     Step(const Case& made, const Functions& with, int64_t num_threads) : c(made), functions(with) {
@@ -1033,6 +1043,8 @@ struct Step {
         call.dtype = c.dtype, call.state_dtype = c.state_dtype, call.num_threads = num_threads;
         call.rule = c.whole_rule(), call.hyper = c.hyper.data(), call.num_hyper = static_cast<int64_t>(c.hyper.size());
         call.step = c.step, call.states = states.data(), call.projection_states = projection_states.data();
+        strengths = pointers(c.strengths);
+        call.strengths = c.strengths.empty() ? nullptr : reinterpret_cast<const float* const*>(strengths.data());
     }
 
     Outcome forward() { return functions.forward(call); }
@@ -1380,49 +1392,8 @@ int64_t embtables_version();
 const char* embtables_instructions();
 int embtables_forward(const Call*);
 int embtables_backward(const Call*, const Call*);
-int embtables_shares(const Shares*);
 int embtables_find_openmp();
 void embtables_huge_pages(void*, int64_t);
-}
-
-// How strongly L2 pulls each id of a step, beside a count of pairs of ids and tables.
-static void try_shares(uint64_t seed) {
-    std::mt19937_64 random(seed);
-    auto below = [&](int64_t end) { return static_cast<int64_t>(random() % static_cast<uint64_t>(end)); };
-    const int64_t num_ids = below(4) ? below(3000) : below(3), num_lookups = 1 + below(4), range = 1 + below(500);
-    begin("seed " + std::to_string(seed) + ", shares of " + std::to_string(num_ids) + " ids");
-    Memory ids(num_ids, 8), lookup(num_ids, 8), table(num_lookups, 8), start(num_lookups, 8), known(num_lookups, 8);
-    int64_t total = 0;
-    for (int64_t l = 0; l < num_lookups; ++l) {
-        table.as<int64_t>()[l] = below(num_lookups);
-        start.as<int64_t>()[l] = total;
-        total += known.as<int64_t>()[l] = below(3) ? below(300) : 0;
-    }
-    Memory counts(total, 4), shares(num_ids, 4);
-    for (int64_t r = 0; r < total; ++r) counts.as<float>()[r] = static_cast<float>(1 + below(1000));
-    std::map<std::pair<int64_t, int64_t>, int64_t> times;
-    for (int64_t i = 0; i < num_ids; ++i) {
-        const int64_t far[] = {-1, INT64_MIN, INT64_MAX, below(INT64_MAX)};
-        ids.as<int64_t>()[i] = below(20) ? below(range) : far[below(4)];
-        lookup.as<int64_t>()[i] = below(num_lookups);
-        ++times[{table.as<int64_t>()[lookup.as<int64_t>()[i]], ids.as<int64_t>()[i]}];
-    }
-    Shares call{};
-    call.ids = ids.as<int64_t>(), call.lookup = lookup.as<int64_t>(), call.num_ids = num_ids, call.l2 = 0.25f;
-    call.table = table.as<int64_t>(), call.start = start.as<int64_t>(), call.known = known.as<int64_t>();
-    call.counts = counts.as<float>(), call.shares = shares.as<float>();
-    in_new_thread([&] {
-        allocations_left = 0;
-        EXPECT(embtables_shares(&call) == OUT_OF_MEMORY, "shares were found without memory");
-        allocations_left = -1;
-        EXPECT(embtables_shares(&call) == DONE, "no shares were found");
-    });
-    for (int64_t i = 0; i < num_ids; ++i) {
-        const int64_t id = call.ids[i], l = call.lookup[i];
-        const double count = id >= 0 && id < call.known[l] ? call.counts[call.start[l] + id] : 1.0;
-        const double expected = 0.25 / (count * static_cast<double>(times[{call.table[l], id}]));
-        EXPECT(std::fabs(call.shares[i] - expected) <= 1e-6 * expected, "the share of id " + std::to_string(id));
-    }
 }
 
 // The functions that Python calls. Without memory they return so.
@@ -1463,7 +1434,6 @@ int main(int argc, char** argv) {
     for (uint64_t seed = first; seed < first + num; ++seed) {
         try_steps(seed);
         try_single_weights(seed);
-        try_shares(seed);
         if (seed % 4 == 0) {
             try_refusals(seed);
             try_two_callers(seed);

@@ -1383,7 +1383,7 @@ inline void sum_run(const Entry* run, const Entry* end, const T* gradient, const
 }
 
 // Where the rows of one weight are, and what goes with them.
-template <class Row, class S>
+template <class Row, class S, class Weight>
 struct Target {
     Row values;
     State<S> state;
@@ -1391,10 +1391,24 @@ struct Target {
     int64_t start;        // number of its first row among those of all weights
     int64_t* rows;        // SPARSE_GRADIENT: where to note rows, from `next` on
     int64_t next;
+    const Weight* weight;    // the rows themselves, which `values` are but for gradients,
+    const float* strengths;  // and how strongly L2 pulls each of them, or null
+
+    // Adds what L2 has to say of row `row`, of n scalars, to its gradient; of n rows of one scalar, where it is a block.
+    template <int W>
+    __attribute__((always_inline)) void pull(int64_t row, int64_t n, bool is_block, float* g) const {
+        if (__builtin_expect(strengths == nullptr, 1)) return;
+        const float* strength = strengths + row;
+        const Weight* at = weight + row * (is_block ? 1 : n);
+        if (is_block)
+            each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + get<m>(strength + d) * get<m>(at + d)); });
+        else
+            each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) + *strength * get<m>(at + d)); });
+    }
 };
 
-template <int W, class Row, class T, class S>
-void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, const Entry* end, const T* gradient,
+template <int W, class Row, class T, class S, class Weight>
+void update_rows(const Rule& rule, Target<Row, S, Weight>& target, const Entry* entry, const Entry* end, const T* gradient,
                  const float* own, float* sum) {
     const int64_t width = fixed<W>(target.width);
     const bool sparse = rule.kind == SPARSE_GRADIENT;
@@ -1412,6 +1426,7 @@ void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, c
                 for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(first + at, 1);
             });
             if (!(later.source & OWN)) __builtin_prefetch(gradient + later.source);
+            if (target.strengths) __builtin_prefetch(target.strengths + row);
         }
         const Entry* run = entry;
         do ++entry;
@@ -1420,6 +1435,7 @@ void update_rows(const Rule& rule, Target<Row, S>& target, const Entry* entry, c
         const int64_t row = static_cast<int64_t>(run->row) - target.start;
         const int64_t to = sparse ? target.next++ : row;
         if (sparse) target.rows[to] = row;
+        target.template pull<W>(row, width, false, sum);
         update_row<W>(rule, target.values + to * width, target.state.at(rule, row, width), sum, width);
     }
 }
@@ -1438,8 +1454,8 @@ inline void prefetch(const S* values, int64_t at, int64_t count) {
 }
 
 // Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole.
-template <class Row, class T, class S>
-void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work, const Entry* entry, const Entry* end,
+template <class Row, class T, class S, class Weight>
+void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspace& work, const Entry* entry, const Entry* end,
                       const T* gradient, const float* own) {
     auto add = [&](const Entry& stretch, float* to) {
         const uint64_t source = source_of(stretch);
@@ -1476,6 +1492,7 @@ void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work,
                 work.sum.reserve(length);
                 const Entry one{first, source_of(*chain)};
                 sum_run<w>(&one, &one + 1, gradient, own, length, work.sum.data.get());
+                target.template pull<w>(scalar, length, true, work.sum.data.get());
                 update_row<w>(rule, target.values + scalar, state, work.sum.data.get(), length, true);
             });
             continue;
@@ -1493,6 +1510,7 @@ void update_stretches(const Rule& rule, Target<Row, S>& target, Workspace& work,
             });
             for (const Entry& stretch : work.order) add(stretch, sum + (stretch.row - first));
         }
+        target.template pull<0>(scalar, length, true, sum);
         if (target.rows) {
             for (int64_t i = 0; i < length; ++i) target.rows[target.next + i] = scalar + i;
             update_row<0>(rule, target.values + target.next, target.state, sum, length, true);
@@ -1870,7 +1888,8 @@ inline void add_row(Workspace& work, Workspace& stretches, const Program& progra
 
 template <class T, class S>
 struct Update {
-    const Call& call;
+    const Call& call;    // where results go,
+    const Call& source;  // and what was looked up
     const Program& program;
     const Rule rule;
     std::vector<Workspace>& works;
@@ -1883,18 +1902,22 @@ struct Update {
     void with_target(int64_t w, int64_t* next, const F& f) const {
         const bool updates = rule.kind < DENSE_GRADIENT, stateful = updates && call.states;
         const Weight& weight = program.weights[w];
-        auto run = [&](auto values) {
-            Target<decltype(values), S> target{
+        auto run = [&](auto values, auto* read) {
+            Target<decltype(values), S, std::remove_pointer_t<decltype(read)>> target{
                 values, State<S>(stateful ? call.states : nullptr, w), weight.width, weight.start,
-                rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, next ? next[w] : 0};
+                rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, next ? next[w] : 0,
+                read, source.strengths ? source.strengths[w] : nullptr};
             f(target);
             if (next) next[w] = target.next;
         };
+        T* values = static_cast<T*>(call.weights[w]);
         if constexpr (std::is_same<T, float>::value) {
-            if (updates && weight.format == BRAINS)
-                return run(Rounded{static_cast<bfloat16*>(call.weights[w]), 0, stream_of(call.step, weight.width)});
+            if (weight.format == BRAINS) {
+                bfloat16* rows = static_cast<bfloat16*>(source.weights[w]);
+                return updates ? run(Rounded{rows, 0, stream_of(call.step, weight.width)}, rows) : run(values, rows);
+            }
         }
-        run(static_cast<T*>(call.weights[w]));
+        run(values, static_cast<T*>(source.weights[w]));
     }
 
     // Distinct rows (scalars) of each weight in a part's sorted lists, for SPARSE_GRADIENT.
@@ -2139,7 +2162,7 @@ void backward(const Call& call, const Call& gradients) {
             }
         }
     });
-    const Update<T, S> update{gradients, program, rule, works, keep.stretch_works, static_cast<const T*>(call.values),
+    const Update<T, S> update{gradients, call, program, rule, works, keep.stretch_works, static_cast<const T*>(call.values),
                               keep.own.data.get()};
     update.run(parts, gradients.num_gradient_rows);
     if (program.num_projections)
@@ -2232,7 +2255,7 @@ void update_of(const RowUpdate& u) {
         }
     });
     const Rule rule(call);
-    const Update<T, S> update{call, program, rule, works, keep.stretch_works, static_cast<const T*>(u.gradient), nullptr};
+    const Update<T, S> update{call, call, program, rule, works, keep.stretch_works, static_cast<const T*>(u.gradient), nullptr};
     update.run(u.num_threads, nullptr);
 }
 

@@ -13,7 +13,6 @@
 #endif
 
 #include "program.h"
-#include "shares.h"
 #include "threads.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -82,10 +81,10 @@ extern "C" {
 // The sizes of all that Python writes, and a number for changes that leave them as they are: a library of another version
 // than embtables/ops/native.py expects is not used.
 EXPORT int64_t embtables_version() {
-    int64_t version = 10;
+    int64_t version = 11;
     for (size_t size : {sizeof(embtables::Call), sizeof(embtables::Gather), sizeof(embtables::RowUpdate),
                         sizeof(embtables::Lookup), sizeof(embtables::Piece), sizeof(embtables::Weight),
-                        sizeof(embtables::Code), sizeof(embtables::Shares)})
+                        sizeof(embtables::Code)})
         version = (version * 1000 + static_cast<int64_t>(size)) % 1000000000007;
     return version;
 }
@@ -122,14 +121,6 @@ EXPORT int embtables_gather(const embtables::Gather* gather) {
 // DONE, NO_SUCH_ROW or OUT_OF_MEMORY.
 EXPORT int embtables_update(const embtables::RowUpdate* update) {
     return guarded([&] { return embtables::functions().update(*update); });
-}
-
-// DONE or OUT_OF_MEMORY.
-EXPORT int embtables_shares(const embtables::Shares* shares) {
-    return guarded([&] {
-        embtables::find_shares(*shares);
-        return embtables::DONE;
-    });
 }
 
 // Takes the OpenMP runtime that PyTorch uses, else one that is loaded, and returns whether there is any.

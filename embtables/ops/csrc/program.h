@@ -168,6 +168,7 @@ struct Call {
     void* saved;                      // what keep_rows wrote: the rows as they were, where a gradient depends on them
     int64_t* refused;                 // forward: lookup and id of one that is refused; null: nobody asks
     const void* const* scales;        // of each weight in bfloat16, where it has any
+    const float* const* strengths;    // of each weight, with which L2 pulls each of its rows that is updated; or null
 };
 
 // Rows of one weight, each to its place in `values`.
@@ -190,20 +191,6 @@ struct RowUpdate {
     const void* gradient;
     const double* hyper;
     int64_t num_hyper, step, rule, dtype, state_dtype, width, num_rows, num_ids, num_threads, format;
-};
-
-// How strongly the L2 of a step pulls each of its ids (embtables/lookup/regularization.py). `table`, `start` and `known`
-// are of the lookups: which counts are those of the table's rows, and how many of them there are.
-struct Shares {
-    const int64_t* ids;     // [num_ids]
-    const int64_t* lookup;  // of each of them
-    const int64_t* table;
-    const int64_t* start;
-    const int64_t* known;
-    const float* counts;
-    float* shares;          // [num_ids]
-    int64_t num_ids;
-    float l2;
 };
 
 // What a function returns.
