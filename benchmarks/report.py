@@ -300,10 +300,13 @@ def part(text: str, name: str) -> str:
     return found[1]
 
 
+def _section(name: str, title: str, text: str) -> str:
+    """A part between the comments by which ``part`` finds it."""
+    return f"## {title}\n\n<!-- part:{name} -->\n{text}\n<!-- /part -->"
+
+
 def page(results: Results) -> str:
-    parts = [
-        f"## {title}\n\n<!-- part:{name} -->\n{make(results)}\n<!-- /part -->" for name, (title, make) in PARTS.items()
-    ]
+    parts = [_section(name, title, make(results)) for name, (title, make) in PARTS.items()]
     return "# Speed\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -329,10 +332,10 @@ def common_page(runs: Mapping[str, Results]) -> str:
         "faster": ("Where a rival is faster", faster_rivals),
         "machine": ("The machines", description),
     }
-    parts = [f"## Targets\n\n<!-- part:targets -->\n{side_by_side(runs)}\n<!-- /part -->"]
+    parts = [_section("targets", "Targets", side_by_side(runs))]
     for name, (title, make) in by_machine.items():
         each = "\n\n".join(f"**{label}**\n\n{make(results)}" for label, results in runs.items())
-        parts.append(f"## {title}\n\n<!-- part:{name} -->\n{each}\n<!-- /part -->")
+        parts.append(_section(name, title, each))
     return "# Speed, on several machines\n\n" + "\n\n".join(parts) + "\n"
 
 

@@ -47,16 +47,6 @@ def transforms() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def in_memory(*tensors: Tensor | None) -> bool:
-    """Whether native code can be told where these tensors lie: on the CPU, in no graph and before no transform."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms():
-        return False
-    for tensor in tensors:
-        if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):
-            return False
-    return True
-
-
 def intervals(ends: Tensor, size: int) -> Tensor:
     """The number of the interval ``[size]`` that each of the places 0 … size − 1 lies in.
 

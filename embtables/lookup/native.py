@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
-from embtables.lookup.graphs import in_memory, is_exporting
+from embtables.lookup.graphs import is_exporting, transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
 from embtables.lookup.recipe import Recipe
@@ -96,7 +96,8 @@ class NativeLookup:
         n = len(self.program.weights)
         of_weights, of_projections = states[: STATES * n], states[STATES * n :]
         rule = "sgd" if fused is None else fused.kind
-        strengths = self._strengths() if trains and store.strengths() else []
+        pulled = [store.strength(name) for name in self.program.weights] if trains else []
+        strengths = [strength for strength in pulled if strength is not None]
         return ProgramTensors(
             self.program.words,
             both[:n],
@@ -109,10 +110,6 @@ class NativeLookup:
             scales,
             strengths,
         )
-
-    def _strengths(self) -> list[Tensor]:
-        found = [self.store.strength(name) for name in self.program.weights]
-        return [_NOTHING if strength is None else strength.contiguous() for strength in found]
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
@@ -140,7 +137,10 @@ class NativeLookup:
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
             return self.tensors() if suits and not given.rest and not is_exporting() else None
-        return self.tensors(step.trains) if in_memory(*given[:3]) else None
+        for tensor in given[:3]:
+            if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):
+                return None
+        return None if torch.jit.is_tracing() or transforms() else self.tensors(step.trains)
 
     def _updates_in_graphs(self, step: Step) -> bool:
         # A stage may change weights before they are read, and the operator checks the ids that it reads by itself.

@@ -153,7 +153,7 @@ class Store(Weights):
         """Has training steps pull the rows that they read towards 0, each as strongly as ``strengths`` says.
 
         Args:
-            strengths: ``[R]`` of each weight, by its attribute, in float32; weights without are left alone.
+            strengths: ``[R]`` of every weight, by its attribute, in float32; empty where none is pulled.
         """
         for name in self._strengths.values():
             delattr(self, name)
@@ -162,12 +162,12 @@ class Store(Weights):
             self.register_buffer(name, strengths[weight], persistent=False)
 
     def strength(self, weight: str) -> Tensor | None:
-        """How strongly a step pulls each row of a weight, by its attribute; ``None`` where it does not."""
+        """How strongly a step pulls each row of a weight, by its attribute; ``None`` where it pulls none of any."""
         name = self._strengths.get(weight)
         return None if name is None else self.tensor(name)
 
     def strengths(self) -> list[Tensor]:
-        """``strength`` of all weights that have any."""
+        """``strength`` of all weights; none where it pulls no rows."""
         return [self.tensor(name) for name in self._strengths.values()]
 
     # ---- optimizer state -------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class ProgramTensors(NamedTuple):
     ``STATES`` for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``;
     ``scales``: of each weight, empty where its format has none, and no list at all where all weights are plain;
     ``strengths``: of each weight, float32, how strongly L2 pulls each row that is updated, or whose gradient is asked
-    for; empty where it pulls none, and no list at all where it pulls no row of any weight.
+    for, and no list at all where it pulls none.
     """
 
     words: Tensor
