@@ -3,8 +3,8 @@
 They come from docs/results/*/results.csv; those of speed from the parts of the report.md that
 `python -m benchmarks.report docs/results/speed` writes there and in its folders, one for each machine.
 
-python benchmarks/readme_tables.py            # rewrite the pages
-python benchmarks/readme_tables.py --check    # exit 1 where a page is not what the results say
+    python -m benchmarks.readme_tables            # rewrite the pages
+    python -m benchmarks.readme_tables --check    # exit 1 where a page is not what the results say
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+
+from benchmarks.report import part
+from benchmarks.results import rendered
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -73,7 +76,7 @@ def variants(folders: dict[str, str]) -> str:
     rows = list(dict.fromkeys(v for r in results.values() for v in r["variant"]))
     lines = [["test AUC", *results], ["---", *["---:"] * len(results)]]
     lines += [[row, *(_mean(r[r["variant"] == row]) for r in results.values())] for row in rows]
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def lengths(folder: str) -> str:
@@ -84,7 +87,7 @@ def lengths(folder: str) -> str:
     for length, rows in results.groupby("history", sort=False):
         means = rows.groupby("variant")["test_auc"].mean()
         lines.append([str(length), f"{rows['rows'].iloc[0]:,}", *(f"{means[name]:.4f}" for name in names)])
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def ablations(folders: Sequence[str]) -> str:
@@ -94,7 +97,7 @@ def ablations(folders: Sequence[str]) -> str:
     for name, cells in results.groupby("variant", sort=False):
         valid = f"{cells['valid_auc'].mean():.4f}"
         lines.append([str(name), str(len(cells)), _mean(cells), valid, f"{cells['best_epoch'].mean():.1f}"])
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def table(results: pd.DataFrame) -> str:
@@ -110,7 +113,7 @@ def table(results: pd.DataFrame) -> str:
     for method in sorted(others["method"].unique(), key=lambda m: (-_at(others, m, "1%"), m)):
         cells = [_cell(others[(others["method"] == method) & (others["budget"] == budget)]) for budget in budgets]
         lines.append([_linked(method), *cells])
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def attained(kind: str) -> str:
@@ -127,7 +130,7 @@ def attained(kind: str) -> str:
                 continue
             each = [cells[cells["budget"] == budget] for budget in budgets]
             lines.append([tuned, str(method), *(_cell(c) if len(c) else "" for c in each), _mean(full)])
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def compressed(folder: str, start: str) -> str:
@@ -149,7 +152,7 @@ def compressed(folder: str, start: str) -> str:
         aucs = row.test_auc_at_once, row.test_auc_after_an_epoch, _at(trained, str(row.method), budget)
         shown = (f"{auc:.4f}" if auc else "" for auc in aucs)
         lines.append([_linked(str(row.method)), budget, f"{row.ratio:.1%}", *held, *shown])
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def in_fuxictr(folder: str) -> str:
@@ -167,7 +170,7 @@ def in_fuxictr(folder: str) -> str:
         to_full = (cells["test_auc"] - full["test_auc"]).dropna().mean()
         name = method if method.startswith("naive") else _linked(method)
         lines.append([name, f"{share:.1%}", str(len(cells)), f"{means[method]:.4f}", _mean(cells), f"{to_full:+.4f}"])
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def _linked(method: str) -> str:
@@ -176,13 +179,12 @@ def _linked(method: str) -> str:
     return f"[{kind}](docs/methods/{kind}.md)" + (f" ({rest}" if options else "")
 
 
-def speed(part: str) -> str:
-    """What stands between a part's comments, in the first report that has it."""
-    for path in SPEED_REPORTS:
-        found = re.search(f"<!-- part:{part} -->\n(.*?)\n<!-- /part -->", path.read_text(encoding="utf-8"), re.S)
-        if found is not None:
-            return found[1]
-    raise ValueError(f"no report in {SPEED_REPORTS[0].parent.relative_to(ROOT)} has a part '{part}'")
+def speed(name: str) -> str:
+    """A part of the first report that has it."""
+    for text in (path.read_text(encoding="utf-8") for path in SPEED_REPORTS):
+        if f"<!-- part:{name} -->" in text:
+            return part(text, name)
+    raise ValueError(f"no report in {SPEED_REPORTS[0].parent.relative_to(ROOT)} has a part '{name}'")
 
 
 def on_a_gpu(folder: str, phase: str) -> str:
@@ -195,7 +197,7 @@ def on_a_gpu(folder: str, phase: str) -> str:
         lines = [["", *heads], ["---", *["---:"] * len(heads)]]
         for name, cells in results.groupby("contestant", sort=False):
             lines.append([str(name), *(f"{ms:.3f}" for ms in cells["median_ms"].astype(float))])
-        return _rendered(lines)
+        return rendered(lines)
     names = list(dict.fromkeys(results["contestant"]))
     lines = [["D", "batch", "optimizer", *names], ["---:", "---:", "---", *["---:"] * len(names)]]
     for (dim, batch, optimizer), cells in results.groupby(["dim", "batch", "optimizer"], sort=False):
@@ -203,16 +205,12 @@ def on_a_gpu(folder: str, phase: str) -> str:
         lines.append(
             [str(dim), f"{batch:,}", optimizer, *(f"{found[name]:.3f}" if name in found else "" for name in names)]
         )
-    return _rendered(lines)
+    return rendered(lines)
 
 
 def gpu_machine(folder: str) -> str:
     about = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
     return "\n".join(f"- {name}: {value}" for name, value in about.items())
-
-
-def _rendered(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _at(results: pd.DataFrame, method: str, budget: str) -> float:
@@ -241,7 +239,7 @@ def filled(page: Path, text: str) -> str:
         if of == page:
             figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
             contents[marker] = f"{table(read(folder))}\n\n![test AUC against bytes]({figure})"
-    contents |= {f"speed-{part}": speed(part) for part in re.findall("<!-- results:speed-(.*?) -->", text)}
+    contents |= {f"speed-{name}": speed(name) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
         contents["post-training"] = compressed("post-training", "globo-from-start")
         contents["fuxictr-din"] = in_fuxictr("fuxictr-din")
