@@ -39,9 +39,12 @@ def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Regularized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, share: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, share)
+    def forward(rows: Tensor, share: Tensor) -> Tensor:
         return rows.view_as(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

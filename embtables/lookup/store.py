@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ class Store(Weights):
     ) -> None:
         if trainable:
             _check_formats(forms, optimizer)
-        self._strengths: dict[str, str] = {}
         super().__init__(forms, as_parameters=trainable and optimizer is None, sparse=sparse, device=device)
         self.optimizer = optimizer if trainable else None
         # Which rounding a step makes follows from its number, too.
@@ -57,6 +56,7 @@ class Store(Weights):
         self.accumulation: Accumulation | None = None
         # Of the rows that a training step reads; ``None``: it computes with the fp32 rows.
         self.rounding: Rounding | None = None
+        self._strengths: dict[str, Tensor] = {}
         # Makes autograd call the lookup's backward, which updates the weights; it never gets a gradient itself.
         # Where it requires none, the tables are frozen.
         self.hook = torch.zeros((), device="cpu", requires_grad=True)
@@ -91,12 +91,17 @@ class Store(Weights):
             setattr(self, name, ops.huge_pages(torch.empty_like(self.tensor(name), device=device)))
         self.reset_state()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._strengths = {weight: strength.to(self.device) for weight, strength in self._strengths.items()}
+        return self
+
     def left_by_casts(self) -> list[str]:
         """Hyper-parameters too, since in bfloat16 Adam's beta2 would be 1, and the fp32 state of rows in 16 bits."""
         packed = [weight for weight in self.weight_names if not self.is_plain(weight)]
         hyper = ["_hyper"] if "_hyper" in self._buffers else []
         states = [name for weight in packed for name in self.state_names(weight)]
-        return [*super().left_by_casts(), *hyper, *states, *self._strengths.values()]
+        return [*super().left_by_casts(), *hyper, *states]
 
     # ---- what a step needs -----------------------------------------------------------------------------------------
 
@@ -155,20 +160,16 @@ class Store(Weights):
         Args:
             strengths: ``[R]`` of every weight, by its attribute, in float32; empty where none is pulled.
         """
-        for name in self._strengths.values():
-            delattr(self, name)
-        self._strengths = {weight: f"_strength_{weight}" for weight in strengths}
-        for weight, name in self._strengths.items():
-            self.register_buffer(name, strengths[weight], persistent=False)
+        # No buffers: DistributedDataParallel would send those around with every step.
+        self._strengths = dict(strengths)
 
     def strength(self, weight: str) -> Tensor | None:
-        """How strongly a step pulls each row of a weight, by its attribute; ``None`` where it pulls none of any."""
-        name = self._strengths.get(weight)
-        return None if name is None else self.tensor(name)
+        """How strongly a step pulls each row of a weight ``[R]``, by its attribute; ``None`` where it pulls no row."""
+        return self._strengths.get(weight)
 
     def strengths(self) -> list[Tensor]:
         """``strength`` of all weights; none where it pulls no rows."""
-        return [self.tensor(name) for name in self._strengths.values()]
+        return list(self._strengths.values())
 
     # ---- optimizer state -------------------------------------------------------------------------------------------
 
@@ -208,8 +209,10 @@ class Store(Weights):
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def move(self, slab: str, source: Tensor, target: Tensor) -> None:
-        """Copies the rows ``source`` of a slab, weights and optimizer state, over the rows ``target``."""
-        for view in (self.slab(slab), *self.slab_state(slab)):
+        """Copies the rows ``source`` of a slab over ``target``, with optimizer state and strength of regularization."""
+        start, strength = self.start(slab), self.strength(self.weight_of(slab))
+        pulled = [] if strength is None else [strength[start : start + self.rows(slab)]]
+        for view in (self.slab(slab), *self.slab_state(slab), *pulled):
             view[target] = view[source]
 
     def reset(self, slab: str, rows: Tensor) -> None:

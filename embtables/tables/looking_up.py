@@ -41,7 +41,6 @@ class TableLookup(nn.Module):
         self.feature_names = self.outputs.feature_names
         self.output_names = self.outputs.names
         self.embedding_dims = self.outputs.embedding_dims
-        self._regularization: tuple[float, dict[str, Tensor]] | None = None
         self._views: dict[str, Lookup] = {}
 
     def _look_up_in(self, store: Store, blocks: list[BlockLookup], order: Sequence[int], stages: list[Stage]) -> None:
@@ -54,7 +53,6 @@ class TableLookup(nn.Module):
         for table in views:
             self.view(table)
         self._view_steps = ViewSteps()
-        self._regularize_store()
         # Python finds parts of a module by their names in several microseconds each.
         self._in_reach = store, self.lookups
         self.optimizer_state = OptimizerState(store, stages)
@@ -181,14 +179,15 @@ class TableLookup(nn.Module):
     def regularize(self, l2: float, frequencies: Mapping[str, Any] | None = None) -> None:
         """Mini-batch-aware L2 regularization from now on, in training, for any method and optimizer.
 
-        In ``backward`` the gradient of each row r that a step looked up gets λ/n_r·r, once, however often the row
+        In ``backward`` the gradient of each row r that a lookup read gets λ·s_r/n_r·r, once, however often the row
         occurs in the batch. n_r is how often it is looked up in training, by all ids that share it, so that over an
-        epoch a row is pulled towards 0 about as strongly, whether one id has it or thousands. Where each id j has a row
-        of its own, w_j, that is the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch, as in the paper.
-        A row of w scalars that is multiplied with a projection to D gets D/w times as much, and one of k of which the
-        mean is taken 1/k² of it: as much as its share of the square of a vector. Projections, which all ids have in
-        common, and padding get none. It is clipped with the rest of a row's gradient; the loss does not show it, and a
-        ``GradScaler`` does not scale it.
+        epoch a row is pulled towards 0 about as strongly, whether one id has it or thousands. s_r is its share of the
+        square of a vector: 1 for a row that is a vector or a part of it as it stands, D/w for one of w scalars that is
+        multiplied with a projection to D, 1/k² for one of k of which the mean is taken. Where each id j has a row of
+        its own, w_j, that is the gradient of ½·λ·Σ_j ‖w_j‖²/n_j over the distinct ids of the batch, as in the paper.
+        What all ids have in common (projections, the networks of learned methods) and padding get none. It is clipped
+        with the rest of a row's gradient. The loss does not show it, and a ``GradScaler``, which knows nothing of it,
+        divides it by its scale. While ``fake_quantize`` is on, r is the rounded row.
 
         Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, equations 6 and 7.
 
@@ -199,11 +198,12 @@ class TableLookup(nn.Module):
                 looked up. It takes 4 bytes per row beside the tables; ``memory()`` lists them under ``regularization``
                 and counts them in its training bytes, which the plan, that knows nothing of them, does not.
 
-        It belongs to the training at hand: no state dict or file holds it.
+        It belongs to the training at hand: no state dict or file holds it. Rows that a method moves in training take
+        along how strongly they are pulled.
 
         Raises:
-            ValueError: for an l2 that is negative or not finite, counts that are missing or do not fit, and served
-                tables, which are not trained.
+            ValueError: for an l2 that is negative or not finite, counts that are missing or do not fit, served tables,
+                which are not trained, and tables on the meta device.
 
         Example::
 
@@ -213,6 +213,11 @@ class TableLookup(nn.Module):
             raise ValueError(f"l2 must be a non-negative number, not {l2!r}")
         if self.served:
             raise ValueError("served tables are not trained, so there is nothing to regularize")
+        if self.store.device.type == "meta":
+            raise ValueError(
+                "tables on the meta device do not know yet which ids share rows: regularize() after to_empty() and "
+                "reset_parameters(), or after the weights are loaded"
+            )
         counts = checked_counts(self._configs, frequencies)
         for table in self._configs:
             if frequencies is not None and table.num_embeddings is not None and table.name not in counts:
@@ -220,16 +225,7 @@ class TableLookup(nn.Module):
                     f"frequencies lack table '{table.name}', which would be regularized as if each of its ids occurred "
                     "once: give counts of all tables, or frequencies=None"
                 )
-        in_float32 = {name: torch.from_numpy(n).to(torch.float32) for name, n in counts.items()}
-        self._regularization = (float(l2), in_float32) if l2 else None
-        self._regularize_store()
-
-    def _regularize_store(self) -> None:
-        strengths: dict[str, Tensor] = {}
-        # On meta no addresses are there; what leaves it comes here again.
-        if self._regularization is not None and not self.served and self.store.device.type != "meta":
-            strengths = strengths_of_rows(self._regularization[0], self.lookups.blocks, self._regularization[1])
-        self.store.regularize(strengths)
+        self.store.regularize(strengths_of_rows(float(l2), self.lookups.blocks, counts) if l2 else {})
 
     def set_learning_rate(self, lr: float) -> None:
         """Sets the fused optimizer's learning rate; a schedule calls it before each step.

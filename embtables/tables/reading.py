@@ -1,9 +1,11 @@
-"""Reading tables: their rows as dense vectors, which of their ids share everything, and how often others share rows."""
+"""Reading tables: their rows as dense vectors, which ids share everything, and how strongly rows are regularized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -56,63 +58,55 @@ def share_of_collisions(lookup: BlockLookup, number: int) -> float:
     return float((counts[inverse] > 1).double().mean())
 
 
-def lookups_of_rows(blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How often each row is looked up, by all ids of all tables that share it.
+def strengths_of_rows(
+    l2: float, blocks: Sequence[BlockLookup], counts: Mapping[str, npt.NDArray[np.int64]]
+) -> dict[str, Tensor]:
+    """λ·s/n of each row: n, how often it is looked up, at least 1; s, how much of a vector's square its own makes.
+
+    s is 1 for a row that is a vector or stands in it as it is. A row of w scalars before a projection to D dimensions,
+    which begins as w orthogonal rows of length √(D/w), has s = D/w, and one of k of which the mean is taken 1/k². A list
+    counts as one row, since lists differ in length.
 
     Args:
+        l2: λ.
         blocks: all blocks of tables that may share rows.
-        counts: ``{table name: occurrences [rows]}``; tables without them look nothing up.
+        counts: ``{table name: occurrences [rows]}``; tables without them look nothing up, and padding is never looked
+            up.
 
     Returns:
-        ``[R]`` of each weight, by its attribute, float64.
+        ``[R]`` of each weight, by its attribute, float32.
     """
     store = blocks[0].block.store
     lookups = {
         w: torch.zeros(len(store.matrix(w)), dtype=torch.float64, device=store.device) for w in store.weight_names
     }
     for name, of_table in counts.items():
-        own = of_table.to(store.device, torch.float64)
+        own = torch.from_numpy(of_table).to(store.device, torch.float64)
         for weight, rows, ids in _rows_by_chunk(blocks, name):
             lookups[weight].index_add_(0, rows.clamp(min=0).flatten(), (own[ids, None] * (rows >= 0)).flatten())
-    return lookups
-
-
-def strengths_of_rows(
-    l2: float, blocks: Sequence[BlockLookup], counts: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """λ·s/n of each row: n, how often it is looked up, at least 1; s, how much of a vector's square its own makes.
-
-    s is 1 for a row that is a vector or stands in it as it is. A row of w scalars before a projection to D dimensions,
-    which begins as w orthogonal rows of length √(D/w), has s = D/w, and one of k of which the mean is taken 1/k².
-
-    Args:
-        l2: λ.
-        blocks: all blocks of tables that may share rows.
-        counts: as in ``lookups_of_rows``; without them n is 1.
-
-    Returns:
-        ``[R]`` of each weight, by its attribute, float32.
-    """
-    store = blocks[0].block.store
-    found = lookups_of_rows(blocks, counts or {})
-    strengths = {weight: l2 / lookups.clamp(min=1) for weight, lookups in found.items()}
-    for block in blocks:
-        recipes = block.block.recipes if isinstance(block.block, RecipeBlock) else []
-        scales = {slab: s for t, r in zip(block.tables, recipes) for slab, s in _scales(r, t.embedding_dim, store)}
-        for slab, scale in scales.items():
-            start = store.start(slab)
-            strengths[store.weight_of(slab)][start : start + store.rows(slab)] *= scale
+    strengths = {weight: l2 / of_rows.clamp(min=1) for weight, of_rows in lookups.items()}
+    recipes = [
+        (table, recipe)
+        for block in blocks
+        if isinstance(block.block, RecipeBlock)
+        for table, recipe in zip(block.tables, block.block.recipes)
+    ]
+    scales = {slab: s for table, recipe in recipes for slab, s in _scales(recipe, table.embedding_dim, store)}
+    for slab, scale in scales.items():
+        start = store.start(slab)
+        strengths[store.weight_of(slab)][start : start + store.rows(slab)] *= scale
     return {weight: each.to(torch.float32) for weight, each in strengths.items()}
 
 
 def _scales(recipe: Recipe, dim: int, store: Store) -> Iterator[tuple[str, float]]:
     """Each slab of a recipe, with the share s of its rows as in ``strengths_of_rows``."""
     for address in recipe.addresses:
-        width, projected = store.width(address.slab), recipe.projection
+        widths = {a: store.width(a.slab) * getattr(a, "scalars", 1) for a in recipe.addresses}
+        width, projected = widths[address], recipe.projection
         if isinstance(address, Range):
             projected = address.projection
         elif recipe.combine == "concat":
-            width = sum(store.width(each.slab) * getattr(each, "scalars", 1) for each in recipe.addresses)
+            width = sum(widths[each] for each in recipe.addresses)
         scale = dim / width if projected is not None else 1.0
         yield address.slab, scale / len(recipe.addresses) ** 2 if recipe.combine == "mean" else scale
     if recipe.rest is not None:
@@ -120,10 +114,11 @@ def _scales(recipe: Recipe, dim: int, store: Store) -> Iterator[tuple[str, float
 
 
 def _rows_by_chunk(blocks: Sequence[BlockLookup], table: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The rows of all ids of a table: a weight, places in it ``[C, P]``, −1 for none, and the ids ``[C]`` that ask."""
+    """The rows of all ids of a table but padding: a weight, places in it ``[C, P]``, −1 for none, and the ids ``[C]``."""
     lookup, number = block_of(blocks, table)
     feature = lookup.lookup[number]
-    for ids in _all_ids(lookup, number).split(_CHUNK):
+    ids_in_use = _all_ids(lookup, number)
+    for ids in ids_in_use[ids_in_use != lookup.padding[feature]].split(_CHUNK):
         for part in lookup.block.address(ids, feature.expand_as(ids)):
             rows = part.rows.unsqueeze(1) if part.rows.ndim == 1 else part.rows.flatten(1)
             yield part.weight, rows, ids if part.subset is None else ids[part.subset]

@@ -436,20 +436,63 @@ def test_only_in_training_and_until_it_is_switched_off() -> None:
         pruned.regularize(L2)
 
 
-def test_it_is_in_no_state_dict_and_survives_copies_and_a_new_start() -> None:
-    tables = build("full", SGD(lr=1.0), seed=6)
-    plain = tables.state_dict()
+@pytest.mark.parametrize("method", ["full", "hot_cold", "banded"])
+def test_it_is_in_no_state_dict_or_buffer_and_survives_copies_and_a_new_start(method: str) -> None:
+    tables = build(method, SGD(lr=1.0), seed=6)
+    plain, buffers = tables.state_dict(), [name for name, _ in tables.named_buffers()]
     tables.regularize(L2, COUNTS)
     assert list(tables.state_dict()) == list(plain)
+    assert [name for name, _ in tables.named_buffers()] == buffers
     meta = EmbeddingTables(tables.plan, seed=6, std=0.5, device="meta")
-    meta.regularize(L2, COUNTS)
+    with pytest.raises(ValueError, match="meta device do not know yet which ids share rows: regularize.. after to_emp"):
+        meta.regularize(L2, COUNTS)
     meta.to_empty(device="cpu")
     meta.reset_parameters()
+    meta.regularize(L2, COUNTS)
     copied = copy.deepcopy(tables)
-    for each in (tables, meta, copied):
+    again = copy.deepcopy(tables)
+    again.reset_parameters()
+    for each in (tables, meta, copied, again):
         backward(each)
         for weight, expected in zip(storage(each).values(), storage(tables).values()):
             assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("method", ["hash", "compositional", "unified"])
+def test_padding_is_no_lookup_of_the_rows_that_others_have(method: str) -> None:
+    counts = {"item": np.full(40, 2)}
+    often = {"item": np.where(np.arange(40) == 7, 10_000, counts["item"])}
+    found = []
+    for padding, given in ((7, often), (7, counts), (None, often)):
+        table = TableConfig("item", 40, 4, padding_idx=padding)
+        tables = EmbeddingTables(plan([table], method, "50%", frequencies=counts, optimizer=None))
+        tables.regularize(L2, given)
+        found.append(torch.cat(tables.store.strengths()))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_rows_that_are_moved_take_along_how_strongly_they_are_pulled() -> None:
+    tables = build("full", SGD(lr=1.0))
+    tables.regularize(L2, COUNTS)
+    store, start = tables.store, tables.store.start("item")
+    store.move("item", torch.tensor([50]), torch.tensor([3]))
+    strength = store.strength(store.weight_of("item"))
+    assert strength is not None
+    assert strength[start + 3] == strength[start + 50] == pytest.approx(L2 / 100)
+
+
+@pytest.mark.parametrize("method", ["full", "compositional"])
+def test_functions_of_the_weights_have_the_same_gradient(method: str) -> None:
+    tables = build(method)
+    tables.regularize(L2, COUNTS)
+    (0 * tables(SINGLE).sum()).backward()
+    parameters = dict(tables.named_parameters())
+    found = torch.func.grad(lambda p: 0 * torch.func.functional_call(tables, p, SINGLE).sum())(parameters)
+    assert any(p.grad is not None and p.grad.any() for p in parameters.values())
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
