@@ -44,11 +44,26 @@ def levels(precision: str, scales: Sequence[float]) -> list[float]:
     return [(q - zero) * scales[0] for q in range(2**bits)]
 
 
-def unpacked(precision: str, stored: Tensor, scales: Tensor, rows: int, width: int) -> list[list[float]]:
+def scales_are_in_rows(precision: str, width: int) -> bool:
+    """Whether they stand behind the scalars of each row: its own scales do, where it has several scalars."""
+    return width > 1 and not precision.endswith("/slab") and rows_per_scale(precision, width, 0) == 1
+
+
+def scales_of(precision: str, stored: Tensor, scales: Tensor | None, width: int) -> Tensor:
+    """The scales ``[blocks, scales]`` of a slab that is alone in its tensors, wherever they stand."""
+    _, bits, count = kind_of(precision)
+    if not scales_are_in_rows(precision, width):
+        assert scales is not None
+        return scales
+    assert scales is None and stored.shape[1] == (bits * width + 7) // 8 + 2 * count
+    return stored[:, -2 * count :].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+
+
+def unpacked(precision: str, stored: Tensor, scales: Tensor | None, rows: int, width: int) -> list[list[float]]:
     """The rows ``[rows, width]`` of a slab that is alone in its tensors."""
     _, bits, _ = kind_of(precision)
     data, found, share = stored.tolist(), [], rows_per_scale(precision, width, rows)
-    of_blocks = [levels(precision, each) for each in bf16(scales)]
+    of_blocks = [levels(precision, each) for each in bf16(scales_of(precision, stored, scales, width))]
     for row in range(rows):
         values = []
         for column in range(width):
@@ -80,5 +95,5 @@ def slab_of(tables: EmbeddingTables, name: str) -> Tensor:
         share = rows_per_scale(s.format, s.width, s.rows)
         unit += -(-s.rows * bits // 8) if s.width == 1 else s.rows
         block += -(-s.rows // share) if s.rows else 0
-    scales = tensors[f"scales_{key}"][block:]
+    scales = None if scales_are_in_rows(wanted.format, wanted.width) else tensors[f"scales_{key}"][block:]
     return torch.tensor(unpacked(wanted.format, stored[unit:], scales, wanted.rows, wanted.width))

@@ -27,7 +27,8 @@ class PackedFormat(RowFormat):
     """Each scalar is an integer of ``bits`` bits, and there is no padding between the scalars of a row.
 
     The integer q stands for (q − zero)·scale. Rows begin at a byte; where they are single scalars, as in the array of
-    ROBE or among the values of a pruned table, several of them share one. A scale takes two bytes.
+    ROBE or among the values of a pruned table, several of them share one. A scale takes two bytes; that of a single row
+    of several scalars stands behind it, and all others in a tensor of their own.
 
     int8 and int4: scale = max|x| / (2^(bits−1) − 1) over the rows that have it in common, rounded up, so that no scalar
     changes by more than half a scale, and 0 stays 0. int2 and binary have the few levels ±scale/2 and ±3·scale/2, and
@@ -59,6 +60,9 @@ class PackedFormat(RowFormat):
     def scales(self) -> int:
         return 1
 
+    def scales_in_rows(self, width: int) -> bool:
+        return width > 1 and self.rows_per_scale(width) == 1
+
     @property
     def _own_scales(self) -> int:
         """The bytes of the smallest row that has scales of its own by default."""
@@ -89,13 +93,20 @@ class PackedFormat(RowFormat):
         whole = rows - rows % share
         parts = [values[:whole].reshape(whole // share, share * width), values[whole:].reshape(1, -1)]
         encoded = [self.encode(part.float()) for part in parts if part.numel()]
-        if not encoded:
-            return self._joined(values.new_zeros(rows, width)), values.new_zeros(0, self.scales, dtype=DTYPES[SCALE])
-        integers = torch.cat([integers.reshape(-1, width) for integers, _ in encoded])
-        return self._joined(integers), torch.cat([scales for _, scales in encoded])
+        if encoded:
+            packed = self._joined(torch.cat([integers.reshape(-1, width) for integers, _ in encoded]))
+            scales = torch.cat([scales for _, scales in encoded])
+        else:
+            packed = self._joined(values.new_zeros(rows, width))
+            scales = values.new_zeros(0, self.scales, dtype=DTYPES[SCALE])
+        if not self.scales_in_rows(width):
+            return packed, scales
+        return torch.cat([packed, scales.view(DTYPES[self.dtype])], dim=1), None
 
     def unpack(self, stored: Tensor, number: Tensor | None, scales: Tensor | None, width: int) -> Tensor:
-        assert scales is not None
+        columns = self.columns(width)
+        scales = _joined_bytes(stored[:, columns:]) if scales is None else scales
+        stored = stored[:, :columns]
         integers = _fields(stored.unsqueeze(-1), 8 // self.bits, self.bits).flatten(1)
         integers = integers[:, :width] if number is None else integers.gather(1, number.unsqueeze(1))
         return self.decode(integers, scales.float())
@@ -177,6 +188,19 @@ class ResidualFormat(PackedFormat):
 def _where(condition: Any, yes: Any, no: Any) -> Any:
     """An integer for an integer, an array for an array."""
     return np.where(condition, yes, no) if isinstance(condition, np.ndarray) else yes if condition else no
+
+
+def _joined_bytes(stored: Tensor) -> Tensor:
+    """bf16 numbers in fp32 ``[N, n]`` from their bytes ``[N, 2n]``, the lower one of each first.
+
+    By arithmetic, since ONNX cannot take the bits of one type for another.
+    """
+    low, high = stored.int().unflatten(1, (-1, 2)).unbind(-1)
+    exponent = high % 128 * 2 + low // 128
+    # The smallest numbers have no leading one, and the exponent of the next ones. The last exponent is no number's.
+    powers = [2.0**-126, *(2.0**e for e in range(-126, 128)), float("nan")]
+    power = torch.tensor(powers, dtype=torch.float32, device=stored.device)[exponent]
+    return (1 - 2 * (high // 128).float()) * power * (low % 128 / 128 + (exponent > 0).float())
 
 
 def _fields(integers: Tensor, count: int, bits: int) -> Tensor:

@@ -27,11 +27,13 @@ Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a slab ``[rows, width]`` is stored: as ``[units(rows), columns(width)]`` of ``dtype``, and perhaps scales.
+    """How a slab ``[rows, width]`` is stored: as ``[units, columns(width)]`` of ``dtype``, and perhaps scales.
 
-    Rows of plain scalars are ``RowFormat(name, dtype)``: a unit is a row. Any other format is a subclass. Sizes are
-    integers, or int64 arrays that are computed with element by element; the methods solve for ``slab_bytes``, which
-    must not fall where the rows or the width grow, and is at least ``rows`` times ``row_bits`` bits.
+    Scales that each row has for itself stand behind its columns, where a lookup that fetches the row has them as well;
+    those that rows have in common stand in a tensor of their own. Rows of plain scalars are ``RowFormat(name, dtype)``:
+    a unit is a row. Any other format is a subclass. Sizes are integers, or int64 arrays that are computed with element
+    by element; the methods solve for ``slab_bytes``, which must not fall where the rows or the width grow, and is at
+    least ``rows`` times ``row_bits`` bits.
 
     Lookups read fp32 rows, whatever they are stored as. Training stores fp32 or bf16: all others are served alone.
 
@@ -46,7 +48,7 @@ class RowFormat:
     # ---- sizes -----------------------------------------------------------------------------------------------------
 
     def columns(self, width: Size) -> Size:
-        """Elements of ``dtype`` in a unit."""
+        """Elements of ``dtype`` in a unit, those of scales aside."""
         return width
 
     def rows_per_unit(self, width: int) -> int:
@@ -61,6 +63,10 @@ class RowFormat:
     def scales(self) -> int:
         """How many scales there are for each ``rows_per_scale`` rows."""
         return 0
+
+    def scales_in_rows(self, width: int) -> bool:
+        """Whether the scales of each row stand behind its columns."""
+        return False
 
     def row_bits(self, width: Size) -> Size:
         """The bits of one row, without its part in what rows share."""
@@ -95,16 +101,16 @@ class RowFormat:
     # ---- values ----------------------------------------------------------------------------------------------------
 
     def pack(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A slab ``[rows, width]`` as it is stored: ``[units, columns]``, and its scales ``[blocks, scales]``."""
+        """A slab ``[rows, width]`` as it is stored: its units, and scales ``[blocks, scales]`` that stand elsewhere."""
         return values.to(DTYPES[self.dtype]), None
 
     def unpack(self, stored: Tensor, number: Tensor | None, scales: Tensor | None, width: int) -> Tensor:
         """Rows ``[N, width]`` in fp32.
 
         Args:
-            stored: ``[N, columns]``, the unit of each row.
+            stored: the unit of each row, ``[N, columns]``, and with ``scales_in_rows`` the bytes of its scales behind.
             number: ``[N]``, which row of its unit each is; ``None`` where units are rows.
-            scales: ``[N, scales]``, those of each row; ``None`` where the format has none.
+            scales: ``[N, scales]``, those of each row; ``None`` where there are none, or in the rows.
             width: columns of the slab.
         """
         return stored.float()

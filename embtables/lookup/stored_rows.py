@@ -13,7 +13,7 @@ from embtables.ops.program import BF16, PLAIN, RowForm
 
 
 class StoredRows:
-    """Slabs of one format and width, one after another in one tensor, and their scales in another.
+    """Slabs of one format and width, one after another in one tensor; in another the scales that do not stand in rows.
 
     A row is counted from the first row of the first slab. Units and blocks that have a scale in common begin anew with
     every slab, so that no two slabs share one.
@@ -30,6 +30,7 @@ class StoredRows:
         self.format, self.width = rows_in, width
         self.together = rows_in.rows_per_unit(width)
         self.share = rows_in.rows_per_scale(width) if rows_in.scales else 1
+        self.scales_in_rows = rows_in.scales_in_rows(width)
         self.rows, self.units, self.blocks = [0], [0], [0]  # the first of each slab, and behind the last one
         self.form = self._form()
         self._firsts: dict[torch.device, Tensor] = {}
@@ -38,18 +39,24 @@ class StoredRows:
         """Appends a slab, and returns its first row."""
         self.rows.append(self.rows[-1] + rows)
         self.units.append(self.units[-1] + -(-rows // self.together))
-        self.blocks.append(self.blocks[-1] + self.format.scale_blocks(rows, self.width))
+        self.blocks.append(self.blocks[-1] + (0 if self.scales_in_rows else self.format.scale_blocks(rows, self.width)))
         self._firsts = {}
         return self.rows[-2]
 
     def empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor | None]:
-        """The tensors for rows and scales, with nothing in them; ``None`` where the format has no scales."""
+        """The tensors for rows and scales, with nothing in them; ``None`` where no scales stand by themselves."""
         units, blocks = self.units[-1], self.blocks[-1]
-        columns = self.format.columns(self.width)
-        stored = torch.empty(units, columns, dtype=DTYPES[self.format.dtype], device=device)
-        if not self.format.scales:
+        dtype = DTYPES[self.format.dtype]
+        columns = self.format.columns(self.width) + self.scale_bytes_in_rows // dtype.itemsize
+        stored = torch.empty(units, columns, dtype=dtype, device=device)
+        if not self.format.scales or self.scales_in_rows:
             return stored, None
         return stored, torch.empty(blocks, self.format.scales, dtype=DTYPES[SCALE], device=device)
+
+    @property
+    def scale_bytes_in_rows(self) -> int:
+        """How many bytes of each row are those of its scales."""
+        return self.format.scales * DTYPES[SCALE].itemsize if self.scales_in_rows else 0
 
     def _form(self) -> RowForm | None:
         """What kernels take the format for; ``None`` where they do not have it."""

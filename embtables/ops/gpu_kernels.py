@@ -165,18 +165,33 @@ def _gather(
         else:
             byte = tl.load(stored + unit, mask=valid, other=0).to(tl.int32)
             field = (byte >> (number * BITS).to(tl.int32))[:, None] & (2**BITS - 1)
+        scalar_bytes: tl.constexpr = (BITS * W + 7) // 8
         if FORM == 2:
             values = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
             for j in tl.static_range(BITS):
-                scale = tl.load(scales + block * BITS + j, mask=valid, other=0).to(tl.float32)
+                if UNIT > scalar_bytes:
+                    scale = _number_at(stored + unit * UNIT + scalar_bytes + 2 * j, valid)
+                else:
+                    scale = tl.load(scales + block * BITS + j, mask=valid, other=0).to(tl.float32)
                 values += (((field >> j) & 1).to(tl.float32) - 0.5) * scale[:, None]
         else:
-            scale = tl.load(scales + block, mask=valid, other=0).to(tl.float32)
+            if UNIT > scalar_bytes:
+                scale = _number_at(stored + unit * UNIT + scalar_bytes, valid)
+            else:
+                scale = tl.load(scales + block, mask=valid, other=0).to(tl.float32)
             zero: tl.constexpr = 2.0 ** (BITS - 1) - (0.0 if BITS > 2 else 0.5)
             values = (field.to(tl.float32) - zero) * scale[:, None]
     else:
         values = tl.load(stored + unit[:, None] * UNIT + column[None, :], mask=inside).to(out.dtype.element_ty)
     tl.store(out + position[:, None] * W + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def _number_at(place, valid):
+    """bf16 numbers, as fp32, whose two bytes may begin anywhere."""
+    low = tl.load(place, mask=valid, other=0).to(tl.int32)
+    high = tl.load(place + 1, mask=valid, other=0).to(tl.int32)
+    return ((high << 24) | (low << 16)).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -17,8 +17,12 @@ def memory_of(tables: EmbeddingTables) -> Memory:
     form = "serving" if tables.served else "training"
     kinds = {code.name: code.kind for g in tables.plan.groups for code in getattr(g.layout, form).codes}
     for name, tensor, is_code in tables.store.tensors():
-        kind = kinds.get(name, "scales") if is_code else "weights"
-        by_kind[kind] = by_kind.get(kind, 0) + storage_bytes([tensor])
+        kind, num_bytes = kinds.get(name, "scales") if is_code else "weights", storage_bytes([tensor])
+        inside = 0
+        if name in tables.store.weight_names:
+            inside = tensor.shape[0] * tables.store.stored_rows(name).scale_bytes_in_rows
+        for of, part in ((kind, num_bytes - inside), ("scales", inside)):
+            by_kind |= {of: by_kind.get(of, 0) + part} if part or of == kind else {}
     # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
     state = storage_bytes(tensor for name, tensor in tables.store.optimizer_state().items() if name != "hyper")
     held = sum(by_kind.values())

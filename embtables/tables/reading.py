@@ -64,8 +64,8 @@ def strengths_of_rows(
     """λ·s/n of each row: n, how often it is looked up, at least 1; s, how much of a vector's square its own makes.
 
     s is 1 for a row that is a vector or stands in it as it is. A row of w scalars before a projection to D dimensions,
-    which begins as w orthogonal rows of length √(D/w), has s = D/w, and one of k of which the mean is taken 1/k². A list
-    counts as one row, since lists differ in length.
+    which begins as w orthogonal rows of length √(D/w), has s = D/w, and one of k of which the mean is taken 1/k². Lists
+    differ in length, and count as one row.
 
     Args:
         l2: λ.
@@ -114,7 +114,7 @@ def _scales(recipe: Recipe, dim: int, store: Store) -> Iterator[tuple[str, float
 
 
 def _rows_by_chunk(blocks: Sequence[BlockLookup], table: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The rows of all ids of a table but padding: a weight, places in it ``[C, P]``, −1 for none, and the ids ``[C]``."""
+    """The rows of a table's ids but padding: a weight, places in it ``[C, P]``, −1 for none, and the ids ``[C]``."""
     lookup, number = block_of(blocks, table)
     feature = lookup.lookup[number]
     ids_in_use = _all_ids(lookup, number)

@@ -265,9 +265,9 @@ def test_served_tables_are_of_the_type_that_was_assigned() -> None:
     assert tables(ids).dtype == tables.serve()(ids).dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", ["weight_int8_16", "scales_int8_16"])
+@pytest.mark.parametrize("name", ["weight_int8_per_64_16", "scales_int8_per_64_16"])
 def test_native_code_reads_nothing_behind_what_was_put_in_the_place_of_weights_or_scales(name: str) -> None:
-    served = make(METHOD, "int8").finalize().eval()
+    served = make(METHOD, "int8/64").finalize().eval()
     assert served.lookups.ops == "native" or ops.instructions() is None
     served.store._buffers[name] = served.store.tensor(name)[:1]
     assert served.lookups.ops == "reference"

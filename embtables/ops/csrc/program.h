@@ -77,9 +77,12 @@ struct Weight {
     int64_t bits;        // of a scalar, where it is not plain
     int64_t share;       // how many rows of a slab have their scales in common; 0: all of them
 
-    // Where it is not plain: the bytes of a row (of rows of one scalar: of some of them), and how many scales it has.
-    int64_t unit_bytes() const { return (bits * width + 7) / 8; }
+    // Where it is packed: how many scales belong together, and whether those of a row stand behind its scalars.
     int64_t num_scales() const { return format == SIGNS ? bits : 1; }
+    bool scales_in_rows() const { return (format == INTEGERS || format == SIGNS) && share == 1 && width > 1; }
+    // Where it is not plain: the bytes of the scalars of a row (of rows of one scalar: of some of them), and of it all.
+    int64_t scalar_bytes() const { return (bits * width + 7) / 8; }
+    int64_t unit_bytes() const { return scalar_bytes() + (scales_in_rows() ? 2 * num_scales() : 0); }
 };
 
 struct Projection {
@@ -167,7 +170,7 @@ struct Call {
     int64_t* num_gradient_rows;
     void* saved;                      // what keep_rows wrote: the rows as they were, where a gradient depends on them
     int64_t* refused;                 // forward: lookup and id of one that is refused; null: nobody asks
-    const void* const* scales;        // of each weight in bfloat16, where it has any
+    const void* const* scales;        // of each weight in bfloat16, where it has any that stand outside of its rows
     const float* const* strengths;    // of each weight, with which L2 pulls each of its rows that is updated; or null
 };
 

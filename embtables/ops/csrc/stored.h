@@ -43,10 +43,12 @@ inline int field_at(const uint8_t* bytes, int64_t bits, int64_t number) {
     return bytes[bit >> 3] >> (bit & 7) & ((1 << bits) - 1);
 }
 
-// How many fields are unpacked at a time: they fill bytes, and where they are smaller than bytes no more than a word.
+// How many fields are unpacked at a time: they fill bytes, and where they are smaller than bytes no more than a word, of
+// which the widest registers take two.
 template <int BITS, int W>
 constexpr int fields_at_once() {
-    constexpr int most = BITS < 8 && 32 / BITS < REGISTER ? 32 / BITS : 8 / BITS > REGISTER ? 8 / BITS : REGISTER;
+    constexpr int word = REGISTER >= 16 ? 64 : 32;
+    constexpr int most = BITS < 8 && word / BITS < REGISTER ? word / BITS : 8 / BITS > REGISTER ? 8 / BITS : REGISTER;
     return W && W < most ? W : most;
 }
 
@@ -62,6 +64,12 @@ __attribute__((always_inline)) inline integers<N> fields_of(const uint8_t* bytes
         // The sign that an arithmetic shift brings in is not among the bits that are kept.
         return (fields >> shifts) & ((1 << BITS) - 1);
 #if defined(__AVX512F__)
+    } else if constexpr (BITS == 4 && N == 16) {
+        const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        const __m512i both = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+        const __m512i words = _mm512_permutexvar_epi32(half, both);
+        return bits_as<integers<N>>(_mm512_and_si512(_mm512_srlv_epi32(words, shifts), _mm512_set1_epi32(15)));
     } else if constexpr (N == 16) {  // what compilers make of the vectors below goes byte by byte
         return bits_as<integers<N>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 #endif
@@ -90,6 +98,8 @@ __attribute__((always_inline)) inline void each_field(const uint8_t* bytes, int6
     } else {
         int64_t d = 0;
         for (; d + N <= n; d += N) f(d, std::integral_constant<int, N>{}, fields_of<BITS, N>(bytes + d * BITS / 8));
+        if constexpr (N > 8)
+            for (; d + 8 <= n; d += 8) f(d, std::integral_constant<int, 8>{}, fields_of<BITS, 8>(bytes + d * BITS / 8));
         for (; d < n; ++d) f(d, std::integral_constant<int, 1>{}, field_at(bytes, BITS, d));
     }
 }
@@ -97,52 +107,60 @@ __attribute__((always_inline)) inline void each_field(const uint8_t* bytes, int6
 // Where the rows of a slab are packed, and their scales.
 struct Packed {
     const uint8_t* bytes;    // of the slab, as the scales are
-    const bfloat16* scales;
+    const uint8_t* scales;
     int64_t first;           // number of the slab's first row
-    int64_t width, bits, unit_bytes, share, num_scales;
+    int64_t width, bits, unit_bytes, share;
+    int64_t scales_stride;   // bytes from the scales of some rows to those of the next ones
     int shift;               // instead of a division, where rows that have their scales in common are a power of two
 
     Packed(const Program& program, const Call& call, const Piece& piece) {
         const Weight& w = program.weights[piece.weight];
-        width = w.width, bits = w.bits, unit_bytes = w.unit_bytes(), share = w.share, num_scales = w.num_scales();
+        width = w.width, bits = w.bits, unit_bytes = w.unit_bytes(), share = w.share;
         bytes = static_cast<const uint8_t*>(call.weights[piece.weight]) + piece.unit * unit_bytes;
-        scales = static_cast<const bfloat16*>(call.scales[piece.weight]) + piece.block * num_scales;
+        if (w.scales_in_rows()) {
+            scales = bytes + w.scalar_bytes(), scales_stride = unit_bytes;
+        } else {
+            scales_stride = 2 * w.num_scales();
+            scales = static_cast<const uint8_t*>(call.scales[piece.weight]) + piece.block * scales_stride;
+        }
         first = w.start + piece.slab;
         shift = share == 0 ? 63 : share & (share - 1) ? -1 : __builtin_ctzll(static_cast<uint64_t>(share));
     }
 
-    // COUNT: how many scales a row has, or 0.
-    template <int COUNT>
-    __attribute__((always_inline)) const bfloat16* scales_of(int64_t row) const {
+    __attribute__((always_inline)) const uint8_t* scales_of(int64_t row) const {
         const int64_t within = row - first;
         const int64_t block = __builtin_expect(shift >= 0, 1) ? within >> shift : within / share;
-        return scales + block * (COUNT ? COUNT : num_scales);
+        return scales + block * scales_stride;
     }
 
-    // COLUMNS: the bytes of a row, or 0.
+    __attribute__((always_inline)) const uint8_t* row_at(int64_t row) const { return bytes + (row - first) * unit_bytes; }
+
+    // COLUMNS: the bytes of a row's scalars, or 0. Its scales end in the line of its last byte, wherever they stand.
     template <int COLUMNS>
-    __attribute__((always_inline)) const uint8_t* row_at(int64_t row) const {
-        return bytes + (row - first) * (COLUMNS ? COLUMNS : unit_bytes);
-    }
-
-    template <int COLUMNS, int COUNT>
     __attribute__((always_inline)) void ask_packed(int64_t row) const {
-        ask_for<COLUMNS>(row_at<COLUMNS>(row), unit_bytes);
-        __builtin_prefetch(scales_of<COUNT>(row));
+        ask_for<COLUMNS>(row_at(row), unit_bytes);
+        __builtin_prefetch(scales_of(row));
     }
 };
+
+// A scale of a row, which may begin at any byte.
+inline float scale_at(const uint8_t* scales, int64_t number = 0) {
+    bfloat16 scale;
+    std::memcpy(&scale, scales + number * static_cast<int64_t>(sizeof scale), sizeof scale);
+    return load(&scale);
+}
 
 // Integers times a scale.
 template <int BITS, int W>
 struct IntegerRows : Packed {
     static constexpr int LANES = fields_at_once<BITS, W>(), COLUMNS = (BITS * W + 7) / 8;
 
-    __attribute__((always_inline)) void ask(int64_t row) const { ask_packed<COLUMNS, 1>(row); }
+    __attribute__((always_inline)) void ask(int64_t row) const { ask_packed<COLUMNS>(row); }
 
     template <class F>
     __attribute__((always_inline)) void read(int64_t row, const F& f) const {
-        const float scale = load(scales_of<1>(row)), zero = zero_of(BITS);
-        each_field<BITS, W>(row_at<COLUMNS>(row), fixed<W>(width), [&](auto d, auto n, auto q) __attribute__((always_inline)) {
+        const float scale = scale_at(scales_of(row)), zero = zero_of(BITS);
+        each_field<BITS, W>(row_at(row), fixed<W>(width), [&](auto d, auto n, auto q) __attribute__((always_inline)) {
             f(d, n, (to_floats<n>(q) - zero) * scale);
         });
     }
@@ -150,10 +168,10 @@ struct IntegerRows : Packed {
 
 // The sum of half of each scale, with the sign that its bit says.
 template <int N>
-__attribute__((always_inline)) inline lanes<N> sum_of_signs(integers<N> q, const bfloat16* scales, int64_t bits) {
+__attribute__((always_inline)) inline lanes<N> sum_of_signs(integers<N> q, const uint8_t* scales, int64_t bits) {
     lanes<N> sum = {};
     for (int64_t j = 0; j < bits; ++j) {
-        const lanes<N> sign = (to_floats<N>(q >> static_cast<int>(j) & 1) - 0.5f) * load(scales + j);
+        const lanes<N> sign = (to_floats<N>(q >> static_cast<int>(j) & 1) - 0.5f) * scale_at(scales, j);
         sum = j ? sum + sign : sign;
     }
     return sum;
@@ -163,12 +181,12 @@ template <int BITS, int W>
 struct SignRows : Packed {
     static constexpr int LANES = fields_at_once<BITS, W>(), COLUMNS = (BITS * W + 7) / 8;
 
-    __attribute__((always_inline)) void ask(int64_t row) const { ask_packed<COLUMNS, BITS>(row); }
+    __attribute__((always_inline)) void ask(int64_t row) const { ask_packed<COLUMNS>(row); }
 
     template <class F>
     __attribute__((always_inline)) void read(int64_t row, const F& f) const {
-        const bfloat16* own = scales_of<BITS>(row);
-        each_field<BITS, W>(row_at<COLUMNS>(row), fixed<W>(width), [&](auto d, auto n, auto q) __attribute__((always_inline)) {
+        const uint8_t* own = scales_of(row);
+        each_field<BITS, W>(row_at(row), fixed<W>(width), [&](auto d, auto n, auto q) __attribute__((always_inline)) {
             f(d, n, sum_of_signs<n>(q, own, BITS));
         });
     }
@@ -181,15 +199,15 @@ struct PackedScalars : Packed {
 
     void ask(int64_t row) const {
         __builtin_prefetch(bytes + ((row - first) * bits >> 3));
-        __builtin_prefetch(scales_of<0>(row));
+        __builtin_prefetch(scales_of(row));
     }
     template <class F>
     void read(int64_t row, const F& f) const {
         const int64_t bit = (row - first) * bits;
         const int field = field_at(bytes + (bit >> 3), bits, (bit & 7) / bits);
         constexpr auto one = std::integral_constant<int, 1>{};
-        if (are_signs) return f(0, one, sum_of_signs<1>(field, scales_of<0>(row), bits));
-        f(0, one, (static_cast<float>(field) - zero_of(bits)) * load(scales_of<0>(row)));
+        if (are_signs) return f(0, one, sum_of_signs<1>(field, scales_of(row), bits));
+        f(0, one, (static_cast<float>(field) - zero_of(bits)) * scale_at(scales_of(row)));
     }
 };
 
