@@ -45,8 +45,9 @@ def levels(precision: str, scales: Sequence[float]) -> list[float]:
 
 
 def scales_are_in_rows(precision: str, width: int) -> bool:
-    """Whether they stand behind the scalars of each row: its own scales do, where it has several scalars."""
-    return width > 1 and not precision.endswith("/slab") and rows_per_scale(precision, width, 0) == 1
+    """Whether they stand behind the scalars of each row: its own do, where these are several in 32 bytes at most."""
+    own = not precision.endswith("/slab") and rows_per_scale(precision, width, 0) == 1
+    return own and width > 1 and kind_of(precision)[1] * width <= 8 * 32
 
 
 def scales_of(precision: str, stored: Tensor, scales: Tensor | None, width: int) -> Tensor:

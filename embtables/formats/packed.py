@@ -18,6 +18,9 @@ from embtables.formats.rows import DTYPES, SCALE, RowFormat, Size
 _OWN_SCALES = 4
 # Rows that have one in common by default, where a row is smaller than that.
 _BLOCK = 64
+# The most bytes of a row that its scales stand behind: half of a cache line. Behind longer ones, which would lie across
+# two lines where they fill one, they would cost more than they save.
+_SHORT = 32
 # The scale of least squared error is found in rounds, of which the first few make nearly all of the difference.
 _ROUNDS = 8
 
@@ -27,8 +30,8 @@ class PackedFormat(RowFormat):
     """Each scalar is an integer of ``bits`` bits, and there is no padding between the scalars of a row.
 
     The integer q stands for (q − zero)·scale. Rows begin at a byte; where they are single scalars, as in the array of
-    ROBE or among the values of a pruned table, several of them share one. A scale takes two bytes; that of a single row
-    of several scalars stands behind it, and all others in a tensor of their own.
+    ROBE or among the values of a pruned table, several of them share one. A scale takes two bytes. A row's own stands
+    behind its scalars where these take 32 bytes at most; all others stand in a tensor of their own.
 
     int8 and int4: scale = max|x| / (2^(bits−1) − 1) over the rows that have it in common, rounded up, so that no scalar
     changes by more than half a scale, and 0 stays 0. int2 and binary have the few levels ±scale/2 and ±3·scale/2, and
@@ -61,7 +64,7 @@ class PackedFormat(RowFormat):
         return 1
 
     def scales_in_rows(self, width: int) -> bool:
-        return width > 1 and self.rows_per_scale(width) == 1
+        return width > 1 and self.rows_per_scale(width) == 1 and self.columns(width) <= _SHORT
 
     @property
     def _own_scales(self) -> int:

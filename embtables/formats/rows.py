@@ -29,8 +29,8 @@ Size = TypeVar("Size", int, npt.NDArray[np.int64])
 class RowFormat:
     """How a slab ``[rows, width]`` is stored: as ``[units, columns(width)]`` of ``dtype``, and perhaps scales.
 
-    Scales that each row has for itself stand behind its columns, where a lookup that fetches the row has them as well;
-    those that rows have in common stand in a tensor of their own. Rows of plain scalars are ``RowFormat(name, dtype)``:
+    Scales stand in a tensor of their own, or behind the columns of the row that they are for, where a lookup that
+    fetches the row has them as well. Rows of plain scalars are ``RowFormat(name, dtype)``:
     a unit is a row. Any other format is a subclass. Sizes are integers, or int64 arrays that are computed with element
     by element; the methods solve for ``slab_bytes``, which must not fall where the rows or the width grow, and is at
     least ``rows`` times ``row_bits`` bits.
