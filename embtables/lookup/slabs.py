@@ -36,6 +36,7 @@ class Slabs(nn.Module):
                 self._stored_rows[name] = StoredRows(row_format(slab.format), slab.width)
             self._slabs[slab.name] = (self._stored_rows[name].add(slab.rows), slab)
         self.weight_names = tuple(self._stored_rows)
+        self._plain = [name for name, rows in self._stored_rows.items() if rows.format == FP32]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its attribute."""
@@ -51,8 +52,7 @@ class Slabs(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of all numbers that are stored in fp32, or what the module was cast to."""
-        plain = next((name for name in self.weight_names if self.is_plain(name)), None)
-        return self._place.dtype if plain is None else self.tensor(plain).dtype
+        return self.tensor(self._plain[0] if self._plain else "_place").dtype
 
     def width(self, slab: str) -> int:
         """Columns of a slab."""
@@ -103,12 +103,12 @@ class Slabs(nn.Module):
 
     def is_plain(self, weight: str) -> bool:
         """Whether a weight, by its attribute, holds the rows themselves, and not a format that ``read`` knows."""
-        return self._stored_rows[weight].format == FP32
+        return weight in self._plain
 
     def dtype_of_rows(self, weight: str) -> torch.dtype:
         """The type in which training computes with a weight or extra, by its attribute, whatever it is stored in."""
-        stored = self._stored_rows.get(weight)
-        return self.tensor(weight).dtype if stored is None or stored.format == FP32 else torch.float32
+        in_other_format = weight in self._stored_rows and weight not in self._plain
+        return torch.float32 if in_other_format else self.tensor(weight).dtype
 
     def stored_as(self, weight: str) -> list[Tensor]:
         """The tensor of a weight, by its attribute, and behind it that of its scales, where its format has any."""
