@@ -86,6 +86,20 @@ def test_the_smallest_numbers_have_a_scale_too(precision: str) -> None:
     assert bool(((served - values).abs().amax(1) <= halves).all())
 
 
+def test_every_number_that_a_scale_may_be_is_read_from_its_bytes() -> None:
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    rows = StoredRows(row_format("int8/1"), 2)
+    rows.add(len(bits))
+    stored, scales = rows.empty("cpu")
+    assert scales is None
+    stored[:, :2] = 129  # once the scale
+    stored[:, 2:] = bits.unsqueeze(1).view(torch.uint8)
+    expected = bits.view(torch.bfloat16).float().unsqueeze(1).expand(-1, 2)
+    torch.testing.assert_close(
+        rows.read(stored, None, torch.arange(len(bits))), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("precision", ["int2/slab", "binary/slab"])
 def test_few_levels_have_the_scale_of_least_squared_error(precision: str) -> None:
     """Against a search over a thousand scales."""

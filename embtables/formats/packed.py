@@ -63,8 +63,9 @@ class PackedFormat(RowFormat):
     def scales(self) -> int:
         return 1
 
-    def scales_in_rows(self, width: int) -> bool:
-        return width > 1 and self.rows_per_scale(width) == 1 and self.columns(width) <= _SHORT
+    def scale_columns(self, width: int) -> int:
+        in_rows = width > 1 and self.rows_per_scale(width) == 1 and self.columns(width) <= _SHORT
+        return self.scales * DTYPES[SCALE].itemsize if in_rows else 0
 
     @property
     def _own_scales(self) -> int:
@@ -102,7 +103,7 @@ class PackedFormat(RowFormat):
         else:
             packed = self._joined(values.new_zeros(rows, width))
             scales = values.new_zeros(0, self.scales, dtype=DTYPES[SCALE])
-        if not self.scales_in_rows(width):
+        if not self.scale_columns(width):
             return packed, scales
         return torch.cat([packed, scales.view(DTYPES[self.dtype])], dim=1), None
 
@@ -198,12 +199,14 @@ def _joined_bytes(stored: Tensor) -> Tensor:
 
     By arithmetic, since ONNX cannot take the bits of one type for another.
     """
-    low, high = stored.int().unflatten(1, (-1, 2)).unbind(-1)
-    exponent = high % 128 * 2 + low // 128
-    # The smallest numbers have no leading one, and the exponent of the next ones. The last exponent is no number's.
-    powers = [2.0**-126, *(2.0**e for e in range(-126, 128)), float("nan")]
-    power = torch.tensor(powers, dtype=torch.float32, device=stored.device)[exponent]
-    return (1 - 2 * (high // 128).float()) * power * (low % 128 / 128 + (exponent > 0).float())
+    low, high = stored.long().unflatten(1, (-1, 2)).unbind(-1)
+    exponent, fraction = high % 128 * 2 + low // 128, low % 128
+    # The smallest numbers have no leading one, and the exponent of the next ones; those of the last exponent are
+    # infinite, or with a fraction none.
+    powers = [2.0**-126, *(2.0**e for e in range(-126, 128)), float("inf"), float("nan")]
+    place = exponent + ((exponent == 255) & (fraction > 0)).long()
+    power = torch.tensor(powers, dtype=torch.float32, device=stored.device)[place]
+    return (1 - 2 * (high // 128)).float() * power * (fraction / 128 + (exponent > 0).float())
 
 
 def _fields(integers: Tensor, count: int, bits: int) -> Tensor:

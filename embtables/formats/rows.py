@@ -64,9 +64,9 @@ class RowFormat:
         """How many scales there are for each ``rows_per_scale`` rows."""
         return 0
 
-    def scales_in_rows(self, width: int) -> bool:
-        """Whether the scales of each row stand behind its columns."""
-        return False
+    def scale_columns(self, width: int) -> int:
+        """Elements of ``dtype`` behind the columns of a row that are its scales; 0 where these stand elsewhere."""
+        return 0
 
     def row_bits(self, width: Size) -> Size:
         """The bits of one row, without its part in what rows share."""
@@ -108,7 +108,7 @@ class RowFormat:
         """Rows ``[N, width]`` in fp32.
 
         Args:
-            stored: the unit of each row, ``[N, columns]``, and with ``scales_in_rows`` the bytes of its scales behind.
+            stored: the unit of each row, ``[N, columns + scale_columns]``.
             number: ``[N]``, which row of its unit each is; ``None`` where units are rows.
             scales: ``[N, scales]``, those of each row; ``None`` where there are none, or in the rows.
             width: columns of the slab.

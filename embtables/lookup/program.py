@@ -193,9 +193,10 @@ def compile_program(
     start = 0
     for stored in map(store.stored_rows, weights):
         assert stored.form is not None
-        weight_words += [stored.width, start, stored.form.format, stored.form.bits, stored.form.share]
+        form = stored.form
+        weight_words += [stored.width, start, form.format, form.bits, form.share, stored.unit_bytes]
         start += stored.rows[-1]
-    weight_words += [0, start, 0, 0, 0]
+    weight_words += [0, start, 0, 0, 0, 0]
     projection_words = [n for name in projections for n in store.extra_shapes()[name]]
     code_words = [
         word for code in map(store.code, codes) for word in (code.element_size(), _columns(code), code.numel())

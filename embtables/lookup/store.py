@@ -89,12 +89,18 @@ class Store(Weights):
         """Allocates what no state dict of the store holds, as it is before the first step; the weights stay."""
         for name in self._non_persistent_buffers_set:
             setattr(self, name, ops.huge_pages(torch.empty_like(self.tensor(name), device=device)))
+        self._place_strengths()
         self.reset_state()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._strengths = {weight: strength.to(self.device) for weight, strength in self._strengths.items()}
+        self._place_strengths()
         return self
+
+    def _place_strengths(self) -> None:
+        # They have to be there when the weights come back from the meta device.
+        if self.device.type != "meta":
+            self._strengths = {weight: strength.to(self.device) for weight, strength in self._strengths.items()}
 
     def left_by_casts(self) -> list[str]:
         """Hyper-parameters too, since in bfloat16 Adam's beta2 would be 1, and the fp32 state of rows in 16 bits."""

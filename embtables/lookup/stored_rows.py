@@ -30,7 +30,9 @@ class StoredRows:
         self.format, self.width = rows_in, width
         self.together = rows_in.rows_per_unit(width)
         self.share = rows_in.rows_per_scale(width) if rows_in.scales else 1
-        self.scales_in_rows = rows_in.scales_in_rows(width)
+        self.scale_columns = rows_in.scale_columns(width)
+        # Of a row, or of some rows of one scalar.
+        self.unit_bytes = (rows_in.columns(width) + self.scale_columns) * DTYPES[rows_in.dtype].itemsize
         self.rows, self.units, self.blocks = [0], [0], [0]  # the first of each slab, and behind the last one
         self.form = self._form()
         self._firsts: dict[torch.device, Tensor] = {}
@@ -39,24 +41,18 @@ class StoredRows:
         """Appends a slab, and returns its first row."""
         self.rows.append(self.rows[-1] + rows)
         self.units.append(self.units[-1] + -(-rows // self.together))
-        self.blocks.append(self.blocks[-1] + (0 if self.scales_in_rows else self.format.scale_blocks(rows, self.width)))
+        self.blocks.append(self.blocks[-1] + self.format.scale_blocks(rows, self.width))
         self._firsts = {}
         return self.rows[-2]
 
     def empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor | None]:
         """The tensors for rows and scales, with nothing in them; ``None`` where no scales stand by themselves."""
         units, blocks = self.units[-1], self.blocks[-1]
-        dtype = DTYPES[self.format.dtype]
-        columns = self.format.columns(self.width) + self.scale_bytes_in_rows // dtype.itemsize
-        stored = torch.empty(units, columns, dtype=dtype, device=device)
-        if not self.format.scales or self.scales_in_rows:
+        columns = self.format.columns(self.width) + self.scale_columns
+        stored = torch.empty(units, columns, dtype=DTYPES[self.format.dtype], device=device)
+        if not self.format.scales or self.scale_columns:
             return stored, None
         return stored, torch.empty(blocks, self.format.scales, dtype=DTYPES[SCALE], device=device)
-
-    @property
-    def scale_bytes_in_rows(self) -> int:
-        """How many bytes of each row are those of its scales."""
-        return self.format.scales * DTYPES[SCALE].itemsize if self.scales_in_rows else 0
 
     def _form(self) -> RowForm | None:
         """What kernels take the format for; ``None`` where they do not have it."""

@@ -165,20 +165,13 @@ def _gather(
         else:
             byte = tl.load(stored + unit, mask=valid, other=0).to(tl.int32)
             field = (byte >> (number * BITS).to(tl.int32))[:, None] & (2**BITS - 1)
-        scalar_bytes: tl.constexpr = (BITS * W + 7) // 8
         if FORM == 2:
             values = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
             for j in tl.static_range(BITS):
-                if UNIT > scalar_bytes:
-                    scale = _number_at(stored + unit * UNIT + scalar_bytes + 2 * j, valid)
-                else:
-                    scale = tl.load(scales + block * BITS + j, mask=valid, other=0).to(tl.float32)
+                scale = _scale(stored + unit * UNIT, scales + block * BITS, j, valid, UNIT, (BITS * W + 7) // 8)
                 values += (((field >> j) & 1).to(tl.float32) - 0.5) * scale[:, None]
         else:
-            if UNIT > scalar_bytes:
-                scale = _number_at(stored + unit * UNIT + scalar_bytes, valid)
-            else:
-                scale = tl.load(scales + block, mask=valid, other=0).to(tl.float32)
+            scale = _scale(stored + unit * UNIT, scales + block, 0, valid, UNIT, (BITS * W + 7) // 8)
             zero: tl.constexpr = 2.0 ** (BITS - 1) - (0.0 if BITS > 2 else 0.5)
             values = (field.to(tl.float32) - zero) * scale[:, None]
     else:
@@ -187,11 +180,15 @@ def _gather(
 
 
 @triton.jit
-def _number_at(place, valid):
-    """bf16 numbers, as fp32, whose two bytes may begin anywhere."""
-    low = tl.load(place, mask=valid, other=0).to(tl.int32)
-    high = tl.load(place + 1, mask=valid, other=0).to(tl.int32)
-    return ((high << 24) | (low << 16)).to(tl.float32, bitcast=True)
+def _scale(row, scales, number, valid, UNIT: tl.constexpr, SCALAR_BYTES: tl.constexpr):
+    """A scale of each row, bf16 in fp32: among ``scales``, or behind the row's scalars, where it begins anywhere."""
+    if UNIT > SCALAR_BYTES:
+        low = tl.load(row + SCALAR_BYTES + 2 * number, mask=valid, other=0).to(tl.int32)
+        high = tl.load(row + SCALAR_BYTES + 2 * number + 1, mask=valid, other=0).to(tl.int32)
+        found = ((high << 24) | (low << 16)).to(tl.float32, bitcast=True)
+    else:
+        found = tl.load(scales + number, mask=valid, other=0).to(tl.float32)
+    return found
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -104,7 +104,7 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 12
+    version = 13
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
     words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
     for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):

@@ -16,7 +16,7 @@ UNBOUNDED = 2**62
 POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
 # How many words ``csrc/program.h`` has at the beginning, and for a lookup, a piece, a weight and a code.
-HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 18, 17, 5, 3
+HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 18, 17, 6, 3
 # How many tensors a weight or projection has for what an optimizer keeps of it.
 STATES = 4
 # The types of code buffers that native code reads.
@@ -50,7 +50,8 @@ class ProgramTensors(NamedTuple):
 
     ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``:
     ``STATES`` for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``;
-    ``scales``: of each weight, empty where its format has none, and no list at all where all weights are plain;
+    ``scales``: of each weight, empty where none stand outside of its rows, and no list at all where all weights are
+    plain;
     ``strengths``: of each weight, float32, how strongly L2 pulls each row that is updated, or whose gradient is asked
     for, and no list at all where it pulls none.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from embtables.lookup.constants import constants_of
@@ -13,16 +14,16 @@ if TYPE_CHECKING:
 
 def memory_of(tables: EmbeddingTables) -> Memory:
     """Bytes of the form that these tables have at present, the trained or the served one."""
-    by_kind: dict[str, int] = {}
+    found: Counter[str] = Counter()
     form = "serving" if tables.served else "training"
     kinds = {code.name: code.kind for g in tables.plan.groups for code in getattr(g.layout, form).codes}
     for name, tensor, is_code in tables.store.tensors():
-        kind, num_bytes = kinds.get(name, "scales") if is_code else "weights", storage_bytes([tensor])
-        inside = 0
+        in_rows = 0
         if name in tables.store.weight_names:
-            inside = tensor.shape[0] * tables.store.stored_rows(name).scale_bytes_in_rows
-        for of, part in ((kind, num_bytes - inside), ("scales", inside)):
-            by_kind |= {of: by_kind.get(of, 0) + part} if part or of == kind else {}
+            in_rows = tensor.shape[0] * tables.store.stored_rows(name).scale_columns * tensor.itemsize
+        found["scales"] += in_rows
+        found[kinds.get(name, "scales") if is_code else "weights"] += storage_bytes([tensor]) - in_rows
+    by_kind = dict(+found)  # those that occur
     # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
     state = storage_bytes(tensor for name, tensor in tables.store.optimizer_state().items() if name != "hyper")
     held = sum(by_kind.values())

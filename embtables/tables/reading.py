@@ -100,8 +100,8 @@ def strengths_of_rows(
 
 def _scales(recipe: Recipe, dim: int, store: Store) -> Iterator[tuple[str, float]]:
     """Each slab of a recipe, with the share s of its rows as in ``strengths_of_rows``."""
+    widths = {a: store.width(a.slab) * getattr(a, "scalars", 1) for a in recipe.addresses}
     for address in recipe.addresses:
-        widths = {a: store.width(a.slab) * getattr(a, "scalars", 1) for a in recipe.addresses}
         width, projected = widths[address], recipe.projection
         if isinstance(address, Range):
             projected = address.projection

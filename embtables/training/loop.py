@@ -331,6 +331,9 @@ class Run:
             self.optimization.load_state_dict(state["optimization"])
             if self.mean is not None:
                 self.mean.load_state_dict(state["mean"])
+            if self.config.tables.regularization and self.tables.stages:
+                # Ids may have moved to other rows.
+                self.tables.regularize(self.config.tables.regularization, self.data.frequencies)
             restore_random_state(state["random"], self.device)
         except Exception as error:  # values of any type may stand in the place of others
             reason = " ".join(str(error).split())[:300] or type(error).__name__

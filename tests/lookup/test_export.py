@@ -39,6 +39,8 @@ PACKED = [
     ("robe", "int2"),
     ("robe", "binary2"),
     ("pruned", "int4"),
+    ("full", "int8"),  # scales within the rows
+    ("full", "binary4/1"),
 ]
 
 
@@ -102,7 +104,8 @@ class ATableEach(nn.Module):
             assert [entry.variant for g in served.plan.groups for entry in g.layout.entries.values()] == [form]
             self.tables[form] = served
         for method, precision in PACKED if others else ():
-            solved = plan([item], method, "10%", optimizer=None, precision=precision)
+            budget = None if method == "full" else "10%"
+            solved = plan([item], method, budget, optimizer=None, precision=precision)
             self.tables[f"{method} {precision}"] = EmbeddingTables(solved).finalize()
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:

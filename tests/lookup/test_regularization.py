@@ -449,10 +449,10 @@ def test_it_is_in_no_state_dict_or_buffer_and_survives_copies_and_a_new_start(me
     meta.to_empty(device="cpu")
     meta.reset_parameters()
     meta.regularize(L2, COUNTS)
-    copied = copy.deepcopy(tables)
-    again = copy.deepcopy(tables)
+    copied, again, away = (copy.deepcopy(tables) for _ in range(3))
     again.reset_parameters()
-    for each in (tables, meta, copied, again):
+    away.to("meta").load_state_dict({name: tensor.clone() for name, tensor in plain.items()}, assign=True)
+    for each in (tables, meta, copied, again, away):
         backward(each)
         for weight, expected in zip(storage(each).values(), storage(tables).values()):
             assert torch.equal(weight, expected)

@@ -529,11 +529,11 @@ void Case::make_program() {
     append(pieces);
     int64_t start = 0;
     for (std::size_t w = 0; w < widths.size(); ++w) {
-        if (halves) all.insert(all.end(), {widths[w], start, BRAINS, 16, 1});
-        else all.insert(all.end(), {widths[w], start, PLAIN, 0, 0});
+        if (halves) all.insert(all.end(), {widths[w], start, BRAINS, 16, 1, 2 * widths[w]});
+        else all.insert(all.end(), {widths[w], start, PLAIN, 0, 0, 4 * widths[w]});
         start += rows[w];
     }
-    all.insert(all.end(), {0, start, PLAIN, 0, 0});
+    all.insert(all.end(), {0, start, PLAIN, 0, 0, 0});
     append(projections);
     for (const Integers& code : integers) all.insert(all.end(), {code.bytes, code.columns, static_cast<int64_t>(code.values.size())});
     words = Memory(static_cast<int64_t>(all.size()), 8);

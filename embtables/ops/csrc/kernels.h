@@ -209,7 +209,7 @@ template <class T>
 inline void ask_from(const Program& program, const Call& call, int64_t weight, int64_t row, int64_t scalars) {
     const Weight& w = program.weights[weight];
     const int64_t scalar = w.format == PLAIN ? 8 * static_cast<int64_t>(sizeof(T)) : w.bits;
-    const int64_t bits = w.format != PLAIN && w.width > 1 ? 8 * w.unit_bytes() : scalar * w.width;
+    const int64_t bits = w.format != PLAIN && w.width > 1 ? 8 * w.unit_bytes : scalar * w.width;
     ask_for<0>(static_cast<const char*>(call.weights[weight]) + (row - w.start) * bits / 8, (scalar * scalars + 7) / 8);
 }
 
@@ -1581,7 +1581,7 @@ inline void prefetch_rows(const Program& program, const Call& call, const Lookup
             for (int64_t k = 1; k < program.num_weights; ++k) w += rows[0] >= program.weights[k].start;
         }
         const Weight& weight = program.weights[w];
-        const int64_t bytes = weight.format == PLAIN ? weight.width * static_cast<int64_t>(sizeof(T)) : weight.unit_bytes();
+        const int64_t bytes = weight.format == PLAIN ? weight.width * static_cast<int64_t>(sizeof(T)) : weight.unit_bytes;
         __builtin_prefetch(static_cast<const char*>(call.weights[w]) + (rows[c] - weight.start) * bytes);
     }
 }
@@ -2232,7 +2232,9 @@ inline Outcome run_gather(const Gather& gather) {
 // One weight and a list of rows: a program of one lookup that is given its addresses.
 template <class T, class S>
 void update_of(const RowUpdate& u) {
-    const int64_t words[] = {1, 0, 0, 1, 0, 0, 0, /* Weight */ u.width, 0, u.format, 16, 0, u.width, u.num_rows, u.format, 16, 0};
+    const int64_t words[] = {1, 0, 0, 1, 0, 0, 0, /* Weight */ u.width, 0, u.format, 16, 0, 2 * u.width,
+                             /* the end */ 0, u.num_rows, 0, 0, 0, 0};
+    static_assert(sizeof words == (7 + 2 * sizeof(Weight) / 8) * 8, "a program of one weight");
     const Program program(words);
     void* weights[] = {u.weight};
     Call call{};

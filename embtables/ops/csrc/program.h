@@ -76,17 +76,12 @@ struct Weight {
     int64_t format;
     int64_t bits;        // of a scalar, where it is not plain
     int64_t share;       // how many rows of a slab have their scales in common; 0: all of them
+    int64_t unit_bytes;  // of a row (of rows of one scalar: of some of them), with the scales that may stand behind it
 
-    // Where it is not plain: the bytes of the scalars of a row (of rows of one scalar: of some of them).
+    // Where it is not plain: the bytes of a row's scalars, how many scales belong together, and whether they stand there.
     int64_t scalar_bytes() const { return (bits * width + 7) / 8; }
-    // Where it is packed: how many scales belong together, and whether those of a row stand behind its scalars. Behind
-    // rows of more than half a cache line they do not.
     int64_t num_scales() const { return format == SIGNS ? bits : 1; }
-    bool scales_in_rows() const {
-        return (format == INTEGERS || format == SIGNS) && share == 1 && width > 1 && scalar_bytes() <= 32;
-    }
-    // Where it is not plain: the bytes of a row, its own scales among them.
-    int64_t unit_bytes() const { return scalar_bytes() + (scales_in_rows() ? 2 * num_scales() : 0); }
+    bool scales_in_rows() const { return unit_bytes > scalar_bytes(); }
 };
 
 struct Projection {

@@ -11,7 +11,8 @@ __attribute__((always_inline)) inline void ask_for(const void* first, int64_t by
     const char* at = static_cast<const char*>(first);
     const int64_t n = BYTES ? BYTES : bytes;
     for (int64_t byte = 0; byte < n; byte += 64) __builtin_prefetch(at + byte);
-    // Powers of two do not end in another line, since they begin at a multiple of themselves.
+    // Powers of two do not end in another line where they begin at a multiple of themselves; where they do not, since
+    // something stands behind each, whoever asks asks for that as well.
     if constexpr (BYTES == 0) __builtin_prefetch(at + n - 1);
     else if constexpr (64 % BYTES != 0 && BYTES % 64 != 0) __builtin_prefetch(at + n - 1);
 }
@@ -115,7 +116,7 @@ struct Packed {
 
     Packed(const Program& program, const Call& call, const Piece& piece) {
         const Weight& w = program.weights[piece.weight];
-        width = w.width, bits = w.bits, unit_bytes = w.unit_bytes(), share = w.share;
+        width = w.width, bits = w.bits, unit_bytes = w.unit_bytes, share = w.share;
         bytes = static_cast<const uint8_t*>(call.weights[piece.weight]) + piece.unit * unit_bytes;
         if (w.scales_in_rows()) {
             scales = bytes + w.scalar_bytes(), scales_stride = unit_bytes;
@@ -135,7 +136,7 @@ struct Packed {
 
     __attribute__((always_inline)) const uint8_t* row_at(int64_t row) const { return bytes + (row - first) * unit_bytes; }
 
-    // COLUMNS: the bytes of a row's scalars, or 0. Its scales end in the line of its last byte, wherever they stand.
+    // COLUMNS: the bytes of a row's scalars, or 0. Scales behind a row lie in the line where it ends.
     template <int COLUMNS>
     __attribute__((always_inline)) void ask_packed(int64_t row) const {
         ask_for<COLUMNS>(row_at(row), unit_bytes);
