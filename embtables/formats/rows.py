@@ -30,10 +30,10 @@ class RowFormat:
     """How a slab ``[rows, width]`` is stored: as ``[units, columns(width)]`` of ``dtype``, and perhaps scales.
 
     Scales stand in a tensor of their own, or behind the columns of the row that they are for, where a lookup that
-    fetches the row has them as well. Rows of plain scalars are ``RowFormat(name, dtype)``:
-    a unit is a row. Any other format is a subclass. Sizes are integers, or int64 arrays that are computed with element
-    by element; the methods solve for ``slab_bytes``, which must not fall where the rows or the width grow, and is at
-    least ``rows`` times ``row_bits`` bits.
+    fetches the row has them as well. Rows of plain scalars are ``RowFormat(name, dtype)``: a unit is a row. Any other
+    format is a subclass. Sizes are integers, or int64 arrays that are computed with element by element; the methods
+    solve for ``slab_bytes``, which must not fall where the rows or the width grow, and is at least ``rows`` times
+    ``row_bits`` bits.
 
     Lookups read fp32 rows, whatever they are stored as. Training stores fp32 or bf16: all others are served alone.
 

@@ -11,8 +11,8 @@ __attribute__((always_inline)) inline void ask_for(const void* first, int64_t by
     const char* at = static_cast<const char*>(first);
     const int64_t n = BYTES ? BYTES : bytes;
     for (int64_t byte = 0; byte < n; byte += 64) __builtin_prefetch(at + byte);
-    // Powers of two do not end in another line where they begin at a multiple of themselves; where they do not, since
-    // something stands behind each, whoever asks asks for that as well.
+    // Powers of two that begin at a multiple of themselves do not end in another line; of others, which have something
+    // behind them, that is asked for as well.
     if constexpr (BYTES == 0) __builtin_prefetch(at + n - 1);
     else if constexpr (64 % BYTES != 0 && BYTES % 64 != 0) __builtin_prefetch(at + n - 1);
 }
