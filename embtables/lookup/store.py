@@ -106,8 +106,7 @@ class Store(Weights):
         """Hyper-parameters too, since in bfloat16 Adam's beta2 would be 1, and the fp32 state of rows in 16 bits."""
         packed = [weight for weight in self.weight_names if not self.is_plain(weight)]
         hyper = ["_hyper"] if "_hyper" in self._buffers else []
-        states = [name for weight in packed for name in self.state_names(weight)]
-        return [*super().left_by_casts(), *hyper, *states]
+        return [*super().left_by_casts(), *hyper, *(name for weight in packed for name in self.state_names(weight))]
 
     # ---- what a step needs -----------------------------------------------------------------------------------------
 

@@ -106,8 +106,6 @@ class Run:
         self.outcomes = [Outcome(config, data, out, tables.plan), *others]
         self._follow(_Progress(others={other.out.name: Selection() for other in others}))
         self.steps_per_epoch = steps_per_epoch(config, data)
-        if config.tables.regularization:
-            tables.regularize(config.tables.regularization, data.frequencies)
         self.optimization = Optimization(config, model, tables)
         self.quantization = quantization_step(config, data, tables.plan)
         horizon = horizon_of(config, data)
@@ -126,6 +124,9 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         self._remove_stale()
+        if self.config.tables.regularization:
+            # Only now do ids have the rows with which the training goes on: in some methods they move.
+            self.tables.regularize(self.config.tables.regularization, self.data.frequencies)
         events = Events(self.out / "tensorboard", self.progress.step)
         try:
             if not self.progress.finished:
@@ -331,9 +332,6 @@ class Run:
             self.optimization.load_state_dict(state["optimization"])
             if self.mean is not None:
                 self.mean.load_state_dict(state["mean"])
-            if self.config.tables.regularization and self.tables.stages:
-                # Ids may have moved to other rows.
-                self.tables.regularize(self.config.tables.regularization, self.data.frequencies)
             restore_random_state(state["random"], self.device)
         except Exception as error:  # values of any type may stand in the place of others
             reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -76,7 +76,7 @@ struct Weight {
     int64_t format;
     int64_t bits;        // of a scalar, where it is not plain
     int64_t share;       // how many rows of a slab have their scales in common; 0: all of them
-    int64_t unit_bytes;  // of a row (of rows of one scalar: of some of them), with the scales that may stand behind it
+    int64_t unit_bytes;  // where it is not plain: of a row (of rows of one scalar: of some of them), scales behind it too
 
     // Where it is not plain: the bytes of a row's scalars, how many scales belong together, and whether they stand there.
     int64_t scalar_bytes() const { return (bits * width + 7) / 8; }
