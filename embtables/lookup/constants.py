@@ -19,17 +19,18 @@ class WithConstants(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._constants: list[str] = []
+        self._constants: dict[str, Tensor] = {}
 
     def constant(self, name: str, values: Any, dtype: torch.dtype = torch.int64) -> None:
         """Keeps values, such as one (or a list) for each lookup, as the tensor ``self.<name>``."""
-        setattr(self, name, torch.as_tensor(values, dtype=dtype))
-        self._constants.append(name)
+        self._constants[name] = torch.as_tensor(values, dtype=dtype, device="cpu")
+        setattr(self, name, self._constants[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        for name in self._constants:
-            setattr(self, name, fn(getattr(self, name)))
+        for name, values in self._constants.items():
+            # From what it was made of: on the way over the meta device it has lost its values.
+            setattr(self, name, values.to(fn(getattr(self, name)).device))
         return self
 
 

@@ -17,7 +17,7 @@ from embtables.lookup.graphs import beside
 from embtables.lookup.inputs import Input, check_offsets
 from embtables.lookup.native import NativeLookup
 from embtables.lookup.program import InputSpec, is_native
-from embtables.lookup.recipe import Recipe
+from embtables.lookup.recipe import BLOCKS, Recipe
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.shown import Shown
 from embtables.lookup.step import Step
@@ -343,7 +343,12 @@ class Lookup(nn.Module):
 
 
 def _is_native(block: BlockLookup, store: Store) -> bool:
-    return isinstance(block.block, RecipeBlock) and all(is_native(recipe, store) for recipe in block.block.recipes)
+    if not isinstance(block.block, RecipeBlock):
+        return False
+    recipes = block.block.recipes
+    # Native steps update rows and blocks of scalars one after the other: what is read as both would be updated twice.
+    read = {(address.slab, isinstance(address, BLOCKS)) for recipe in recipes for address in recipe.all_addresses()}
+    return len(read) == len({slab for slab, _ in read}) and all(is_native(recipe, store) for recipe in recipes)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -128,10 +128,11 @@ class BlockLookup(WithConstants):
         self.constant("has_padding", [t.padding_idx is not None for t in self.tables], torch.bool)
         # In graphs all ids are looked up as often as a feature occurs here: the lookup of each column, −1 for none.
         layer = [columns[:i].count(column) for i, column in enumerate(columns)]
-        layers = torch.full((max(layer) + 1, self.num_features + 1), -1)
-        layers[layer, columns] = torch.arange(len(columns))
+        layers = [[-1] * (self.num_features + 1) for _ in range(max(layer) + 1)]
+        for lookup, (number, column) in enumerate(zip(layer, columns)):
+            layers[number][column] = lookup
         self.constant("layers", layers)
-        self.constant("slots", torch.tensor(layer) * self.num_features + torch.tensor(columns))
+        self.constant("slots", [number * self.num_features + column for number, column in zip(layer, columns)])
         self._ranges = ops.ranges((f, t.name, t.num_embeddings) for f, t in zip(features, self.tables))
         self.policies = {t.on_out_of_range for t in self.tables if t.num_embeddings is not None}
         self.pads = any(t.padding_idx is not None for t in self.tables)
@@ -268,7 +269,7 @@ class BlockLookup(WithConstants):
     def mask(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, with zeros for padding ids."""
         padded = self._padded(ids)
-        return vectors if padded is None else vectors * ~padded.unsqueeze(-1)
+        return vectors if padded is None else vectors.masked_fill(padded.unsqueeze(-1), 0)
 
     def weighted(self, vectors: Tensor, ids: FeatureIds) -> Tensor:
         """The vectors, each times its weight where there are weights."""

@@ -113,7 +113,7 @@ class NativeLookup:
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
-        store, number = self.store, torch.tensor(step)
+        store, number = self.store, torch.tensor(step, device="cpu")
         for name, rows, values in self._by_row(gradients):
             ops.update_rows(store.tensor(name), store.state_of(name), rows, values, store.hyper, store.rule, number)
 
@@ -123,7 +123,7 @@ class NativeLookup:
             if gradient.is_sparse:
                 yield name, gradient._indices()[0], gradient._values()
             else:
-                yield name, torch.arange(gradient.shape[0]), gradient
+                yield name, torch.arange(gradient.shape[0], device="cpu"), gradient
 
     def takes(self, given: Input, step: Step) -> ProgramTensors | None:
         """The program's tensors, if native code may look at them and at these very arguments.
@@ -198,7 +198,8 @@ class NativeLookup:
 
     @staticmethod
     def _outputs(starts: Sequence[int], strides: Sequence[int], modes: Sequence[str | None]) -> Tensor:
-        return torch.tensor([*zip(starts, strides, [POOLING[mode] for mode in modes])], dtype=torch.int64)
+        words = [*zip(starts, strides, [POOLING[mode] for mode in modes])]
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
 
     def _args(self, given: Input, outputs: Tensor, batch: int, shape: tuple[int, ...], *, keeps: bool) -> LookupArgs:
         """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
@@ -249,7 +250,7 @@ class NativeLookup:
         return ops.look_up_values(tensors, args)
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _as(tensor: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:

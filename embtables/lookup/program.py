@@ -204,7 +204,7 @@ def compile_program(
     counts = [num_features, len(lookups), num_pieces, len(weights), len(projections), len(codes), len(rests)]
     sections = [*counts, *lookup_words, *piece_words, *weight_words, *projection_words, *code_words]
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
-    words = torch.tensor(sections, dtype=torch.int64)
+    words = torch.tensor(sections, dtype=torch.int64, device="cpu")
     return Program(words, tuple(weights), tuple(projections), tuple(codes), total, most)
 
 

@@ -120,7 +120,7 @@ class _Combined:
         first, store = recipes[0], block.store
         self.combination, self.zeros = first.combine, first.zeros
         self.projections = [name for name in (first.inner, first.projection) if name is not None]
-        self.embedding_dim = block.embedding_dim
+        self.embedding_dim, self.store = block.embedding_dim, store
         self.runs: list[_Run] = []
         start = 0
         for length in _runs(first, store):
@@ -140,7 +140,7 @@ class _Combined:
     def _combined(self, values: list[Tensor], ranks: Tensor, feature: Tensor) -> Tensor:
         """One vector from values ``[..., P, width]`` of each run."""
         if not values:
-            return torch.zeros(*ranks.shape, self.embedding_dim, device=ranks.device)
+            return torch.zeros(*ranks.shape, self.embedding_dim, dtype=self.store.dtype, device=ranks.device)
         if self.combination == "concat":
             joined = [v.flatten(-2) for v in values]
             vectors = joined[0] if len(joined) == 1 else torch.cat(joined, dim=-1)
@@ -293,17 +293,20 @@ class _Run:
         return rows * 2 + (hash_signs(ids.unsqueeze(-1), self._constant("sign_seed")[feature]) > 0)
 
 
+def _range_kind(address: Range, store: Store) -> tuple[int, str, str]:
+    """What rows have in common that are looked up together: width, format, and projection, empty without one."""
+    return store.width(address.slab), store.format(address.slab), address.projection or ""
+
+
 class _Alternatives:
-    """Looks up each width and format by itself: their positions, one gather, one product of matrices; then the rest."""
+    """Looks up each kind of rows by itself: their positions, one gather, one product of matrices; then the rest."""
 
     def __init__(self, block: RecipeBlock) -> None:
         self._block = [block]
         store = block.store
         each = [[a for a in recipe.addresses if isinstance(a, Range)] for recipe in block.recipes]
         # The kinds of rows, by their numbers. That of the ids that no range holds comes after them.
-        found = {(store.width(a.slab), store.format(a.slab)): a.projection for ranges in each for a in ranges}
-        self.kinds = sorted(found)
-        self.projections = [found[kind] for kind in self.kinds]
+        self.kinds = sorted({_range_kind(a, store) for ranges in each for a in ranges})
         rests = [recipe.rest for recipe in block.recipes if recipe.rest is not None]
         self.rest = _Combined(block, "rest_", rests) if rests else None
         most = max(map(len, each)) + (self.rest is not None)
@@ -312,7 +315,7 @@ class _Alternatives:
             stops = [0, *accumulate(store.rows(a.slab) for a in ranges)]
             # A row is its slab's first row plus the rank, less the ranks before the slab's; the rest counts from 0 on.
             bases = [store.start(a.slab) - before for a, before in zip(ranges, stops)]
-            kinds = [self.kinds.index((store.width(a.slab), store.format(a.slab))) for a in ranges]
+            kinds = [self.kinds.index(_range_kind(a, store)) for a in ranges]
             if self.rest is not None:
                 bases, kinds = [*bases, -stops[-1]], [*kinds, len(self.kinds)]
             padding = [0] * (most - len(bases))
@@ -347,14 +350,14 @@ class _Alternatives:
         rows, kind = self.places(ranks, feature)
         if torch.compiler.is_compiling():
             # How many ids have rows of a kind depends on data, so that each of them is asked for a row of each.
-            parts = [Part(w, torch.where(kind == k, rows, -1), None, f) for k, (w, f) in enumerate(self.kinds)]
+            parts = [Part(w, torch.where(kind == k, rows, -1), None, f) for k, (w, f, _) in enumerate(self.kinds)]
             if self.rest is not None:
                 held = kind < len(self.kinds)
                 of_rest = self.rest.address(torch.where(held, 0, rows), feature)
                 parts += [part._replace(rows=part.rows.masked_fill(held.unsqueeze(-1), -1)) for part in of_rest]
             return parts
         rows, subsets = rows.reshape(-1), self._subsets(kind)
-        parts = [Part(w, rows[subset], subset, f) for (w, f), subset in zip(self.kinds, subsets)]
+        parts = [Part(w, rows[subset], subset, f) for (w, f, _), subset in zip(self.kinds, subsets)]
         if self.rest is not None:
             subset, feature = subsets[-1], feature.expand_as(ranks).reshape(-1)
             parts += [p._replace(subset=subset) for p in self.rest.address(rows[subset], feature[subset])]
@@ -362,8 +365,8 @@ class _Alternatives:
 
     def combine(self, values: list[Tensor], ranks: Tensor, ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
         vectors = []
-        for projection, rows in zip(self.projections, values):
-            vectors.append(rows if projection is None else rows @ extras(projection))
+        for (_, _, projection), rows in zip(self.kinds, values):
+            vectors.append(rows @ extras(projection) if projection else rows)
         of_rest = values[len(self.kinds) :]
         places, kind = self.places(ranks, feature)
         if torch.compiler.is_compiling():

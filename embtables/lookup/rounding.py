@@ -100,7 +100,7 @@ class RoundedRows(WithConstants):
             ("share", [share for _, share, _ in each]),
             ("block", [block for _, _, block in each]),
         ):
-            self.constant(constant, torch.tensor(values, dtype=torch.int64, device=trained.device))
+            self.constant(constant, values)
         self.alike = {(kind, share) for kind, share, _ in each} == {(0, 1)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -17,8 +17,8 @@ from embtables.lookup.weights import Weights
 from embtables.optimizers import FusedOptimizer, rule_of
 from embtables.sizes.layout import Form
 
-_NO_STEP = torch.zeros((), dtype=torch.int64)
-_NOTHING = torch.empty(0)
+_NO_STEP = torch.zeros((), dtype=torch.int64, device="cpu")
+_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 class Store(Weights):
@@ -89,6 +89,8 @@ class Store(Weights):
         """Allocates what no state dict of the store holds, as it is before the first step; the weights stay."""
         for name in self._non_persistent_buffers_set:
             setattr(self, name, ops.huge_pages(torch.empty_like(self.tensor(name), device=device)))
+        if self.rounding is not None:
+            self.rounding.to_empty(device=device)
         self._place_strengths()
         self.reset_state()
 

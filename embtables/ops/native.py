@@ -49,8 +49,8 @@ _HUGE, _LARGE = 2**22, 2**24
 _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 _address = Tensor.data_ptr
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
-_NOTHING = torch.empty(0)
+_NO_ROWS = torch.empty(0, dtype=torch.int64, device="cpu")
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -313,12 +313,12 @@ class Library:
             Refused: for an id out of range, or offsets that do not fit.
             MemoryError: see ``run``.
         """
-        rows = torch.empty(args.num_rows, dtype=torch.int64)
+        rows = torch.empty(args.num_rows, dtype=torch.int64, device="cpu")
         return self.values(tensors, args, rows), rows
 
     def values(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor = _NO_ROWS) -> Tensor:
         """The values; the addresses go to ``rows`` where there is room for them. It raises what ``forward`` does."""
-        values = torch.empty(args.shape, dtype=tensors.dtype)
+        values = torch.empty(args.shape, dtype=tensors.dtype, device="cpu")
         self.keep_large_blocks(values.nbytes)
         self._run_forward(self._call(tensors, args, rows, values))
         return values
@@ -338,7 +338,7 @@ class Library:
         """A copy of the rows that the gradient of a lookup depends on, as they are now."""
         call = self._call(tensors, args, rows, None)
         count = self._functions["keep_rows"]  # returns how many scalars they are, and writes none where it is told to
-        kept = torch.empty(count(call.buffer_info()[0]), dtype=tensors.dtype)
+        kept = torch.empty(count(call.buffer_info()[0]), dtype=tensors.dtype, device="cpu")
         call[_PLACE["saved"]] = kept.data_ptr()
         count(call.buffer_info()[0])
         return kept
@@ -386,12 +386,12 @@ class Library:
             # No weight has more distinct rows than there are addresses, which stand for blocks where the width is 1.
             each = [tensors.most_scalars() if width == 1 else 1 for _, width in shapes]
             most = [min(num_rows, rows.numel() * n) for (num_rows, _), n in zip(shapes, each)]
-            into = [torch.empty(n, width, dtype=dtype) for n, (_, width) in zip(most, shapes)]
-            index = [torch.empty(n, dtype=torch.int64) for n in most]
+            into = [torch.empty(n, width, dtype=dtype, device="cpu") for n, (_, width) in zip(most, shapes)]
+            index = [torch.empty(n, dtype=torch.int64, device="cpu") for n in most]
         else:
-            into = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+            into = [torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes]
             index = []
-        counts = torch.zeros(len(shapes) if sparse else 0, dtype=torch.int64)
+        counts = torch.zeros(len(shapes) if sparse else 0, dtype=torch.int64, device="cpu")
         target = self._call(tensors._replace(weights=into, projections=into_projections), args, rows, grad)
         target[_PLACE["rule"]] = call[_PLACE["rule"]]
         addresses = array("q", [rows_of_weight.data_ptr() for rows_of_weight in index])

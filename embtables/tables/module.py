@@ -139,7 +139,7 @@ class EmbeddingTables(PlannedTables):
         if self.store.device.type == "meta":
             raise ValueError("tables on the meta device have no rows to round: fake_quantize() after to_empty()")
         if rounded_slabs(self.plan):
-            self.store.rounding = Rounding(self.store, self.serve().store)
+            self.store.rounding = Rounding(self.store, self.serve().store).to(self.store.device)
 
     @torch.no_grad()
     def take_over(

@@ -284,3 +284,21 @@ def best_loss(precision: str, quantizes: bool) -> float:
 @pytest.mark.parametrize("precision", ["int2/1", "binary/1"])
 def test_what_is_trained_rounded_is_better_than_what_is_rounded_after_training(precision: str) -> None:
     assert best_loss(precision, quantizes=True) < 0.97 * best_loss(precision, quantizes=False)
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_rounding_survives_the_meta_device(way: str) -> None:
+    tables = make("full", "int4/64", optimizers.SGD(lr=0.1))
+    tables.fake_quantize()
+    state, ids = copy.deepcopy(tables.state_dict()), random_ids(tables, 40)
+    moved = copy.deepcopy(tables).to("meta")
+    if way == "to_empty":
+        moved.to_empty(device="cpu")
+    moved.load_state_dict(state, assign=way == "assign")
+    for each in (tables, moved):
+        for _ in range(3):
+            each(ids).square().sum().backward()
+    expected = tables.state_dict()
+    for name, tensor in moved.state_dict().items():
+        if isinstance(tensor, Tensor):
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)

@@ -53,6 +53,7 @@ METHODS: dict[str, Method] = {
     "mean with signs, projected twice": LowRankHashes(combine="mean", signs=True, rank=8, narrowed=True),
     "product, projected twice": LowRankHashes(combine="product", narrowed=True),
     "concat, projected twice": LowRankHashes(combine="concat", num_hashes=4, narrowed=True),
+    "one wide row, projected": LowRankHashes(combine="concat", num_hashes=1, rank=17),
     "concat and zeros": LowRankHashes(combine="concat", num_hashes=2, rank=2, widened=False),
     "one row and zeros": LowRankHashes(combine="concat", num_hashes=1, widened=False),
     "rest of one row": FrequentRows(rest="capped"),
@@ -102,8 +103,6 @@ def any_threads() -> Iterator[None]:
 def make(
     method: Method, optimizer: FusedOptimizer | None, tables: Sequence[TableConfig] = TABLES, **options: Any
 ) -> EmbeddingTables:
-    if isinstance(method, FrequentRows) and method.rest == "blocks" and isinstance(optimizer, RowWiseAdagrad):
-        optimizer = Adagrad(lr=0.1, eps=0.01)  # scalars of blocks have no rows
     return EmbeddingTables(plan(tables, method, None, optimizer=optimizer), seed=3, std=0.5, **options)
 
 

@@ -269,15 +269,16 @@ inline void rows_of_piece(const Program& program, const Call& call, const Lookup
             break;
         case DIGIT:
             for (int64_t i = 0; i < n; ++i) {
-                uint64_t q = static_cast<uint64_t>(x[i]);
-                const uint64_t divisor = static_cast<uint64_t>(piece.a), radix = static_cast<uint64_t>(piece.b);
-                if ((q | divisor | radix) >> 32) {
-                    q = q / divisor % radix;
+                const int64_t divisor = piece.a, radix = piece.b;
+                int64_t q;
+                if (static_cast<uint64_t>(x[i] | divisor | radix) >> 32) {
+                    q = (x[i] / divisor - (x[i] % divisor < 0)) % radix;  // raw ids may be negative: rounded down
+                    q += q < 0 ? radix : 0;
                 } else {  // 32-bit division is several times faster
-                    const uint32_t small = static_cast<uint32_t>(q) / static_cast<uint32_t>(divisor);
+                    const uint32_t small = static_cast<uint32_t>(x[i]) / static_cast<uint32_t>(divisor);
                     q = small < radix ? small : small % static_cast<uint32_t>(radix);
                 }
-                found[i] = base + static_cast<int64_t>(q);
+                found[i] = base + q;
             }
             break;
         case CUT:
@@ -1216,7 +1217,9 @@ inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g,
         each<W>(n, [&](int64_t d, auto m) { put<m>(w + d, get<m>(g + d)); });
         return;
     }
-    if (rule.clip > 0) {
+    if (rule.clip > 0 && is_block) {
+        for (int64_t i = 0; i < n; ++i) g[i] *= rule.clip / std::max(rule.clip, std::fabs(g[i]));
+    } else if (rule.clip > 0) {
         const float norm = std::sqrt(dot<W>(g, g, n));
         const float factor = rule.clip / (norm < rule.clip ? rule.clip : norm);  // NaN where the norm is NaN
         each<W>(n, [&](int64_t d, auto m) { put<m>(g + d, get<m>(g + d) * factor); });
@@ -1229,7 +1232,8 @@ inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g,
         // The gradient is used up: its place takes how far the row has moved.
         if (__builtin_expect(averages, 0)) put<m>(g + d, before - get<m>(w + d));
     };
-    switch (rule.kind) {
+    // A row of one scalar has in row-wise Adagrad the state that it has in Adagrad.
+    switch (is_block && rule.kind == ROWWISE_ADAGRAD ? ADAGRAD : rule.kind) {
         case SGD:
             each<W>(n, [&](int64_t d, auto m) { subtract(d, m, rule.lr * get<m>(g + d)); });
             break;
@@ -1259,22 +1263,6 @@ inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g,
             });
     }
     if (__builtin_expect(averages, 0)) move_mean(rule, state, g, n, is_block);
-}
-
-// Scalars of blocks have no rows: each is clipped by itself.
-template <class Row, class S>
-inline void update_scalars(const Rule& rule, Row w, const State<S>& state, float* g, int64_t n) {
-    if (rule.kind < DENSE_GRADIENT && rule.clip > 0) {
-        for (int64_t i = 0; i < n; ++i) {
-            const float norm = g[i] < 0 ? -g[i] : g[i];
-            g[i] *= rule.clip / (norm > rule.clip ? norm : rule.clip);
-        }
-        Rule unclipped = rule;
-        unclipped.clip = 0;
-        update_row<0>(unclipped, w, state, g, n, true);
-        return;
-    }
-    update_row<0>(rule, w, state, g, n, true);
 }
 
 // ---- the occurrences of rows ---------------------------------------------------------------------------------------
@@ -1486,7 +1474,7 @@ void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspac
         const size_t count = static_cast<size_t>(entry - chain);
         const int64_t length = static_cast<int64_t>(stop - first);
         const int64_t scalar = static_cast<int64_t>(first) - target.start;
-        if (count == 1 && !target.rows && rule.clip == 0) {  // the rule, and fast
+        if (count == 1 && !target.rows) {  // the rule, and fast
             const State<S> state = target.state.at(rule, scalar, 1);
             with_dim<T>(length, [&](auto w) {
                 work.sum.reserve(length);
@@ -1517,7 +1505,7 @@ void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspac
             target.next += length;
             continue;
         }
-        update_scalars(rule, target.values + scalar, target.state.at(rule, scalar, 1), sum, length);
+        update_row<0>(rule, target.values + scalar, target.state.at(rule, scalar, 1), sum, length, true);
     }
 }
 
@@ -1627,9 +1615,13 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
 
 // How many values an id has: room for its rows too, where a gradient that depends on them may have to keep them.
 inline int64_t own_stride_of(const Program& program, const Lookup& lookup) {
-    if (lookup.rest >= 0) return std::max(lookup.inner, own_stride_of(program, program.lookups[lookup.rest]));
-    const bool one = lookup.operation == CONCAT || lookup.operation == MIXED ||
-                     (is_list(lookup) && !reads_rows(program, lookup));
+    if (lookup.operation == MIXED) {
+        int64_t most = lookup.rest < 0 ? lookup.inner : std::max(lookup.inner, own_stride_of(program, program.lookups[lookup.rest]));
+        // Before their projection rows may be wider than the vectors.
+        for (int64_t c = 0; c < lookup.num_pieces; ++c) most = std::max(most, program.pieces[lookup.first_piece + c].width);
+        return most;
+    }
+    const bool one = lookup.operation == CONCAT || (is_list(lookup) && !reads_rows(program, lookup));
     return one ? lookup.inner : lookup.num_rows * lookup.inner;
 }
 
