@@ -15,7 +15,7 @@ from embtables.lookup.recipe import Recipe
 from embtables.lookup.stored_rows import StoredRows
 from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
-from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, ranks_of
+from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, ranked_entry, ranks_of, runs
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Group
 
@@ -91,10 +91,9 @@ class Banded(BandedMethod):
         parts = []
         for t, (table, counts) in enumerate(zip(group.tables, group.counts)):
             assert counts is not None
-            ranked = counts_by_rank(counts).astype(np.float64)
-            starts = np.concatenate([[0], np.flatnonzero(np.diff(ranked)) + 1])[: len(ranked)]
-            ends = np.append(starts[1:], len(ranked))[: len(starts)]
-            each = ranked[starts]
+            ranked = counts_by_rank(counts)
+            starts, ends = runs(ranked)
+            each = ranked[starts].astype(np.float64)
             signal = each * (each / np.maximum(each + self.prior_count, 1.0))
             kinds = self._choices(group, table.embedding_dim)
             slopes = np.array([_slope(less, more) for less, more in zip(kinds, kinds[1:])])
@@ -117,9 +116,7 @@ class Banded(BandedMethod):
             "widths": [level.width for _, level in bands],
             "precisions": [level.format.name for _, level in bands],
         }
-        if ranks_from is None or not bands:
-            return Entry("banded", values)
-        return Entry("banded_by_rank", values | {"ranks_from": ranks_from})
+        return ranked_entry("banded", values, ranks_from if bands else None)
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         bands, zeros = self._ranges(entry, group), Recipe("sum", ())

@@ -18,7 +18,13 @@ from embtables.formats import RowFormat
 from embtables.lookup.recipe import Range
 from embtables.lookup.store import Store
 from embtables.methods.base import Initializer, TableEntry, full_entry, full_layout
-from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows, projection_name, projection_of
+from embtables.methods.projecting import (
+    Narrowed,
+    fit_projections,
+    initialize_projections,
+    projection_name,
+    projection_of,
+)
 from embtables.methods.ranking import RankedMethod, rank_code, ranks_of, remapped
 from embtables.sizes.budget import Ints
 from embtables.sizes.layout import FULL, Entry, Form, Group, Layout, Slab
@@ -82,7 +88,7 @@ class BandedMethod(RankedMethod):
             own = range(int(self.drops_lowest), len(levels))
             bands = [(int(rows[i]), levels[i]) for i in reversed(own) if rows[i]]
             narrow |= {(dim, level.width) for _, level in bands if level.width < dim}
-            slabs += [Slab(f"{table.name}/{j}", n, *_of_slab(level)) for j, (n, level) in enumerate(bands)]
+            slabs += [Slab(f"{table.name}/{j}", n, lv.width, lv.format.name) for j, (n, lv) in enumerate(bands)]
             entries[table.name] = self._entry(bands, starts.get(table.name))
         extras = tuple(projection_of(group, width, dim) for dim, width in sorted(narrow))
         return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
@@ -102,8 +108,7 @@ class BandedMethod(RankedMethod):
 
     def initialize(self, layout: Layout, group: Group, store: Store, init: Initializer) -> None:
         super().initialize(layout, group, store, init)
-        for extra in layout.training.extras:
-            store.extra(extra.name).copy_(orthogonal_rows(extra.shape, init.generator(extra.name)))
+        initialize_projections(layout, store, init)
 
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
         """Takes over trained full tables: rows of width D as they are, narrower ones as near as the projection allows.
@@ -112,8 +117,9 @@ class BandedMethod(RankedMethod):
         which no id has a row are not among those taken over.
         """
         kept = super().keep(layout, group, store, weights)
-        narrow: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for table in group.tables:
+        narrow: dict[str, list[Narrowed]] = {}
+        counted = all(counts is not None for counts in group.counts)
+        for table, counts in zip(group.tables, group.counts):
             entry = TableEntry(table, layout.entries[table.name])
             if table.name not in weights or entry.entry.variant == FULL:
                 continue
@@ -124,16 +130,13 @@ class BandedMethod(RankedMethod):
                 slab = store.slab(band.slab)
                 # The row for ids that are out of range, which a trained table does not have, stays as it is.
                 places = (ids[: len(slab)] < len(vectors)).nonzero().squeeze(1)
-                own, ids = vectors[ids[places]], ids[len(slab) :]
+                held, ids = ids[places], ids[len(slab) :]
                 if band.projection is None:
-                    slab[places] = own.to(slab)
+                    slab[places] = vectors[held].to(slab)
                 else:
-                    narrow.setdefault(band.projection, []).append((slab, places, own))
-        for name, parts in narrow.items():
-            projection = store.extra(name).detach()
-            projection.copy_(principal_rows([(own, None) for _, _, own in parts], len(projection)))
-            for slab, places, own in parts:
-                slab[places] = narrow_rows(own, projection).to(slab)
+                    shares = counts[held.cpu().numpy()] if counted and counts is not None else None
+                    narrow.setdefault(band.projection, []).append(Narrowed(slab, places, vectors[held], shares))
+        fit_projections(store, narrow)
         return kept
 
 
@@ -231,7 +234,3 @@ def _ids_by_rank(entry: TableEntry, group: Group, store: Store) -> Tensor:
 def _on_each(standing: Ints) -> Ints:
     """How many stand on each level, of how many stand on each or above."""
     return standing - np.pad(standing[:, 1:], ((0, 0), (0, 1)))
-
-
-def _of_slab(level: Level) -> tuple[int, str]:
-    return level.width, level.format.name

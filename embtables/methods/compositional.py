@@ -190,8 +190,9 @@ def fewest_collisions(n: int, widths: Sequence[int], limit: int, rows_in: RowFor
 
     c is the smallest for which they fit; then the largest partition grows into what is left.
     """
-    # In bits, as far as they go: what rows share comes on top.
-    k, first, *rest = len(widths), *(rows_in.row_bits(width) for width in widths)
+    # No slab has fewer bits a row than one of very many rows, but for the last digits.
+    k, many = len(widths), 2**40
+    first, *rest = (8 * rows_in.slab_bytes(many, width) / many * (1 - 1e-9) for width in widths)
     others = sum(rest)
 
     def possible(c: int) -> bool:
@@ -199,7 +200,7 @@ def fewest_collisions(n: int, widths: Sequence[int], limit: int, rows_in: RowFor
         return bool((8 * limit - others * c) * c ** (k - 1) >= first * n)
 
     # The left side rises up to its real peak and falls beyond, so what is possible is one interval of c.
-    peak = max(2, (k - 1) * 8 * limit // (others * k))
+    peak = max(2, int((k - 1) * 8 * limit / (others * k)))
     c = 2 + bisect_left(range(2, peak + 1), True, key=possible)
     while possible(c):
         small = [c] * (k - 1)

@@ -11,7 +11,13 @@ from torch import Tensor
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
-from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows, projection_name, projection_of
+from embtables.methods.projecting import (
+    Narrowed,
+    fit_projections,
+    initialize_projections,
+    projection_name,
+    projection_of,
+)
 from embtables.methods.widths import WidthPath, width_path
 from embtables.sizes.layout import Entry, Form, Group, Layout, Slab
 
@@ -70,28 +76,20 @@ class FewerDimensions(Method):
                 # Vectors are as long as those of other methods, zeros and all.
                 std *= sqrt(table.embedding_dim / entry.values["width"])
             init.uniform_(store.slab(table.name), table.name, std)
-        for extra in layout.training.extras:
-            store.extra(extra.name).copy_(orthogonal_rows(extra.shape, init.generator(extra.name)))
+        initialize_projections(layout, store, init)
 
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
         """Tables in full, and with ``projection`` the principal components of those that share one."""
         kept = super().keep(layout, group, store, weights)
-        counts = dict(zip((table.name for table in group.tables), group.counts))
-        counted = all(own is not None for own in counts.values())
-        for extra in layout.training.extras:
-            names = [name for name in weights if extra.name == self._projection_of(layout, group, name)]
-            if not names:
+        narrow: dict[str, list[Narrowed]] = {}
+        counted = all(counts is not None for counts in group.counts)
+        for table, counts in zip(group.tables, group.counts):
+            entry, weight = TableEntry(table, layout.entries[table.name]), weights.get(table.name)
+            if weight is None or entry.entry.variant != "projected":
                 continue
-            projection = principal_rows(((weights[n], counts[n] if counted else None) for n in names), extra.shape[0])
-            store.extra(extra.name).copy_(projection)
-            for name in names:
-                store.slab(name)[: len(weights[name])] = narrow_rows(weights[name], projection)
-            kept += names
+            projection = projection_name(group, entry.entry.values["width"], table.embedding_dim)
+            part = Narrowed(store.slab(table.name), slice(len(weight)), weight, counts if counted else None)
+            narrow.setdefault(projection, []).append(part)
+            kept.append(table.name)
+        fit_projections(store, narrow)
         return kept
-
-    @staticmethod
-    def _projection_of(layout: Layout, group: Group, name: str) -> str | None:
-        entry, table = layout.entries[name], next(t for t in group.tables if t.name == name)
-        return (
-            projection_name(group, entry.values["width"], table.embedding_dim) if entry.variant == "projected" else None
-        )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from embtables.lookup.recipe import Capped, Recipe, concat
 from embtables.methods.base import Floor, TableEntry, full_layout
-from embtables.methods.ranking import RankedMethod, check_counted, ids_by_worth, rank_code, ranks_of, remapped
+from embtables.methods.ranking import ByWorth, RankedMethod, check_counted, rank_code, ranked_entry, ranks_of, remapped
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.layout import Entry, Form, Group, Layout
+from embtables.sizes.layout import Form, Group, Layout
 
 
 class FrequencyCutoff(RankedMethod):
@@ -36,24 +34,14 @@ class FrequencyCutoff(RankedMethod):
         if limit >= group.full_bytes:
             return full_layout(group)
         code = rank_code(group)
-        own = self._own_rows(group, limit - int(group.rows_bytes(1).sum()) - sum(c.num_bytes for c in code))
+        left = limit - sum(c.num_bytes for c in code)
+        own = ByWorth.of(group).most(left, lambda rows: group.rows_bytes(rows + 1))
         starts = remapped(group)
         entries, slabs = {}, []
         for table, rows in zip(group.tables, own):
             slabs.append(group.slab(table.name, int(rows) + 1, table.embedding_dim))
-            values = {"own_rows": int(rows)}
-            if table.name in starts:
-                entries[table.name] = Entry("cut_off_by_rank", values | {"ranks_from": starts[table.name]})
-            else:
-                entries[table.name] = Entry("cut_off", values)
+            entries[table.name] = ranked_entry("cut_off", {"own_rows": int(rows)}, starts.get(table.name))
         return Layout.of(entries, Form(slabs=tuple(slabs), codes=code))
-
-    @staticmethod
-    def _own_rows(group: Group, limit: int) -> np.ndarray[Any, Any]:
-        """Rows of its own for each table: the ids with most occurrences per byte, over all tables."""
-        table, num_bytes = ids_by_worth(group)
-        fitting = int(np.searchsorted(num_bytes, limit, side="right"))
-        return np.bincount(table[:fitting], minlength=len(group.tables))
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         return concat(Capped(entry.table.name), ranks=ranks_of(entry, group))

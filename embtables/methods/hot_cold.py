@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -20,15 +19,17 @@ from embtables.methods import from_config
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry, full_layout
 from embtables.methods.hash import Hash
 from embtables.methods.ranking import (
+    RANKS_FROM,
+    ByWorth,
     RankedMethod,
     check_counted,
     counts_by_rank,
-    ids_by_worth,
     make_ranks,
     rank_code,
     rank_code_name,
     ranks_of,
     remapped,
+    runs,
 )
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.budget import Floats, collision_weights
@@ -36,8 +37,8 @@ from embtables.sizes.layout import FULL, Counts, Entry, Form, Group, Layout, own
 
 # Of the bytes that a budget twice as large adds, these parts are tried for the cold ids.
 _PARTS = 8
-# What entries say beside what those of the cold method do.
-_HOT, _RANKS = "hot_rows", "ranks_from"
+# What entries say beside what those of the cold method do, and where their ranks begin.
+_HOT = "hot_rows"
 
 
 class HotCold(Method):
@@ -149,7 +150,7 @@ class HotCold(Method):
             if rows:
                 slabs.append(group.slab(_hot_slab(table), rows, table.embedding_dim))
             cold = parts.layout.entries[table.name]
-            own = {_HOT: rows} | ({_RANKS: starts[table.name]} if table.name in starts else {})
+            own = {_HOT: rows} | ({RANKS_FROM: starts[table.name]} if table.name in starts else {})
             entries[table.name] = Entry(f"hot, cold {cold.variant}", {**own, **cold.values})
         names = [table.name for table in group.tables]
         form, left = parts.layout.serving, len(kept) < len(names)
@@ -292,9 +293,7 @@ class _Parts(NamedTuple):
 
     def bytes_of(self, hot: Counts) -> Counts:
         """The bytes ``[tables]`` of tables with so many hot rows, with the ranks of their ids."""
-        starts, rows = remapped(self.group), self.group.num_rows
-        of_one = max((DTYPES[code.dtype].itemsize for code in rank_code(self.group)), default=0)
-        ranks = np.array([of_one * (t.name in starts) for t in self.group.tables]) * rows
+        ranks = self.group.once("bytes of ranks", lambda: _ranks_bytes(self.group))
         return np.minimum(self.group.rows_bytes(hot) + self.cold + ranks, self.full)
 
     @property
@@ -304,12 +303,8 @@ class _Parts(NamedTuple):
 
     def most_hot(self, limit: int) -> Counts:
         """The hot rows ``[tables]``: of the ids most worth it as many as fit into what the cold ids leave."""
-        places = self.group.once("places among the ids by worth", lambda: _places(self.group))
         # Where a table is in full its cold rows are saved, and further hot ids cost nothing.
-        left = limit - self.cold_bytes + int(self.cold.sum())
-        numbers = range(1, sum(map(len, places)) + 1)
-        most = bisect_right(numbers, left, key=lambda number: int(self.bytes_of(_first(places, number)).sum()))
-        return _first(places, most)
+        return ByWorth.of(self.group).most(limit - self.cold_bytes + int(self.cold.sum()), self.bytes_of)
 
 
 class _Lookups(NamedTuple):
@@ -334,21 +329,18 @@ class _Lookups(NamedTuple):
 
 def _lookups(group: Group) -> list[_Lookups]:
     def of(counts: Counts) -> _Lookups:
-        found, times = np.unique(counts[counts > 0], return_counts=True)
-        return _Lookups(found[::-1].astype(np.float64), times[::-1])
+        starts, ends = runs(counts)
+        found, times = counts[starts], ends - starts
+        return _Lookups(found[found > 0].astype(np.float64), times[found > 0])
 
     return group.once("lookups by count", lambda: [of(counts_by_rank(c)) for c in group.counts if c is not None])
 
 
-def _places(group: Group) -> list[Counts]:
-    """For each table the places of its ids among those of all tables by their worth, in ascending order."""
-    table, _ = ids_by_worth(group)
-    return [np.flatnonzero(table == number) for number in range(len(group.tables))]
-
-
-def _first(places: list[Counts], number: int) -> Counts:
-    """How many of the first ids of all tables are those of each."""
-    return np.array([np.searchsorted(own, number) for own in places], dtype=np.int64)
+def _ranks_bytes(group: Group) -> Counts:
+    """The bytes ``[tables]`` of the ranks of tables whose ids need them."""
+    starts = remapped(group)
+    of_one = max((DTYPES[code.dtype].itemsize for code in rank_code(group)), default=0)
+    return np.array([of_one * (table.name in starts) for table in group.tables]) * group.num_rows
 
 
 def _hot_slab(table: TableConfig) -> str:
@@ -357,7 +349,7 @@ def _hot_slab(table: TableConfig) -> str:
 
 def _cold_entry(entry: TableEntry) -> TableEntry:
     """A table as the cold method stores it."""
-    values = {name: value for name, value in entry.entry.values.items() if name not in (_HOT, _RANKS)}
+    values = {name: value for name, value in entry.entry.values.items() if name not in (_HOT, RANKS_FROM)}
     return TableEntry(entry.table, Entry(entry.entry.variant.removeprefix("hot, cold "), values))
 
 

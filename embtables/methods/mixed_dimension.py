@@ -11,7 +11,7 @@ from pydantic import Field
 from embtables.lookup.recipe import Recipe
 from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
-from embtables.methods.ranking import counts_by_rank, ranks_of
+from embtables.methods.ranking import is_ranked, ranked_entry, ranks_of
 from embtables.sizes.budget import Floats, Ints
 from embtables.sizes.layout import Counts, Entry, Group
 
@@ -75,16 +75,16 @@ class MixedDimension(BandedMethod):
             ends.append(end)
             size *= self.block_growth
         starts = [0, *ends[:-1]]
-        traffic = np.add.reduceat(counts_by_rank(counts), starts)
-        # One occurrence more than was counted, so that no block has none; and never rising.
-        popularity = np.minimum.accumulate((traffic + 1) / np.diff([0, *ends])) / (counts.sum() + 1)
+        traffic = np.add.reduceat(counts if is_ranked(counts) else np.sort(counts)[::-1], starts)
+        # One occurrence more than was counted, so that no block has none; and never rising, as it might behind the ids
+        # that prepared data reserve.
+        mean = (traffic + 1) / np.diff([0, *ends]) / (counts.sum() + 1)
+        popularity = np.maximum.accumulate(mean[::-1])[::-1]
         return list(zip(starts, ends, popularity.tolist()))
 
     def _entry(self, bands: Sequence[tuple[int, Level]], ranks_from: int | None) -> Entry:
         values = {"rows": [rows for rows, _ in bands], "widths": [level.width for _, level in bands]}
-        if ranks_from is None:
-            return Entry("mixed", values)
-        return Entry("mixed_by_rank", values | {"ranks_from": ranks_from})
+        return ranked_entry("mixed", values, ranks_from)
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         return Recipe("alternatives", self._ranges(entry, group), ranks_of(entry, group))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from embtables.sizes.layout import Counts, Extra, Group
+from embtables.lookup.store import Store
+from embtables.methods.base import Initializer
+from embtables.sizes.layout import Counts, Extra, Group, Layout
 
 # Rows that are multiplied in float64 at once.
 _CHUNK = 2**16
@@ -32,6 +35,33 @@ def orthogonal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     width, dim = shape
     gaussian = torch.randn(dim, width, generator=generator)
     return torch.linalg.qr(gaussian).Q.t() * sqrt(dim / width)
+
+
+def initialize_projections(layout: Layout, store: Store, init: Initializer) -> None:
+    """Makes every projection of a layout one of random orthogonal rows."""
+    for extra in layout.training.extras:
+        store.extra(extra.name).copy_(orthogonal_rows(extra.shape, init.generator(extra.name)))
+
+
+class Narrowed(NamedTuple):
+    """Narrow rows, where they lie, and what they are to hold: vectors ``[N, D]``, with the counts ``[N]`` of their ids.
+
+    ``counts``: ``None`` where all ids count the same.
+    """
+
+    slab: Tensor
+    places: Tensor | slice
+    vectors: Tensor
+    counts: Counts | None
+
+
+def fit_projections(store: Store, narrowed: Mapping[str, Sequence[Narrowed]]) -> None:
+    """Fits every projection, by its name, to all vectors that go through it, and the rows to it."""
+    for name, parts in narrowed.items():
+        projection = store.extra(name).detach()
+        projection.copy_(principal_rows([(part.vectors, part.counts) for part in parts], len(projection)))
+        for part in parts:
+            part.slab[part.places] = narrow_rows(part.vectors, projection).to(part.slab)
 
 
 def principal_rows(tables: Iterable[tuple[Tensor, Counts | None]], width: int) -> Tensor:

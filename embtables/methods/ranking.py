@@ -7,18 +7,22 @@ Tables whose ids are in another order need a remap from id to rank: an integer e
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from embtables.lookup.recipe import Ranks
 from embtables.methods.base import Method, TableEntry
-from embtables.sizes.layout import Code, Counts, Group, Layout
+from embtables.sizes.layout import Code, Counts, Entry, Group, Layout
 
 # Prepared data gives id 0 to missing values and id 1 to unseen ones; from 2 on ids fall in frequency.
 _RESERVED = 2
 # The integers that ranks are stored as, and for how many ids each will do.
 _RANKS = (("uint8", 2**8), ("int16", 2**15), ("int32", 2**31), ("int64", 2**63))
+#: What the entry of a table whose ids need ranks says beside its sizes.
+RANKS_FROM = "ranks_from"
 
 
 class RankedMethod(Method):
@@ -59,23 +63,58 @@ def counts_by_rank(counts: Counts) -> Counts:
     return ranked
 
 
-def ids_by_worth(group: Group) -> tuple[Counts, Counts]:
-    """The ids of all tables, those with most occurrences per byte first: the table of each, and the bytes up to it.
+def runs(ranked: Counts) -> tuple[Counts, Counts]:
+    """Where runs of equal counts begin and end, in counts ``[n]`` that never rise: most ids have few counts."""
+    starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))[: len(ranked)]
+    return starts, np.append(starts, len(ranked))[1:]
+
+
+class ByWorth:
+    """The ids of all tables of a group in one order: those with most occurrences per byte first.
 
     The last id of each table is left out: it would be alone in what the others share, and needs no row of its own.
     """
-    return group.once("ids by occurrences per byte", lambda: _by_worth(group))
 
+    def __init__(self, group: Group) -> None:
+        each = [counts_by_rank(c)[:-1] for c in group.counts if c is not None]
+        bounds = [runs(ranked) for ranked in each]
+        # For each run its table, its first rank and the one behind its last.
+        table = np.repeat(np.arange(len(each)), [len(starts) for starts, _ in bounds])
+        start, end = (np.concatenate(column) for column in zip(*bounds))
+        counts = np.concatenate([ranked[starts] for ranked, (starts, _) in zip(each, bounds)])
+        order = np.argsort(-(counts / group.format.mean_bits(group.dims)[table]), kind="stable")
+        self._table, self._start = table[order], start[order]
+        self._behind = np.cumsum((end - start)[order])  # how many ids there are up to the end of each run
+        # The runs of each table, one table after another; those of a table keep their order.
+        self._by_table = np.argsort(self._table, kind="stable")
+        self._tables, self._keys = np.arange(len(each)), self._key(self._table[self._by_table], self._by_table)
+        self._ends = np.append(end[order][self._by_table], 0)
 
-def _by_worth(group: Group) -> tuple[Counts, Counts]:
-    counts = [counts_by_rank(c)[:-1] for c in group.counts if c is not None]
-    table = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
-    row_bits = group.format.mean_bits(group.dims)[table]
-    order = np.argsort(-(np.concatenate(counts) / row_bits), kind="stable")
-    # What a row adds to its table, whose rows stay in their order.
-    lengths = [np.arange(1, len(c) + 2) for c in counts]
-    more = np.concatenate([np.diff(group.format.slab_bytes(n, d)) for n, d in zip(lengths, group.dims)])
-    return table[order], np.cumsum(more[order])
+    def _key(self, table: Counts, place: Counts | int) -> Counts:
+        return table * (len(self._table) + 1) + place
+
+    @staticmethod
+    def of(group: Group) -> ByWorth:
+        """That of a group."""
+        return group.once("ids by worth", lambda: ByWorth(group))
+
+    def first(self, number: int) -> Counts:
+        """How many of the first ``number`` ids are those of each table, ``[tables]``."""
+        whole = int(np.searchsorted(self._behind, number, side="right"))
+        begin, end = (np.searchsorted(self._keys, self._key(self._tables, place)) for place in (0, whole))
+        found: Counts = np.where(end > begin, self._ends[end - 1], 0)
+        if whole < len(self._table):
+            before = int(self._behind[whole - 1]) if whole else 0
+            found[self._table[whole]] = self._start[whole] + number - before
+        return found
+
+    def most(self, limit: int, bytes_of: Callable[[Counts], Counts]) -> Counts:
+        """How many ids of each table, where so many of the first ones are taken as fit into ``limit`` bytes.
+
+        ``bytes_of``: the bytes ``[tables]`` of so many, which do not fall where they are more.
+        """
+        numbers = range(1, int(self._behind.max(initial=0)) + 1)
+        return self.first(bisect_right(numbers, limit, key=lambda number: int(bytes_of(self.first(number)).sum())))
 
 
 def remapped(group: Group) -> dict[str, int]:
@@ -110,12 +149,19 @@ def rank_code_name(group: Group) -> str:
     return f"{group.name}/rank"
 
 
+def ranked_entry(variant: str, values: Mapping[str, Any], ranks_from: int | None) -> Entry:
+    """The entry of a table, which says where its ranks begin in the ``rank_code``; ``None``: its ids are ranks."""
+    if ranks_from is None:
+        return Entry(variant, values)
+    return Entry(f"{variant}_by_rank", {**values, RANKS_FROM: ranks_from})
+
+
 def ranks_of(entry: TableEntry, group: Group) -> Ranks | None:
     """What a table's recipe says about its ranks: where they begin in the group's ``rank_code``.
 
     ``None`` where the table's ids are ranks already.
     """
-    first = entry.entry.values.get("ranks_from")
+    first = entry.entry.values.get(RANKS_FROM)
     return None if first is None else Ranks(rank_code_name(group), first)
 
 

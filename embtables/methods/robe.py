@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from embtables.config import TableConfig
 from embtables.lookup.recipe import Recipe, concat
 from embtables.methods.addressing import SharingMethod
 from embtables.methods.base import Floor, TableEntry, shared_layout
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.layout import Group, Layout
+from embtables.sizes.layout import Entry, Group, Layout
 
 
 class Robe(SharingMethod):
@@ -41,13 +42,17 @@ class Robe(SharingMethod):
             )
 
     def floor(self, group: Group) -> Floor:
-        return Floor(group.format.slab_bytes(self.block_size, 1), "one block of the array")
+        least = group.format.slab_bytes(self._longest_block(group), 1)
+        return Floor(min(least, self.ceiling(group) or least), "one block of the array")
 
     def fit(self, group: Group, limit: int) -> Layout:
-        size = self.block_size
-        return shared_layout(
-            group, limit, 1, size, lambda t: self.shared_entry("blocks", t, blocks=-(-t.embedding_dim // size))
-        )
+        def entry(table: TableConfig) -> Entry:
+            return self.shared_entry("blocks", table, blocks=-(-table.embedding_dim // self.block_size))
+
+        return shared_layout(group, limit, 1, self._longest_block(group), entry)
+
+    def _longest_block(self, group: Group) -> int:
+        return min(self.block_size, int(group.dims.max()))
 
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         dim, size = entry.table.embedding_dim, self.block_size

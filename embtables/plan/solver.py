@@ -401,17 +401,16 @@ def plan_apart(
         return Plan(tables, solved, limit, fused, hash_seed)
 
     if limit is None:
-        # Without a budget only what the method needs anyway is allocated: the floor, and for Full that is everything.
         for _, chosen in pairs:
             if chosen.needs_budget:
                 raise ValueError(f'method {chosen.kind} needs a budget, such as budget="10%" or budget="64MB"')
-        result = solve(floor)
-    else:
-        result = solve(limit)
+    # Without a budget only what the method needs anyway is allocated: the floor, and for Full that is everything.
+    most = floor if limit is None else limit
+    result = solve(most)
     if training_budget is not None:
         bound = parse_budget(training_budget, full)
         if result.training_bytes > bound:
-            result = _under_training_budget(solve, floor, limit or floor, result.training_bytes, bound)
+            result = _under_training_budget(solve, floor, most, result.training_bytes, bound)
     _check_names(result)
     codes = {k: v for g in result.groups for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
     # What the counts decided is in the layouts and codes; a plan does not hold on to them.
@@ -560,10 +559,10 @@ def _groups(
 
 
 def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Any], limit: int) -> list[int]:
-    if len(pairs) == 1:
-        return [limit]
     # Sums of shares have to stay within 64 bits.
     limit = min(limit, 2**60)
+    if len(pairs) == 1:
+        return [limit]
     most = [chosen.ceiling(group) for group, chosen in pairs]
     return split(limit, [f.num_bytes for f in floors], [limit if n is None else n for n in most])
 

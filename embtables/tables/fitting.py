@@ -140,7 +140,7 @@ def fit(
             if table not in users.setdefault(address.slab, []):
                 users[address.slab].append(table)
     for slab, of_slab in users.items():
-        if any(table.recipe.combine in ("sum", "mean") for table in of_slab):
+        if any(_is_summed(table.recipe, slab) for table in of_slab):
             # What their first values hold beside the sums that are wanted would never leave them.
             store.write_slab(slab, torch.zeros_like(store.read_slab(slab)))
     last = float("inf")
@@ -167,6 +167,12 @@ def _can_be_fitted(recipe: Recipe) -> bool:
     slabs = [address.slab for address in recipe.addresses]
     squares = recipe.combine == "product" and len(set(slabs)) < len(slabs)
     return not recipe.projections() and not squares and (recipe.rest is None or _can_be_fitted(recipe.rest))
+
+
+def _is_summed(recipe: Recipe, slab: str) -> bool:
+    """Whether rows of the slab are terms of sums or means."""
+    own = recipe.combine in ("sum", "mean") and any(address.slab == slab for address in recipe.addresses)
+    return own or (recipe.rest is not None and _is_summed(recipe.rest, slab))
 
 
 def _terms(recipe: Recipe, slab: str) -> int:

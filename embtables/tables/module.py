@@ -172,7 +172,8 @@ class EmbeddingTables(PlannedTables):
         own = checked_weights(self.plan.tables, weights, self.store.device)
         counts = checked_counts(self.plan.tables, frequencies)
         groups = [g for g in self.plan.groups if any(table.name in own for table in g.group.tables)]
-        with torch.inference_mode(False), without_autocast(self.store.device):
+        # To leave the inference mode switches gradients on.
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.store.device):
             # Those that share storage with these stay as near to what they are as they can.
             others = {name: self.to_dense(name) for g in groups for name in shared_with(g, own)}
             kept = {*keep(groups, self.store, own | others, counts)}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
-from embtables.formats import RowFormat
+from embtables.formats import RowFormat, row_format
 from embtables.methods.compositional import (
     Compositional,
     fewest_collisions,
@@ -80,6 +80,23 @@ def test_consecutive_radices_are_the_largest_that_fit_by_brute_force(widths: tup
             assert rows == tuple(range(fitting[-1], fitting[-1] - k, -1))
             assert fitting[-1] >= before
             before = fitting[-1]
+
+
+def test_partitions_of_packed_rows_are_found_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one by one, however many ids there are: where bits fit and scales do not is an interval as long as √n."""
+    calls, within = [0], RowFormat.rows_within
+
+    def counted(self: RowFormat, limit: int, width: int) -> int:
+        calls[0] += 1
+        return within(self, limit, width)
+
+    monkeypatch.setattr(RowFormat, "rows_within", counted)
+    least_bytes.cache_clear()
+    for n in (10**9 + 7, 10**12 + 39, 2**40):
+        least = least_bytes(n, (16, 16), row_format("int4"))
+        assert fewest_collisions(n, (16, 16), least, row_format("int4")) is not None
+        assert fewest_collisions(n, (16, 16), least - 1, row_format("int4")) is None
+    assert calls[0] < 10_000
 
 
 def test_the_square_root_is_the_least_for_two_partitions() -> None:

@@ -20,10 +20,9 @@ FIRST, GROWTH = 150, 3
 
 def blocks(counts: np.ndarray) -> list[tuple[int, float]]:
     """Ids and mean share of lookups of each block of a table, written out once more."""
-    ranked = [max(counts), max(counts), *counts[2:]]
     found, start, size = [], 0, FIRST
-    while start < len(ranked):
-        own = [int(n) for n in ranked[start : start + size]]
+    while start < len(counts):
+        own = [int(n) for n in counts[start : start + size]]
         found.append((len(own), (sum(own) + 1) / len(own) / (sum(counts) + 1)))
         start, size = start + size, size * GROWTH
     return found
@@ -57,6 +56,16 @@ def test_widths_follow_the_power_law(alpha: float, scale: float) -> None:
             assert list(zip(rows, values.get("widths", [table.embedding_dim]))) == expected[table.name]
 
 
+def test_ids_that_prepared_data_reserve_count_as_often_as_they_occur() -> None:
+    counts = np.array([0, 0, 1_000_000, *[1] * 997])
+    (_, _, share), *_ = MixedDimension(first_block=64)._blocks(1000, counts)
+    assert share == pytest.approx((1_000_000 + 61 + 1) / 64 / (1_000_997 + 1))
+    # Blocks of them alone are as popular as the next one, which is none the less for it.
+    shares = [share for _, _, share in MixedDimension(first_block=1, block_growth=2)._blocks(1000, counts)]
+    assert shares[:2] == pytest.approx([(1_000_000 + 1) / 2 / (1_000_997 + 1)] * 2)
+    assert shares == sorted(shares, reverse=True)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "binary", "int8/slab"])
 @pytest.mark.parametrize("ranked", [None, True, False], ids=["no counts", "ranked", "unranked"])
 def test_uses_the_budget(ranked: bool | None, precision: str) -> None:
@@ -83,7 +92,7 @@ def test_of_the_block_that_becomes_narrower_the_first_ids_keep_their_width() -> 
 
 @pytest.mark.parametrize("ranked", [True, False])
 def test_takes_over_what_a_trained_table_learned(ranked: bool) -> None:
-    """Rows of width D are the trained vectors, narrower ones the best that a matrix of their width can say."""
+    """Rows of width D are the trained vectors, narrower ones the best that a matrix of their width can say, id by count."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({name: torch.nn.Embedding(n, 6) for name, n in (("a", 300), ("b", 80))})
     with torch.no_grad():
@@ -95,16 +104,16 @@ def test_takes_over_what_a_trained_table_learned(ranked: bool) -> None:
     report = compress_(model, MixedDimension(first_block=20), 6_000 if ranked else 6_000 + 2 * 380, frequencies=counts)
     assert report.kept == ["a", "b"] and report.anew == []
     layout = report.plan.groups[0].layout
-    of_width: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    of_width: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
     for name, weight in before.items():
         order = np.argsort(-counts[name], kind="stable") if not ranked else np.arange(len(weight))
         found, start = model[name](torch.arange(len(weight))).detach(), 0
         for rows, width in zip(layout.entries[name].values["rows"], layout.entries[name].values["widths"]):
             ids = order[start : start + rows]
-            of_width.setdefault(width, []).append((weight[ids], found[ids]))
+            of_width.setdefault(width, []).append((weight[ids], found[ids], torch.from_numpy(counts[name][ids] + 1)))
             start += rows
     assert len(of_width) >= 3 and 6 in of_width
     for width, pairs in of_width.items():
-        wanted, held = (torch.cat(column).double() for column in zip(*pairs))
-        u, s, v = torch.linalg.svd(wanted, full_matrices=False)
-        torch.testing.assert_close(held, (u[:, :width] * s[:width]) @ v[:width], atol=1e-5, rtol=1e-4)
+        wanted, held, shares = (torch.cat(column).double() for column in zip(*pairs))
+        _, _, axes = torch.linalg.svd(wanted * shares.sqrt().unsqueeze(1), full_matrices=False)
+        torch.testing.assert_close(held, wanted @ axes[:width].t() @ axes[:width], atol=1e-5, rtol=1e-4)

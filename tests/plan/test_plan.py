@@ -69,7 +69,7 @@ def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Cas
         with pytest.raises(InfeasibleBudget) as caught:
             solve(case, small)
         floor = caught.value.floor_bytes
-        assert floor > small and f"{floor:,}" in str(caught.value)
+        assert small < floor <= full and f"{floor:,}" in str(caught.value)
         assert 0 < solve(case, floor).inference_bytes <= floor
         with pytest.raises(InfeasibleBudget):
             solve(case, floor - 1)
@@ -135,6 +135,20 @@ def test_a_billion_ids_are_planned_without_a_table_of_them(kind: str) -> None:
     except InfeasibleBudget as error:
         solved = plan(tables, kind, error.floor_bytes, optimizer="adagrad")
     assert solved.inference_bytes <= (solved.budget_bytes or 0)
+
+
+@pytest.mark.parametrize("method", [{"kind": "robe"}, {"kind": "robe", "block_size": 32}])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 8), (1, 1)])
+def test_tables_smaller_than_a_block_are_stored_in_full(method: dict[str, Any], shape: tuple[int, int]) -> None:
+    solved = plan([TableConfig("a", *shape)], method, "100%", optimizer="adagrad")
+    assert solved.inference_bytes == 4 * shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("kind", HASHES)
+@pytest.mark.parametrize("budget", [2**63, 10**30])
+def test_no_budget_is_too_large_for_raw_ids(kind: str, budget: int) -> None:
+    solved = plan([TableConfig("a", None, 8)], kind, budget, optimizer="adagrad", precision="int4")
+    assert 2**40 < solved.inference_bytes <= budget
 
 
 @given(cases(max_rows=500), st.floats(0.05, 1.0), st.floats(0.1, 2.5), st.sampled_from(TRAINED))

@@ -27,9 +27,11 @@ LINEAR = [m for m in LINEAR if getattr(getattr(m, "cold", None), "kind", "") != 
 LINEAR += [m for m in all_methods() if m.kind == "compositional" and getattr(m, "operation", "mult") != "mult"]
 
 
-def make(method: Any, budget: Any = "40%", **options: Any) -> EmbeddingTables:
+def make(
+    method: Any, budget: Any = "40%", std: float = 0.3, optimizer: str | None = "adagrad", **options: Any
+) -> EmbeddingTables:
     budget = None if getattr(method, "kind", method) == "full" else budget
-    return EmbeddingTables(plan(CONFIGS, method, budget, COUNTS, "adagrad", **options), std=0.3)
+    return EmbeddingTables(plan(CONFIGS, method, budget, COUNTS, optimizer, **options), std=std)
 
 
 def dense(tables: EmbeddingTables) -> np.ndarray[Any, Any]:
@@ -44,6 +46,21 @@ def error(tables: EmbeddingTables) -> float:
     roots["a"][3] = 0
     wanted = np.concatenate([(TRAINED[n].double().numpy() * roots[n]).ravel() for n in TRAINED])
     return float(np.square(dense(tables) - wanted).sum())
+
+
+@pytest.mark.parametrize("method", all_methods(), ids=method_id)
+def test_parameters_of_any_optimizer_take_over_what_fused_ones_do(method: Method) -> None:
+    fused, plain = make(method), make(method, optimizer=None)
+    assert plain.take_over(TRAINED, COUNTS) == fused.take_over(TRAINED, COUNTS)
+    for name in TRAINED:
+        torch.testing.assert_close(plain.to_dense(name), fused.to_dense(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cold", [{"kind": "multi_hash"}, {"kind": "multi_hash", "num_hashes": 4, "operation": "mean"}])
+def test_nothing_is_left_of_what_sums_began_with(cold: dict[str, Any]) -> None:
+    for method in (cold, {"kind": "hot_cold", "cold": cold, "hot": 0.1}):
+        held = [make(method, "60%", std).take_over(TRAINED, COUNTS) for std in (1e-6, 1.0)]
+        assert held[0] == pytest.approx(held[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("method", LINEAR, ids=method_id)
