@@ -25,7 +25,8 @@ class MultiHash(SharingMethod):
     Sum and mean look k times into one table ``[m, D]``; concatenation has k tables ``[m, D/k]``. Two ids have the same
     vector only if all k rows agree. Hashes of ids without a vocabulary do so about once in m^k/k! pairs, or m^k. Over
     a vocabulary the h_j are balanced (``addressing``): each of them gives m ids that follow one another every row once,
-    and of up to m²/6 ids no two agree in all h_j.
+    and of up to m²/6 ids no two agree in all h_j; their rows may be the same ones in another order, which a sum and a
+    mean cannot tell apart.
 
     Args:
         num_hashes: k.

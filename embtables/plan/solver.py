@@ -421,8 +421,8 @@ def plan_apart(
 def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, largest: int, bound: int) -> Plan:
     """The largest plan between floor and limit whose training bytes fit; those of the one at the limit are ``largest``.
 
-    They grow with the inference budget, but for a row-wise state that falls where tables of narrow rows become full:
-    there a larger plan may be missed, never the bound.
+    They grow with the inference budget, but where tables of narrow rows become full, which then have less state or no
+    projection: there a larger plan may be missed, never the bound.
     """
     best = solve(floor)
     if best.training_bytes > bound:

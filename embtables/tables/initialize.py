@@ -13,7 +13,6 @@ from embtables.hashing import seed_for
 from embtables.lookup.store import Store
 from embtables.methods.base import Initializer
 from embtables.plan.solver import Plan
-from embtables.sizes.layout import FULL
 
 # Up to this size a compressed table's ``init_fn`` is shown a tensor of the table's own shape (64 MiB).
 _MOST_SCALARS = 2**24
@@ -23,7 +22,7 @@ _MOST_SCALARS = 2**24
 def initialize(plan: Plan, store: Store, seed: int, std: float | None) -> None:
     """Fills a plan's storage; nothing yet on the meta device.
 
-    A table that is stored in full is filled by its ``init_fn``, where it has one. A compressed one takes the spread of
+    A table that is trained in full is filled by its ``init_fn``, where it has one. A compressed one takes the spread of
     its function, and a storage that tables share the root mean square of theirs.
 
     Args:
@@ -47,7 +46,8 @@ def initialize(plan: Plan, store: Store, seed: int, std: float | None) -> None:
                     "frequencies, or read trained tables with EmbeddingTables.load"
                 )
             store.code(name).copy_(torch.from_numpy(plan.codes[name]))
-        in_full = [t for t in g.group.tables if t.init_fn is not None and g.layout.entries[t.name].variant == FULL]
+        shapes = {slab.name: (slab.rows, slab.width) for slab in g.layout.training.slabs}
+        in_full = [t for t in g.group.tables if t.init_fn and shapes.get(t.name) == (t.rows, t.embedding_dim)]
         own = {t.name: default if t.init_fn is None or t in in_full else _spread(t, seed) for t in g.group.tables}
         g.method.initialize(g.layout, g.group, store, Initializer(_joint(list(own.values())), seed, own))
         for table in in_full:

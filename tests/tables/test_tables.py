@@ -256,6 +256,7 @@ def test_init_fn_may_copy_trained_vectors_and_decides_nothing_for_other_tables()
     for std in (None, 0.5):
         assert torch.equal(build(configs, std=std).to_dense("item"), trained)
     assert torch.equal(build(configs).to_dense("user"), alone)
+    assert torch.equal(build(configs, "matryoshka", "60%").to_dense("item")[:, :1], trained[:, :1])  # trained in full
     with_oov = TableConfig("item", 50, 4, on_out_of_range="oov", init_fn=lambda w: w.copy_(trained))
     assert torch.equal(build([with_oov]).to_dense("item")[:50], trained)
 
