@@ -34,9 +34,9 @@ class _Heard(torch.autograd.Function):
 
 
 @outside_graphs("a stage that listens to gradients is called in backward, which no graph can hold")
-def listened_to(values: Tensor, index: Tensor, width: int, store: Store, stages: Sequence[Stage]) -> Tensor:
-    """``values`` ``[N, width]`` of the rows ``index`` of a width; in backward stages hear their gradients."""
-    pairs = [(stage, slab) for stage in stages for slab in stage.listens_to if store.width(slab) == width]
+def listened_to(values: Tensor, index: Tensor, weight: str, store: Store, stages: Sequence[Stage]) -> Tensor:
+    """``values`` ``[N, width]``, the rows ``index`` of a weight; in backward stages hear their gradients."""
+    pairs = [(stage, slab) for stage in stages for slab in stage.listens_to if store.weight_of(slab) == weight]
     if not pairs or not values.requires_grad:
         return values
 

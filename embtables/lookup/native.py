@@ -88,8 +88,10 @@ class NativeLookup:
         for code, form in zip(codes, self._code_forms):
             if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
                 return None
-        states = [find(name) if name else _NOTHING for name in self._states] if trains else self._no_states
-        kept = [state for state in states if state is not _NOTHING]
+        states, kept = self._no_states, []
+        if trains:
+            states = [find(name) if name else _NOTHING for name in self._states]
+            kept = [state for name, state in zip(self._states, states) if name]
         if fused is not None and kept:
             if not (ops.fits(kept) and ops.takes_state(type(fused), kept[0].dtype, both[0].dtype)):
                 return None

@@ -129,7 +129,7 @@ class Step:
             else:
                 rows = self._rows(weight, flat)
             if self.listeners:
-                rows = listened_to(rows, flat, width, self.store, self.listeners)
+                rows = listened_to(rows, flat, weight, self.store, self.listeners)
             if self.trains and (strength := self.store.strength(weight)) is not None:
                 rows = regularized(rows, flat, strength)
             chunks = rows.split([flat.numel() for flat in flats]) if len(flats) > 1 else [rows]

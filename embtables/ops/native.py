@@ -191,7 +191,8 @@ class LookupArgs(NamedTuple):
 
     ``ids``: int32 or int64, ``[batch, F]``, or flat with ``offsets`` int64 ``[F·batch + 1]``; ``id_weights``: float32,
     of the shape of ``ids``; ``outputs``: int64 ``[L, 3]``, as ``Output`` of ``csrc/program.h``; ``shape``: of the
-    values, which lie as ``outputs`` says; ``num_rows``: how many addresses the lookup has.
+    values, which lie as ``outputs`` says; ``num_rows``: how many addresses the lookup has,
+    with offsets at most.
     """
 
     ids: Tensor

@@ -982,7 +982,7 @@ void gather_rest(const Program& program, const Call& call, const Part& part, T* 
     }
 }
 
-// `scratch` has room for a bag's sum, a vector, and what vector_of needs beside it.
+// `scratch` has room for a vector, and what vector_of needs beside it.
 template <class T>
 inline void gather(const Program& program, const Call& call, const Part& part, OpenBag& bag, float* scratch, float* room) {
     const Lookup& lookup = program.lookups[part.lookup];
@@ -1869,7 +1869,7 @@ inline const Piece& piece_of(const Program& program, const Lookup* alternatives,
     return alternative ? program.pieces[alternatives->first_piece] : piece;
 }
 
-// The rows of one part: those of ids in order, first by example, with offsets by lookup.
+// Notes where the gradient of a row lies, if the row is one of this part.
 inline void add_row(Workspace& work, Workspace& stretches, const Program& program, const Piece& piece, uint64_t row,
                     uint64_t source, uint64_t part, uint64_t parts) {
     if (piece.is_block()) return add_block(stretches, program, piece, row, source, part, parts);
@@ -2098,6 +2098,7 @@ void backward(const Call& call, const Call& gradients) {
         work.entries.reserve(static_cast<size_t>(most_rows) + 1);
         stretches.entries.reserve(static_cast<size_t>(most_stretches) + 1);
         const uint64_t p = static_cast<uint64_t>(part), ps = static_cast<uint64_t>(parts);
+        // Those of ids in order, first by example, with offsets by lookup.
         if (call.offsets == nullptr) {
             // What repeats from example to example: a slot for each address.
             struct Slot {
