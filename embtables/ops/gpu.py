@@ -1,4 +1,4 @@
-"""Kernels for GPUs that look rows up, update and unpack them, where Triton is installed; the kernels are in ``gpu_kernels``.
+"""Kernels for GPUs that look up, update and unpack rows, where Triton is there; the kernels are in ``gpu_kernels``.
 
 Neither Triton nor CUDA is touched before the first call with tensors on a GPU.
 """

@@ -92,7 +92,7 @@ def test_of_the_block_that_becomes_narrower_the_first_ids_keep_their_width() -> 
 
 @pytest.mark.parametrize("ranked", [True, False])
 def test_takes_over_what_a_trained_table_learned(ranked: bool) -> None:
-    """Rows of width D are the trained vectors, narrower ones the best that a matrix of their width can say, id by count."""
+    """Rows of width D are the trained vectors, narrower ones the best that a matrix can say, id by count."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({name: torch.nn.Embedding(n, 6) for name, n in (("a", 300), ("b", 80))})
     with torch.no_grad():
