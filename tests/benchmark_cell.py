@@ -2,6 +2,7 @@
 
 A score is the label plus noise, more of it for smaller budgets, and less of it the closer tuned fields are to 0.3.
 Files in the directory FAKE names steer it: ``fail-METHOD``: ends with an error; ``fail-METHOD-BUDGET``: at this budget;
+``fail-CELL``: this cell alone;
 ``slow``: waits until that is gone; ``die``: kills itself. Every start adds a line to ``started``.
 """
 
@@ -14,18 +15,33 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-PROJECTED = "fewer_dimensions(projection=True)"
 NOISE = {
     "full": 1.0,
+    "full(precision=fp32)": 1.0,
+    "full(precision=int4)": 1.3,
     "hash": 1.5,
+    "hash(precision=fp32)": 1.5,
+    "hash(precision=int4)": 1.7,
     "drop_feature": 2.0,
+    "drop_feature(precision=fp32)": 2.0,
+    "drop_feature(precision=int4)": 1.6,
     "frequency_cutoff": 2.5,
     "fewer_dimensions": 1.9,
-    PROJECTED: 1.7,
+    "fewer_dimensions(projection=True)": 1.7,
 }
+
+
+def label(method: str | dict[str, object]) -> str:
+    """What plans.json calls a method."""
+    spec = json.loads(method) if isinstance(method, str) and method.startswith("{") else method
+    if isinstance(spec, str):
+        return spec
+    options = ",".join(f"{name}={value}" for name, value in sorted(spec.items()) if name != "kind")
+    return f"{spec['kind']}({options})" if options else str(spec["kind"])
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -58,10 +74,9 @@ def main() -> None:
         write(Path(folder), trained | tables, args)
 
 
-def write(out: Path, tables: dict[str, str], args: argparse.Namespace) -> None:
-    fake, budget = Path(os.environ["FAKE"]), str(tables["budget"] or "")
-    method = PROJECTED if "projection" in tables["method"] else tables["method"]
-    if any((fake / name).exists() for name in (f"fail-{method}", f"fail-{method}-{budget}")):
+def write(out: Path, tables: dict[str, Any], args: argparse.Namespace) -> None:
+    fake, method, budget = Path(os.environ["FAKE"]), label(tables["method"]), str(tables["budget"] or "")
+    if any((fake / f"fail-{name}").exists() for name in (method, f"{method}-{budget}", out.name)):
         print("some progress\rError: the loss is NaN at step 7", file=sys.stderr)
         sys.exit(2)
     tuned = dict(item.split("=") for item in args.set)

@@ -28,8 +28,14 @@ def config_of(data: Path, seeds: int = 2, budgets: str = "50%,1%,8", **flags: ob
     return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags))
 
 
-def run(config: SweepConfig, out: Path, jobs: int = 1, command: Callable[..., list[str]] = fake_cell) -> list[dict]:
-    return run_sweep(config, out, jobs=jobs, console=Console(quiet=True), command=command)
+def run(
+    config: SweepConfig,
+    out: Path,
+    jobs: int = 1,
+    command: Callable[..., list[str]] = fake_cell,
+    console: Console | None = None,
+) -> list[dict]:
+    return run_sweep(config, out, jobs=jobs, console=console or Console(quiet=True), command=command)
 
 
 def read(out: Path) -> list[dict[str, str]]:

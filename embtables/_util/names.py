@@ -20,6 +20,11 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
+def number_of(number: int, noun: str) -> str:
+    """``"1 cell"``, ``"2 cells"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def has_patterns(names: Iterable[object]) -> bool:
     """Whether some of these are no names but patterns, such as ``user_*``, of which the first that fits counts."""
     return not all(str(name).isidentifier() for name in names)

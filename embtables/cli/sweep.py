@@ -152,6 +152,7 @@ def sweep(
       embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}' \\
         --variant 'DIN: {model.name: din}' --out runs/din
     """
+    from embtables._util.names import number_of
     from embtables.cli.train import names_of
     from embtables.sweeps import cells
     from embtables.sweeps.config import describe
@@ -190,8 +191,8 @@ def sweep(
         failed = next(row for row in rows if row["status"] == "failed")
         log = out / "cells" / f"{failed['cell']}.log"
         typer.secho(
-            f"Error: {count['failed']} cells failed, first {failed['cell']}: {failed['message']} (log: {log}). "
-            "The same command tries them again.",
+            f"Error: {number_of(count['failed'], 'cell')} failed, first {failed['cell']}: {failed['message']} "
+            f"(log: {log}). The same command tries {'it' if count['failed'] == 1 else 'them'} again.",
             fg=typer.colors.RED,
             err=True,
         )

@@ -214,7 +214,7 @@ def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
     """`methods` and the baselines that it lacks: full first, the others last."""
     missing: dict[str, MethodSpec] = {}
     for spec in BASELINES:
-        if not _labels(spec) & methods.keys():
+        if not any(label in methods for label in labels_of(spec)):
             missing[method_label(spec)] = spec
     first: dict[str, MethodSpec] = {"full": "full"} if "full" in missing else {}
     return {**first, **methods, **missing}
@@ -222,11 +222,12 @@ def with_baselines(methods: Mapping[str, MethodSpec]) -> dict[str, MethodSpec]:
 
 def is_baseline(method: str) -> bool:
     """Whether a label is that of a baseline, with or without the precision fp32 written out."""
-    return any(method in _labels(spec) for spec in BASELINES)
+    return any(method in labels_of(spec) for spec in BASELINES)
 
 
-def _labels(spec: MethodSpec) -> set[str]:
-    return {method_label(spec), method_label(_in_precision(spec, FP32.name))}
+def labels_of(spec: MethodSpec) -> tuple[str, str]:
+    """What a method is called as it is given, and with the precision fp32 written out."""
+    return method_label(spec), method_label(_in_precision(spec, FP32.name))
 
 
 def parse_budgets(text: str) -> list[str]:

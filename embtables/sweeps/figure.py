@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embtables._util.files import replacing
+from embtables._util.names import number_of
 from embtables.sizes.memory import format_bytes
+from embtables.sweeps.cells import MethodSpec, labels_of
 from embtables.sweeps.summary import DROP, FEWER, Point, Summary
 
 if TYPE_CHECKING:
@@ -20,19 +25,16 @@ if TYPE_CHECKING:
 # Okabe and Ito's colors, which the color-blind can tell apart, without the yellow that is too faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195", "#5C4033")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
-_BASELINE_STYLES: dict[str, tuple[str, Any]] = {
-    DROP: ("x", (0, (1, 1.5))),
-    "frequency_cutoff": ("+", (0, (5, 2))),
-    FEWER: ("1", (0, (3, 1, 1, 1))),
-    f"{FEWER}(projection=True)": ("2", (0, (6, 1))),
-}
-_BASELINE_LABELS = {
-    DROP: "features dropped",
-    "frequency_cutoff": "rare ids cut off",
-    FEWER: "fewer dimensions",
-    f"{FEWER}(projection=True)": "fewer dimensions, projected",
+# By kind, and whether vectors are projected.
+_BASELINES: dict[tuple[Any, bool], tuple[str, str, Any]] = {
+    (DROP, False): ("features dropped", "x", (0, (1, 1.5))),
+    ("frequency_cutoff", False): ("rare ids cut off", "+", (0, (5, 2))),
+    (FEWER, False): ("fewer dimensions", "1", (0, (3, 1, 1, 1))),
+    (FEWER, True): ("fewer dimensions, projected", "2", (0, (6, 1))),
 }
 _GRAY = "#666666"
+# Of the forms of one baseline, such as its precisions.
+_GRAYS = (_GRAY, "#a0a0a0", "#2e2e2e", "#c4c4c4")
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -45,11 +47,22 @@ _STYLE = {
 }
 
 
+@dataclass(frozen=True)
+class _Style:
+    """How a method is drawn."""
+
+    label: str
+    color: str
+    marker: str
+    dashes: Any = "-"
+    is_baseline: bool = False
+
+
 def draw(summary: Summary, target: Path) -> list[Path]:
     """Draw test AUC against the bytes of the served tables to `target` with .png and .svg; returns the paths.
 
-    A point is the mean over seeds, its bar the range of the seeds. The full tables are a horizontal band. Methods
-    stand in the legend by their AUC at the smallest budget, best on top.
+    A point is the mean over seeds, its bar the range of the seeds. The full tables are a horizontal band; those served
+    in another precision are points. Methods stand in the legend by their AUC at the smallest budget, best on top.
     """
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -81,7 +94,8 @@ def _draw_full(axes: Axes, summary: Summary) -> None:
     low, high = full.rows["test_auc"].min(), full.rows["test_auc"].max()
     size = full.inference_bytes or 0
     axes.axhspan(low, high, color="black", alpha=0.10, linewidth=0)
-    axes.axhline(full.mean("test_auc"), color="black", linewidth=1.2, label="full tables")
+    label = "full tables" if full.method in labels_of("full") else full.method
+    axes.axhline(full.mean("test_auc"), color="black", linewidth=1.2, label=label)
     axes.plot([size], [full.mean("test_auc")], marker="o", color="black", markersize=5)
     axes.annotate(
         f"full: {format_bytes(size)}",
@@ -96,42 +110,61 @@ def _draw_full(axes: Axes, summary: Summary) -> None:
 
 
 def _draw_methods(axes: Axes, summary: Summary) -> None:
-    names = [name for name in summary.config.methods if _curve(summary, name)]
-    plain = [name for name in names if name not in _BASELINE_STYLES]
-    for name in sorted(names, key=lambda name: -_curve(summary, name)[0].mean("test_auc")):
-        curve = _curve(summary, name)
-        if name in _BASELINE_STYLES:
-            marker, dashes = _BASELINE_STYLES[name]
-            color, label, width = _GRAY, _BASELINE_LABELS[name], 1.2
-        else:
-            number = plain.index(name)
-            marker, dashes = _MARKERS[number % len(_MARKERS)], "-"
-            color, label, width = _COLORS[number % len(_COLORS)], name, 1.6
+    curves = {name: curve for name in summary.config.methods if (curve := _curve(summary, name))}
+    styles = _styles({name: summary.config.methods[name] for name in curves})
+    for name, curve in sorted(curves.items(), key=lambda item: -item[1][0].mean("test_auc")):
+        style = styles[name]
         means = [point.mean("test_auc") for point in curve]
         below = [mean - point.rows["test_auc"].min() for mean, point in zip(means, curve)]
         above = [point.rows["test_auc"].max() - mean for mean, point in zip(means, curve)]
+        is_thin = style.marker in "x+12"
         axes.errorbar(
             [point.inference_bytes or math.nan for point in curve],
             means,
             yerr=[below, above],
-            color=color,
-            marker=marker,
+            color=style.color,
+            marker=style.marker,
             markersize=6,
-            markeredgecolor=color if marker in "x+12" else "white",
-            markeredgewidth=1.6 if marker in "x+12" else 0.8,
-            linewidth=width,
-            linestyle=dashes,
+            markeredgecolor=style.color if is_thin else "white",
+            markeredgewidth=1.6 if is_thin else 0.8,
+            linewidth=1.2 if style.is_baseline else 1.6,
+            linestyle=style.dashes,
             elinewidth=1.1,
             capsize=2.5,
-            label=label,
-            zorder=2 if name in _BASELINE_STYLES else 3,
+            label=style.label,
+            zorder=2 if style.is_baseline else 3,
         )
 
 
+def _styles(methods: Mapping[str, MethodSpec]) -> dict[str, _Style]:
+    """Gray for the baselines, each with its own dashes, black for full tables, and a color for every other method."""
+    found: dict[str, _Style] = {}
+    alike: Counter[object] = Counter()
+    for name, spec in methods.items():
+        fields = {"kind": spec} if isinstance(spec, str) else dict(spec)
+        kind, is_projected = fields.pop("kind", None), bool(fields.pop("projection", False))
+        baseline = _BASELINES.get((kind, is_projected))
+        group = baseline or kind == "full"
+        number = alike[group]
+        alike[group] += 1
+        if baseline is not None:
+            label, marker, dashes = baseline
+            options = (str(value) if key == "precision" else f"{key}={value}" for key, value in fields.items())
+            gray = _GRAYS[number % len(_GRAYS)]
+            found[name] = _Style(", ".join([label, *options]), gray, marker, dashes, is_baseline=True)
+        elif kind == "full":
+            found[name] = _Style(name, "black", _MARKERS[(number + 1) % len(_MARKERS)], "none")
+        else:
+            found[name] = _Style(name, _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)])
+    return found
+
+
 def _curve(summary: Summary, method: str) -> list[Point]:
-    """The points of a method that have results and bytes, from the smallest up; none for full tables."""
+    """The points of a method that have results and bytes, from the smallest up; none for what is drawn as the band."""
     found = [
-        point for point in summary.points if point.method == method and point.takes_budget and point.inference_bytes
+        point
+        for point in summary.points
+        if point.method == method and point is not summary.full and point.inference_bytes
     ]
     return sorted(found, key=lambda point: point.inference_bytes or 0)
 
@@ -142,8 +175,8 @@ def _mark_dropped(axes: Axes, summary: Summary) -> None:
     Where no table is left there are no bytes: a dotted line. Where they are far below all else they would squeeze the
     rest: they leave at the bottom edge.
     """
-    others = [point for point in summary.points if point.method != DROP and point.num_ok]
-    dropped = [point for point in summary.points if point.method == DROP and point.num_ok]
+    others = [point for point in summary.points if point.kind != DROP and point.num_ok]
+    dropped = [point for point in summary.points if point.kind == DROP and point.num_ok]
     if not others or not dropped:
         return
     low = min(point.rows["test_auc"].min() for point in others)
@@ -181,11 +214,12 @@ def _label_axes(axes: Axes, summary: Summary) -> None:
     config = summary.config
     most = f"up to {config.seeds}" if config.best is not None else f"{config.seeds}"
     seeds = "1 seed" if config.seeds == 1 else f"mean and range of {most} seeds"
-    unfinished = f" · unfinished: {summary.num_finished} of {summary.num_expected} cells" if summary.is_partial else ""
+    unfinished = f" · unfinished: {summary.num_finished} of {number_of(summary.num_expected, 'cell')}"
+    unfinished = unfinished if summary.is_partial else ""
     axes.set_title(f"{summary.title} · {seeds}{unfinished}", loc="left", fontsize=11, pad=26)
     full = summary.full
-    if full is not None and full.num_ok and full.inference_bytes:
-        size = full.inference_bytes
+    size = full.rows["full_bytes"].max() if full is not None and full.num_ok else 0
+    if size > 0:
         share = axes.secondary_xaxis("top", functions=(lambda x: np.asarray(x) / size, lambda x: np.asarray(x) * size))
         share.xaxis.set_minor_locator(NullLocator())
         share.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))

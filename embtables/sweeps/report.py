@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from embtables._util.files import write_text
+from embtables._util.names import number_of
 from embtables.sizes.memory import format_bytes
-from embtables.sweeps.cells import file_name, value_text
+from embtables.sweeps.cells import file_name, labels_of, value_text
 from embtables.sweeps.figure import draw
-from embtables.sweeps.summary import DROP, LEAST_SEEDS_FOR_P, Difference, Point, Summary, summarize
+from embtables.sweeps.summary import LEAST_SEEDS_FOR_P, Difference, Point, Summary, summarize
 
 HEADER = (
     "method",
@@ -134,11 +135,11 @@ def line(point: Point, summary: Summary) -> tuple[str, ...]:
 def note(point: Point, summary: Summary) -> str:
     notes = []
     if point.floor_bytes is not None:
-        notes.append(f"infeasible: floor {point.floor_bytes:,} bytes")
-    if point.below_drop:
-        notes.append(f"WORSE than {DROP} ({point.to_drop:+.4f})")
-    if not point.beats_fewer:
-        notes.append(f"no better than {point.fewer} ({point.to_fewer:+.4f})")
+        notes.append(f"infeasible: floor {number_of(point.floor_bytes, 'byte')}")
+    if point.drop is not None and point.below_drop:
+        notes.append(f"WORSE than {point.drop.method} ({point.drop.difference:+.4f})")
+    if point.fewer is not None and not point.beats_fewer:
+        notes.append(f"no better than {point.fewer.method} ({point.fewer.difference:+.4f})")
     entropy = point.mean("test_normalized_entropy")
     if entropy >= 1:
         notes.append(f"NO BETTER than the base rate (normalized entropy {entropy:.2f})")
@@ -166,8 +167,9 @@ def _elsewhere(point: Point, summary: Summary) -> str:
 def head(summary: Summary) -> list[str]:
     lines = [f"{summary.title} · {_seeds(summary)}"]
     if summary.is_partial:
+        have = "has" if summary.num_finished == 1 else "have"
         lines.append(
-            f"Unfinished: {summary.num_finished} of {summary.num_expected} cells have a result; "
+            f"Unfinished: {summary.num_finished} of {number_of(summary.num_expected, 'cell')} {have} a result; "
             "the same `embtables sweep` command goes on."
         )
     return lines
@@ -175,7 +177,7 @@ def head(summary: Summary) -> list[str]:
 
 def _seeds(summary: Summary) -> str:
     config = summary.config
-    seeds = f"{config.seeds} {'seed' if config.seeds == 1 else 'seeds'}"
+    seeds = number_of(config.seeds, "seed")
     if config.best is None:
         return seeds
     each = "each variant and budget" if config.variants else "each budget"
@@ -202,6 +204,8 @@ def remarks(summary: Summary) -> list[str]:
     full = summary.full
     if full is None or not full.num_ok:
         found.append("There is no full table to compare to yet.")
+    elif full.method not in labels_of("full"):
+        found.append(f"There is no full: differences are to {full.method}.")
     if summary.config.seeds < LEAST_SEEDS_FOR_P:
         found.append(f"No p-values: they need at least {LEAST_SEEDS_FOR_P} seeds.")
     elif any(point.num_seeds < LEAST_SEEDS_FOR_P for point in summary.points):

@@ -17,8 +17,9 @@ import pandas as pd
 from rich.progress import track
 
 from embtables._util.files import check_seal, remove_leftovers, sealed, sha256, unsealed, write_json
+from embtables._util.names import number_of
 from embtables._util.reading import inside, read_array, read_json, read_text, read_yaml
-from embtables.sweeps.cells import BASELINES, Cell, Place, kind_of, takes_budget
+from embtables.sweeps.cells import BASELINES, Cell, MethodSpec, Place, kind_of, labels_of, takes_budget
 from embtables.sweeps.choosing import finalists, num_finalists, tuned_at
 from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.sweeps.results import COLUMNS, MEASURED, read_metrics
@@ -31,7 +32,8 @@ LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
 _TEXTS = ("budget", "method", "message", "cell", "variant", "trained_with", "tuned")
 _WHOLE = ("seed", "inference_bytes", "training_bytes", "full_bytes", "floor_bytes")
-_SINCE_VARIANTS = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean")
+# Columns that the first sweeps did not have.
+_LATE = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean", "trained_with", "tuned")
 
 
 @dataclass(frozen=True)
@@ -50,27 +52,42 @@ class Difference:
     high: float
 
 
+@dataclass(frozen=True)
+class Rival:
+    """The form of a baseline that a point is compared with, and test AUC of the point minus that of this ``method``."""
+
+    method: str
+    difference: float
+
+
 @dataclass
 class Point:
     """One method at one budget of one variant, over all seeds that are finished, of `num_seeds` that are asked for."""
 
     method: str
+    spec: MethodSpec
     budget: str
-    takes_budget: bool
     rows: pd.DataFrame
     num_seeds: int
     floor_bytes: int | None = None
     message: str = ""
     num_failed: int = 0
     differences: list[Difference] = field(default_factory=list)
-    to_drop: float | None = None
-    fewer: str = ""
-    to_fewer: float | None = None
+    drop: Rival | None = None
+    fewer: Rival | None = None
     variant: str = ""
 
     @property
     def place(self) -> Place:
         return self.variant, self.method, self.budget
+
+    @property
+    def kind(self) -> str | None:
+        return kind_of(self.spec)
+
+    @property
+    def takes_budget(self) -> bool:
+        return takes_budget(self.spec)
 
     @property
     def num_ok(self) -> int:
@@ -96,15 +113,15 @@ class Point:
     @property
     def below_drop(self) -> bool:
         """Does it do worse, on average over common seeds, than dropping features at the same budget?"""
-        return self.to_drop is not None and self.to_drop < 0
+        return self.drop is not None and self.drop.difference < 0
 
     @property
     def beats_fewer(self) -> bool:
-        """Does it do better, on average over common seeds, than full tables of fewer dimensions?
+        """Does it do better, on average over common seeds, than full tables of fewer dimensions at the same budget?
 
-        They are ``fewer``, at the same budget; True where they have no result, and for baselines.
+        True where they have no result, and for baselines.
         """
-        return self.to_fewer is None or self.to_fewer > 0
+        return self.fewer is None or self.fewer.difference > 0
 
     @property
     def p_value(self) -> float | None:
@@ -136,7 +153,7 @@ class Summary:
         if self.variant:
             return f"{self.config.dataset} · {self.variant}"
         if self.config.variants:
-            return f"{self.config.dataset} · {len(trains)} variants of {', '.join(models)}"
+            return f"{self.config.dataset} · {number_of(len(trains), 'variant')} of {', '.join(models)}"
         return f"{self.config.dataset} · {models[0]}"
 
     def of(self, variant: str) -> Summary:
@@ -154,12 +171,15 @@ class Summary:
 
     @property
     def full(self) -> Point | None:
-        """Full tables, of the first variant that has them."""
-        return next((p for p in self.points if not p.takes_budget), None)
+        """Full tables of the first variant: ``full``, or those in fp32, or where there are neither, in another form."""
+        found = [point for point in self.points if not point.takes_budget]
+        as_trained = (point for label in labels_of("full") for point in found if point.method == label)
+        return next(as_trained, next(iter(found), None))
 
     def reference(self, point: Point) -> Point | None:
-        """What `point` is compared with: full of its variant, and for full that of the first variant."""
-        found = self.of(point.variant).full if point.takes_budget else self.full
+        """What `point` is compared with: full of its variant, and for that itself full of the first variant."""
+        own = self.of(point.variant).full
+        found = self.full if own is point else own
         return None if found is point else found
 
 
@@ -201,8 +221,10 @@ def summarize(folder: Path, *, resamples: int, progress: bool = False) -> Summar
         learning_rates=_learning_rates(folder, frame),
     )
     _compare_to_full(summary, resamples, progress)
-    _compare_to_drop(summary)
-    _compare_to_fewer(summary)
+    baselines = {kind_of(spec) for spec in BASELINES}
+    for point in points:
+        point.drop = _against_best(DROP, point, summary) if point.kind != DROP else None
+        point.fewer = _against_best(FEWER, point, summary) if point.kind not in baselines else None
     return summary
 
 
@@ -231,11 +253,7 @@ def _read_results(file: Path) -> pd.DataFrame:
     except (ValueError, csv.Error) as error:  # what cannot be parsed, what is empty, what is not UTF-8
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is damaged ({reason}): start the sweep again, which writes it anew") from None
-    if "variant" not in frame.columns:  # a sweep from before there were variants
-        frame = frame.reindex(columns=[*frame.columns, *(c for c in _SINCE_VARIANTS if c not in frame.columns)])
-    for column in ("trained_with", "tuned"):  # from before one training had several forms, or any field was tuned
-        if column not in frame.columns:
-            frame[column] = ""
+    frame = frame.reindex(columns=[*frame.columns, *(column for column in _LATE if column not in frame.columns)])
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]!r}: start the sweep again, which writes it anew")
@@ -293,8 +311,8 @@ def _point(config: SweepConfig, place: Place, frame: pd.DataFrame, num_seeds: in
     failed = own[own["status"] == "failed"]
     point = Point(
         method,
+        config.methods[method],
         budget,
-        takes_budget(config.methods[method]),
         own[own["status"] == "ok"],
         num_seeds,
         num_failed=len(failed),
@@ -307,35 +325,21 @@ def _point(config: SweepConfig, place: Place, frame: pd.DataFrame, num_seeds: in
     return point
 
 
-def _compare_to_drop(summary: Summary) -> None:
-    for point in summary.points:
-        drop = summary.point(DROP, point.budget, point.variant)
-        if drop is None or point.method == DROP or not point.takes_budget:
-            continue
-        point.to_drop = _mean_difference(point, drop)
+def _against_best(kind: str, point: Point, summary: Summary) -> Rival | None:
+    """`point` beside the form of a kind that did best on validation at its budget, over the seeds that both have.
 
-
-def _compare_to_fewer(summary: Summary) -> None:
-    """Every method beside the form of fewer dimensions that did better on validation at its budget."""
-    kinds = {label: kind_of(spec) for label, spec in summary.config.methods.items()}
-    baselines = {kind_of(spec) for spec in BASELINES}
-    for point in summary.points:
-        if kinds[point.method] in baselines:
-            continue
-        rivals = [
-            other
-            for other in summary.of(point.variant).points
-            if kinds[other.method] == FEWER and other.budget == point.budget and other.num_ok
-        ]
-        if rivals:
-            best = max(rivals, key=lambda rival: rival.mean("valid_auc"))
-            point.fewer, point.to_fewer = best.method, _mean_difference(point, best)
-
-
-def _mean_difference(point: Point, other: Point) -> float | None:
-    """Of test AUC, over the seeds that both have; None where there is none."""
-    both = point.rows.merge(other.rows, on="seed", suffixes=("", "_other"))
-    return float((both["test_auc"] - both["test_auc_other"]).mean()) if len(both) else None
+    None where there is no such form, or no such seed.
+    """
+    rivals = [
+        other
+        for other in summary.of(point.variant).points
+        if other.kind == kind and other.budget == point.budget and other.num_ok
+    ]
+    if not rivals:
+        return None
+    best = max(rivals, key=lambda rival: rival.mean("valid_auc"))
+    both = point.rows.merge(best.rows, on="seed", suffixes=("", "_other"))
+    return Rival(best.method, float((both["test_auc"] - both["test_auc_other"]).mean())) if len(both) else None
 
 
 def _compare_to_full(summary: Summary, resamples: int, progress: bool) -> None:
@@ -403,7 +407,7 @@ def _scores(folder: Path, cell: str, rows: int) -> npt.NDArray[np.float32]:
         raise ValueError(f"{file} does not match its checksum in metrics.json: delete {run} to train it again")
     if scores.shape != (rows,):
         raise ValueError(
-            f"{file} holds {scores.shape} scores for {rows:,} test rows: delete the cell and train it again"
+            f"{file} holds {scores.shape} scores for {number_of(rows, 'test row')}: delete the cell and train it again"
         )
     if not np.isfinite(scores).all():
         raise ValueError(f"{file} is damaged: it holds scores that are no numbers")

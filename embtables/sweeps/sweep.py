@@ -12,7 +12,7 @@ A sweep is a directory::
     cells/NAME.log      what the cell printed;  cells/NAME.failed.json why it failed
     results.csv         one row a cell that is finished, infeasible or failed
     tuning.csv          where a grid was given: its results on validation and the choice
-    tensorboard/        HParams
+    tensorboard/        HParams of the cells in results.csv
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from embtables._util.files import followed, remove_leftovers, sealed, sha256, write_bytes, write_text
 from embtables._util.lock import locked
-from embtables._util.names import has_patterns
+from embtables._util.names import has_patterns, number_of
 from embtables._util.reading import read_json
 from embtables.datasets import PreparedDataset
 from embtables.models.registry import check_hyperparameters, is_built_in
@@ -44,13 +45,10 @@ from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuning_c
 from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.sweeps.planning import plan_points
 from embtables.sweeps.runner import Ended, Job, run_jobs, threads_per_job
-from embtables.training.config import parse_value
+from embtables.training.config import AS_SERVED, parse_value
 from embtables.training.environment import environment
-from embtables.training.learning_curve import value_of
+from embtables.training.learning_curve import MONITOR_LABELS, value_of
 from embtables.training.loop import CHECKPOINT
-
-# Fields of the training by which it depends on the form that is served.
-_AS_SERVED = ("quantize_from", "plateau_factor")
 
 #: {(variant, method, budget): bytes of the plan, or floor_bytes and message where it is infeasible}
 Plans = Mapping[Place, Mapping[str, Any]]
@@ -91,7 +89,7 @@ def run_sweep(
     """Run what is not finished of the sweep `config` in `folder`, `jobs` cells at a time.
 
     Everything is planned, and the data's checksums are compared, before `folder` is touched. Failed cells are tried
-    again. Returns the rows of results.csv.
+    again. Returns the rows of results.csv, and behind them those of failed cells that are of the grid alone.
 
     Raises:
         ValueError: wrong configuration, damaged data, or a folder that is in use, of another sweep, or of no sweep.
@@ -146,6 +144,7 @@ class _Sweep:
     def __init__(self, config: SweepConfig, folder: Path, plans: Plans) -> None:
         self.config, self.folder, self.plans = config, folder, plans
         self.infeasible = {place for place, planned in plans.items() if "floor_bytes" in planned}
+        self.grid = tuning_cells(config, self.infeasible)
 
     def run(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
@@ -170,7 +169,7 @@ class _Sweep:
         for cell in filter(self.feasible, cells):
             training = self.config.trains[cell.variant].training
             alone = any(
-                getattr(training, name) is not None or f"training.{name}" in self.config.tune for name in _AS_SERVED
+                getattr(training, name) is not None or f"training.{name}" in self.config.tune for name in AS_SERVED
             )
             same = cell.place if alone else (cell.variant, self.plans[cell.place]["trains"])
             found.setdefault((same, cell.seed, cell.tuned), []).append(cell)
@@ -180,6 +179,18 @@ class _Sweep:
 
     def failure(self, cell: Cell) -> Path:
         return self.run(cell).with_name(f"{cell.name}.failed.json")
+
+    def why_failed(self, cell: Cell) -> str | None:
+        """What is noted of a cell that failed; None where nothing is, or nothing legible: it is tried again anyway."""
+        try:
+            noted = read_json(self.failure(cell))
+        except (FileNotFoundError, ValueError):
+            return None
+        message = noted.get("message") if isinstance(noted, dict) else None
+        return message if isinstance(message, str) else None
+
+    def hparams(self, cell: Cell) -> Path:
+        return self.folder / "tensorboard" / cell.name
 
     def feasible(self, cell: Cell) -> bool:
         return cell.place not in self.infeasible
@@ -192,21 +203,19 @@ class _Sweep:
 
         Where further seeds wait for nothing they are one stage with the first.
         """
-        tried = tuning_cells(self.config, self.infeasible)
-        yield tried
-        done = set(tried)
+        yield self.grid
+        done = set(self.grid)
         first = 1 if self.config.best is not None else self.config.seeds
         yield [cell for cell in self.main_cells() if cell.seed < first and cell not in done]
         yield [cell for cell in self.main_cells() if cell.seed >= first]
 
     def num_runs(self) -> int:
         """How many cells are trained in all, as far as it is known by now who gets every seed."""
-        tried = tuning_cells(self.config, self.infeasible)
         places = [place for place in self.config.points if place not in self.infeasible]
         values = self.values_of_places(self.chosen_values())
-        untried = set(places) - {cell.place for cell in tried}
+        untried = set(places) - {cell.place for cell in self.grid}
         further = (self.config.seeds - 1) * num_finalists(self.config, places, values)
-        return len(tried) + len(untried) + further
+        return len(self.grid) + len(untried) + further
 
     def main_cells(self) -> list[Cell]:
         """The cells of results.csv that are known: whose values are chosen, and who gets further seeds."""
@@ -221,8 +230,7 @@ class _Sweep:
 
     def chosen_values(self) -> dict[Place, str]:
         """The entry of the grid of each place where it is chosen."""
-        tried = tuning_cells(self.config, self.infeasible)
-        return chosen(self.config, self.infeasible, self.values(tried)) if tried else {}
+        return chosen(self.config, self.infeasible, self.values(self.grid)) if self.grid else {}
 
     def values_of_places(self, chosen_values: Mapping[Place, str]) -> dict[Place, float | None]:
         """The value of the first seed, of each place that has one or never will."""
@@ -238,7 +246,7 @@ class _Sweep:
             metrics = results.read_metrics(self.run(cell)) if self.feasible(cell) else None
             if metrics is not None and metrics["status"] == "ok":
                 found[cell] = value_of(metrics, self.monitor(cell))
-            elif metrics is not None or not self.feasible(cell) or self.failure(cell).exists():
+            elif metrics is not None or not self.feasible(cell) or self.why_failed(cell) is not None:
                 found[cell] = None
         return found
 
@@ -254,38 +262,45 @@ class _Sweep:
         metrics = results.read_metrics(self.run(cell))
         if metrics is not None:
             return results.row(cell, str(metrics["status"]), name, model, {**planned, **metrics})
-        if self.failure(cell).exists():
-            failure = read_json(self.failure(cell))
-            if not isinstance(failure, dict):
-                raise ValueError(f"{self.failure(cell)} is damaged: delete it to try the cell again")
-            return results.row(cell, "failed", name, model, {**planned, **failure})
-        return None
+        message = self.why_failed(cell)
+        return None if message is None else results.row(cell, "failed", name, model, {**planned, "message": message})
 
     def collect(self) -> list[dict[str, Any]]:
-        """Write results.csv from the cells' files, sorted by variant, method, budget and seed; return its rows."""
+        """Write results.csv from the cells' files, sorted by variant, method, budget and seed, and what goes with it.
+
+        Returns its rows, and behind them those of failed cells that are of the grid alone.
+        """
         order = {place: number for number, place in enumerate(self.config.points)}
         cells = sorted(self.main_cells(), key=lambda cell: (order[cell.place], cell.seed))
-        rows = [row for row in map(self.row, cells) if row is not None]
-        results.write_results(rows, self.folder / "results.csv")
+        rows = {cell: row for cell in cells if (row := self.row(cell)) is not None}
+        results.write_results(list(rows.values()), self.folder / "results.csv")
+        for cell, row in rows.items():
+            if row["status"] == "ok" and not self.hparams(cell).exists():
+                results.write_hparams(row, self.hparams(cell))
+        tried = {cell: row for cell in self.grid if (row := self.row(cell)) is not None}
         if self.config.tune:
-            self._write_tuning()
-        return rows
+            self._write_tuning(tried)
+        return [
+            *rows.values(),
+            *(row for cell, row in tried.items() if row["status"] == "failed" and cell not in rows),
+        ]
 
-    def _write_tuning(self) -> None:
+    def _write_tuning(self, rows: Mapping[Cell, Mapping[str, Any]]) -> None:
         chosen_values = self.chosen_values()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["variant", "method", "budget", "tuned", "monitor", "valid", "chosen"])
-        for cell in tuning_cells(self.config, self.infeasible):
-            metrics = results.read_metrics(self.run(cell))
-            if metrics is not None:
-                monitor = self.monitor(cell)
-                is_chosen = chosen_values.get(cell.place) == cell.tuned
-                writer.writerow([*cell.place, cell.tuned, monitor, metrics.get(f"valid_{monitor}"), int(is_chosen)])
+        for cell, row in rows.items():
+            monitor = self.monitor(cell)
+            is_chosen = chosen_values.get(cell.place) == cell.tuned
+            writer.writerow([*cell.place, cell.tuned, monitor, row.get(f"valid_{monitor}"), int(is_chosen)])
         write_text(self.folder / "tuning.csv", text.getvalue())
 
     def note_end(self, cell: Cell, ended: Ended) -> str:
-        """Record how `cell` ended and return its status in a few words."""
+        """Record how `cell` ended and return its status in a few words.
+
+        Of a cell of the grid they are what it is chosen by, not the test AUC, which is shown for what was chosen.
+        """
         metrics = results.read_metrics(self.run(cell))
         if metrics is None:
             message = ended.message if ended.code != 0 else "the run ended without writing metrics.json"
@@ -293,12 +308,15 @@ class _Sweep:
             write_text(self.failure(cell), json.dumps(failure, indent=1))
             return f"failed: {message}"
         self.failure(cell).unlink(missing_ok=True)
-        row = self.row(cell)
-        if row is not None and row["status"] == "ok":
-            results.write_hparams(row, self.folder / "tensorboard" / cell.name)
-            area = row["test_auc"]
-            return "test AUC undefined" if area is None or area != area else f"test AUC {area:.4f}"
-        return str(metrics["status"])
+        shutil.rmtree(self.hparams(cell), ignore_errors=True)  # those of an earlier training, which collect writes anew
+        if metrics["status"] != "ok":
+            return str(metrics["status"])
+        name, column = "test AUC", "test_auc"
+        if cell in self.grid:
+            monitor = self.monitor(cell)
+            name, column = f"validation {MONITOR_LABELS[monitor]}", f"valid_{monitor}"
+        value = metrics.get(column)
+        return f"{name} undefined" if value is None or value != value else f"{name} {value:.4f}"
 
 
 def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, lock: int) -> None:
@@ -328,7 +346,7 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
                 show(active.remove, ended.job.name)
                 for cell in by_name[ended.job.name]:
                     outcome = sweep.note_end(cell, ended)
-                    console.print(f"{cell.name}  {ended.seconds:.0f} s  {outcome}", highlight=False, markup=False)
+                    console.out(f"{cell.name}  {ended.seconds:.0f} s  {outcome}", highlight=False)
                     progress.advance(bar)
                 sweep.collect()
 
@@ -340,8 +358,8 @@ def _announce(plans: Plans, console: Console) -> None:
     for (variant, method, budget), planned in plans.items():
         if "floor_bytes" in planned:
             of_variant = f"{variant}: " if variant else ""
-            text = f"{of_variant}{method} at {budget} is infeasible: its floor is {planned['floor_bytes']:,} bytes"
-            console.print(text, highlight=False, markup=False)
+            floor = number_of(planned["floor_bytes"], "byte")
+            console.out(f"{of_variant}{method} at {budget} is infeasible: its floor is {floor}", highlight=False)
 
 
 def _record(config: SweepConfig, folder: Path, plans: Plans, dataset: PreparedDataset, jobs: int) -> None:

@@ -189,6 +189,10 @@ class DenseConfig(_Section):
     )
 
 
+#: Fields of the training by which it depends on the form that is served.
+AS_SERVED = ("quantize_from", "plateau_factor")
+
+
 class TrainingConfig(_Section):
     """How long and on what the model is trained, what chooses the best state of it, and when the training stops."""
 

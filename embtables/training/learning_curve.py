@@ -29,7 +29,8 @@ COLUMNS = (
 )
 """Columns of validation.csv. ``train_loss`` is the mean over the examples since the evaluation before."""
 
-_LABELS = {"auc": "AUC", "gauc_weighted": "gauc_weighted", "gauc_mean": "gauc_mean", "logloss": "log loss"}
+MONITOR_LABELS = {"auc": "AUC", "gauc_weighted": "gauc_weighted", "gauc_mean": "gauc_mean", "logloss": "log loss"}
+"""What a sentence calls a monitor."""
 _LEAST_LOSS = 0.0005
 """A monitor that ends this far behind its best has fallen; closer is noise."""
 _LEAST_LEARNED = 0.005
@@ -66,7 +67,7 @@ def overfitting(rows: Sequence[Row], monitor: str) -> str | None:
     best, last = rows[number], rows[-1]
     if values[number] - values[-1] < _LEAST_LOSS or last["train_loss"] >= best["train_loss"]:
         return None
-    name, column = _LABELS[monitor], f"valid_{monitor}"
+    name, column = MONITOR_LABELS[monitor], f"valid_{monitor}"
     kind = "one-epoch over-fitting" if best["epoch"] <= 1 < last["epoch"] else "over-fitting"
     advice = ["tables.regularization", "a lower tables.learning_rate", "a smaller tables.budget"]
     if number == 0:
@@ -99,9 +100,9 @@ def remarks(rows: Sequence[Row], monitor: str, *, out_of_patience: bool) -> list
     before, after = best.get("valid_auc_tail"), last.get("valid_auc_tail")
     if out_of_patience and before is not None and after is not None and after - before >= _LEAST_LOSS:
         found.append(
-            f"training stopped for want of a better {_LABELS[monitor]}, but the validation AUC of rare ids still rose, "
-            f"from {before:.4f} at epoch {best['epoch']} to {after:.4f} at epoch {last['epoch']}: their rows pay off "
-            "late. Try a higher training.patience, or tables.regularization for the frequent ones."
+            f"training stopped for want of a better {MONITOR_LABELS[monitor]}, but the validation AUC of rare ids "
+            f"still rose, from {before:.4f} at epoch {best['epoch']} to {after:.4f} at epoch {last['epoch']}: their "
+            "rows pay off late. Try a higher training.patience, or tables.regularization for the frequent ones."
         )
     return found
 

@@ -42,7 +42,7 @@ from embtables.sizes.budget import InfeasibleBudget
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import check_identity
 from embtables.training.compilation import check_compiler
-from embtables.training.config import RunConfig
+from embtables.training.config import AS_SERVED, RunConfig
 from embtables.training.environment import environment
 from embtables.training.initialization import initialize
 from embtables.training.loop import CHECKPOINT, Run
@@ -170,9 +170,8 @@ class Trainer:
         Raises:
             ValueError: where the two would not train the same.
         """
-        training = config.training
-        if training.quantize_from is not None or training.plateau_factor is not None:
-            which = "quantize_from" if training.quantize_from is not None else "plateau_factor"
+        which = next((name for name in AS_SERVED if getattr(config.training, name) is not None), None)
+        if which is not None:
             raise ValueError(
                 f"training.{which} lets the training depend on how the tables are served: train {self.out} by itself"
             )

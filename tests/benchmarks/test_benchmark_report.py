@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from embtables._util.files import sealed, unsealed
 from embtables.cli.app import run as command_line
 from embtables.sweeps.cells import parse_methods, with_baselines
 from embtables.sweeps.config import describe
-from embtables.sweeps.report import line, markdown, sections, write_report
+from embtables.sweeps.report import head, line, markdown, sections, write_report
 from embtables.sweeps.summary import Summary, sign_flip_p, summarize
 from embtables.training.config import load_config
 
@@ -173,6 +174,7 @@ def test_an_unfinished_sweep_says_so(sweep: Path) -> None:
     assert "There is no full table to compare to yet." in text and "not run yet" in text
     drop_rows(sweep, lambda row: False)
     assert [path.name for path in write_report(sweep, resamples=20).files] == ["report.md"]
+    assert head(replace(report.summary, num_finished=1))[1].startswith("Unfinished: 1 of 20 cells has a result;")
 
 
 def test_failed_cells_are_shown_with_their_message(sweep: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,9 @@ def test_finished_cells_are_not_redone_and_failed_ones_are(data: Path, fake: Pat
     assert [row["method"] for row in failed] == ["hash"] * 2
     assert {row["message"] for row in failed} == {"the loss is NaN at step 7"}
     (fake / "fail-hash").unlink()
+    # What says why they failed is damaged, as by a full disk: they are tried again anyway.
+    for row, text in zip(failed, ("{", "[1]"), strict=True):
+        (out / "cells" / f"{row['cell']}.failed.json").write_text(text)
     before = started(fake)
     rows = run(config_of(data, budgets="50%"), out)
     again = started(fake)[len(before) :]
@@ -517,8 +521,12 @@ def test_the_report_of_variants(data: Path, fake: Path, tmp_path: Path) -> None:
         assert point is not None
         wanted = [by_place[variant, method, seed] - by_place[(*other, seed)] for seed in "01"]
         assert [d.difference for d in point.differences] == pytest.approx(wanted, abs=1e-12)
-    first = summary.point("full", "", "small")
-    assert first is not None and first.differences == []
+    first, second = (summary.point("full", "", variant) for variant in ("small", "wide & deep"))
+    assert first is not None and first.differences == [] and second is not None
+    # Full tables in another precision are compared with full of their own variant.
+    served = replace(second, spec={"kind": "full", "precision": "int8"}, method="full(precision=int8)")
+    references = [replace(summary, points=[*summary.points, served]).reference(point) for point in (served, second)]
+    assert [point.place for point in references if point] == [("wide & deep", "full", ""), ("small", "full", "")]
     text = markdown(summary, 20, [])
     assert "Differences are to full of the same variant; those of full itself are to full of small." in text
     assert "2 variants of mlp · 2 seeds" in text and "| wide & deep | hash" in text
@@ -582,3 +590,6 @@ def test_variants_from_the_command_line(
     assert [row["variant"] for row in read(tmp_path / "sweep")] == ["one", "two"]
     assert main(["report", str(tmp_path / "sweep")]) == 0
     assert "2 variants of mlp, dlrm" in capfd.readouterr().out
+    config = summarize(tmp_path / "sweep", resamples=20).config
+    alone = config.model_copy(update={"variants": {"one": config.variants["one"]}})
+    assert replace(summarize(tmp_path / "sweep", resamples=20), config=alone).title == "tiny · 1 variant of mlp"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from sweep_cases import fake_cell, read, run, started
 
 import embtables.sweeps.sweep as sweep_module
@@ -278,8 +283,24 @@ def test_the_command_line_hands_its_options_on(
 def test_a_field_is_tuned_at_every_budget(data: Path, fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     config = described(data, "full,hash", "50%,8", 2, tune={"tables.learning_rate": [0.1, 0.3]})
-    rows = run(config, out)
+    printed = io.StringIO()
+    rows = run(config, out, console=Console(file=printed, width=20))
     ok = [row for row in rows if row["status"] == "ok"]
+    # Lines are whole, however narrow; of what is only tried they show nothing that comes from test rows.
+    first, *lines = printed.getvalue().splitlines()
+    assert first == "hash at 8 is infeasible: its floor is 128 bytes"
+    wanted = {}
+    for cell in started(fake):
+        metrics = json.loads((out / "cells" / cell / "metrics.json").read_text())
+        valid, test = (f"{metrics[f'{split}_auc']:.4f}" for split in ("valid", "test"))
+        wanted[cell] = f"validation AUC {valid}" if "-s0-" in cell else f"test AUC {test}"
+    assert [re.split(r"  \d+ s  ", text) for text in lines if text] == [list(item) for item in wanted.items()]
+    # TensorBoard has what was chosen alone; what of it is missing is written by the next start.
+    in_tensorboard = [path.name for path in (out / "tensorboard").iterdir()]
+    assert sorted(in_tensorboard) == sorted(row["cell"] for row in ok)
+    shutil.rmtree(out / "tensorboard" / ok[0]["cell"])
+    run(config, out)
+    assert list((out / "tensorboard" / ok[0]["cell"]).glob("events*"))
     # Where the fake cell has least noise.
     assert {(row["tuned"], row["learning_rate"]) for row in ok} == {("tables.learning_rate=0.3", 0.3)}
     assert [row["cell"] for row in rows] == [
@@ -317,7 +338,11 @@ def test_a_field_is_tuned_at_every_budget(data: Path, fake: Path, tmp_path: Path
 def test_values_follow_the_monitor_of_their_variant(data: Path, fake: Path, tmp_path: Path) -> None:
     fields: tuple[dict[str, Any], ...] = ({"model.name": "mlp"}, {"model.name": "mlp", "training.monitor": "logloss"})
     trains = {name: load_config(fields=own) for name, own in zip(("small", "deep"), fields)}
-    rows = run(described(data, "full", "", 2, variants=trains, tune=GRID), tmp_path / "sweep")
+    printed = io.StringIO()
+    config = described(data, "full", "", 2, variants=trains, tune=GRID)
+    rows = run(config, tmp_path / "sweep", console=Console(file=printed))
+    deep = [text for text in printed.getvalue().splitlines() if text.startswith("deep-full-s0")]
+    assert len(deep) == 2 and all("  validation log loss 0." in text for text in deep)
     assert {(row["variant"], row["tuned"]) for row in rows} == {
         ("small", "tables.regularization=0.3"),
         ("deep", "tables.regularization=0.1"),  # the fake log loss is best where the AUC is worst
@@ -432,7 +457,8 @@ def test_where_a_whole_grid_fails_the_row_says_so(data: Path, fake: Path, tmp_pa
     (fake / "fail-hash-1%").touch()
     config = described(data, "full,hash", "50%,1%", 1, tune=GRID, tune_at="1%")
     failed = [(row["cell"], row["message"]) for row in run(config, out) if row["status"] == "failed"]
-    assert failed == [("hash-1pct-s0-regularization=0.1", "the loss is NaN at step 7")]
+    names = ("hash-1pct-s0-regularization=0.1", "hash-1pct-s0-regularization=0.3")
+    assert failed == [(name, "the loss is NaN at step 7") for name in names]
     assert len(started(fake)) == len(set(started(fake)))  # what failed waits for the next start
     summary = summarize(out, resamples=20)
     first = "tables.regularization=0.1 (the first of the grid: all of it failed at 1%)"
@@ -445,6 +471,31 @@ def test_where_a_whole_grid_fails_the_row_says_so(data: Path, fake: Path, tmp_pa
     assert (
         "method, at 1% or else the first budget that is feasible, and used at all: tables.regularization from" in text
     )
+
+
+def test_what_fails_of_a_grid_is_not_passed_over(
+    data: Path, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep_module, "run_sweep", partial(sweep_module.run_sweep, command=fake_cell))
+    folder = tmp_path / "sweep"
+    command = ["sweep", str(data), "--seeds", "2", "--tune", "tables.learning_rate=0.3,1e38", "--out", str(folder)]
+    lost = "full-s0-learning_rate=1.0e+38"
+    (fake / f"fail-{lost}").touch()
+    assert main(command) == 1
+    out, err = capfd.readouterr()
+    assert out.startswith(f"2 ok, 0 infeasible, 1 failed: {folder / 'results.csv'}\n")
+    reason = f"the loss is NaN at step 7 (log: {folder / 'cells' / lost}.log). The same command tries it again."
+    assert err.endswith(f"Error: 1 cell failed, first {lost}: {reason}\n")
+    with (folder / "tuning.csv").open() as file:
+        good, bad = csv.DictReader(file)
+    # The results have the cell that was chosen, and all else is nothing to compare with.
+    assert [row["tuned"] for row in read(folder)] == ["tables.learning_rate=0.3"] * 2
+    assert (good["valid"], good["chosen"]) == (read(folder)[0]["valid_auc"], "1")
+    asked = {"variant": "", "method": "full", "budget": "", "tuned": "tables.learning_rate=1.0e+38", "monitor": "auc"}
+    assert bad == asked | {"valid": "", "chosen": "0"}
+    (fake / f"fail-{lost}").unlink()
+    assert main(command) == 0
+    assert capfd.readouterr().out.startswith("2 ok, 0 infeasible, 0 failed")
 
 
 # ---- sweeps of before ------------------------------------------------------------------------------------------------
