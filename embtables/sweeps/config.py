@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embtables._util.files import check_seal, sha256, unsealed
 from embtables._util.reading import inside, read_yaml
@@ -230,6 +230,14 @@ def _held(config: RunConfig, field: str) -> Any:
     return value
 
 
+def _reason(error: ValueError) -> str:
+    """What is wrong in one line; of several fields with the first one."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    problem = error.errors()[0]
+    return ": ".join([".".join(map(str, problem["loc"])), problem["msg"]][not problem["loc"] :])
+
+
 def read_config(folder: Path) -> SweepConfig:
     """The configuration of the sweep in `folder`; ValueError where there is none."""
     file = folder / "sweep.yaml"
@@ -245,7 +253,7 @@ def read_config(folder: Path) -> SweepConfig:
         config = SweepConfig.model_validate(fields)
         config.check()
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({' '.join(str(error).split())}): give another --out") from None
+        raise ValueError(f"{file} is damaged ({_reason(error)}): give another --out") from None
     if rates:
         raise ValueError(
             f"{file} has a grid of learning_rates, which an earlier version wrote and this one does not read: give "

@@ -43,8 +43,6 @@ class Optimization:
         tables = self.config.tables
         assert tables.learning_rate is not None  # resolved by the configuration
         if tables.optimizer_kind == "adam" and tables.sparse_gradients:
-            if tables.l2:
-                raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
             return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
         if tables.sparse_gradients:
             return TORCH_OPTIMIZERS[tables.optimizer_kind](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
