@@ -179,6 +179,8 @@ def sweep(
             tune=cells.parse_tune(tune or []),
             tune_at=tune_at,
             best=best,
+            preset=preset,
+            precisions=precisions is not None,
         ),
         out,
         jobs=jobs,

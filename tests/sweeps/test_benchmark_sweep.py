@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -224,6 +225,41 @@ def test_planning_comes_before_anything_is_written(data: Path, tmp_path: Path) -
 def test_a_fixed_hash_seed_is_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="tables.hash_seed is 3"):
         config_of(data, **{"tables.hash_seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("set_to", "message"),
+    [
+        ("tables.method=hash", "the configuration sets tables.method, .* of its own: give --methods"),
+        ("tables.budget=10%", "the configuration sets tables.budget, .* of its own: give --budgets"),
+        ("training.seed=7", "the configuration sets training.seed, .* of its own: give --seeds"),
+        ("tables.precision=int8", "the configuration sets tables.precision, .* of its own: leave out --precisions"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    set_to: str, message: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Be it set on the command line, in a file or by a variant; what a preset says of the seed is no wish."""
+    section, _, assignment = set_to.partition(".")
+    name, _, value = assignment.partition("=")
+    (tmp_path / "run.yaml").write_text(f"{section}: {{{name}: {value}}}\n")
+    command = ["sweep", str(data), "--out", str(tmp_path / "sweep"), "--preset", "bars", "--methods", "full"]
+    command += ["--precisions", "fp32,int8"] if name == "precision" else []
+    by_variant = ["--variant", "a: {}", "--variant", f"b: {{{section}.{name}: {value}}}"]
+    for options, wanted in (
+        (["--set", set_to], message),
+        (["--config", str(tmp_path / "run.yaml")], message),
+        (by_variant, message.replace("the configuration", "variant 'b'")),
+    ):
+        assert main([*command, *options]) == 2
+        assert re.search(wanted, capfd.readouterr().err)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_precision_of_the_configuration_is_that_of_methods_without_one(data: Path) -> None:
+    variants = {name: load_config(fields={"tables.precision": name}) for name in ("int2", "int4")}
+    config = describe(data, parse_methods("full"), [], 1, load_config(), variants)
+    assert [train.tables.precision for train in config.trains.values()] == ["int2", "int4"]
 
 
 def test_cells_that_would_share_a_folder_are_refused(data: Path) -> None:
