@@ -134,7 +134,6 @@ def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
         "dataset": data.name,
         "model": config.model.name,
         "method": method_label(config.tables.method),
-        "precision": config.tables.precision,
         "budget": config.tables.budget,
         "seed": config.training.seed,
         "learning_rate": config.tables.learning_rate,
