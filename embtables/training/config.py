@@ -154,7 +154,9 @@ class TablesConfig(_Section):
     @model_validator(mode="after")
     def _rounds_what_is_fused(self) -> TablesConfig:
         if self.training_precision != "fp32" and not self.fused:
-            raise ValueError("tables.training_precision=bf16 needs tables.fused=true: fused updates round stochastically")
+            raise ValueError(
+                "tables.training_precision=bf16 needs tables.fused=true: fused updates round stochastically"
+            )
         return self
 
     @property
@@ -175,7 +177,7 @@ class TablesConfig(_Section):
                 "tables.sparse_gradients needs tables.fused=false: a fused optimizer makes no gradient at all"
             )
         if self.sparse_gradients and kind == "adam" and self.l2:
-            raise ValueError("tables.l2 is not for adam with tables.sparse_gradients, which has no weight decay: give 0")
+            raise ValueError("tables.l2 is not for adam with tables.sparse_gradients, which has no weight decay: set 0")
         if self.learning_rate is None:
             rule = optimizer_from_config(self.optimizer)
             assert rule is not None  # as the field was checked

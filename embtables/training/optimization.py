@@ -94,8 +94,6 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "fused" in state:  # of a checkpoint of embtables 0.1.0, whose model holds the weights alone
-            self.fused.load_optimizer_state_dict(state["fused"])
         rates = [float(rate) for rate in state["learning_rates"]]
         if not all(0 <= rate < math.inf for rate in rates):
             raise ValueError(f"its learning rates are {rates}")

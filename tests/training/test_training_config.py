@@ -153,7 +153,7 @@ def test_errors_name_the_field(override, message):
         ),
         (
             {"tables": {"fused": False, "sparse_gradients": True, "l2": 0.1}},
-            r"^tables\.l2 is not for adam with tables\.sparse_gradients, which has no weight decay: give 0$",
+            r"^tables\.l2 is not for adam with tables\.sparse_gradients, which has no weight decay: set 0$",
         ),
     ],
 )
