@@ -133,7 +133,8 @@ def _plans(config: SweepConfig, dataset: PreparedDataset) -> Plans:
     for variant, train in config.trains.items():
         try:
             check_hyperparameters(train.model.name, train.model.hyperparameters)
-            planned = plan_points(dataset, train, config.methods, points(config.methods, config.budgets))
+            places = points(config.methods, config.budgets)
+            planned = plan_points(dataset, train, config.methods, places, config.tune)
         except ValueError as error:
             raise ValueError(f"variant {variant!r}: {error}" if variant else str(error)) from None
         found |= {(variant, *point): plan for point, plan in planned.items()}
