@@ -41,6 +41,7 @@ from embtables.sweeps.summary import summarize
 from embtables.sweeps.sweep import first_difference, run_sweep, train_command
 from embtables.training import Trainer
 from embtables.training.config import load_config
+from embtables.training.loop import Run
 
 
 def test_names_are_unique_and_fit_for_files() -> None:
@@ -477,6 +478,45 @@ def test_cells_of_one_training(data: Path, tmp_path: Path) -> None:
         assert trainings(described(option), tmp_path / option) == [[fp32], [int8], [binary], *hashed]
     several = describe(data, methods, ["10%"], 2, load_config())
     assert [len(each) for each in trainings(several, tmp_path / "e")] == [3, 1, 1, 1] * 2
+
+
+def test_a_training_whose_company_has_changed_starts_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does with the finalists, where a cell that failed at the first start does not at the second."""
+    overrides = ["training.batch_size=800", "training.epochs=2", "training.threads=1"]
+    methods = in_precisions(parse_methods("full"), "fp32,int8,int4")
+    config = describe(data, methods, [], 1, load_config(overrides=overrides))
+    sweep = sweep_module._Sweep(config, tmp_path, sweep_module._plans(config, PreparedDataset(data)))
+    first, int8, int4 = config.cells([0])
+
+    def train(*beside: Cell) -> dict[str, Any]:
+        """What the sweep's job does, in this process."""
+        job = sweep.job(first, beside, train_command)
+        assert job.command.count("--also") == len(beside)
+        own, *others = (cell_config(config.train, methods[cell.method], "", seed=0) for cell in (first, *beside))
+        also = dict(zip(map(sweep.run, beside), others))
+        return Trainer(own, PreparedDataset(data), sweep.run(first), also=also).run()
+
+    checkpoint = sweep.run(first) / "checkpoint" / "last.pt"
+    save = Run._save
+
+    def stopped(run: Run) -> None:
+        save(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(int8, int4)
+    assert checkpoint.exists()
+    sweep.job(first, [int8, int4], train_command)
+    assert checkpoint.exists()
+    assert train(int8)["status"] == "ok"
+    assert (sweep.run(int8) / "metrics.json").exists() and not (sweep.run(int4) / "metrics.json").exists()
+    checkpoint.write_bytes(b"damaged")
+    sweep.job(first, [int8, int4], train_command)
+    assert checkpoint.exists()  # it is for the run to say so
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------
