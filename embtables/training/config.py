@@ -40,6 +40,7 @@ __all__ = [
     "TablesConfig",
     "TrainingConfig",
     "load_config",
+    "parse_named",
     "parse_value",
     "with_fields",
 ]
@@ -440,6 +441,27 @@ def parse_value(text: str, name: str) -> Any:
         raise ValueError(
             f"{name}: the value {text!r} is not valid YAML; quote it, or check brackets and braces"
         ) from None
+
+
+def parse_named(texts: Sequence[str], option: str, what: str, example: str) -> dict[str, dict[str, Any]]:
+    """Texts ``NAME: {FIELD: VALUE}`` of an option as {name: {field: value}}, in the order given.
+
+    Raises:
+        ValueError: a text of another form, which is told as ``what: {FIELD: VALUE}``, or a name that is given twice.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        try:
+            found = parse_yaml(text)
+        except NotYaml:
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
+            raise ValueError(f"{option} {text!r} is not of the form {what}: {{FIELD: VALUE}}, such as {example!r}")
+        for name, fields in found.items():
+            if name in named:
+                raise ValueError(f"{option} {name!r} is given twice")
+            named[name] = fields
+    return named
 
 
 def _read(path: Path) -> dict[str, Any]:

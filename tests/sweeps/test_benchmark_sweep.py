@@ -543,7 +543,7 @@ def test_variants_of_the_command_line() -> None:
         (["DIN: din"], "is not of the form"),
         (["DIN: {a: 1"], "is not of the form"),
         (["{}"], "is not of the form"),
-        (["a: {}", "a: {}"], "two variants are named 'a'"),
+        (["a: {}", "a: {}"], "--variant 'a' is given twice"),
         (["'–': {}"], "needs a name with letters or digits"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -185,8 +185,12 @@ def test_the_command(data, tmp_path, capsys):
     assert main([*command, "--also", f"{tmp_path / 'int8'}: {{precision: int8}}"]) == 0
     fp32, int8 = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("fp32", "int8"))
     assert int8["inference_bytes"] < fp32["inference_bytes"] / 2
-    for text, message in (("int8", "is not of the form FOLDER"), ("a: {precison: int8}", "tables.precison is not a")):
-        assert main([*command[:3], str(tmp_path / "other"), "--also", text]) != 0
+    for texts, message in (
+        (["int8"], "--also 'int8' is not of the form FOLDER: {FIELD: VALUE}, such as 'runs/int8: {precision: int8}'"),
+        (["a: {precison: int8}"], "tables.precison is not a"),
+        (["a: {precision: int8}", "a: {precision: int4}"], "--also 'a' is given twice"),
+    ):
+        assert main([*command[:3], str(tmp_path / "other"), *(f"--also={text}" for text in texts)]) != 0
         assert message in capsys.readouterr().err
 
 
