@@ -40,7 +40,6 @@ __all__ = [
     "TablesConfig",
     "TrainingConfig",
     "load_config",
-    "parse_named",
     "parse_value",
     "with_fields",
 ]
