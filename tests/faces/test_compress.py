@@ -211,7 +211,11 @@ def test_what_is_wrong_costs_no_measurement(arguments: dict[str, Any], message: 
     measured: list[nn.Module] = []
     with pytest.raises(ValueError, match=message):
         compress_(Model(), **arguments, evaluate=lambda model: measured.append(model) or 0.0)
-    assert measured == []
+    model = Model()
+    held = {"weight": model.item.weight}
+    with pytest.raises(ValueError, match="the old table 'item' is also held by"):
+        compress_(model, "hash", "20%", evaluate=lambda model: measured.append(model) or 0.0)
+    assert measured == [] and held["weight"] is model.item.weight
 
 
 def test_a_measurement_that_fails_at_the_end_leaves_the_report() -> None:

@@ -503,6 +503,11 @@ def test_a_sweep_from_before_there_were_grids_goes_on(data: Path, fake: Path, tm
     (out / "sweep.yaml").write_text(yaml.safe_dump(sealed(before | {"learning_rates": [0.1, 0.3]})))
     with pytest.raises(ValueError, match=r"sweep.yaml has a grid of learning_rates, which an earlier version wrote"):
         read_config(out)
+    (out / "sweep.yaml").write_text(yaml.safe_dump(sealed(now | {"seeds": 0})))
+    with pytest.raises(
+        ValueError, match=r"sweep.yaml is damaged \(seeds: Input should be .* equal to 1\): give another"
+    ):
+        read_config(out)
     (out / "sweep.yaml").write_text(yaml.safe_dump(sealed(now | {"tune": {"tables.l2": ["1\n2"]}})))
     with pytest.raises(
         ValueError, match=r"sweep.yaml is damaged \(--tune tables.l2: the value '1\\n2' holds a line end"

@@ -515,10 +515,14 @@ def test_rare_ids_that_still_improve_at_an_early_stop_are_told():
 
 def test_remarks_are_printed_and_the_preset_learns(log, tmp_path, monkeypatch, capsys):
     flags = ["--preset", "bars", "--epochs", "2", "--quiet", "--batch-size", "200", "--set", "training.patience=null"]
-    monkeypatch.setattr(outcome, "remarks", lambda rows, monitor, out_of_patience: [f"{len(rows)}, {out_of_patience}"])
+
+    def told(rows, monitor, out_of_patience, decays):
+        return [f"{len(rows)}, {out_of_patience}, {decays}"]
+
+    monkeypatch.setattr(outcome, "remarks", told)
     assert main(["train", str(log.path), *flags, "--out", str(tmp_path / "run")]) == 0
-    assert "Note: 2, False\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["remarks"] == ["2, False"]
+    assert "Note: 2, False, []\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["remarks"] == ["2, False, []"]
     assert max(row["valid_auc"] for row in curve_of(tmp_path / "run")) > 0.55
 
 
