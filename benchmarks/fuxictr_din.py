@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from embtables import EmbeddingTables, compress_
+from embtables._util.files import write_text
 from embtables.datasets import PreparedDataset
 from embtables.sweeps.cells import MethodSpec, kind_of, parse_methods
 from embtables.training import metrics
@@ -173,7 +174,7 @@ def main() -> None:
             if (label, seed) not in done:
                 row = {"data": data.path.name, "method": label, "budget": arguments.budget, "seed": seed}
                 rows.append(row | train(data, spec, arguments.budget, seed, options))
-                pd.DataFrame(rows).to_csv(path, index=False)
+                write_text(path, pd.DataFrame(rows).to_csv(index=False))
                 print(rows[-1], flush=True)
 
 

@@ -11,7 +11,6 @@ state, and is scored again. Rows that results.csv holds are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ import pandas as pd
 import torch
 
 from embtables import EmbeddingTables, InfeasibleBudget
+from embtables._util.files import write_json, write_text
 from embtables._util.reading import read_yaml
 from embtables.datasets import PreparedDataset
 from embtables.models import build_model
 from embtables.sweeps.cells import MethodSpec, parse_budgets, parse_methods, takes_budget
 from embtables.sweeps.planning import cell_config
+from embtables.sweeps.results import read_metrics
 from embtables.training.config import RunConfig
 from embtables.training.environment import environment
 from embtables.training.evaluation import main_metrics, score
@@ -80,13 +81,15 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS, help="as `embtables sweep` takes them")
     parser.add_argument("--budgets", default="25%,12.5%,5%,1%", help="as `embtables sweep` takes them")
     arguments = parser.parse_args()
+    trained = read_metrics(arguments.run)
+    if trained is None or trained["status"] != "ok":
+        parser.error(f"{arguments.run} is no finished run")
+    data = PreparedDataset(arguments.data)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = environment(torch.device("cpu"), 1)
-    (arguments.out / "environment.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out / "environment.json", environment(torch.device("cpu"), torch.get_num_threads()))
     path = arguments.out / "results.csv"
     rows = pd.read_csv(path, dtype={"budget": str}, keep_default_na=False).to_dict("records") if path.exists() else []
     done = {(row["method"], row["budget"]) for row in rows}
-    trained = json.loads((arguments.run / "metrics.json").read_text(encoding="utf-8"))
     print(f"full, trained for {trained['best_epoch']} epochs: test AUC {trained['test_auc']:.4f}")
     for label, spec in parse_methods(arguments.methods).items():
         for budget in parse_budgets(arguments.budgets) if takes_budget(spec) else [""]:
@@ -94,11 +97,11 @@ def main() -> None:
                 continue
             row: dict[str, Any] = {"method": label, "budget": budget, "full_test_auc": trained["test_auc"]}
             try:
-                row |= {"status": "ok"} | compress(arguments.run, PreparedDataset(arguments.data), spec, budget)
+                row |= {"status": "ok"} | compress(arguments.run, data, spec, budget)
             except InfeasibleBudget as error:
                 row |= {"status": "infeasible", "floor_bytes": error.floor_bytes}
             rows.append(row)
-            pd.DataFrame(rows).to_csv(path, index=False)
+            write_text(path, pd.DataFrame(rows).to_csv(index=False))
             print(row, flush=True)
 
 

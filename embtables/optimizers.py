@@ -265,7 +265,7 @@ class Adam(FusedOptimizer):
 AVERAGED = "averaged_"
 
 
-def averaged(optimizer: FusedOptimizer, horizon: int) -> FusedOptimizer:
+def averaged(optimizer: str | dict[str, Any] | FusedOptimizer, horizon: int) -> FusedOptimizer:
     """The same rule, which also keeps the running mean of all weights; ``EmbeddingTables.averaged`` gives it.
 
     mean_t = β_t·mean_{t−1} + (1 − β_t)·w_t after training step t, with β_t = min(t, h) / (min(t, h) + 1): up to step h
@@ -276,17 +276,20 @@ def averaged(optimizer: FusedOptimizer, horizon: int) -> FusedOptimizer:
     Its kind is that of the rule after ``averaged_``: ``{"kind": "averaged_adam", "horizon": 500}``.
 
     Args:
-        optimizer: any fused optimizer.
+        optimizer: any fused optimizer, as ``optimizer_from_config`` takes it.
         horizon: h, in training steps.
 
     Raises:
-        ValueError: for an optimizer that is averaged already, or a horizon that is no whole number from 1 on; in
-            backward, for tables of half precision, whose numbers cannot count steps.
+        ValueError: for an optimizer that is none, or is averaged already, or a horizon that is no whole number from 1
+            on; in backward, for tables of half precision, whose numbers cannot count steps.
 
     Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM J. Control Optim. 30(4), 1992.
     """
-    fields_of = {field.name: getattr(optimizer, field.name) for field in fields(optimizer)}
-    rule: Any = _averaged_rule(type(optimizer))
+    inner = optimizer_from_config(optimizer)
+    if inner is None:
+        raise ValueError("a running mean needs a fused optimizer, which updates the rows of which it keeps the mean")
+    fields_of = {field.name: getattr(inner, field.name) for field in fields(inner)}
+    rule: Any = _averaged_rule(type(inner))
     found: FusedOptimizer = rule(**fields_of, horizon=horizon)
     return found
 

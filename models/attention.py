@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from embtables.models.activations import ACTIVATIONS, make_activation
 from embtables.models.blocks import check_choice, check_positive
 
-__all__ = ["POOLINGS", "ActivationUnit", "TargetAttention", "segment_softmax"]
+__all__ = ["POOLINGS", "ActivationUnit", "TargetAttention", "check_attention", "segment_softmax"]
 
 POOLINGS = ("attention", "softmax", "mean")
 
@@ -61,6 +61,13 @@ class ActivationUnit(nn.Module):
         return scores.squeeze(1)
 
 
+def check_attention(pooling: str, units: Sequence[int], activation: str) -> None:
+    """``ValueError`` naming the hyperparameter of ``TargetAttention`` that is none."""
+    check_choice("pooling", pooling, POOLINGS)
+    check_positive("attention_units", units)
+    check_choice("attention_activation", activation, ACTIVATIONS)
+
+
 class TargetAttention(nn.Module):
     """The sum of each row's keys, weighted by what they have to do with its query; zeros for a row without keys.
 
@@ -75,9 +82,7 @@ class TargetAttention(nn.Module):
 
     def __init__(self, dim: int, pooling: str, units: Sequence[int], activation: str) -> None:
         super().__init__()
-        check_choice("pooling", pooling, POOLINGS)
-        check_positive("attention_units", units)
-        check_choice("attention_activation", activation, ACTIVATIONS)
+        check_attention(pooling, units, activation)
         self.normalized = pooling == "softmax"
         bias = not self.normalized
         self.unit = None if pooling == "mean" else ActivationUnit(dim, units, activation, bias)

@@ -20,6 +20,7 @@ __all__ = [
     "bag",
     "bags",
     "check_choice",
+    "check_mlp",
     "check_positive",
     "dropout_layer",
     "first_and_rest",
@@ -43,6 +44,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """``ValueError`` naming the hyperparameter unless it is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"model hyperparameter {name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_mlp(dropout: float, activation: str, batch_norm: bool, input_dropout: float) -> None:
+    """``ValueError`` naming the hyperparameter of an MLP that is none, be there layers or not."""
+    check_choice("activation", activation, ACTIVATIONS)
+    if not isinstance(batch_norm, bool):
+        raise ValueError(f"model hyperparameter batch_norm must be true or false, not {batch_norm!r}")
+    for name, rate in (("dropout", dropout), ("input_dropout", input_dropout)):
+        dropout_layer(name, rate)
 
 
 # ---- from a batch to vectors -----------------------------------------------------------------------------------------
@@ -145,9 +155,7 @@ class MLP(nn.Module):
         input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_choice("activation", activation, ACTIVATIONS)
-        if not isinstance(batch_norm, bool):
-            raise ValueError(f"model hyperparameter batch_norm must be true or false, not {batch_norm!r}")
+        check_mlp(dropout, activation, batch_norm, input_dropout)
         self.input_dropout = dropout_layer("input_dropout", input_dropout)
         after = dropout_layer("dropout", dropout)
         layers: list[nn.Module] = []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embtables.models.attention import TargetAttention
+from embtables.models.attention import TargetAttention, check_attention
 from embtables.models.blocks import MLP, bag, bags, check_positive, dropout_layer, join, outputs
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class DIN(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("units", units)
+        check_attention(pooling, attention_units, attention_activation)  # also where no history is attended to
         by_table = outputs(embeddings)
         self.features = {name: feature for names in by_table for name, feature in names.items()}
         self.padding = {

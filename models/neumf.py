@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from embtables.models.blocks import MLP, check_choice, check_positive, dropout_layer, join, outputs, pooled
+from embtables.models.blocks import MLP, check_choice, check_mlp, check_positive, dropout_layer, join, outputs, pooled
 
 if TYPE_CHECKING:
     from embtables.datasets import Batch
@@ -68,6 +68,7 @@ class NeuMF(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("units", units)
+        check_mlp(dropout, activation, batch_norm, input_dropout)  # gmf has none
         check_positive("gmf_dim", [] if gmf_dim is None else [gmf_dim])
         check_choice("structure", structure, ("neumf", "gmf", "mlp"))
         dims = dict(zip(embeddings.output_names, embeddings.embedding_dims))

@@ -166,7 +166,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("tables.optimizer=amsgrat", r"^tables\.optimizer: choose one of sgd, .*, adam, amsgrad, not 'amsgrat'$"),
         ("tables.optimizer={kind: amsgrad, lr: 1}", r"^tables\.optimizer: set lr as tables\.learning_rate$"),
         ("tables.optimizer={kind: amsgrad, x: 1}", r"^tables\.optimizer: optimizer amsgrad has no field 'x'; it has "),
-        ("tables.fused=false", r"^tables: amsgrad exists fused only"),
+        ("tables.fused=false", r"^tables\.optimizer=amsgrad exists fused only"),
     ):
         with pytest.raises(ValueError, match=message):
             load_config(overrides=["tables.optimizer=amsgrad", override])

@@ -127,7 +127,8 @@ def sweep(
     baselines: Annotated[
         bool,
         typer.Option(
-            help="Add full (also in int8 and int4), drop_feature, frequency_cutoff and fewer_dimensions where missing."
+            help="With --budgets: add full (also in int8 and int4), drop_feature, frequency_cutoff and "
+            "fewer_dimensions where missing."
         ),
     ] = True,
 ) -> None:
@@ -180,6 +181,8 @@ def sweep(
             tune=cells.parse_tune(tune or []),
             tune_at=tune_at,
             best=best,
+            preset=preset,
+            precisions=precisions is not None,
         ),
         out,
         jobs=jobs,

@@ -10,25 +10,26 @@ import typer
 from embtables._util.files import check_seal, followed, remove_leftovers
 from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
-from embtables.training.config import RunConfig, load_config, parse_value, with_fields
+from embtables.training.config import load_config, parse_named, parse_value, with_fields
 from embtables.training.export import MODEL, TABLES, WEIGHTS, check_served, copy_served
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
 
-__all__ = ["LEAVE_OUT_HELP", "MAX_HISTORY_HELP", "PRESET_HELP", "export", "names_of", "train", "value_of"]
+__all__ = ["export", "names_of", "train", "value_of"]
 
-PRESET_HELP = "Named defaults: " + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()) + "."
-LEAVE_OUT_HELP = "Features and histories to leave out, separated by commas; with a feature go its histories."
-MAX_HISTORY_HELP = "Latest items kept of each history."
+_PRESETS = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
 
 
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.")],
     out: Annotated[Path, typer.Option(help="The run's folder. An interrupted run in it is resumed.")],
     config: Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")] = None,
-    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
-    leave_out: Annotated[str | None, typer.Option(help=LEAVE_OUT_HELP)] = None,
-    max_history: Annotated[int | None, typer.Option(help=MAX_HISTORY_HELP)] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Named defaults: {_PRESETS}.")] = None,
+    leave_out: Annotated[
+        str | None,
+        typer.Option(help="Features and histories to leave out, separated by commas; with a feature go its histories."),
+    ] = None,
+    max_history: Annotated[int | None, typer.Option(help="Latest items kept of each history.")] = None,
     model: Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")] = None,
     method: Annotated[
         str | None,
@@ -75,8 +76,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="FOLDER: {FIELD: VALUE}",
-            help="A further run of the same training, served in another precision: 'runs/int8: {precision: int8}'; "
-            "repeatable.",
+            help="A further run of the same training, served in another precision, or at another budget with a method "
+            "that trains the same for all: 'runs/int8: {precision: int8}'; repeatable.",
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -92,10 +93,13 @@ def train(
     --set units=[64,32]. training.clip_norm bounds the global norm of the gradients of ordinary parameters, to which
     fused tables do not belong; training.plateau_factor lowers both learning rates; training.autocast=bf16 trains the
     dense part in bfloat16, and training.compile=true compiles it; tables.regularization is the L2 of the ids that a
-    batch holds; training.average=0.4 evaluates, keeps and serves a running mean of all weights over 0.4 epochs.
+    batch holds; training.average=0.4 evaluates, keeps and serves a running mean of all weights over 0.4 epochs;
+    training.quantize_from=4 computes with rows rounded as they are served from epoch 4 on; and
+    tables.training_precision=bf16 stores rows in 16 bits while they are trained.
 
-    --also serves the same training in other precisions too. Each has a folder of its own, and the numbers that it would
-    have in a training of its own: its best model is chosen, and it is out of patience, by validation of its own form.
+    --also serves the same training in other precisions too, and that of matryoshka at other budgets. Each has a folder
+    of its own, and the numbers that it would have in a training of its own: its best model is chosen, and it is out of
+    patience, by validation of its own form.
 
     Examples:
 
@@ -129,7 +133,10 @@ def train(
         "training.device": device,
     }
     resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
-    beside = {folder: other for text in also or [] for folder, other in _beside(text, resolved).items()}
+    beside = {
+        Path(folder): with_fields(resolved, {f"tables.{name}": value for name, value in fields.items()})
+        for folder, fields in parse_named(also or [], "--also", "FOLDER", "runs/int8: {precision: int8}").items()
+    }
     result = Trainer(resolved, PreparedDataset(data), out, also=beside, show_progress=not quiet).run()
     if result["status"] != "ok":
         raise ValueError(str(result["message"]))
@@ -188,23 +195,6 @@ def value_of(text: str | None, flag: str) -> Any:
     if text is not None and value is None:
         raise ValueError(f"{flag} {text}: a value is needed; for the default leave {flag} out")
     return value
-
-
-def _beside(text: str, config: RunConfig) -> dict[Path, RunConfig]:
-    """``--also``: the configuration with other fields of its tables, by the folder.
-
-    Raises:
-        ValueError: for a text of another form.
-    """
-    found = parse_value(text, "--also")
-    if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
-        raise ValueError(
-            f"--also {text!r} is not of the form FOLDER: {{FIELD: VALUE}}, such as 'runs/int8: {{precision: int8}}'"
-        )
-    return {
-        Path(str(folder)): with_fields(config, {f"tables.{name}": value for name, value in fields.items()})
-        for folder, fields in found.items()
-    }
 
 
 def names_of(text: str | None) -> list[str] | None:

@@ -15,7 +15,7 @@ from embtables._util.reading import NotYaml, parse_yaml
 from embtables.formats import FP32, row_format
 from embtables.methods import kinds
 from embtables.sizes.budget import parse_budget
-from embtables.training.config import parse_value
+from embtables.training.config import parse_named, parse_value
 from embtables.training.planning import method_label
 
 MethodSpec = str | dict[str, Any]
@@ -86,23 +86,10 @@ def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a text is no such mapping, or a name is given twice.
     """
-    variants: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        try:
-            found = parse_yaml(text)
-        except NotYaml:
-            found = None
-        if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
-            raise ValueError(
-                f"variant {text!r} is not of the form NAME: {{FIELD: VALUE}}, such as "
-                "'DIN: {model.name: din, data.max_history: 20}'"
-            )
-        for name, fields in found.items():
-            if str(name) in variants:
-                raise ValueError(f"two variants are named {str(name)!r}")
-            if not file_name(str(name)):
-                raise ValueError(f"variant {text!r} needs a name with letters or digits in it")
-            variants[str(name)] = {str(field): value for field, value in fields.items()}
+    variants = parse_named(texts, "--variant", "NAME", "DIN: {model.name: din, data.max_history: 20}")
+    for name in variants:
+        if not file_name(name):
+            raise ValueError(f"--variant {name!r} needs a name with letters or digits in it")
     return variants
 
 

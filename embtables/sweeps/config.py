@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embtables._util.files import check_seal, sha256, unsealed
 from embtables._util.reading import inside, read_yaml
@@ -17,15 +17,15 @@ from embtables.datasets import PreparedDataset
 from embtables.models.registry import check_hyperparameters
 from embtables.sweeps.cells import Cell, MethodSpec, Place, grid, points, same_budget, takes_budget, value_text
 from embtables.sweeps.planning import cell_config
-from embtables.training.config import RunConfig, with_fields
+from embtables.training.config import RunConfig, load_config, with_fields
 
 #: The entry of sweep.yaml with the checksum of test_labels.npy.
 LABELS_CHECKSUM = "test_labels_sha256"
 MOST_SEEDS = 100_000
 MOST_COMBINATIONS = 1_000
 
-# Fields that no grid can have: where every cell's own value comes from (which no variant sets either), and what another
-# value would change.
+# Fields that no grid can have: where every cell's own value comes from (which neither the training configuration nor a
+# variant sets), and what another value would change.
 _OWN = {
     "tables.method": "--methods",
     "tables.budget": "--budgets",
@@ -117,23 +117,26 @@ def describe(
     tune: Mapping[str, list[Any]] | None = None,
     tune_at: str | None = None,
     best: int | None = None,
+    preset: str | None = None,
+    precisions: bool = False,
 ) -> SweepConfig:
     """The configuration of a sweep over the prepared data at `data`, once for each of `variants` where there are any.
-
-    Method, budget and seed of `train` are of no account: every cell has its own, so that no variant may set them.
 
     Args:
         data: a folder made by ``embtables prepare``.
         methods: by label.
         budgets: as texts; full takes none.
         seeds: their number; they are 0, 1, ….
-        train: what every cell starts from.
+        train: what every cell starts from, without method, budget and seed, since every cell has its own.
         variants: by name, what takes the place of `train`.
         tune: {field: values}. Every combination is trained with seed 0, and the best on validation is chosen for each
             variant, method and budget.
         tune_at: the one budget at which they are tried; the choice made there is used at every budget.
         best: how many methods of each variant and budget are trained with every seed, beside the baselines; without it
             all.
+        preset: that of `train`, whose seed is of no account.
+        precisions: whether the precision is each method's own, as :func:`embtables.sweeps.cells.in_precisions` has it,
+            so that `train` has none either.
 
     Raises:
         ValueError: one sentence that names what is wrong.
@@ -144,8 +147,12 @@ def describe(
                 f"tables.hash_seed is {config_of_cells.tables.hash_seed}, but a sweep takes it from each seed, so that "
                 "the spread includes luck with collisions: leave it null"
             )
+    cures = {field: f"give {option}" for field, option in _OWN.items()}
+    cures |= {"tables.precision": "leave out --precisions"} if precisions else {}
+    _refuse_what_cells_set("the configuration", train, load_config(preset=preset), cures)
+    cures |= dict.fromkeys(tune or {}, "leave out --tune")
     for name, own in (variants or {}).items():
-        _refuse_what_cells_set(name, own, train, tune or {})
+        _refuse_what_cells_set(f"variant {name!r}", own, train, cures)
     needing = [label for label, spec in methods.items() if takes_budget(spec)]
     if needing and not budgets:
         raise ValueError(f"method {needing[0]} needs a budget: give for example --budgets 50%,10%,1%")
@@ -174,14 +181,13 @@ def describe(
     return config
 
 
-def _refuse_what_cells_set(name: str, variant: RunConfig, train: RunConfig, tune: Mapping[str, Sequence[Any]]) -> None:
-    """``ValueError`` where a variant sets what every cell has of its own, and would be as if it did not."""
-    cures = {field: f"give {option}" for field, option in _OWN.items()} | dict.fromkeys(tune, "leave out --tune")
+def _refuse_what_cells_set(which: str, config: RunConfig, start: RunConfig, cures: Mapping[str, str]) -> None:
+    """``ValueError`` where `config` has another value than `start` of what every cell has of its own."""
     for field, cure in cures.items():
         # With another optimizer comes another learning rate, which nobody set.
-        follows = field == "tables.learning_rate" and variant.tables.optimizer != train.tables.optimizer
-        if not follows and _held(variant, field) != _held(train, field):
-            raise ValueError(f"variant {name!r} sets {field}, which every cell of a sweep has of its own: {cure}")
+        follows = field == "tables.learning_rate" and config.tables.optimizer != start.tables.optimizer
+        if not follows and _held(config, field) != _held(start, field):
+            raise ValueError(f"{which} sets {field}, which every cell of a sweep has of its own: {cure}")
 
 
 def _as_fields_hold_them(config: SweepConfig) -> dict[str, list[Any]]:
@@ -230,6 +236,14 @@ def _held(config: RunConfig, field: str) -> Any:
     return value
 
 
+def _reason(error: ValueError) -> str:
+    """What is wrong in one line; of several fields with the first one."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    problem = error.errors()[0]
+    return ": ".join([".".join(map(str, problem["loc"])), problem["msg"]][not problem["loc"] :])
+
+
 def read_config(folder: Path) -> SweepConfig:
     """The configuration of the sweep in `folder`; ValueError where there is none."""
     file = folder / "sweep.yaml"
@@ -245,7 +259,7 @@ def read_config(folder: Path) -> SweepConfig:
         config = SweepConfig.model_validate(fields)
         config.check()
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({' '.join(str(error).split())}): give another --out") from None
+        raise ValueError(f"{file} is damaged ({_reason(error)}): give another --out") from None
     if rates:
         raise ValueError(
             f"{file} has a grid of learning_rates, which an earlier version wrote and this one does not read: give "

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
-from embtables import InfeasibleBudget
+from embtables import InfeasibleBudget, Plan
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
-from embtables.sweeps.cells import MethodSpec
-from embtables.training.config import RunConfig, TablesConfig, parse_value
-from embtables.training.planning import plan_tables, selected
+from embtables.sweeps.cells import MethodSpec, grid
+from embtables.training.config import RunConfig, TablesConfig, parse_value, with_fields
+from embtables.training.planning import check_training, plan_tables, selected
 
 
 def cell_config(train: RunConfig, spec: MethodSpec, budget: str, seed: int) -> RunConfig:
@@ -29,12 +30,16 @@ def plan_points(
     train: RunConfig,
     methods: Mapping[str, MethodSpec],
     points: Sequence[tuple[str, str]],
+    tune: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Bytes of every (method, budget) under `train`, or its floor where it is infeasible.
 
     Raises:
-        ValueError: an unknown method or field, a budget that cannot be read, a method that cannot be trained so.
+        ValueError: an unknown method or field, a budget that cannot be read, a method that cannot be trained so, with
+            the values of `tune` neither.
     """
+    tune = tune or {}
+    tuned = dict(zip(grid(tune), (with_fields(train, dict(zip(tune, each))) for each in product(*tune.values()))))
     for spec in methods.values():
         for part in spec.values() if isinstance(spec, dict) and "kind" not in spec else [spec]:
             from_config(part)
@@ -43,6 +48,7 @@ def plan_points(
     for label, budget in points:
         try:
             solved = plan_tables(cell_config(train, methods[label], budget, seed=0), dataset)
+            _check_tuned(tuned, dataset, solved)
         except InfeasibleBudget as error:
             planned[label, budget] = {"floor_bytes": error.floor_bytes, "message": str(error)}
         except ValueError as error:
@@ -57,3 +63,12 @@ def plan_points(
                 "trains": solved.training_fingerprint.hex(),
             }
     return planned
+
+
+def _check_tuned(tuned: Mapping[str, RunConfig], dataset: PreparedDataset, solved: Plan) -> None:
+    """``ValueError`` where what is planned cannot be trained with some entry of a grid, none of which changes it."""
+    for values, config in tuned.items():
+        try:
+            check_training(config, dataset, solved)
+        except ValueError as error:
+            raise ValueError(f"--tune {values}: {error}") from None

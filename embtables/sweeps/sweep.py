@@ -45,6 +45,7 @@ from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuning_c
 from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.sweeps.planning import plan_points
 from embtables.sweeps.runner import Ended, Job, run_jobs, threads_per_job
+from embtables.training.checkpoint import identity_of
 from embtables.training.config import AS_SERVED, parse_value
 from embtables.training.environment import environment
 from embtables.training.learning_curve import MONITOR_LABELS, value_of
@@ -131,7 +132,8 @@ def _plans(config: SweepConfig, dataset: PreparedDataset) -> Plans:
     for variant, train in config.trains.items():
         try:
             check_hyperparameters(train.model.name, train.model.hyperparameters)
-            planned = plan_points(dataset, train, config.methods, points(config.methods, config.budgets))
+            places = points(config.methods, config.budgets)
+            planned = plan_points(dataset, train, config.methods, places, config.tune)
         except ValueError as error:
             raise ValueError(f"variant {variant!r}: {error}" if variant else str(error)) from None
         found |= {(variant, *point): plan for point, plan in planned.items()}
@@ -152,12 +154,23 @@ class _Sweep:
     def job(self, cell: Cell, beside: Sequence[Cell], command: Command) -> Job:
         """What trains `cell`, and with it the cells `beside` it, which are the same training in another form."""
         run = self.run(cell)
+        self._keep_checkpoint_of(run, beside)
         words = command(self.config, cell, run)
         for other in beside:
             spec = {"method": self.config.methods[other.method]}
             tables = spec | {"budget": parse_value(other.budget, "budget")} if other.budget else spec
             words += ["--also", json.dumps({str(self.run(other)): tables})]
         return Job(cell.name, words, run.with_name(f"{cell.name}.log"))
+
+    def _keep_checkpoint_of(self, run: Path, beside: Sequence[Cell]) -> None:
+        """Removes a checkpoint of a training with which other cells went: that one cannot go on with these.
+
+        Which cells go along may change from one start to the next, with the finalists and the values that are chosen,
+        where a cell that had failed has not failed again.
+        """
+        identity = identity_of(run / CHECKPOINT / "last.pt")
+        if identity is not None and set(identity.get("also", ())) != {cell.name for cell in beside}:
+            (run / CHECKPOINT / "last.pt").unlink()
 
     def trainings(self, cells: Sequence[Cell]) -> list[list[Cell]]:
         """The cells that are not finished, one training each: the first one trains, and serves the others too.

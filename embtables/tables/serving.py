@@ -35,6 +35,7 @@ class PlannedTables(TableLookup):
         if stages is None:
             stages = [] if self.served else build_stages(self.plan, store)
         self._look_up_in(store, blocks, order, stages)
+        self.train(self.training)  # new modules begin in training mode
 
     @torch.no_grad()
     def serve(self, plan: Plan | None = None) -> Self:

@@ -14,7 +14,7 @@ from embtables._util.files import replacing
 from embtables._util.names import has_patterns
 from embtables._util.reading import check_archive, inside
 
-__all__ = ["load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
+__all__ = ["identity_of", "load_checkpoint", "restore_random_state", "save_checkpoint", "random_state"]
 
 FORMAT, VERSION = "embtables-checkpoint", 1
 
@@ -61,6 +61,15 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     check_identity(str(path), content["identity"], identity)
     state: dict[str, Any] = content["state"]
     return state
+
+
+def identity_of(path: Path) -> dict[str, Any] | None:
+    """Whose state a checkpoint holds, of which no tensor is read; ``None`` where it is damaged, or there is none."""
+    try:
+        identity = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
+    except Exception:  # as in load_checkpoint, which says what is wrong
+        return None
+    return identity if isinstance(identity, dict) else None
 
 
 def check_identity(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

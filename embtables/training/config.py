@@ -59,6 +59,7 @@ TORCH_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.o
 
 
 class _Section(BaseModel):
+    # Errors of a section as a whole, or of the configuration, name the fields in full.
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
@@ -153,7 +154,9 @@ class TablesConfig(_Section):
     @model_validator(mode="after")
     def _rounds_what_is_fused(self) -> TablesConfig:
         if self.training_precision != "fp32" and not self.fused:
-            raise ValueError("training_precision=bf16 needs tables.fused=true: fused updates round stochastically")
+            raise ValueError(
+                "tables.training_precision=bf16 needs tables.fused=true: fused updates round stochastically"
+            )
         return self
 
     @property
@@ -164,13 +167,17 @@ class TablesConfig(_Section):
     def _resolve(self) -> TablesConfig:
         kind = self.optimizer_kind
         if not self.fused and kind not in TORCH_OPTIMIZERS:
-            raise ValueError(f"{kind} exists fused only: choose another tables.optimizer or tables.fused=true")
+            raise ValueError(f"tables.optimizer={kind} exists fused only: choose another, or tables.fused=true")
         if not self.fused and isinstance(self.optimizer, dict):
             raise ValueError(
-                "an optimizer with fields of its own needs tables.fused=true; without, give its kind alone"
+                "tables.optimizer with fields of its own needs tables.fused=true; without, give its kind alone"
             )
         if self.fused and self.sparse_gradients:
-            raise ValueError("sparse_gradients needs tables.fused=false: a fused optimizer makes no gradient at all")
+            raise ValueError(
+                "tables.sparse_gradients needs tables.fused=false: a fused optimizer makes no gradient at all"
+            )
+        if self.sparse_gradients and kind == "adam" and self.l2:
+            raise ValueError("tables.l2 is not for adam with tables.sparse_gradients, which has no weight decay: set 0")
         if self.learning_rate is None:
             rule = optimizer_from_config(self.optimizer)
             assert rule is not None  # as the field was checked
@@ -258,8 +265,8 @@ class TrainingConfig(_Section):
     def _quantizes_before_the_end(self) -> TrainingConfig:
         if self.quantize_from is not None and self.quantize_from >= self.epochs:
             raise ValueError(
-                f"training.quantize_from is {self.quantize_from:g}, but there are {self.epochs} epochs: give less, by "
-                "an epoch or more"
+                f"training.quantize_from is {self.quantize_from:g}, but training.epochs is {self.epochs}: give less, "
+                "by an epoch or more"
             )
         return self
 
@@ -346,6 +353,7 @@ def load_config(
         OSError: the file cannot be read.
     """
     chosen = None if preset is None else preset_named(preset)
+    where = "" if path is None else f"{path}: "
     values: dict[str, Any] = {}
     for name, value in chosen.fields.items() if chosen is not None else []:
         _put(values, name, value)
@@ -353,7 +361,7 @@ def load_config(
         _merge(values, _read(Path(path)))
     for name, value in (flags or {}).items():
         if value is not None:
-            _put(values, name, value)
+            _put(values, name, value, where)
     asked = [name for name, value in (flags or {}).items() if value is not None]
     without_section: list[str] = []
     for override in overrides:
@@ -367,15 +375,14 @@ def load_config(
             without_section.append(name)
             places = homes(name) or [f"model.hyperparameters.{name}"]
         for place in places:
-            _put(values, place, value)
+            _put(values, place, value, where)
         asked += places
     asked += list(fields or {})
     for name, value in (fields or {}).items():
-        _put(values, name, value)
+        _put(values, name, value, where)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        where = f"{path}: " if path is not None else ""
         raise ValueError(where + _sentence(error, without_section)) from None
     if "model.name" in asked:
         # Whoever writes a name into this call may have the module in the working directory; a file may not.
@@ -439,6 +446,27 @@ def parse_value(text: str, name: str) -> Any:
         ) from None
 
 
+def parse_named(texts: Sequence[str], option: str, what: str, example: str) -> dict[str, dict[str, Any]]:
+    """Texts ``NAME: {FIELD: VALUE}`` of an option as {name: {field: value}}, in the order given.
+
+    Raises:
+        ValueError: a text of another form, which is told as ``what: {FIELD: VALUE}``, or a name that is given twice.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        try:
+            found = parse_yaml(text)
+        except NotYaml:
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()) or not found:
+            raise ValueError(f"{option} {text!r} is not of the form {what}: {{FIELD: VALUE}}, such as {example!r}")
+        for name, fields in found.items():
+            if name in named:
+                raise ValueError(f"{option} {name!r} is given twice")
+            named[name] = fields
+    return named
+
+
 def _read(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if values is None:
@@ -460,12 +488,13 @@ def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
         values[section] = {**below, **fields} if isinstance(below, dict) and isinstance(fields, dict) else fields
 
 
-def _put(values: dict[str, Any], name: str, value: Any) -> None:
+def _put(values: dict[str, Any], name: str, value: Any, where: str = "") -> None:
     *parents, last = name.split(".")
     for depth, parent in enumerate(parents):
         below = values.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise ValueError(f"{'.'.join(parents[: depth + 1])} holds a single value, so there is no field {name}")
+            holder = ".".join(parents[: depth + 1])
+            raise ValueError(f"{where}{holder} holds a single value, so there is no field {name}")
         values = below
     values[last] = value
 
@@ -489,6 +518,8 @@ def _sentence(error: ValidationError, without_section: Sequence[str] = ()) -> st
         return f"{name} is not a field of the configuration{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if len(path) < 2 and problem["type"] == "value_error":
+        return message
     if len([p for p in error.errors() if p["loc"][:2] == problem["loc"][:2]]) > 1:
         message = {
             "tables.budget": 'must be bytes such as 67108864 or "64MB", or a share such as 0.1 or "10%"',

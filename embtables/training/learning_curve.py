@@ -80,20 +80,22 @@ def overfitting(rows: Sequence[Row], monitor: str) -> str | None:
     )
 
 
-def remarks(rows: Sequence[Row], monitor: str, *, out_of_patience: bool) -> list[str]:
+def remarks(rows: Sequence[Row], monitor: str, *, out_of_patience: bool, decays: Sequence[str] = ()) -> list[str]:
     """What a curve shows besides over-fitting, a sentence each: nothing learned, rare ids still improving.
 
     Args:
         rows: the evaluations.
         monitor: what chose the best one.
         out_of_patience: whether training ended before its last epoch.
+        decays: the fields that pulled weights to zero.
     """
     found = []
     areas = [row["valid_auc"] for row in rows if row["valid_auc"] is not None]
     if areas and all(abs(area - 0.5) < _LEAST_LEARNED for area in areas):
+        advice = ", ".join(["a higher tables.init_std", *(f"a lower {field}" for field in decays)])
         found.append(
             f"validation AUC never left 0.5 ({min(areas):.4f} to {max(areas):.4f}): the model has learned nothing. Try "
-            "a higher tables.init_std, a lower tables.l2 or other learning rates."
+            f"{advice} or other learning rates."
         )
     values = [value_of(row, monitor) for row in rows]
     best, last = rows[values.index(max(values))], rows[-1]

@@ -43,8 +43,6 @@ class Optimization:
         tables = self.config.tables
         assert tables.learning_rate is not None  # resolved by the configuration
         if tables.optimizer_kind == "adam" and tables.sparse_gradients:
-            if tables.l2:
-                raise ValueError("tables.l2: adam with sparse gradients has no weight decay")
             return torch.optim.SparseAdam(parameters, lr=tables.learning_rate)
         if tables.sparse_gradients:
             return TORCH_OPTIMIZERS[tables.optimizer_kind](parameters, lr=tables.learning_rate, weight_decay=tables.l2)
@@ -96,8 +94,6 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "fused" in state:  # of a checkpoint of embtables 0.1.0, whose model holds the weights alone
-            self.fused.load_optimizer_state_dict(state["fused"])
         rates = [float(rate) for rate in state["learning_rates"]]
         if not all(0 <= rate < math.inf for rate in rates):
             raise ValueError(f"its learning rates are {rates}")

@@ -69,7 +69,7 @@ class Selection:
         if values and values.get(self.best_step) != self.best:
             raise ValueError(f"there was no evaluation of {self.best} at its best step {self.best_step}")
         if self.stale != sum(step > self.best_step for step in values):
-            raise ValueError(f"its best step is not {self.stale} evaluations ago")
+            raise ValueError(f"evaluations since its best step are not {self.stale}")
         if self.over and not values:
             raise ValueError("it is out of patience without an evaluation")
 
@@ -146,6 +146,8 @@ class Outcome:
         draw_curve(curve, best_epoch, self.out / "validation.svg")
         memory = tables.memory()
         ended_early = steps < training.epochs * self.steps_per_epoch
+        fields = self.config.flat()
+        decays = [name for name in ("tables.l2", "tables.regularization", "dense.weight_decay") if fields[name]]
         return {
             "status": "ok",
             **labels(self.config, self.data),
@@ -160,7 +162,7 @@ class Outcome:
             **of_training(),
             "lookup_latency_us": latency,
             "overfitting": overfitting(counted, training.monitor),
-            "remarks": remarks(counted, training.monitor, out_of_patience=ended_early),
+            "remarks": remarks(counted, training.monitor, out_of_patience=ended_early, decays=decays),
             "test_scores_sha256": sha256(self.out / "test_scores.npy"),
         }
 

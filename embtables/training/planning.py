@@ -18,6 +18,7 @@ from embtables.training.config import RunConfig, TablesConfig
 _SCHEDULED_EPOCHS = 3
 
 __all__ = [
+    "check_training",
     "fused_optimizer",
     "horizon_of",
     "labels",
@@ -114,8 +115,14 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
         precision=tables.precision,
         training_precision=tables.training_precision,
     )
-    quantization_step(config, data, solved)  # so that what cannot be trained so is refused before anything is trained
+    check_training(config, data, solved)
     return solved
+
+
+def check_training(config: RunConfig, data: PreparedDataset, solved: Plan) -> None:
+    """``ValueError`` where what is planned cannot be trained as ``config`` says, so that no training begins in vain."""
+    fused_optimizer(config.tables, horizon_of(config, data))
+    quantization_step(config, data, solved)
 
 
 def method_label(method: str | dict[str, Any]) -> str:
@@ -134,7 +141,6 @@ def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
         "dataset": data.name,
         "model": config.model.name,
         "method": method_label(config.tables.method),
-        "precision": config.tables.precision,
         "budget": config.tables.budget,
         "seed": config.training.seed,
         "learning_rate": config.tables.learning_rate,

@@ -193,11 +193,6 @@ class Trainer:
         Raises:
             ValueError: where they are damaged, or another run of the same training is not finished.
         """
-        lacking = [str(other.out) for other in self.others if not (other.out / "metrics.json").exists()]
-        if lacking:
-            raise ValueError(
-                f"{self.out} is finished, and {lacking[0]} is not, so that this takes a training of its own"
-            )
         path = self.out / "metrics.json"
         try:
             done = read_json(inside(self.out, path.name))
@@ -206,6 +201,11 @@ class Trainer:
             check_seal(done, path)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: delete it to go on from the checkpoint ({error})") from None
+        lacking = [str(other.out) for other in self.others if not (other.out / "metrics.json").exists()]
+        if lacking and done["status"] == "ok":  # what is infeasible has trained nothing that others could be served of
+            raise ValueError(
+                f"{self.out} is finished, and {lacking[0]} is not, so that this takes a training of its own"
+            )
         return unsealed(done)
 
     def _refuse_links(self) -> None:

@@ -281,6 +281,24 @@ def test_sweep_refuses_before_it_writes(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_of_the_whole_configuration_is_a_sentence(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, common = str(tmp_path / "out"), ["--preset", "bars"]
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {average: 0.4}\ntables: {fused: false}\n")
+    message = "training.average needs tables.fused=true: a fused optimizer keeps the mean of its rows"
+    for arguments, where in (
+        (["train", *common, "--set", "training.average=0.4"], ""),
+        (["train", "--config", str(file)], f"{file}: "),
+        (["sweep", *common, "--set", "training.average=0.4"], ""),
+        (["sweep", *common, "--variant", "mean: {training.average: 0.4}"], ""),
+        (["sweep", *common, "--tune", "training.average=0.4"], "--tune training.average=0.4: "),
+    ):
+        assert error([*arguments, str(data), "--out", out], capfd) == f"Error: {where}{message}"
+    assert not Path(out).exists()
+
+
 def test_sweep_refuses_a_directory_of_something_else(
     data: Path,
     tmp_path: Path,

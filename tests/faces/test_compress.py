@@ -175,6 +175,65 @@ def test_what_measures_nothing_is_refused_before_anything_is_changed() -> None:
     assert isinstance(model.item, nn.Embedding)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_measuring_leaves_each_module_in_its_mode(mode: bool) -> None:
+    """A fused optimizer updates nothing in a model that was left in evaluation mode, and says nothing of it."""
+
+    def in_the_other_mode(model: nn.Module) -> float:
+        return loss(model.train(not mode))
+
+    model, quiet = Model().train(mode), Model().train(mode)
+    for each in (model, quiet):
+        each.head.train(not mode)  # such as a part that is frozen
+    compress_(model, "hash", "20%", optimizer="adam", evaluate=in_the_other_mode)
+    compress_(quiet, "hash", "20%", optimizer="adam")
+    modes = [{name: module.training for name, module in each.named_modules()} for each in (model, quiet)]
+    assert modes[0] == modes[1] and modes[0]["head"] == (not mode) and modes[0]["item"] == mode
+    assert {module.training for each in (model.item, quiet.item) for module in each.modules()} == {mode}
+    before = dense(model)
+    model(X).sum().backward()
+    assert any(not torch.equal(after, before[name]) for name, after in dense(model).items()) == mode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "hsh"}, "unknown method 'hsh'"),
+        ({"method": "hash", "budget": "1"}, "1"),
+        ({"method": "hash", "budget": "20%", "optimizer": "adan"}, "unknown optimizer 'adan'"),
+        ({"method": "hash", "budget": "20%", "precision": "int5"}, "unknown precision 'int5'"),
+        ({"method": "hash", "budget": "20%", "std": -1}, "std"),
+        ({"method": {"nothing*": "hash"}, "budget": "20%"}, "no pattern of method matches its name"),
+        ({"method": "hash", "budget": "20%", "rebind": [torch.optim.SGD([nn.Parameter(X.float())])]}, "rebind"),
+    ],
+)
+def test_what_is_wrong_costs_no_measurement(arguments: dict[str, Any], message: str) -> None:
+    measured: list[nn.Module] = []
+    with pytest.raises(ValueError, match=message):
+        compress_(Model(), **arguments, evaluate=lambda model: measured.append(model) or 0.0)
+    model = Model()
+    held = {"weight": model.item.weight}
+    with pytest.raises(ValueError, match="the old table 'item' is also held by"):
+        compress_(model, "hash", "20%", evaluate=lambda model: measured.append(model) or 0.0)
+    assert measured == [] and held["weight"] is model.item.weight
+
+
+def test_a_measurement_that_fails_at_the_end_leaves_the_report() -> None:
+    def only_plain(model: nn.Module) -> float:
+        return loss(model) + 0 * model.item.weight.numel()  # type: ignore[operator, union-attr]
+
+    model = Model()
+    with pytest.warns(
+        UserWarning, match=r"evaluate failed with the new tables \(AttributeError: table 'item' is not .*\), so"
+    ):
+        report = compress_(model, "hash", "20%", optimizer="adam", evaluate=only_plain)
+    assert report.measured_before is not None and report.measured_after is None
+    assert f"evaluate: {report.measured_before:.6g} before, failed\n" in str(report)
+    assert isinstance(model.item, Embedding) and not any(
+        module.served for module in model.modules() if isinstance(module, EmbeddingTables)
+    )
+
+
 def test_stages_go_on_after_tables_were_shown_as_served() -> None:
     tables = EmbeddingTables(plan([TableConfig("item", 100, 8)], "pruned", "20%", optimizer="adam"))
     ids = torch.arange(50).unsqueeze(1)

@@ -373,6 +373,8 @@ def test_pooled_is_the_mean_of_each_list():
         ("neumf", 8, 0, {"gmf_dim": 0}, "gmf_dim must hold positive integers"),
         ("neumf", 8, 0, {"structure": "ncf"}, "structure must be one of neumf, gmf, mlp"),
         ("neumf", 8, 2, {"structure": "gmf"}, "sees 'user' and 'item' alone, but there are dense features too"),
+        ("neumf", 8, 0, {"structure": "gmf", "activation": "gelu"}, "activation must be one of"),
+        ("neumf", 8, 0, {"structure": "gmf", "dropout": 2}, "dropout must lie in"),
         ("neumf", 8, 0, {"user": "customer"}, "user names 'customer', which is no output .*; they have user, item"),
         ("neumf", 8, 0, {"item": "user"}, "user and item both name 'user'"),
         ("mlp", 8, 0, {"activation": "swish"}, "activation must be one of relu, sigmoid, prelu, dice, not 'swish'"),

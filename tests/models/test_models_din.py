@@ -432,6 +432,9 @@ def test_without_histories_it_is_its_mlp():
     ],
 )  # fmt: skip
 def test_din_refuses(hyperparameters, message):
+    if "pairs" not in hyperparameters:
+        with pytest.raises(ValueError, match=message):  # whether or not the data has histories
+            build_model("din", make_tables((("user", "user"), ("item", "item"))), 0, hyperparameters)
     tables = make_tables(dim={"user": 8, "item": 8, "category": 4, "tags": 8})
     with pytest.raises(ValueError, match=message):
         build_model("din", tables, 0, hyperparameters)

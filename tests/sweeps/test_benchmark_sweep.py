@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ from embtables.sweeps.summary import summarize
 from embtables.sweeps.sweep import first_difference, run_sweep, train_command
 from embtables.training import Trainer
 from embtables.training.config import load_config
+from embtables.training.loop import Run
 
 
 def test_names_are_unique_and_fit_for_files() -> None:
@@ -228,6 +230,41 @@ def test_planning_comes_before_anything_is_written(data: Path, tmp_path: Path) -
 def test_a_fixed_hash_seed_is_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="tables.hash_seed is 3"):
         config_of(data, **{"tables.hash_seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("set_to", "message"),
+    [
+        ("tables.method=hash", "the configuration sets tables.method, .* of its own: give --methods"),
+        ("tables.budget=10%", "the configuration sets tables.budget, .* of its own: give --budgets"),
+        ("training.seed=7", "the configuration sets training.seed, .* of its own: give --seeds"),
+        ("tables.precision=int8", "the configuration sets tables.precision, .* of its own: leave out --precisions"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    set_to: str, message: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Be it set on the command line, in a file or by a variant; what a preset says of the seed is no wish."""
+    section, _, assignment = set_to.partition(".")
+    name, _, value = assignment.partition("=")
+    (tmp_path / "run.yaml").write_text(f"{section}: {{{name}: {value}}}\n")
+    command = ["sweep", str(data), "--out", str(tmp_path / "sweep"), "--preset", "bars", "--methods", "full"]
+    command += ["--precisions", "fp32,int8"] if name == "precision" else []
+    by_variant = ["--variant", "a: {}", "--variant", f"b: {{{section}.{name}: {value}}}"]
+    for options, wanted in (
+        (["--set", set_to], message),
+        (["--config", str(tmp_path / "run.yaml")], message),
+        (by_variant, message.replace("the configuration", "variant 'b'")),
+    ):
+        assert main([*command, *options]) == 2
+        assert re.search(wanted, capfd.readouterr().err)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_precision_of_the_configuration_is_that_of_methods_without_one(data: Path) -> None:
+    variants = {name: load_config(fields={"tables.precision": name}) for name in ("int2", "int4")}
+    config = describe(data, parse_methods("full"), [], 1, load_config(), variants)
+    assert [train.tables.precision for train in config.trains.values()] == ["int2", "int4"]
 
 
 def test_cells_that_would_share_a_folder_are_refused(data: Path) -> None:
@@ -447,6 +484,45 @@ def test_cells_of_one_training(data: Path, tmp_path: Path) -> None:
     assert [len(each) for each in trainings(several, tmp_path / "e")] == [3, 1, 1, 1] * 2
 
 
+def test_a_training_whose_company_has_changed_starts_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does with the finalists, where a cell that failed at the first start does not at the second."""
+    overrides = ["training.batch_size=800", "training.epochs=2", "training.threads=1"]
+    methods = in_precisions(parse_methods("full"), "fp32,int8,int4")
+    config = describe(data, methods, [], 1, load_config(overrides=overrides))
+    sweep = sweep_module._Sweep(config, tmp_path, sweep_module._plans(config, PreparedDataset(data)))
+    first, int8, int4 = config.cells([0])
+
+    def train(*beside: Cell) -> dict[str, Any]:
+        """What the sweep's job does, in this process."""
+        job = sweep.job(first, beside, train_command)
+        assert job.command.count("--also") == len(beside)
+        own, *others = (cell_config(config.train, methods[cell.method], "", seed=0) for cell in (first, *beside))
+        also = dict(zip(map(sweep.run, beside), others))
+        return Trainer(own, PreparedDataset(data), sweep.run(first), also=also).run()
+
+    checkpoint = sweep.run(first) / "checkpoint" / "last.pt"
+    save = Run._save
+
+    def stopped(run: Run) -> None:
+        save(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(int8, int4)
+    assert checkpoint.exists()
+    sweep.job(first, [int8, int4], train_command)
+    assert checkpoint.exists()
+    assert train(int8)["status"] == "ok"
+    assert (sweep.run(int8) / "metrics.json").exists() and not (sweep.run(int4) / "metrics.json").exists()
+    checkpoint.write_bytes(b"damaged")
+    sweep.job(first, [int8, int4], train_command)
+    assert checkpoint.exists()  # it is for the run to say so
+
+
 # ---- variants --------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -471,7 +547,7 @@ def test_variants_of_the_command_line() -> None:
         (["DIN: din"], "is not of the form"),
         (["DIN: {a: 1"], "is not of the form"),
         (["{}"], "is not of the form"),
-        (["a: {}", "a: {}"], "two variants are named 'a'"),
+        (["a: {}", "a: {}"], "--variant 'a' is given twice"),
         (["'–': {}"], "needs a name with letters or digits"),
     ]:
         with pytest.raises(ValueError, match=message):

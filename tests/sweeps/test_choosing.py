@@ -153,6 +153,38 @@ def test_what_no_grid_can_have(tune: dict[str, list[Any]], message: str, data: P
         described(data, "hash", "10%", 1, tune=tune)
 
 
+@pytest.mark.parametrize(
+    ("methods", "fields", "tune", "message"),
+    [
+        (
+            "hash,{kind: pruned, precision: int8}",
+            {"tables.optimizer": "adagrad"},
+            {"training.quantize_from": [None, 0.5]},
+            r"pruned\(precision=int8\) at 10%: --tune training.quantize_from=0.5: method pruned serves something else",
+        ),
+        (
+            "hash",
+            {"tables.optimizer": {"kind": "averaged_adam"}},
+            {"training.epochs": [2, 3], "training.average": [0.1, None]},
+            "hash at 10%: --tune training.epochs=2 training.average=0.1: the optimizer averaged_adam keeps a running",
+        ),
+        (
+            "hash",
+            {"tables.fused": False, "tables.sparse_gradients": True},
+            {"tables.l2": [0, 0.1]},
+            "--tune tables.l2=0.1: tables.l2 is not for adam with tables.sparse_gradients",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_with_a_value_is_refused_before_anything_is_written(
+    methods: str, fields: dict[str, Any], tune: dict[str, list[Any]], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train = load_config(fields=fields)
+        run(describe(data, parse_methods(methods), ["10%"], 1, train, tune=tune), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_options_that_do_not_go_together(data: Path) -> None:
     for options, message in (
         ({"tune_at": "1%"}, "give the grid by --tune, or leave --tune-at out"),
@@ -521,6 +553,11 @@ def test_a_sweep_from_before_there_were_grids_goes_on(data: Path, fake: Path, tm
     assert unsealed(yaml.safe_load((out / "sweep.yaml").read_text())) == now
     (out / "sweep.yaml").write_text(yaml.safe_dump(sealed(before | {"learning_rates": [0.1, 0.3]})))
     with pytest.raises(ValueError, match=r"sweep.yaml has a grid of learning_rates, which an earlier version wrote"):
+        read_config(out)
+    (out / "sweep.yaml").write_text(yaml.safe_dump(sealed(now | {"seeds": 0})))
+    with pytest.raises(
+        ValueError, match=r"sweep.yaml is damaged \(seeds: Input should be .* equal to 1\): give another"
+    ):
         read_config(out)
     (out / "sweep.yaml").write_text(yaml.safe_dump(sealed(now | {"tune": {"tables.l2": ["1\n2"]}})))
     with pytest.raises(

@@ -112,7 +112,11 @@ def test_running_means_of_touched_rows_are_those_of_all_weights(
 
 def test_averaged_rules_are_configured_by_their_kind() -> None:
     rule = optimizer_from_config({"kind": "averaged_adam", "lr": 0.003, "horizon": 500})
-    assert rule == averaged(Adam(lr=0.003), 500)
+    assert rule == averaged(Adam(lr=0.003), 500) == averaged({"kind": "adam", "lr": 0.003}, 500)
+    assert averaged("sgd", horizon=3) == averaged(SGD(), 3)
+    for wrong, message in ((None, "a running mean needs a fused optimizer"), ("adan", "unknown optimizer 'adan'")):
+        with pytest.raises(ValueError, match=message):
+            averaged(wrong, 3)  # type: ignore[arg-type]
     assert rule is not None and optimizer_from_config(rule.to_dict()) == rule == pickle.loads(pickle.dumps(rule))
     solved = plan(CONFIGS, "hash", "60%", COUNTS, rule)
     assert Plan.from_dict(json.loads(json.dumps(solved.to_dict()))) == solved

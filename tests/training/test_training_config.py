@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
 from embtables import SGD, Adam
 from embtables.training import load_config
-from embtables.training.config import RunConfig
+from embtables.training.config import RunConfig, with_fields
 from embtables.training.planning import fused_optimizer
 
 
@@ -120,7 +122,7 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
         ("tables.budget=[1]", r"^tables\.budget: must be bytes .* or a share"),
         ("tables.method=3", r"^tables\.method: must be a method's kind.*, not 3$"),
         ("tables.embedding_dim=0", r"^tables\.embedding_dim: "),
-        ("tables.sparse_gradients=true", r"^tables: sparse_gradients needs tables\.fused=false"),
+        ("tables.sparse_gradients=true", r"^tables\.sparse_gradients needs tables\.fused=false"),
         ("tables.training_precision=int8", r"^tables\.training_precision: .*'fp32' or 'bf16', not 'int8'$"),
         ("training.device=tpu0", r"^training\.device: give cpu, cuda or cuda:<number>, not 'tpu0'$"),
         ("training.device=meta", r"^training\.device: give cpu, cuda or cuda:<number>, not 'meta'$"),
@@ -138,13 +140,43 @@ def test_errors_name_the_field(override, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"training": {"average": 0.4}, "tables": {"fused": False}},
+            r"^training\.average needs tables\.fused=true: a fused optimizer keeps the mean of its rows$",
+        ),
+        (
+            {"training": {"quantize_from": 1, "epochs": 1}},
+            r"^training\.quantize_from is 1, but training\.epochs is 1: give less, by an epoch or more$",
+        ),
+        (
+            {"tables": {"fused": False, "sparse_gradients": True, "l2": 0.1}},
+            r"^tables\.l2 is not for adam with tables\.sparse_gradients, which has no weight decay: set 0$",
+        ),
+    ],
+)
+def test_errors_of_several_fields_name_them_once(sections, message, tmp_path):
+    """Whichever of a section, or of the configuration as a whole, finds them."""
+    fields = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    with pytest.raises(ValueError, match=message):
+        load_config(overrides=[f"{name}={json.dumps(value)}" for name, value in fields.items()])
+    with pytest.raises(ValueError, match=message):
+        with_fields(load_config(), fields)
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{section}: {json.dumps(values)}\n" for section, values in sections.items()))
+    with pytest.raises(ValueError, match=f"^{path}: {message[1:]}"):
+        load_config(path)
+
+
 def test_rowwise_adagrad_is_fused_only():
     with pytest.raises(ValueError, match="rowwise_adagrad exists fused only"):
         load_config(overrides=["tables.fused=false", "tables.optimizer=rowwise_adagrad"])
 
 
 def test_rows_in_16_bits_are_fused_only():
-    with pytest.raises(ValueError, match=r"^tables: training_precision=bf16 needs tables\.fused=true"):
+    with pytest.raises(ValueError, match=r"^tables\.training_precision=bf16 needs tables\.fused=true"):
         load_config(overrides=["tables.fused=false", "tables.training_precision=bf16"])
 
 
@@ -152,7 +184,7 @@ def test_fields_of_the_optimizer_reach_it() -> None:
     config = load_config(overrides=["tables.optimizer={kind: adam, beta2: 0.9, clip_row_norm: 2}", "tables.l2=0.1"])
     assert fused_optimizer(config.tables) == Adam(lr=0.01, l2=0.1, beta2=0.9, clip_row_norm=2)
     assert fused_optimizer(load_config(overrides=["tables.optimizer=sgd"]).tables) == SGD(lr=1.0)
-    with pytest.raises(ValueError, match=r"^tables: an optimizer with fields of its own needs tables\.fused=true"):
+    with pytest.raises(ValueError, match=r"^tables\.optimizer with fields of its own needs tables\.fused=true"):
         load_config(overrides=["tables.fused=false", "tables.optimizer={kind: adam, beta2: 0.9}"])
 
 
@@ -161,6 +193,10 @@ def test_a_value_where_a_field_is_meant(tmp_path):
     path.write_text("training: {batch_size: 3}")
     with pytest.raises(ValueError, match="training.batch_size holds a single value, so there is no field"):
         load_config(path, overrides=["training.batch_size.x=1"])
+    path.write_text("training: [1]")
+    for source in ({"flags": {"training.epochs": 3}}, {"overrides": ["epochs=3"]}, {"fields": {"training.epochs": 3}}):
+        with pytest.raises(ValueError, match=f"^{path}: training holds a single value, so there is no field training"):
+            load_config(path, **source)
 
 
 def test_errors_name_the_file(tmp_path):

@@ -154,6 +154,13 @@ def test_what_comes_too_late_is_refused(data, tmp_path):
     assert Trainer(config, data, tmp_path / "fp32", also=also).run() == first
 
 
+def test_what_no_tables_fit_says_so_each_time(data, tmp_path):
+    infeasible = config_of("tables.method=hash", "tables.budget=1")
+    also = {tmp_path / "int4": config_of("tables.method=hash", "tables.budget=1", "tables.precision=int4")}
+    first, second = (Trainer(infeasible, data, tmp_path / "fp32", also=also).run() for _ in range(2))
+    assert first == second and first["status"] == "infeasible" and "floor is" in first["message"]
+
+
 def test_a_method_that_trains_the_same_for_every_budget_is_served_at_each(data, tmp_path):
     forms = {"half": ("50%", "fp32"), "eighth": ("12.5%", "int8")}
     same = ("tables.method=matryoshka", "tables.embedding_dim=8", "tables.learning_rate=0.1")
@@ -176,9 +183,14 @@ def test_folders_of_one_name_are_refused(data, tmp_path):
 def test_the_command(data, tmp_path, capsys):
     command = ["train", str(data.path), "--out", str(tmp_path / "fp32"), "--epochs", "1", "--quiet"]
     assert main([*command, "--also", f"{tmp_path / 'int8'}: {{precision: int8}}"]) == 0
-    assert json.loads((tmp_path / "int8" / "metrics.json").read_text())["precision"] == "int8"
-    for text, message in (("int8", "is not of the form FOLDER"), ("a: {precison: int8}", "tables.precison is not a")):
-        assert main([*command[:3], str(tmp_path / "other"), "--also", text]) != 0
+    fp32, int8 = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("fp32", "int8"))
+    assert int8["inference_bytes"] < fp32["inference_bytes"] / 2
+    for texts, message in (
+        (["int8"], "--also 'int8' is not of the form FOLDER: {FIELD: VALUE}, such as 'runs/int8: {precision: int8}'"),
+        (["a: {precison: int8}"], "tables.precison is not a"),
+        (["a: {precision: int8}", "a: {precision: int4}"], "--also 'a' is given twice"),
+    ):
+        assert main([*command[:3], str(tmp_path / "other"), *(f"--also={text}" for text in texts)]) != 0
         assert message in capsys.readouterr().err
 
 

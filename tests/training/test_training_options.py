@@ -482,9 +482,22 @@ def test_over_fitting_in_words():
 def test_a_run_that_learned_nothing_is_told():
     flat = rows_of([0.5, 0.5021, 0.4996], [0.7, 0.69, 0.69], [1, 2, 3])
     (sentence,) = remarks(flat, "auc", out_of_patience=True)
-    assert sentence.startswith("validation AUC never left 0.5 (0.4996 to 0.5021): the model has learned nothing. Try")
+    assert sentence == (
+        "validation AUC never left 0.5 (0.4996 to 0.5021): the model has learned nothing. Try a higher tables.init_std "
+        "or other learning rates."
+    )
     assert remarks(rows_of([0.5, 0.51], [0.7, 0.6], [1, 2]), "auc", out_of_patience=True) == []
     assert remarks(rows_of([0.5, 0.45], [0.7, 0.6], [1, 2]), "auc", out_of_patience=True) == []
+
+
+@pytest.mark.parametrize("field", ["tables.regularization", "tables.l2", "dense.weight_decay"])
+def test_what_kept_it_from_learning_is_named_where_it_is_set(field, toy, tmp_path, monkeypatch):
+    others = {"tables.regularization", "tables.l2", "dense.weight_decay"} - {field}
+    measure = outcome.main_metrics
+    monkeypatch.setattr(outcome, "main_metrics", lambda scored: {**measure(scored), "auc": 0.5})
+    (sentence,) = Trainer(config_of("model.name=fm", f"{field}=0.5"), toy, tmp_path / "run").run()["remarks"]
+    assert f"a higher tables.init_std, a lower {field} or other learning rates" in sentence
+    assert not any(other in sentence for other in others)
 
 
 def test_rare_ids_that_still_improve_at_an_early_stop_are_told():
@@ -502,10 +515,14 @@ def test_rare_ids_that_still_improve_at_an_early_stop_are_told():
 
 def test_remarks_are_printed_and_the_preset_learns(log, tmp_path, monkeypatch, capsys):
     flags = ["--preset", "bars", "--epochs", "2", "--quiet", "--batch-size", "200", "--set", "training.patience=null"]
-    monkeypatch.setattr(outcome, "remarks", lambda rows, monitor, out_of_patience: [f"{len(rows)}, {out_of_patience}"])
+
+    def told(rows, monitor, out_of_patience, decays):
+        return [f"{len(rows)}, {out_of_patience}, {decays}"]
+
+    monkeypatch.setattr(outcome, "remarks", told)
     assert main(["train", str(log.path), *flags, "--out", str(tmp_path / "run")]) == 0
-    assert "Note: 2, False\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["remarks"] == ["2, False"]
+    assert "Note: 2, False, []\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["remarks"] == ["2, False, []"]
     assert max(row["valid_auc"] for row in curve_of(tmp_path / "run")) > 0.55
 
 

@@ -93,5 +93,5 @@ def test_what_cannot_be_rounded_is_refused_before_anything_is_trained(data, tmp_
     method = {"pruned": {"kind": "pruned", "precision": "int4"}}
     with pytest.raises(ValueError, match="pruned at 10%: method pruned serves something else"):
         plan_points(data, config, method, [("pruned", "10%")])
-    with pytest.raises(ValueError, match=r"training\.quantize_from is 2, but there are 2 epochs: give less"):
+    with pytest.raises(ValueError, match=r"training\.quantize_from is 2, but training\.epochs is 2: give less"):
         config_of("training.quantize_from=2")

@@ -52,7 +52,8 @@ class Compression:
         copies: tables whose old weights were equal to another's, as a deep copy's are, with the other's name. The rows
             of the new ones stand for other ids, so nothing may be copied or averaged between the two.
         measured_before: what ``evaluate`` gave of the model as it was; ``None`` where it was not given.
-        measured_after: what it gave with the new tables in the form in which they will be served.
+        measured_after: what it gave with the new tables in the form in which they will be served; ``None`` where it
+            failed with them, too.
     """
 
     plan: Plan
@@ -129,8 +130,9 @@ class Compression:
             f"{share}"
         )
         before, after = self.measured_before, self.measured_after
-        if before is not None and after is not None:
-            lines.append(f"evaluate: {before:.6g} before, {after:.6g} as it is served after ({after - before:+.2g})")
+        if before is not None:
+            then = "failed" if after is None else f"{after:.6g} as it is served after ({after - before:+.2g})"
+            lines.append(f"evaluate: {before:.6g} before, {then}")
         if self.anew:
             lines.append(f"starting anew, so train them: {few(self.anew)}")
         if self.untrained:

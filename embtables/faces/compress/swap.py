@@ -87,8 +87,10 @@ def compress_(
         trained: whether the model has been trained, so that all tables are fitted to the weights that they replace, as
             ``EmbeddingTables.take_over`` does; ids count by ``frequencies`` where these are given.
         evaluate: measures a model, such as its loss on a validation set; the report then says what compression cost. It
-            is called with the model as it is, before anything is changed, and once more at the end, with the new tables
-            in the form in which they will be served.
+            is called with the model as it is, when all is checked and nothing changed, and once more at the end, with
+            the new tables in the form in which they will be served. Whether modules train is afterwards as before. What
+            it raises in the first call is raised; in the second, when the model has its new tables, it is a warning,
+            and the report lacks that number.
 
     Returns:
         What was swapped, left alone and moved; ``print`` it.
@@ -106,7 +108,6 @@ def compress_(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
     refuse_wrappers(model)
-    before = None if evaluate is None else _measured(evaluate, model)
     known = set(map(id, model.modules()))
     given = _optimizers(rebind, model)
     patterns = by_pattern(method)
@@ -130,11 +131,13 @@ def compress_(
     built.build(units, solved)
     whole = {name for name, share in built.kept.items() if share is None or share > 1 - 1e-6}
     copies = {copy: first for copy, first in _copies(units) if not {copy, first} <= whole}
-    moved, old = _swap(model, units, built, given)
+    holders, optimizers = _checked(model, units, built, given)
+    before = None if evaluate is None else _measured(evaluate, model)
+    moved, old = _swap(units, built, holders, optimizers)
     shown = _tables(units, solved, built)
     left_bytes = _bytes_left(model, finding)
     left_alone = finding.left_alone
-    del finding, units, built
+    del finding, units, built, holders, optimizers
     gc.collect()
     not_freed = sorted({name for name, weight, storage in old if weight() is not None or not storage.expired()})
     if not_freed:
@@ -150,12 +153,24 @@ def compress_(
             for module in list(model.modules()):
                 if isinstance(module, EmbeddingTables) and id(module) not in known:
                     served.enter_context(module.as_served())
-            after = _measured(evaluate, model)
+            try:
+                after = _measured(evaluate, model)
+            except Exception as error:  # all is swapped: who asked needs the report more than the number
+                warnings.warn(
+                    f"evaluate failed with the new tables ({type(error).__name__}: {error}), so that the report does "
+                    "not say what compression cost",
+                    stacklevel=2,
+                )
     return Compression(solved, shown, shared, left_alone, left_bytes, moved, not_freed, copies, before, after)
 
 
 def _measured(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    found = evaluate(model)
+    trains = {module: module.training for module in model.modules()}
+    try:
+        found = evaluate(model)
+    finally:
+        for module, training in trains.items():
+            module.training = training
     try:
         return float(found)
     except (TypeError, ValueError, RuntimeError):
@@ -223,10 +238,14 @@ def _copies(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
 # ---- the swap --------------------------------------------------------------------------------------------------------
 
 
-def _swap(
+def _checked(
     model: nn.Module, units: Sequence[Unit], built: Replacements, given: Sequence[Optimizer]
-) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter], StorageWeakRef]]]:
-    """Checks everything, then changes everything; what was moved, and the old weights by name as weak references."""
+) -> tuple[Holders, dict[int, tuple[str, Optimizer]]]:
+    """Who holds the old tables, and the optimizers among them by their id, with a path to each.
+
+    Raises:
+        ValueError: for one that cannot be told of the new tables.
+    """
     new: dict[int, Sequence[Any]] = {key: [module] for key, module in built.modules.items()}
     new |= {id(weight): swap.new for swap in built.swaps for weight in swap.old}
     names = {id(w): n for swap in built.swaps for w, n in zip(swap.old, swap.names)}
@@ -245,7 +264,16 @@ def _swap(
     }
     refuse_other_holders([w for s in built.swaps for w in s.old], names, known)
     refuse_other_holders([m for u in units for s in u.sites for m in s.module.modules()], names, known)
+    return holders, optimizers
 
+
+def _swap(
+    units: Sequence[Unit],
+    built: Replacements,
+    holders: Holders,
+    optimizers: Mapping[int, tuple[str, Optimizer]],
+) -> tuple[list[str], list[tuple[str, weakref.ref[nn.Parameter], StorageWeakRef]]]:
+    """Changes everything; what was moved, and the old weights by name as weak references."""
     for unit in units:
         for site in unit.sites:
             for parent, attribute in site.places:
