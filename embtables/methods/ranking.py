@@ -85,13 +85,11 @@ class ByWorth:
         order = np.argsort(-(counts / group.format.mean_bits(group.dims)[table]), kind="stable")
         self._table, self._start = table[order], start[order]
         self._behind = np.cumsum((end - start)[order])  # how many ids there are up to the end of each run
-        # The runs of each table, one table after another; those of a table keep their order.
-        self._by_table = np.argsort(self._table, kind="stable")
-        self._tables, self._keys = np.arange(len(each)), self._key(self._table[self._by_table], self._by_table)
-        self._ends = np.append(end[order][self._by_table], 0)
-
-    def _key(self, table: Counts, place: Counts | int) -> Counts:
-        return table * (len(self._table) + 1) + place
+        # The runs of each table, one table after another, with keys that rise by table and place in the order.
+        by_table = np.argsort(self._table, kind="stable")
+        self._tables = np.arange(len(each)) * (len(order) + 1)
+        self._keys = self._tables[self._table[by_table]] + by_table
+        self._begins, self._ends = np.searchsorted(self._keys, self._tables), np.append(end[order][by_table], 0)
 
     @staticmethod
     def of(group: Group) -> ByWorth:
@@ -101,8 +99,8 @@ class ByWorth:
     def first(self, number: int) -> Counts:
         """How many of the first ``number`` ids are those of each table, ``[tables]``."""
         whole = int(np.searchsorted(self._behind, number, side="right"))
-        begin, end = (np.searchsorted(self._keys, self._key(self._tables, place)) for place in (0, whole))
-        found: Counts = np.where(end > begin, self._ends[end - 1], 0)
+        behind = np.searchsorted(self._keys, self._tables + whole)
+        found: Counts = np.where(behind > self._begins, self._ends[behind - 1], 0)
         if whole < len(self._table):
             before = int(self._behind[whole - 1]) if whole else 0
             found[self._table[whole]] = self._start[whole] + number - before
