@@ -17,11 +17,8 @@ from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
 from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows
-from embtables.sizes.budget import allocate
+from embtables.sizes.budget import allocate, raised
 from embtables.sizes.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
-
-# Without counts a table gets at least this share of an average one's bytes: it keeps tables in full that cost nothing.
-_LEAST_SHARE = 0.05
 
 
 class LowRank(Method):
@@ -151,7 +148,7 @@ def _full_from(group: Group) -> Counts:
 def _bytes_of(group: Group, ranks: Counts) -> Counts:
     """Bytes of each table with factors of a rank, or in full."""
     full_from, full = _full_from(group), group.rows_bytes(group.num_rows)
-    return np.where(ranks >= full_from, full, _rank_bytes(group, np.minimum(ranks, full_from)))
+    return np.where(ranks >= full_from, full, _rank_bytes(group, ranks))
 
 
 def _weights(group: Group) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -165,4 +162,4 @@ def _weights(group: Group) -> np.ndarray[Any, np.dtype[np.float64]]:
     if len(counts) == len(group.tables):
         return np.sqrt(np.array([float(c.sum()) + 1 for c in counts]) / one)
     full = group.rows_bytes(group.num_rows).astype(np.float64)
-    return np.maximum(full, _LEAST_SHARE * full.mean()) / one
+    return raised(full) / one

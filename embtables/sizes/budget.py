@@ -166,7 +166,12 @@ def _collision_weights(group: Group) -> Floats:
     known = [t.rows for t in group.tables if t.rows is not None]
     # A table without vocabulary counts as much as the largest one that has one.
     rows = np.array([t.rows or max(known, default=1) for t in group.tables], dtype=np.float64)
-    return np.maximum(rows, _LEAST_SHARE * rows.mean())
+    return raised(rows)
+
+
+def raised(sizes: Floats) -> Floats:
+    """Sizes of tables, those of tiny ones raised to a share of the mean: weights for tables without frequencies."""
+    return np.maximum(sizes, _LEAST_SHARE * sizes.mean())
 
 
 def _colliding(counts: Counts | None) -> float:
