@@ -290,7 +290,7 @@ class _Sweep:
         for cell, row in rows.items():
             if row["status"] == "ok" and not self.hparams(cell).exists():
                 results.write_hparams(row, self.hparams(cell))
-        tried = {cell: row for cell in self.grid if (row := self.row(cell)) is not None}
+        tried = {cell: row for cell in self.grid if (row := rows.get(cell) or self.row(cell)) is not None}
         if self.config.tune:
             self._write_tuning(tried)
         return [
