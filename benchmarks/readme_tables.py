@@ -27,14 +27,16 @@ README, PAGE, PERFORMANCE = ROOT / "README.md", RESULTS / "README.md", ROOT / "d
 GPU = ROOT / "docs" / "gpu.md"
 #: Page, marker -> the folder of a sweep over methods and budgets.
 SWEEPS = {
-    (README, "globo"): "globo",
-    (README, "globo-int4"): "globo-int4",
-    (README, "ml100k"): "ml-100k",
-    (PAGE, "globo-int4"): "globo-int4",
+    (PAGE, "globo-tuned"): "globo-tuned",
+    (PAGE, "globo"): "globo",
+    (PAGE, "ml-100k-tuned"): "ml-100k-tuned",
+    (PAGE, "ml-100k"): "ml-100k",
     (PAGE, "globo-din"): "globo-din",
     (PAGE, "yelp-din"): "yelp-din",
     (PAGE, "sports-din"): "sports-din",
 }
+#: Marker in the README -> the folders of the sweeps by the tuned protocol, and that of the first protocol beside them.
+BY_KIND = {"globo": (("globo-tuned",), "globo"), "ml-100k": (("ml-100k-tuned",), "ml-100k")}
 #: Page, marker -> data set -> the folder of a sweep over variants with full tables.
 VARIANTS = {
     (page, "histories"): {
@@ -53,8 +55,13 @@ LENGTHS = {
 }
 #: Page, marker -> the folders of sweeps over variants of one data set, which make one table.
 ABLATIONS = {(PAGE, "sports-ablations"): ("sports-histories", "sports-ablations")}
-#: What the page of each method says that it attained: how a training was tuned -> the folders of its sweeps.
-ATTAINED = {"plain": ("globo",), "regularized, averaged": ("globo-int4",)}
+#: What the page of each method says that it attained: data set and protocol -> the folders of its sweeps.
+ATTAINED = {
+    ("Globo", "first"): ("globo",),
+    ("Globo", "tuned"): ("globo-tuned",),
+    ("MovieLens-100K", "first"): ("ml-100k",),
+    ("MovieLens-100K", "tuned"): ("ml-100k-tuned",),
+}
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
 SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "intel-xeon-2.5ghz-l3-36m" / "report.md")
@@ -102,13 +109,13 @@ def ablations(folders: Sequence[str]) -> str:
 
 def table(results: pd.DataFrame) -> str:
     """Mean test AUC ± standard deviation over seeds, a row a method and a column a budget."""
-    budgets = [b for b in results["budget"].dropna().unique() if b]
+    budgets = _budgets(results)
     header = ["method", *(f"{budget} of the bytes" for budget in budgets)]
     lines = [header, ["---", *["---:"] * len(budgets)]]
     # Full tables take no budget, in no precision.
     whole = results["budget"].isna()
     for name, cells in results[whole].groupby("method", sort=False):
-        lines.append([f"{name}: {_mean(cells)}, {int(cells['inference_bytes'].iloc[0]):,} bytes", *[""] * len(budgets)])
+        lines.append([_whole(str(name), cells), *[""] * len(budgets)])
     others = results[~whole]
     for method in sorted(others["method"].unique(), key=lambda m: (-_at(others, m, "1%"), m)):
         cells = [_cell(others[(others["method"] == method) & (others["budget"] == budget)]) for budget in budgets]
@@ -116,20 +123,59 @@ def table(results: pd.DataFrame) -> str:
     return rendered(lines)
 
 
+def by_kind(folders: Sequence[str], first: str) -> str:
+    """Mean test AUC of each kind's best form at each budget, by validation; beside it what the first protocol gave."""
+    results, before = pd.concat([read(folder) for folder in folders]), read(first)
+    budgets, budgets_before = _budgets(results), [b for b in _budgets(before) if b in _budgets(results)]
+    heads = [f"{budget} of the bytes" for budget in budgets]
+    lines = [
+        ["method", *heads, *(f"{budget}, first protocol" for budget in budgets_before)],
+        ["---", *["---:"] * (len(budgets) + len(budgets_before))],
+    ]
+    for name, cells in results[results["budget"].isna()].groupby("method", sort=False):
+        then = before[before["method"] == name]
+        beside = [_mean(then) if len(then) else "", *[""] * (len(budgets_before) - 1)]
+        lines.append([_whole(str(name), cells), *[""] * len(budgets), *beside])
+    kinds = {kind: cells for kind, cells in results.groupby(results["method"].str.partition("(")[0]) if kind != "full"}
+    for kind in sorted(kinds, key=lambda kind: -_best_form(kinds[kind], "1%")[1]):
+        shown = [_best_form(kinds[kind], budget)[0] for budget in budgets]
+        of_kind = before[before["method"] == kind]
+        each = [of_kind[of_kind["budget"] == budget] for budget in budgets_before]
+        lines.append([_linked(kind), *shown, *(_cell(cells) if len(cells) else "" for cells in each)])
+    return rendered(lines)
+
+
+def _best_form(cells: pd.DataFrame, budget: str) -> tuple[str, float]:
+    """What the form that is best on validation has on the test split, as text and as its mean."""
+    cells = cells[cells["budget"] == budget]
+    ok = cells[cells["status"] == "ok"]
+    if ok.empty:
+        least = cells["floor_bytes"].min()
+        return f"needs {int(least):,} bytes", 0.0
+    best = ok[ok["method"] == ok.loc[ok[ok["seed"] == 0]["valid_auc"].idxmax(), "method"]]
+    return _mean(best), float(best["test_auc"].mean())
+
+
+def _budgets(results: pd.DataFrame) -> list[str]:
+    """The largest first."""
+    return sorted(results["budget"].dropna().unique(), key=lambda budget: -float(budget.rstrip("%")))
+
+
 def attained(kind: str) -> str:
-    """Test AUC on Globo of each form of a method, a column a budget; last what full tables of the same sweep have."""
-    by_sweep = {tuned: pd.concat([read(folder) for folder in folders]) for tuned, folders in ATTAINED.items()}
+    """Test AUC of each form of a method, a column a budget; last what full tables have by the same protocol."""
     budgets = ["10%", "5%", "1%", "0.1%"]
-    lines = [["training", "method", *budgets, "full"], ["---", "---", *["---:"] * (len(budgets) + 1)]]
-    for tuned, results in by_sweep.items():
+    lines = [["data", "protocol", "method", *budgets, "full"], ["---", "---", "---", *["---:"] * (len(budgets) + 1)]]
+    for (data, protocol), folders in ATTAINED.items():
+        results = pd.concat([read(folder) for folder in folders])
         full = results[results["method"] == "full"]
         of_kind = results[results["method"].str.partition("(")[0] == kind]
         for method, cells in of_kind.groupby("method", sort=False):
+            head = [data, protocol, str(method)]
             if cells["budget"].isna().all():
-                lines.append([tuned, str(method), *[""] * len(budgets), _mean(cells)])
+                lines.append([*head, *[""] * len(budgets), _mean(cells)])
                 continue
             each = [cells[cells["budget"] == budget] for budget in budgets]
-            lines.append([tuned, str(method), *(_cell(c) if len(c) else "" for c in each), _mean(full)])
+            lines.append([*head, *(_cell(c) if len(c) else "" for c in each), _mean(full)])
     return rendered(lines)
 
 
@@ -213,6 +259,11 @@ def gpu_machine(folder: str) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in about.items())
 
 
+def _whole(name: str, cells: pd.DataFrame) -> str:
+    """Full tables in some precision: what they are, have and take."""
+    return f"{name}: {_mean(cells)}, {int(cells['inference_bytes'].iloc[0]):,} bytes"
+
+
 def _at(results: pd.DataFrame, method: str, budget: str) -> float:
     cells = results[(results["method"] == method) & (results["budget"] == budget) & (results["status"] == "ok")]
     return float(cells["test_auc"].mean()) if len(cells) else 0.0
@@ -239,6 +290,10 @@ def filled(page: Path, text: str) -> str:
         if of == page:
             figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
             contents[marker] = f"{table(read(folder))}\n\n![test AUC against bytes]({figure})"
+    if page == README:
+        for marker, (folders, first) in BY_KIND.items():
+            figure = (RESULTS / folders[0] / "accuracy_memory.svg").relative_to(ROOT)
+            contents[marker] = f"{by_kind(folders, first)}\n\n![test AUC against bytes]({figure})"
     contents |= {f"speed-{name}": speed(name) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
         contents["post-training"] = compressed("post-training", "globo-from-start")
