@@ -69,9 +69,11 @@ def draw(summary: Summary, target: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     with plt.rc_context(_STYLE):
-        # The legend needs its height beside the axes, above the note on what is infeasible.
-        entries = 1 + sum(bool(_curve(summary, name)) for name in summary.config.methods)
-        figure = Figure(figsize=(9.2, max(5.0, 1.5 + 0.27 * entries)), layout="constrained")
+        # The legend needs its height beside the axes, above the note on what is infeasible, and its width.
+        drawn = [name for name in summary.config.methods if _curve(summary, name)]
+        longest = max(map(len, drawn), default=0)
+        size = max(9.2, 5.2 + 0.087 * longest), max(5.0, 1.5 + 0.27 * (1 + len(drawn)))
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _draw_full(axes, summary)
