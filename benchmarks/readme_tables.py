@@ -77,6 +77,13 @@ def read(folder: str) -> pd.DataFrame:
     return pd.read_csv(RESULTS / folder / "results.csv", dtype={"budget": str})
 
 
+def together(folders: Sequence[str]) -> pd.DataFrame:
+    """Several sweeps as one: what more than one of them has, such as full tables, is the first one's."""
+    return pd.concat([read(folder) for folder in folders]).drop_duplicates(
+        ["method", "budget", "seed"], ignore_index=True
+    )
+
+
 def variants(folders: dict[str, str]) -> str:
     """Mean test AUC ± standard deviation over seeds, a row a variant and a column a data set."""
     results = {name: read(folder) for name, folder in folders.items()}
@@ -125,7 +132,7 @@ def table(results: pd.DataFrame) -> str:
 
 def by_kind(folders: Sequence[str], first: str) -> str:
     """Mean test AUC of each kind's best form at each budget, by validation; beside it what the first protocol gave."""
-    results, before = pd.concat([read(folder) for folder in folders]), read(first)
+    results, before = together(folders), read(first)
     budgets, budgets_before = _budgets(results), [b for b in _budgets(before) if b in _budgets(results)]
     heads = [f"{budget} of the bytes" for budget in budgets]
     lines = [
@@ -166,7 +173,7 @@ def attained(kind: str) -> str:
     budgets = ["10%", "5%", "1%", "0.1%"]
     lines = [["data", "protocol", "method", *budgets, "full"], ["---", "---", "---", *["---:"] * (len(budgets) + 1)]]
     for (data, protocol), folders in ATTAINED.items():
-        results = pd.concat([read(folder) for folder in folders])
+        results = together(folders)
         full = results[results["method"] == "full"]
         of_kind = results[results["method"].str.partition("(")[0] == kind]
         for method, cells in of_kind.groupby("method", sort=False):
@@ -179,12 +186,12 @@ def attained(kind: str) -> str:
     return rendered(lines)
 
 
-def compressed(folder: str, start: str) -> str:
+def compressed(folder: str, starts: Sequence[str]) -> str:
     """Of tables that were compressed after training how much is held, and test AUC at once and an epoch later.
 
-    Beside it stands that of the sweep `start`, whose tables were compressed from the start.
+    Beside it stands that of the sweeps `starts`, whose tables were compressed from the start.
     """
-    results, trained = read(folder), read(start)
+    results, trained = read(folder), together(starts)
     lines = [
         ["method", "budget", "of full", "users held", "articles held", "at once", "after an epoch", "from the start"],
         ["---", *["---:"] * 7],
@@ -296,7 +303,7 @@ def filled(page: Path, text: str) -> str:
             contents[marker] = f"{by_kind(folders, first)}\n\n![test AUC against bytes]({figure})"
     contents |= {f"speed-{name}": speed(name) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
-        contents["post-training"] = compressed("post-training", "globo-from-start")
+        contents["post-training"] = compressed("post-training", ("globo-tuned", "globo-from-start"))
         contents["fuxictr-din"] = in_fuxictr("fuxictr-din")
     if page in METHOD_PAGES and "results:attained" in text:
         contents["attained"] = attained(page.stem)
