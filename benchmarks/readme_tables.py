@@ -30,13 +30,14 @@ SWEEPS = {
     (PAGE, "globo-tuned"): "globo-tuned",
     (PAGE, "globo"): "globo",
     (PAGE, "ml-100k-tuned"): "ml-100k-tuned",
+    (PAGE, "ml-100k-tuned-fp32"): "ml-100k-tuned-fp32",
     (PAGE, "ml-100k"): "ml-100k",
     (PAGE, "globo-din"): "globo-din",
     (PAGE, "yelp-din"): "yelp-din",
     (PAGE, "sports-din"): "sports-din",
 }
 #: Marker in the README -> the folders of the sweeps by the tuned protocol, and that of the first protocol beside them.
-BY_KIND = {"globo": (("globo-tuned",), "globo"), "ml-100k": (("ml-100k-tuned",), "ml-100k")}
+BY_KIND = {"globo": (("globo-tuned",), "globo"), "ml-100k": (("ml-100k-tuned", "ml-100k-tuned-fp32"), "ml-100k")}
 #: Page, marker -> data set -> the folder of a sweep over variants with full tables.
 VARIANTS = {
     (page, "histories"): {
@@ -60,7 +61,7 @@ ATTAINED = {
     ("Globo", "first"): ("globo",),
     ("Globo", "tuned"): ("globo-tuned",),
     ("MovieLens-100K", "first"): ("ml-100k",),
-    ("MovieLens-100K", "tuned"): ("ml-100k-tuned",),
+    ("MovieLens-100K", "tuned"): ("ml-100k-tuned", "ml-100k-tuned-fp32"),
 }
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
