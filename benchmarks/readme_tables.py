@@ -126,8 +126,7 @@ def table(results: pd.DataFrame) -> str:
         lines.append([_whole(str(name), cells), *[""] * len(budgets)])
     others = results[~whole]
     for method in sorted(others["method"].unique(), key=lambda m: (-_at(others, m, "1%"), m)):
-        cells = [_cell(others[(others["method"] == method) & (others["budget"] == budget)]) for budget in budgets]
-        lines.append([_linked(method), *cells])
+        lines.append([_linked(method), *_cells(others[others["method"] == method], budgets)])
     return rendered(lines)
 
 
@@ -144,24 +143,20 @@ def by_kind(folders: Sequence[str], first: str) -> str:
         then = before[before["method"] == name]
         beside = [_mean(then) if len(then) else "", *[""] * (len(budgets_before) - 1)]
         lines.append([_whole(str(name), cells), *[""] * len(budgets), *beside])
-    kinds = {kind: cells for kind, cells in results.groupby(results["method"].str.partition("(")[0]) if kind != "full"}
-    for kind in sorted(kinds, key=lambda kind: -_best_form(kinds[kind], "1%")[1]):
-        shown = [_best_form(kinds[kind], budget)[0] for budget in budgets]
-        of_kind = before[before["method"] == kind]
-        each = [of_kind[of_kind["budget"] == budget] for budget in budgets_before]
-        lines.append([_linked(kind), *shown, *(_cell(cells) if len(cells) else "" for cells in each)])
+    kinds = {kind: cells for kind, cells in results.groupby(_kinds(results)) if kind != "full"}
+    for kind in sorted(kinds, key=lambda kind: -_best_form(kinds[kind], "1%")["test_auc"].fillna(0).mean()):
+        shown = [_cell(_best_form(kinds[kind], budget)) for budget in budgets]
+        lines.append([_linked(kind), *shown, *_cells(before[before["method"] == kind], budgets_before)])
     return rendered(lines)
 
 
-def _best_form(cells: pd.DataFrame, budget: str) -> tuple[str, float]:
-    """What the form that is best on validation has on the test split, as text and as its mean."""
+def _best_form(cells: pd.DataFrame, budget: str) -> pd.DataFrame:
+    """The form that is best on validation with the first seed; where none fits, the one with the smallest floor."""
     cells = cells[cells["budget"] == budget]
-    ok = cells[cells["status"] == "ok"]
-    if ok.empty:
-        least = cells["floor_bytes"].min()
-        return f"needs {int(least):,} bytes", 0.0
-    best = ok[ok["method"] == ok.loc[ok[ok["seed"] == 0]["valid_auc"].idxmax(), "method"]]
-    return _mean(best), float(best["test_auc"].mean())
+    first = cells[cells["seed"] == 0]
+    ok = first[first["status"] == "ok"]
+    best = first["floor_bytes"].idxmin() if ok.empty else ok["valid_auc"].idxmax()
+    return cells[cells["method"] == cells.loc[best, "method"]]
 
 
 def _budgets(results: pd.DataFrame) -> list[str]:
@@ -176,14 +171,13 @@ def attained(kind: str) -> str:
     for (data, protocol), folders in ATTAINED.items():
         results = together(folders)
         full = results[results["method"] == "full"]
-        of_kind = results[results["method"].str.partition("(")[0] == kind]
+        of_kind = results[_kinds(results) == kind]
         for method, cells in of_kind.groupby("method", sort=False):
             head = [data, protocol, str(method)]
             if cells["budget"].isna().all():
                 lines.append([*head, *[""] * len(budgets), _mean(cells)])
                 continue
-            each = [cells[cells["budget"] == budget] for budget in budgets]
-            lines.append([*head, *(_cell(c) if len(c) else "" for c in each), _mean(full)])
+            lines.append([*head, *_cells(cells, budgets), _mean(full)])
     return rendered(lines)
 
 
@@ -267,6 +261,10 @@ def gpu_machine(folder: str) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in about.items())
 
 
+def _kinds(results: pd.DataFrame) -> pd.Series[str]:
+    return results["method"].str.partition("(")[0]
+
+
 def _whole(name: str, cells: pd.DataFrame) -> str:
     """Full tables in some precision: what they are, have and take."""
     return f"{name}: {_mean(cells)}, {int(cells['inference_bytes'].iloc[0]):,} bytes"
@@ -282,10 +280,22 @@ def _mean(cells: pd.DataFrame) -> str:
     return f"{cells['test_auc'].mean():.4f}{spread}"
 
 
+def _cells(cells: pd.DataFrame, budgets: Sequence[str]) -> list[str]:
+    """One for each budget, empty where nothing was asked for."""
+    return [_cell(cells[cells["budget"] == budget]) for budget in budgets]
+
+
 def _cell(cells: pd.DataFrame) -> str:
+    if cells.empty:
+        return ""
     if (cells["status"] == "infeasible").all():
         return f"needs {int(cells['floor_bytes'].iloc[0]):,} bytes"
     return _mean(cells[cells["status"] == "ok"])
+
+
+def _with_figure(table: str, folder: str, page: Path) -> str:
+    figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
+    return f"{table}\n\n![test AUC against bytes]({figure})"
 
 
 def filled(page: Path, text: str) -> str:
@@ -296,12 +306,10 @@ def filled(page: Path, text: str) -> str:
     contents |= {marker: ablations(folders) for (of, marker), folders in ABLATIONS.items() if of == page}
     for (of, marker), folder in SWEEPS.items():
         if of == page:
-            figure = (RESULTS / folder / "accuracy_memory.svg").relative_to(page.parent)
-            contents[marker] = f"{table(read(folder))}\n\n![test AUC against bytes]({figure})"
+            contents[marker] = _with_figure(table(read(folder)), folder, page)
     if page == README:
         for marker, (folders, first) in BY_KIND.items():
-            figure = (RESULTS / folders[0] / "accuracy_memory.svg").relative_to(ROOT)
-            contents[marker] = f"{by_kind(folders, first)}\n\n![test AUC against bytes]({figure})"
+            contents[marker] = _with_figure(by_kind(folders, first), folders[0], page)
     contents |= {f"speed-{name}": speed(name) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
         contents["post-training"] = compressed("post-training", ("globo-tuned", "globo-from-start"))

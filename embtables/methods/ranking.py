@@ -87,9 +87,9 @@ class ByWorth:
         self._behind = np.cumsum((end - start)[order])  # how many ids there are up to the end of each run
         # The runs of each table, one table after another, with keys that rise by table and place in the order.
         by_table = np.argsort(self._table, kind="stable")
-        self._tables = np.arange(len(each)) * (len(order) + 1)
-        self._keys = self._tables[self._table[by_table]] + by_table
-        self._begins, self._ends = np.searchsorted(self._keys, self._tables), np.append(end[order][by_table], 0)
+        self._first_keys = np.arange(len(each)) * (len(order) + 1)
+        self._keys = self._first_keys[self._table[by_table]] + by_table
+        self._begins, self._ends = np.searchsorted(self._keys, self._first_keys), np.append(end[order][by_table], 0)
 
     @staticmethod
     def of(group: Group) -> ByWorth:
@@ -99,7 +99,7 @@ class ByWorth:
     def first(self, number: int) -> Counts:
         """How many of the first ``number`` ids are those of each table, ``[tables]``."""
         whole = int(np.searchsorted(self._behind, number, side="right"))
-        behind = np.searchsorted(self._keys, self._tables + whole)
+        behind = np.searchsorted(self._keys, self._first_keys + whole)
         found: Counts = np.where(behind > self._begins, self._ends[behind - 1], 0)
         if whole < len(self._table):
             before = int(self._behind[whole - 1]) if whole else 0

@@ -70,9 +70,9 @@ def draw(summary: Summary, target: Path) -> list[Path]:
 
     with plt.rc_context(_STYLE):
         # The legend needs its height beside the axes, above the note on what is infeasible, and its width.
-        drawn = [name for name in summary.config.methods if _curve(summary, name)]
-        longest = max(map(len, drawn), default=0)
-        size = max(9.2, 5.2 + 0.087 * longest), max(5.0, 1.5 + 0.27 * (1 + len(drawn)))
+        curves = _curves(summary)
+        longest = max(map(len, curves), default=0)
+        size = max(9.2, 5.2 + 0.087 * longest), max(5.0, 1.5 + 0.27 * (1 + len(curves)))
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -112,7 +112,7 @@ def _draw_full(axes: Axes, summary: Summary) -> None:
 
 
 def _draw_methods(axes: Axes, summary: Summary) -> None:
-    curves = {name: curve for name in summary.config.methods if (curve := _curve(summary, name))}
+    curves = _curves(summary)
     styles = _styles({name: summary.config.methods[name] for name in curves})
     for name, curve in sorted(curves.items(), key=lambda item: -item[1][0].mean("test_auc")):
         style = styles[name]
@@ -161,14 +161,12 @@ def _styles(methods: Mapping[str, MethodSpec]) -> dict[str, _Style]:
     return found
 
 
-def _curve(summary: Summary, method: str) -> list[Point]:
-    """The points of a method that have results and bytes, from the smallest up; none for what is drawn as the band."""
-    found = [
-        point
-        for point in summary.points
-        if point.method == method and point is not summary.full and point.inference_bytes
-    ]
-    return sorted(found, key=lambda point: point.inference_bytes or 0)
+def _curves(summary: Summary) -> dict[str, list[Point]]:
+    """Of each method the points that have results and bytes, from the smallest up; not what is drawn as the band."""
+    drawn = [point for point in summary.points if point is not summary.full and point.inference_bytes]
+    drawn.sort(key=lambda point: point.inference_bytes or 0)
+    found = {name: [point for point in drawn if point.method == name] for name in summary.config.methods}
+    return {name: curve for name, curve in found.items() if curve}
 
 
 def _mark_dropped(axes: Axes, summary: Summary) -> None:
