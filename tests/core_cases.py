@@ -17,6 +17,7 @@ from embtables import EmbeddingTables, TableConfig
 from embtables.formats import FORMATS
 from embtables.methods import Method, from_config, kinds
 
+TRAINED_PROJECTIONS = {"kind": "mixed_dimension", "train_projection": True}
 # Configurations besides the default one of every kind.
 VARIANTS: list[dict[str, Any]] = [
     {"kind": "hash", "addressing": "random"},
@@ -28,7 +29,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "compositional", "operation": "concat"},
     {"kind": "compositional", "num_partitions": 3},
     {"kind": "compositional", "radices": "chinese_remainder"},
-    {"kind": "fewer_dimensions", "projection": True},
+    {"kind": "fewer_dimensions", "projection": True, "train_projection": True},
+    TRAINED_PROJECTIONS,
     {"kind": "low_rank", "inner_dim": 12},
     {"kind": "matryoshka", "nested_share": 1.0},
     {"kind": "unified", "width": 2},
@@ -187,17 +189,20 @@ def configs(draw: st.DrawFn, dims: list[int], kind: str) -> dict[str, Any]:
         radices = draw(st.sampled_from([None, "quotient_remainder", "chinese_remainder"]))
         return {"kind": kind, "operation": operation, "num_partitions": partitions, "radices": radices}
     if kind == "mixed_dimension":
-        return {"kind": kind, "first_block": draw(st.integers(1, 100)), "block_growth": draw(st.integers(2, 8))}
+        blocks = {"first_block": draw(st.integers(1, 100)), "block_growth": draw(st.integers(2, 8))}
+        return {"kind": kind, **blocks, "train_projection": draw(st.booleans())}
     if kind == "fewer_dimensions":
-        return {"kind": kind, "projection": draw(st.booleans())}
+        return {"kind": kind, "projection": draw(st.booleans()), "train_projection": draw(st.booleans())}
     if kind == "banded":
         precisions = draw(st.lists(st.sampled_from(PRECISIONS), max_size=4))
         widths = draw(st.lists(st.integers(1, 9), max_size=3))
         prior_count = draw(st.sampled_from([0.0, 3.0, 100.0]))
         decay = draw(st.sampled_from([0.0, 1.0, 3.0]))
-        return {"kind": kind, "precisions": precisions, "widths": widths, "decay": decay, "prior_count": prior_count}
+        narrow = {"widths": widths, "decay": decay, "train_projection": draw(st.booleans())}
+        return {"kind": kind, "precisions": precisions, "prior_count": prior_count, **narrow}
     if kind == "low_rank":
-        return {"kind": kind, "inner_dim": draw(st.none() | st.integers(1, 50))}
+        inner_dim = draw(st.none() | st.integers(1, 50))
+        return {"kind": kind, "inner_dim": inner_dim, "train_projection": draw(st.booleans())}
     if kind == "matryoshka":
         return {"kind": kind, "nested_share": draw(st.floats(0, 1))}
     if kind == "unified":

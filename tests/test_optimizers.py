@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, method_id, random_ids, shuffled_counts
+from core_cases import TRAINED_PROJECTIONS, all_methods, falling_counts, method_id, random_ids, shuffled_counts
 from torch import Tensor
 
 from embtables import SGD, Adagrad, Adam, EmbeddingTables, RowWiseAdagrad, TableConfig, plan
@@ -118,7 +118,7 @@ def test_extras_are_updated_densely_and_once_by_the_same_rule(config: FusedOptim
     # One table's ids are ranked and the other's not, so that two blocks use the same projections.
     counts = {"a": falling_counts(300), "b": shuffled_counts(200)}
     tables_ = [TableConfig("a", 300, 8), TableConfig("b", 200, 8)]
-    solved = plan(tables_, {"kind": "mixed_dimension", "first_block": 20}, "30%", counts, config)
+    solved = plan(tables_, TRAINED_PROJECTIONS | {"first_block": 20}, "30%", counts, config)
     assert len({e.variant for e in solved.groups[0].layout.entries.values()}) == 2
     fused = EmbeddingTables(solved, std=0.5)
     free = EmbeddingTables(plan(tables_, solved.groups[0].method, "30%", counts, optimizer=None), std=0.5)

@@ -45,14 +45,16 @@ class NativeLookup:
         recipes = [recipe for _, recipe in lookups]
         # A product's gradient depends on its factors, that of a sum with signs on the ids.
         products = any("product" in (recipe.combine, recipe.rest and recipe.rest.combine) for recipe in recipes)
-        self.reads_weights = products or any(recipe.projections() for recipe in recipes)
         signs = (getattr(address, "sign_seed", None) for recipe in recipes for address in recipe.all_addresses())
         self.reads_ids = any(seed is not None for seed in signs)
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
         self.program = compile_program(lookups, num_features, store, block)
         # Weights, then projections, by their attributes.
-        self._trained = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
-        self._shapes = [store.tensor(name).shape for name in self._trained]
+        self._dense = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
+        self._shapes = [store.tensor(name).shape for name in self._dense]
+        self._is_trained = [store.is_trained(name) for name in self._dense]
+        # So does that of a projection on the rows before it.
+        self.reads_weights = products or any(self._is_trained[len(self.program.weights) :])
         # Of weights in other formats than fp32: types and shapes of the weight and, where there are any, of its scales.
         self._others = {
             i: [(tensor.dtype, tensor.shape) for tensor in store.stored_as(name)]
@@ -61,7 +63,7 @@ class NativeLookup:
         }
         self._codes = [store.key(name) for name in self.program.codes]
         keeps_mean = store.optimizer is not None and store.optimizer.keeps_mean
-        kept = [ops.state_places(store.state_names(name), keeps_mean, "") for name in self._trained]
+        kept = [ops.state_places(store.state_names(name), keeps_mean, "") for name in self._dense]
         self._states = [name for names in kept for name in names]
         self._no_states = [_NOTHING] * len(self._states)
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
@@ -70,7 +72,7 @@ class NativeLookup:
         """What the program reads as it is now, and writes where it trains; ``None`` where native code has no way."""
         store, fused = self.store, self.store.optimizer
         find = store.tensor
-        both, codes = [find(name) for name in self._trained], [find(name) for name in self._codes]
+        both, codes = [find(name) for name in self._dense], [find(name) for name in self._codes]
         if [weight.shape for weight in both] != self._shapes:
             return None
         scales: list[Tensor] = []
@@ -79,7 +81,7 @@ class NativeLookup:
                 return None
             scales = [_NOTHING] * len(self.program.weights)
             for i, forms in self._others.items():
-                stored = store.stored_as(self._trained[i])
+                stored = store.stored_as(self._dense[i])
                 if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
                     return None
                 scales[i] = stored[-1] if len(stored) > 1 else _NOTHING
@@ -113,6 +115,10 @@ class NativeLookup:
             strengths,
         )
 
+    def changes(self, tensors: ProgramTensors) -> list[Tensor]:
+        """Those of the weights and projections that a step of the optimizer changes."""
+        return [t for t, trained in zip((*tensors.weights, *tensors.projections), self._is_trained) if trained]
+
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """One step of a rule without a native form, given sparse gradients of the weights and dense of projections."""
         store, number = self.store, torch.tensor(step, device="cpu")
@@ -120,8 +126,10 @@ class NativeLookup:
             ops.update_rows(store.tensor(name), store.state_of(name), rows, values, store.hyper, store.rule, number)
 
     def _by_row(self, gradients: list[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The gradients of weights and projections, each by its attribute with its distinct rows."""
-        for name, gradient in zip(self._trained, gradients):
+        """The gradients of weights and trained projections, each by its attribute with its distinct rows."""
+        for name, is_trained, gradient in zip(self._dense, self._is_trained, gradients):
+            if not is_trained:
+                continue
             if gradient.is_sparse:
                 yield name, gradient._indices()[0], gradient._values()
             else:

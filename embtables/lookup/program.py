@@ -197,7 +197,8 @@ def compile_program(
         weight_words += [stored.width, start, form.format, form.bits, form.share, stored.unit_bytes]
         start += stored.rows[-1]
     weight_words += [0, start, 0, 0, 0, 0]
-    projection_words = [n for name in projections for n in store.extra_shapes()[name]]
+    shapes = store.extra_shapes()
+    projection_words = [n for p in projections for n in (*shapes[p], int(store.is_trained(store.key(p))))]
     code_words = [
         word for code in map(store.code, codes) for word in (code.element_size(), _columns(code), code.numel())
     ]

@@ -192,13 +192,13 @@ class Step:
         return torch.where(there, self.rounding.rounded(rows, name, weight, index.clamp(min=0)), 0)
 
     def extra(self, name: str) -> Tensor:
-        """A dense parameter, whole; where a fused optimizer trains, its backward updates it."""
-        weight = self.store.extra(name)
+        """A dense tensor, whole; where a fused optimizer trains it, its backward updates it."""
+        store, key = self.store, self.store.key(name)
+        weight = store.extra(name)
         _refuse_pieces(weight)
-        if not self.updates:
+        if not (self.updates and store.is_trained(key)):
             return weight
         if name not in self._extras:
-            store, key = self.store, self.store.key(name)
             if self.accumulation is not None:
                 index = torch.arange(store.matrix(key).shape[0], device=weight.device)
                 self._extras[name] = accumulated_rows(store, key, index, self.accumulation).view(weight.shape)

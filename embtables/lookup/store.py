@@ -62,7 +62,8 @@ class Store(Weights):
         self.hook = torch.zeros((), device="cpu", requires_grad=True)
         if self.optimizer is not None:
             for name in (*self.weight_names, *self._extras.values()):
-                self._add_state(name, self.optimizer)
+                if self.is_trained(name):
+                    self._add_state(name, self.optimizer)
             hyper = torch.tensor(self.optimizer.hyper_values(), dtype=torch.float64, device=device)
             self.register_buffer("_hyper", hyper, persistent=False)
             if self.counts_steps:
@@ -182,7 +183,7 @@ class Store(Weights):
 
     def state_names(self, weight: str) -> list[str]:
         """The attributes of what the update rule keeps for a weight or extra, by its attribute."""
-        if self.optimizer is None:
+        if self.optimizer is None or not self.is_trained(weight):
             return []
         count = len(self.optimizer.state_widths(self.tensor(weight).shape[-1]))
         return [f"_state_{i}_{weight}" for i in range(count)]
@@ -199,7 +200,7 @@ class Store(Weights):
     def running_mean(self, weight: str) -> Tensor:
         """The running mean of a weight or extra, by its attribute, where the optimizer keeps one; else a copy."""
         tensor = self.tensor(weight).detach()
-        if self.optimizer is None:
+        if self.optimizer is None or not self.is_trained(weight):
             return tensor.clone()
         rule, matrix = rule_of(self.optimizer.kind), self.matrix(weight).detach().to(self.dtype)
         hyper = rule.hyper_by_name(self.hyper)

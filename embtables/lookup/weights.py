@@ -57,7 +57,7 @@ class Weights(Slabs):
 
     Args:
         forms: what to allocate.
-        as_parameters: whether slabs and extras are parameters, to which autograd gives gradients, or buffers.
+        as_parameters: whether slabs and trained extras are parameters, to which autograd gives gradients, or buffers.
         sparse: whether the gradients of slabs are sparse tensors, where they are parameters.
         device: where to allocate, ``"meta"`` included.
     """
@@ -80,7 +80,12 @@ class Weights(Slabs):
                 self.register_buffer(scales_name(name), scales)
         self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
         for extra in (e for form in forms for e in form.extras):
-            self._add_weight(self._extras[extra.name], torch.empty(extra.shape, dtype=_DENSE, device=device))
+            empty = torch.empty(extra.shape, dtype=_DENSE, device=device)
+            if extra.trained:
+                self._add_weight(self._extras[extra.name], empty)
+            else:
+                self.register_buffer(self._extras[extra.name], empty)
+        self._fixed = {self._extras[extra.name] for form in forms for extra in form.extras if not extra.trained}
         self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
         floats = (c for form in forms for c in form.codes if DTYPES[c.dtype].is_floating_point)
         self._codes_in_other_formats = [self._codes[code.name] for code in floats if DTYPES[code.dtype] != _DENSE]
@@ -212,8 +217,12 @@ class Weights(Slabs):
         return self.tensor(weight_name(FP32.name, width))
 
     def extra(self, name: str) -> Tensor:
-        """A dense parameter, whole. A block takes those of its step instead, whose backward updates them."""
+        """A dense tensor, whole. A block takes those of its step instead, whose backward updates what is trained."""
         return self.tensor(self._extras[name])
+
+    def is_trained(self, weight: str) -> bool:
+        """Whether steps change a weight or extra, by its attribute."""
+        return weight not in self._fixed
 
     def code(self, name: str) -> Tensor:
         """A buffer that no gradient trains."""
@@ -225,7 +234,7 @@ class Weights(Slabs):
         return tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(1, -1)
 
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the dense parameters, by name."""
+        """Shapes of the extras, by name."""
         return {name: tuple(self.extra(name).shape) for name in self._extras}
 
     def code_names(self) -> list[str]:
@@ -243,7 +252,7 @@ class Weights(Slabs):
             if self.scales(name) is not None:
                 yield scales_name(name), self.tensor(scales_name(name)), True
         for name in self._extras:
-            yield name, self.extra(name), False
+            yield name, self.extra(name), not self.is_trained(self.key(name))
         for name in self._codes:
             yield name, self.code(name), True
 

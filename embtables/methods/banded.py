@@ -27,9 +27,10 @@ class Banded(BandedMethod):
     """Bands: ids in the order of their frequency, the more frequent the more bits; the rarest have none.
 
     A band has rows of one width w and one precision p. Those of full width are vectors as they stand; others are
-    multiplied with a projection ``[w, D]``, one for each w and D: e(x) = E_b[x]·P_w. The vectors of ids beyond the last
-    band are zeros: a trained row that thousands of rare ids share says little about any of them, and disturbs the rest.
-    Bands are ranges of ranks, which cost no bytes.
+    multiplied with a projection ``[w, D]``, one for each w and D: e(x) = E_b[x]·P_w. It has random orthogonal rows, or
+    is fitted to trained tables by ``compress_``, and stays as it is. The vectors of ids beyond the last band are zeros:
+    a trained row that thousands of rare ids share says little about any of them, and disturbs the rest. Bands are
+    ranges of ranks, which cost no bytes.
 
     Where the bands of all tables end is solved under the one budget. An id that occurs n times is worth
     v(x) = n·n/(n + κ)·q(w, p): its lookups, times the share of what its row learns that is signal, times the share q of
@@ -46,6 +47,7 @@ class Banded(BandedMethod):
         widths: how many columns rows may have beside D.
         decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
             of a vector a narrow row keeps. It matters only with ``widths``.
+        train_projection: whether the projections of narrow rows are trained along with these.
         prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
         precision: what the most frequent ids are stored in, and all of a table that fits in full; fp32 where neither
             it nor ``plan`` says another.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtables.formats import RowFormat
+from embtables.formats import FP32, RowFormat
 from embtables.lookup.recipe import Range
 from embtables.lookup.store import Store
 from embtables.methods.base import Initializer, TableEntry, full_entry, full_layout
@@ -57,6 +57,7 @@ class BandedMethod(RankedMethod):
     """
 
     drops_lowest: ClassVar[bool]
+    train_projection: bool = False
 
     def _levels(self, group: Group, dim: int) -> list[Level]:
         """The levels of tables of a dimension, the lowest first; rows of the highest are those of a full table."""
@@ -90,7 +91,7 @@ class BandedMethod(RankedMethod):
             narrow |= {(dim, level.width) for _, level in bands if level.width < dim}
             slabs += [Slab(f"{table.name}/{j}", n, lv.width, lv.format.name) for j, (n, lv) in enumerate(bands)]
             entries[table.name] = self._entry(bands, starts.get(table.name))
-        extras = tuple(projection_of(group, width, dim) for dim, width in sorted(narrow))
+        extras = tuple(projection_of(group, width, dim, trained=self.train_projection) for dim, width in sorted(narrow))
         return Layout.of(entries, Form(tuple(slabs), extras, rank_code(group)))
 
     def _entry(self, bands: Sequence[tuple[int, Level]], ranks_from: int | None) -> Entry:
@@ -164,9 +165,7 @@ class Solved:
             own[steps] = self._own_bytes(t, np.maximum.accumulate(standing))
         # The projections, and which one the rows of each level need.
         narrow = sorted({(d, lv.width) for d, found in of_dim.items() for lv in found if lv.width < d})
-        self._projections = np.array(
-            [projection_of(group, width, dim).num_bytes for dim, width in narrow], dtype=np.int64
-        )
+        self._projections = np.array([FP32.slab_bytes(width, dim) for dim, width in narrow], dtype=np.int64)
         self._needs = np.full_like(self._lowest, -1)
         for needs, table, levels in zip(self._needs, group.tables, self.levels):
             for i, level in enumerate(levels):

@@ -32,12 +32,14 @@ class FewerDimensions(Method):
     A baseline: a method that does no better at the same budget is not worth its trouble.
 
     Args:
-        projection: whether e(x) = E[x]·P instead, with one trained P of shape ``[d, D]`` for all tables that have d of
-            D columns.
+        projection: whether e(x) = E[x]·P instead, with one P of shape ``[d, D]`` for all tables that have d of D
+            columns. It has random orthogonal rows, or is fitted to trained tables by ``compress_``, and stays as it is.
+        train_projection: whether P is trained along with the rows.
     """
 
     kind: ClassVar[str] = "fewer_dimensions"
     projection: bool = False
+    train_projection: bool = False
 
     def floor(self, group: Group) -> Floor:
         return Floor(self._path(group).least[0], "one scalar per id" + (" and a projection" if self.projection else ""))
@@ -55,7 +57,8 @@ class FewerDimensions(Method):
                 slab = group.slab(table.name, table.rows, width)
             slabs.append(slab)
         shapes = {(w, t.embedding_dim) for t, w in zip(group.tables, widths) if w < t.embedding_dim}
-        extras = tuple(projection_of(group, *shape) for shape in sorted(shapes)) if self.projection else ()
+        used = sorted(shapes) if self.projection else []
+        extras = tuple(projection_of(group, *shape, trained=self.train_projection) for shape in used)
         return Layout.of(entries, Form(tuple(slabs), extras))
 
     def _path(self, group: Group) -> WidthPath:

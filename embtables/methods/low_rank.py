@@ -24,6 +24,8 @@ from embtables.sizes.layout import Counts, Entry, Extra, Form, Group, Layout, Sl
 class LowRank(Method):
     """e(x) = U[x]·V, with U of shape ``[n, r]`` and a basis V of shape ``[r, D]`` for each table.
 
+    V has random orthogonal rows, or those that ``compress_`` fits to a trained table, and stays as it is.
+
     The ranks r are solved for the budget: in equal ratio to full tables, or where all tables have counts in proportion
     to √(lookups / bytes of a rank). A table whose factors would take as much as itself is stored in full.
 
@@ -32,7 +34,8 @@ class LowRank(Method):
     way that training takes. Tables whose r reaches k are trained as they are served.
 
     Args:
-        inner_dim: k; ``None``: tables are trained as they are served.
+        inner_dim: k; ``None``: tables are trained as they are served. W is trained in any case.
+        train_projection: whether V is trained along with U, as in the papers.
 
     Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", ICLR 2020 (factorized
     embeddings). Trained wider: Deng et al., "Enhancing Cross-Category Learning in Recommendation Systems with
@@ -41,6 +44,7 @@ class LowRank(Method):
 
     kind: ClassVar[str] = "low_rank"
     inner_dim: int | None = Field(default=None, ge=1)
+    train_projection: bool = False
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
@@ -67,7 +71,7 @@ class LowRank(Method):
             assert table.rows is not None
             trained.append(group.slab(f"{name}/rows", table.rows, width))
             served.append(group.slab(f"{name}/rows", table.rows, rank))
-            bases.append(Extra(f"{name}/basis", (rank, table.embedding_dim)))
+            bases.append(Extra(f"{name}/basis", (rank, table.embedding_dim), self.train_projection))
             entries[name] = Entry("factors", {"rank": rank})
             if width > rank:
                 folds.append(Extra(f"{name}/fold", (width, rank)))

@@ -19,7 +19,8 @@ from embtables.sizes.layout import Counts, Entry, Group
 class MixedDimension(BandedMethod):
     """Mixed dimensions: block b of ids has vectors of width d_b, projected to the common dimension D.
 
-    e(x) = E_b[x]·P_{d_b}, with E_b of shape ``[n_b, d_b]`` and one projection ``[d_b, D]`` for each width below D.
+    e(x) = E_b[x]·P_{d_b}, with E_b of shape ``[n_b, d_b]`` and one projection ``[d_b, D]`` for each width below D. It
+    has random orthogonal rows, or is fitted to trained tables by ``compress_``, and stays as it is.
     Widths are all integers from 1 to D. They follow a power law in p_b, the mean occurrences of one of the block's ids:
     d_b = λ·D·(p_b/p_max)^α. The temperature α rises from 0 until the budget is met, to at most 1; then λ falls. Of the
     block that is the last to become narrower so many of the first ids keep their width as the budget allows.
@@ -30,6 +31,7 @@ class MixedDimension(BandedMethod):
     Args:
         first_block: ids in the first block.
         block_growth: how many times longer each block is than the one before.
+        train_projection: whether the projections are trained along with the rows, as in the paper.
 
     Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems", ISIT 2021.
     The width cannot fall below 1, so the least budget is about 1/D of the full tables.

@@ -1,4 +1,8 @@
-"""Projections of narrow rows, ``[width, D]``: how they begin, and how they are fitted to trained tables."""
+"""Projections of narrow rows, ``[width, D]``: how they begin, and how they are fitted to trained tables.
+
+They stay as they began unless a method is told to train them. Rows that are looked up a few times an epoch do not keep
+up with a projection that moves in every step, the less the wider they are.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ def projection_name(group: Group, width: int, dim: int) -> str:
     return f"{group.name}/projection_{width}_{dim}"
 
 
-def projection_of(group: Group, width: int, dim: int) -> Extra:
+def projection_of(group: Group, width: int, dim: int, *, trained: bool) -> Extra:
     """That projection, ``[width, dim]``."""
-    return Extra(projection_name(group, width, dim), (width, dim))
+    return Extra(projection_name(group, width, dim), (width, dim), trained)
 
 
 def orthogonal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embtables.methods.projecting import projection_of
+from embtables.formats import FP32
 from embtables.sizes.layout import Counts, Group
 
 
@@ -46,7 +46,7 @@ def _walk(group: Group, *, projected: bool) -> WidthPath:
             return 0
         before = used.get((width, dim), 0)
         used[width, dim] = before + more
-        return more * projection_of(group, width, dim).num_bytes if 0 in (before, before + more) else 0
+        return more * FP32.slab_bytes(width, dim) if 0 in (before, before + more) else 0
 
     rows = group.num_rows.tolist()
     size = group.format.slab_bytes

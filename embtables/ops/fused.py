@@ -46,13 +46,16 @@ def check(tensors: ProgramTensors, args: LookupArgs) -> None:
 class Source(Protocol):
     """A program whose tensors may change from call to call.
 
-    ``reads_weights``: whether gradients depend on weights, as those of products do.
+    ``reads_weights``: whether gradients depend on weights, as those of products and of projections do.
     """
 
     reads_weights: bool
 
     def tensors(self) -> ProgramTensors | None:
         """What it reads and writes now; ``None`` where native code does not take it."""
+
+    def changes(self, tensors: ProgramTensors) -> list[Tensor]:
+        """Those of the weights and projections that a step of the optimizer changes."""
 
     def update_in_pytorch(self, gradients: list[Tensor], step: int) -> None:
         """A step of the optimizer, given the gradients of weights (sparse, of distinct rows) and projections."""
@@ -76,15 +79,15 @@ class SavedLookup:
         args: LookupArgs,
         rows: Tensor,
     ) -> None:
-        self.program, self.args, self.rows, self.reads_weights = program, args, rows, program.reads_weights
+        self.program, self.args, self.rows = program, args, rows
         self.forms = tensors.forms()
-        self.versions = self._versions(tensors) if self.reads_weights else []
+        self.versions = self._versions(tensors)
         # The rows that were read and the projections, noted where somebody else is about to change them.
         self.as_read: tuple[Tensor, list[Tensor]] | None = None
 
-    @staticmethod
-    def _versions(tensors: ProgramTensors) -> list[int]:
-        return [weight._version for weight in (*tensors.weights, *tensors.projections)]
+    def _versions(self, tensors: ProgramTensors) -> list[int]:
+        """Of what the gradient depends on."""
+        return [tensor._version for tensor in _read_in_backward(self.program, tensors)]
 
     def check(self, tensors: ProgramTensors | None) -> ProgramTensors:
         """The tensors.
@@ -112,15 +115,15 @@ class SavedLookup:
             RuntimeError: where the gradient depends on weights that have been changed since, other than by updates.
         """
         tensors = self.check(self.program.tensors())
-        weights = [*tensors.weights, *tensors.projections]
+        changing = self.program.changes(tensors)
         _waiting.discard(self)
-        settle(weights)
+        settle(changing)
         self._check_versions(tensors)
         if has_native_form(tensors.rule):
             _library[0].update_rows(tensors, self.args, self.rows, grad.contiguous(), step, self.as_read)
         else:
             self.program.update_in_pytorch(self._gradients(tensors, grad), step)
-        return weights
+        return changing
 
     def gradients(self, grad: Tensor) -> list[Tensor]:
         """The gradients of the weights, sparse, and of the projections.
@@ -139,7 +142,7 @@ class SavedLookup:
         )
 
     def _check_versions(self, tensors: ProgramTensors) -> None:
-        if self.as_read is None and self.reads_weights and self.versions != self._versions(tensors):
+        if self.as_read is None and self.versions != self._versions(tensors):
             raise RuntimeError(
                 "the tables were changed between a lookup and its backward, and the gradient of this method depends on "
                 "what they were; of a graph that is kept, backward can be called once: add up the losses instead"
@@ -165,6 +168,11 @@ def settle(changing: Sequence[Tensor]) -> None:
             if not places.isdisjoint(t.data_ptr() for t in (*tensors.weights, *tensors.projections)):
                 _waiting.discard(saved)
                 saved.keep_rows(tensors)
+
+
+def _read_in_backward(program: Source, tensors: ProgramTensors) -> list[Tensor]:
+    """What the gradient of a lookup depends on beside its arguments."""
+    return [*(tensors.weights if program.reads_weights else ()), *tensors.projections]
 
 
 class _Updated(torch.autograd.Function):
@@ -206,10 +214,9 @@ class _Differentiated(torch.autograd.Function):
         values, rows = _library[0].forward(tensors, args)
         ctx.saved = SavedLookup(program, tensors, args, rows)
         ctx.tensors, ctx.sparse = tensors, sparse
-        if program.reads_weights:
-            # Has autograd notice where they are changed before backward. ``parameters`` may be other names of them,
-            # which count their changes by themselves.
-            ctx.save_for_backward(*tensors.weights, *tensors.projections)
+        # Has autograd notice where they are changed before backward. ``parameters`` may be other names of them, which
+        # count their changes by themselves.
+        ctx.save_for_backward(*_read_in_backward(program, tensors))
         return values
 
     @staticmethod
@@ -271,7 +278,6 @@ def look_up(
     codes: list[Tensor],
     outputs: Tensor,
     states: list[Tensor],
-    projection_states: list[Tensor],
     scales: list[Tensor],
     strengths: list[Tensor],
     hyper: Tensor,
@@ -289,9 +295,7 @@ def look_up(
     kept = _copies(ids, offsets, id_weights)
     if offsets is not None:
         offsets = kept[1]  # what is checked is what backward will read
-    tensors = ProgramTensors(
-        words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths
-    )
+    tensors = ProgramTensors(words, weights, projections, codes, states, [], hyper, rule, scales, strengths)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (num_values,), num_rows)
     try:
         return *_library[0].forward(tensors, args), *kept
@@ -315,7 +319,6 @@ def look_up_in_graph(
         tensors.codes,
         args.outputs,
         tensors.states,
-        tensors.projection_states,
         list(tensors.scales),
         list(tensors.strengths),
         tensors.hyper,
@@ -353,7 +356,6 @@ def _(
     codes: list[Tensor],
     outputs: Tensor,
     states: list[Tensor],
-    projection_states: list[Tensor],
     scales: list[Tensor],
     strengths: list[Tensor],
     hyper: Tensor,
@@ -369,9 +371,7 @@ def _(
     return weights[0].new_empty(num_values, dtype=dtype), rows, *_copies(ids, offsets, id_weights)
 
 
-@torch.library.custom_op(
-    "embtables::update_rows_", mutates_args=("weights", "projections", "states", "projection_states")
-)
+@torch.library.custom_op("embtables::update_rows_", mutates_args=("weights", "states"))
 def update_rows(
     words: Tensor,
     ids: Tensor,
@@ -382,7 +382,6 @@ def update_rows(
     codes: list[Tensor],
     outputs: Tensor,
     states: list[Tensor],
-    projection_states: list[Tensor],
     scales: list[Tensor],
     strengths: list[Tensor],
     hyper: Tensor,
@@ -391,10 +390,8 @@ def update_rows(
     rows: Tensor,
     grad: Tensor,
 ) -> None:
-    """One step of the optimizer on the rows of a lookup, given the gradient of its values."""
-    tensors = ProgramTensors(
-        words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths
-    )
+    """One step of the optimizer on the rows of a lookup that trains no projection, given the gradient of its values."""
+    tensors = ProgramTensors(words, weights, projections, codes, states, [], hyper, rule, scales, strengths)
     args = LookupArgs(ids, offsets, id_weights, outputs, _batch(words, ids, offsets), (grad.numel(),), rows.numel())
     with training_lock:
         _library[0].update_rows(tensors, args, rows, grad.contiguous(), int(step))
@@ -406,7 +403,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    words, _, offsets, id_weights, *tensors = ctx.inputs[:14]
+    words, _, offsets, id_weights, *tensors = ctx.inputs[:13]
     rows, ids, kept_offsets, kept_weights = ctx.kept
     update_rows(
         words,
@@ -414,7 +411,7 @@ def _step(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         None if offsets is None else kept_offsets,
         None if id_weights is None else kept_weights,
         *tensors,
-        ctx.inputs[16],
+        ctx.inputs[15],
         rows,
         grad,
     )

@@ -24,6 +24,7 @@ from embtables.ops.program import (
     LOOKUP_WORDS,
     PIECE_WORDS,
     PLAIN,
+    PROJECTION_WORDS,
     STATES,
     WEIGHT_WORDS,
     ProgramTensors,
@@ -104,9 +105,9 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 13
+    version = 14
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
-    words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS)
+    words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, PROJECTION_WORDS, CODE_WORDS)
     for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):
         version = (version * 1000 + size) % 1_000_000_000_007
     return version
@@ -376,7 +377,7 @@ class Library:
     ) -> list[Tensor]:
         """The gradients of the weights, dense or sparse with distinct rows, and of the projections (dense).
 
-        ``as_read``: as in ``update_rows``.
+        Those of projections that are not trained are zeros. ``as_read``: as in ``update_rows``.
         """
         shapes = [weight.shape for weight in tensors.weights]
         dtype = tensors.dtype

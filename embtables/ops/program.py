@@ -15,8 +15,8 @@ UNBOUNDED = 2**62
 # How the ids of a bag become one vector: not at all, or so.
 POOLING = {None: 0, "sum": 1, "mean": 2}
 POLICIES = {"error": 0, "hash": 1, "oov": 2}
-# How many words ``csrc/program.h`` has at the beginning, and for a lookup, a piece, a weight and a code.
-HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, CODE_WORDS = 7, 18, 17, 6, 3
+# How many words ``csrc/program.h`` has at the beginning, and for a lookup, a piece, a weight, a projection and a code.
+HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, PROJECTION_WORDS, CODE_WORDS = 7, 18, 17, 6, 3, 3
 # How many tensors a weight or projection has for what an optimizer keeps of it.
 STATES = 4
 # The types of code buffers that native code reads.
@@ -49,7 +49,8 @@ class ProgramTensors(NamedTuple):
     """A program and what it reads and writes, as a rule the weights and state of a module, as they are now.
 
     ``weights``, ``projections`` and ``codes``: as the program numbers them; ``states`` and ``projection_states``:
-    ``STATES`` for each of those, empty where the rule has none; ``hyper`` and ``rule``: as in ``reference``;
+    ``STATES`` for each of those, empty where the rule has none, or the projection is not trained; ``hyper`` and
+    ``rule``: as in ``reference``;
     ``scales``: of each weight, empty where none stand outside of its rows, and no list at all where all weights are
     plain;
     ``strengths``: of each weight, float32, how strongly L2 pulls each row that is updated, or whose gradient is asked

@@ -282,11 +282,12 @@ def _short(value: Any) -> str:
 
 def training_bytes(form: Form, optimizer: FusedOptimizer | None) -> int:
     """Bytes of a trained form: weights, codes and optimizer state, or gradient where no optimizer is fused."""
+    trained = [extra for extra in form.extras if extra.trained]
     if optimizer is None:
         # A gradient is as large as what it is the gradient of.
-        return form.num_bytes + sum(s.num_bytes for s in form.slabs) + sum(e.num_bytes for e in form.extras)
+        return form.num_bytes + sum(s.num_bytes for s in form.slabs) + sum(extra.num_bytes for extra in trained)
     parameters = [(s.rows, s.width) for s in form.slabs]
-    for extra in form.extras:
+    for extra in trained:
         rows = extra.shape[0] if len(extra.shape) > 1 else 1
         parameters.append((rows, prod(extra.shape) // rows))
     state = sum(FP32.slab_bytes(rows, sum(optimizer.state_widths(width))) for rows, width in parameters)

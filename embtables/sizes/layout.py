@@ -59,10 +59,14 @@ class Slab:
 
 @dataclass(frozen=True)
 class Extra:
-    """A small dense fp32 parameter, used whole in every step: a projection, a layer of an MLP, a codebook."""
+    """A small dense fp32 tensor, used whole in every step: a projection, a layer of an MLP, a codebook.
+
+    ``trained``: whether steps change it: a parameter; else a buffer without gradient or optimizer state.
+    """
 
     name: str
     shape: tuple[int, ...]
+    trained: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +75,8 @@ class Extra:
     def check(self) -> None:
         """Raises ``ValueError`` unless this can be allocated."""
         _check_sizes(self.name, *self.shape)
+        if not isinstance(self.trained, bool):
+            raise ValueError(f"'{self.name}' is trained or not, True or False, not {self.trained!r}")
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,14 @@ class Form:
         return replace(self, slabs=tuple(replace(slab, format=name) for slab in self.slabs))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data. The format of fp32 slabs is left out, as in plans that are older than the others."""
+        """Plain data. What plans did not say before there was a choice is left out: fp32 slabs, trained extras."""
         data = asdict(self)
         for slab in data["slabs"]:
             if slab["format"] == FP32.name:
                 del slab["format"]
+        for extra in data["extras"]:
+            if extra["trained"]:
+                del extra["trained"]
         return data
 
     @staticmethod

@@ -16,20 +16,23 @@ def memory_of(tables: EmbeddingTables) -> Memory:
     """Bytes of the form that these tables have at present, the trained or the served one."""
     found: Counter[str] = Counter()
     form = "serving" if tables.served else "training"
-    kinds = {code.name: code.kind for g in tables.plan.groups for code in getattr(g.layout, form).codes}
-    for name, tensor, is_code in tables.store.tensors():
+    forms = [getattr(g.layout, form) for g in tables.plan.groups]
+    kinds: dict[str, str] = {code.name: code.kind for each in forms for code in each.codes}
+    kinds |= {extra.name: "weights" for each in forms for extra in each.extras}
+    gradients = 0
+    for name, tensor, is_buffer in tables.store.tensors():
         in_rows = 0
         if name in tables.store.weight_names:
             in_rows = tensor.shape[0] * tables.store.stored_rows(name).scale_columns * tensor.itemsize
         found["scales"] += in_rows
-        found[kinds.get(name, "scales") if is_code else "weights"] += storage_bytes([tensor]) - in_rows
+        found[kinds.get(name, "scales") if is_buffer else "weights"] += storage_bytes([tensor]) - in_rows
+        gradients += 0 if is_buffer else storage_bytes([tensor])
     by_kind = dict(+found)  # those that occur
     # The few hyper-parameters are constants, as seeds and offsets are; they are not counted.
     state = storage_bytes(tensor for name, tensor in tables.store.optimizer_state().items() if name != "hyper")
     held = sum(by_kind.values())
     changes_form = any(g.layout.serving != g.layout.training for g in tables.plan.groups)
     inference = tables.plan.inference_bytes if changes_form and not tables.served else held
-    gradients = by_kind.get("weights", 0)
     training = held + (state if tables.plan.optimizer is not None else gradients)
     if tables.served:
         training = tables.plan.training_bytes

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_cases import TRAINED_PROJECTIONS
 from torch import Tensor, nn
 
 from embtables import compress_
@@ -209,12 +210,12 @@ def test_tables_of_a_collection_in_full_keep_their_state() -> None:
     ("kind", "method", "sparse", "words"),
     [
         (torch.optim.SparseAdam, "hash", False, r"'user': rebind\[0\] \(SparseAdam\) takes sparse .*sparse=True"),
-        (torch.optim.SparseAdam, "mixed_dimension", True, "would be dense: choose a method without projections"),
+        (torch.optim.SparseAdam, TRAINED_PROJECTIONS, True, "would be dense: choose a method without trained proj"),
         (torch.optim.Adam, "hash", True, r"'user': rebind\[0\] \(Adam\) takes dense .* sparse=False"),
         (torch.optim.RMSprop, "mixed_dimension", True, "sparse=False"),
     ],
 )
-def test_optimizers_that_do_not_take_the_kind_of_gradient(kind: Any, method: str, sparse: bool, words: str) -> None:
+def test_optimizers_that_do_not_take_the_kind_of_gradient(kind: Any, method: Any, sparse: bool, words: str) -> None:
     model = Model()
     optimizer = kind([*model.user.parameters(), *model.item.parameters()], lr=0.1)
     refused(model, words, method, rebind=optimizer, sparse=sparse)

@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from core_cases import TRAINED_PROJECTIONS
 from torch import Tensor, nn
 
 from embtables import (
@@ -417,7 +418,7 @@ def test_a_table_looked_up_twice_with_a_fused_optimizer(fused: RowWiseAdagrad | 
     (twice(torch.arange(5)).pow(2).sum() + twice(torch.arange(5, 10)).pow(2).sum()).backward()
     torch.testing.assert_close(once.to_dense(), twice.to_dense())
     # A projection that both calls use is updated by the one's backward before the other's needs it.
-    projected = Embedding(100, 8, method="mixed_dimension", budget=0.6, optimizer=fused)
+    projected = Embedding(100, 8, method=TRAINED_PROJECTIONS, budget=0.6, optimizer=fused)
     before = projected.to_dense()
     (projected(torch.arange(5)).pow(2).sum() + projected(torch.arange(5, 10)).pow(2).sum()).backward()
     assert (projected.to_dense() != before).any() and projected.to_dense().isfinite().all()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import Graphs, shuffled_counts
+from core_cases import TRAINED_PROJECTIONS, Graphs, shuffled_counts
 from torch import Tensor
 
 from embtables import EmbeddingTables, TableConfig, ops, plan
@@ -145,7 +145,8 @@ def assert_steps_agree(tables: EmbeddingTables, backend: str, inputs: list[tuple
     ("method", "optimizer", "l2"),
     [
         ("full", "adam", 0.0),
-        ("mixed_dimension", None, 0.3),
+        (TRAINED_PROJECTIONS, None, 0.3),
+        ("mixed_dimension", "adam", 0.3),
         (PRUNED, "adam", 0.3),
         ("matryoshka", "adam", 0.3),
     ],

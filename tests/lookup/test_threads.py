@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
-from core_cases import falling_counts, random_ids
+from core_cases import TRAINED_PROJECTIONS, falling_counts, random_ids
 from torch import Tensor
 
 from embtables import SGD, Adam, Embedding, EmbeddingTables, InfeasibleBudget, TableConfig, ops, plan
@@ -17,7 +18,7 @@ from embtables.optimizers import FusedOptimizer
 BACKENDS = ["native", "reference"] if ops.backend() == "native" else ["reference"]
 # One of each way to find rows and to combine them; products, projections and lists among them.
 METHODS = pytest.mark.parametrize(
-    "method", ["full", "hash", "compositional", "mixed_dimension", "pruned", "robe", "frequency_cutoff"]
+    "method", ["full", "hash", "compositional", TRAINED_PROJECTIONS, "pruned", "robe", "frequency_cutoff"], ids=str
 )
 THREADS, LOOKUPS = 8, 100
 
@@ -39,7 +40,7 @@ class _Counting(FusedOptimizer):
         return torch.zeros_like(grad), (state[0] + 1,)
 
 
-def make(method: str, optimizer: FusedOptimizer | None = None) -> EmbeddingTables:
+def make(method: Any, optimizer: FusedOptimizer | None = None) -> EmbeddingTables:
     configs = [TableConfig("item", 300, 8, ["item", "history"]), TableConfig("user", 200, 8)]
     counts = {config.name: falling_counts(config.num_embeddings or 0) for config in configs}
     try:

@@ -122,8 +122,8 @@ def test_what_is_kept_goes_on_training_in_all_directions() -> None:
     assert tables.store.slab("user/rows").abs().amin() > 0
     before = {name: tensor.clone() for name, tensor, _ in tables.store.tensors()}
     tables(random_ids(tables, 4000)).square().sum().backward()
-    for name, tensor, _ in tables.store.tensors():
-        assert (tensor != before[name]).float().mean() > 0.9, name
+    for name, tensor, is_buffer in tables.store.tensors():
+        assert is_buffer or (tensor != before[name]).float().mean() > 0.9, name
 
 
 # ---- trained wider than served ---------------------------------------------------------------------------------------

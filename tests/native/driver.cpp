@@ -293,7 +293,7 @@ void Case::add_piece(int64_t kind, const Slab& slab, int64_t a, int64_t b, int64
 int64_t Case::projection(int64_t width, int64_t dim) {
     int64_t p = 0;
     while (p < static_cast<int64_t>(projections.size()) && (projections[p].width != width || projections[p].dim != dim)) ++p;
-    if (p == static_cast<int64_t>(projections.size())) projections.push_back({width, dim});
+    if (p == static_cast<int64_t>(projections.size())) projections.push_back({width, dim, random.chance(2)});
     return p;
 }
 
@@ -1000,7 +1000,7 @@ Expected Reference::run() {
         for (int64_t r = 0; r < c_.rows[w]; ++r)
             if (e_.touched[w][r]) update(e_.weights[w], &e_.states[STATES * w], e_.gradients[w], r, c_.widths[w]);
     for (std::size_t p = 0; p < c_.projections.size(); ++p)
-        for (int64_t r = 0; r < c_.projections[p].width; ++r)
+        for (int64_t r = 0; c_.projections[p].trained && r < c_.projections[p].width; ++r)
             update(e_.projections[p], &e_.projection_states[STATES * p], e_.projection_gradients[p], r, c_.projections[p].dim);
     return e_;
 }
@@ -1038,6 +1038,8 @@ struct Step {
         r.states = c.states, r.projection_states = c.projection_states;
         weights = pointers(r.weights), projections = pointers(r.projections), codes = pointers(c.codes);
         states = pointers(r.states), projection_states = pointers(r.projection_states);
+        for (std::size_t p = 0; p < projection_states.size(); ++p)
+            if (!c.projections[p / STATES].trained) projection_states[p] = nullptr;
         call.program = c.words.as<int64_t>();
         call.ids = c.id_memory.data(), call.id_bytes = c.narrow_ids ? 4 : 8;
         call.offsets = c.jagged ? c.offset_memory.as<int64_t>() : nullptr;
@@ -1074,6 +1076,8 @@ struct Step {
             }
             for (const Projection& p : c.projections) values_of_projections.emplace_back(p.width * p.dim, bytes_of(c.dtype));
             into = pointers(values), into_projections = pointers(values_of_projections), gradient_rows = pointers(r.gradient_rows);
+            for (std::size_t p = 0; p < c.projections.size(); ++p)
+                if (!c.projections[p].trained) into_projections[p] = nullptr;  // nobody asks for its gradient
             target.weights = into.data(), target.projections = into_projections.data();
             if (c.keeps_rows) {
                 // The weights may have changed since the lookup: what a gradient depends on was noted.
@@ -1159,6 +1163,10 @@ static void compare(const Case& c, const Result& r, const Expected& e) {
     }
     for (std::size_t p = 0; p < c.projections.size(); ++p) {
         const std::string name = "projection " + std::to_string(p) + " ";
+        if (!c.projections[p].trained) {
+            if (c.rule < DENSE_GRADIENT) EXPECT(r.projections[p] == c.projection_weights[p], name + "is not trained and has changed");
+            continue;
+        }
         const std::vector<double> got = all_decoded(r.projections[p], c.dtype);
         // All ids of a batch add to it, in fp32: thousands of terms that cancel leave what they were rounded by.
         const std::vector<double>& sizes = e.projection_sizes[p];

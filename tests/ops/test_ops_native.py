@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import all_methods, falling_counts, in_turn, method_id, random_ids, shares_scalars, shuffled_counts
+from core_cases import (
+    TRAINED_PROJECTIONS,
+    all_methods,
+    falling_counts,
+    in_turn,
+    method_id,
+    random_ids,
+    shares_scalars,
+    shuffled_counts,
+)
 from native_cases import assert_same, jagged, run_each, some_ids, state, step
 from torch import Tensor
 
@@ -380,10 +389,15 @@ def test_functional_transforms_go_through_pytorch() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [("hash", Adam(lr=0.1)), ("compositional", RowWiseAdagrad(lr=0.1)), ("mixed_dimension", Adam(lr=0.1))],
-    ids=["hash", "compositional", "mixed_dimension"],
+    [
+        ("hash", Adam(lr=0.1)),
+        ("compositional", RowWiseAdagrad(lr=0.1)),
+        ("mixed_dimension", Adam(lr=0.1)),
+        (TRAINED_PROJECTIONS, Adam(lr=0.1)),
+    ],
+    ids=["hash", "compositional", "mixed_dimension", "trained projections"],
 )
-def test_compiled_steps_leave_the_same_weights(kind: str, optimizer: Any) -> None:
+def test_compiled_steps_leave_the_same_weights(kind: Any, optimizer: Any) -> None:
     torch.compiler.reset()
     eager, compiled = make(from_config(kind), optimizer), make(from_config(kind), optimizer)
     graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
@@ -393,7 +407,7 @@ def test_compiled_steps_leave_the_same_weights(kind: str, optimizer: Any) -> Non
         out = graph(ids)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)))
     left, right = state(eager), state(compiled)
-    if kind == "hash":
+    if kind in ("hash", "mixed_dimension"):
         assert all(torch.equal(left[name], right[name]) for name in left)
     else:  # whose gradients depend on weights: PyTorch combines them in a graph
         assert_same(eager, compiled)
@@ -457,7 +471,7 @@ def test_tables_may_be_gone_before_backward() -> None:
 
 def test_tables_may_move_before_backward() -> None:
     """In the same type they get the right gradient; cast to another one nothing is lost in silence."""
-    for kind in ("hash", "compositional", "mixed_dimension"):
+    for kind in ("hash", "compositional", "mixed_dimension", TRAINED_PROJECTIONS):
         ours, reference = make(from_config(kind), None), make(from_config(kind), None)
         ids = some_ids(ours, 200, 0)
         step(reference, (ids,), 0)

@@ -39,7 +39,7 @@ from embtables.lookup.recipe import (
 from embtables.lookup.store import Store
 from embtables.methods import Method
 from embtables.ops import native, reference
-from embtables.ops.program import CODE_WORDS, HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS
+from embtables.ops.program import CODE_WORDS, HEADER_WORDS, LOOKUP_WORDS, PIECE_WORDS, PROJECTION_WORDS, WEIGHT_WORDS
 from embtables.sizes.layout import Code, Extra, Form, Slab
 
 NATIVE = pytest.mark.skipif(ops.instructions() is None, reason="the native library was not built")
@@ -216,7 +216,7 @@ def test_recipes_that_stay_within_their_slabs_are_compiled(recipe: Recipe, spec:
     assert program is not None
     weights, projections = len(program.weights), len(program.projections)
     expected = HEADER_WORDS + LOOKUP_WORDS * (1 + (recipe.rest is not None)) + len(recipe.all_addresses()) * PIECE_WORDS
-    expected += WEIGHT_WORDS * (weights + 1) + 2 * projections + len(program.codes) * CODE_WORDS
+    expected += WEIGHT_WORDS * (weights + 1) + PROJECTION_WORDS * projections + len(program.codes) * CODE_WORDS
     assert program.words.numel() == expected
 
 

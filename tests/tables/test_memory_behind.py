@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import shuffled_counts
+from core_cases import TRAINED_PROJECTIONS, shuffled_counts
 from torch import Tensor
 
 from embtables import Embedding, EmbeddingBag, EmbeddingTables, TableConfig, ops, plan
@@ -22,6 +22,7 @@ METHODS: list[Any] = [
     "full",
     "hash",
     "mixed_dimension",
+    TRAINED_PROJECTIONS,
     "frequency_cutoff",
     "banded",
     "compositional",
@@ -125,8 +126,8 @@ def test_a_weight_that_became_one_row_many_times_is_not_read_beyond_it(optimizer
         out.sum().backward()
 
 
-@pytest.mark.parametrize("method", ["hash", "mixed_dimension"])
-def test_no_update_is_lost_on_weights_that_were_replaced(method: str) -> None:
+@pytest.mark.parametrize("method", ["hash", TRAINED_PROJECTIONS], ids=str)
+def test_no_update_is_lost_on_weights_that_were_replaced(method: Any) -> None:
     """PyTorch's update holds the weights that were looked up."""
     tables = make(method, "sgd")
     with ops.using("reference"):

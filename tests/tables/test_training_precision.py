@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import method_id, random_ids, shuffled_counts, trained_methods
+from core_cases import TRAINED_PROJECTIONS, method_id, random_ids, shuffled_counts, trained_methods
 from native_cases import BACKENDS, NATIVE
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from embtables import SGD, Adam, EmbeddingTables, Plan, RowWiseAdagrad, TableCon
 from embtables.faces.embedding import Embedding
 from embtables.formats import FORMATS
 from embtables.lookup.store import Store
-from embtables.methods import Method
+from embtables.methods import Method, from_config
 from embtables.optimizers import FusedOptimizer, averaged
 from embtables.sizes.layout import Form, Slab
 
@@ -26,8 +26,7 @@ TABLES = [TableConfig("user", 300, 8), TableConfig("item", 90, 8, feature_names=
 
 def solved(method: Any = "full", optimizer: Any = "adagrad", **others: Any) -> Plan:
     counts = {table.name: shuffled_counts(table.num_embeddings or 0) for table in TABLES}
-    kind = method if isinstance(method, str) else method.kind
-    budget = None if kind == "full" else "40%"
+    budget = None if from_config(method).kind == "full" else "40%"
     return plan(TABLES, method, budget, counts, optimizer, **{"training_precision": "bf16", **others})
 
 
@@ -207,8 +206,8 @@ def test_threads_leave_the_same_bits(kind: str) -> None:
 
 
 @NATIVE
-@pytest.mark.parametrize("kind", ["hash", "compositional", "mixed_dimension", "robe"])
-def test_native_steps_leave_the_bits_of_pytorch(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["hash", "compositional", "mixed_dimension", TRAINED_PROJECTIONS, "robe"], ids=str)
+def test_native_steps_leave_the_bits_of_pytorch(kind: Any) -> None:
     """With gradients of integers: products and projections read rows natively in backward."""
     both = []
     for backend in ("native", "reference"):

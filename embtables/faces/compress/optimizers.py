@@ -66,7 +66,7 @@ def _check_gradients(path: str, optimizer: Optimizer, swap: Swap) -> None:
             f"{which} takes dense gradients alone, and those of the new table would be sparse: sparse=False"
         )
     if isinstance(optimizer, SparseAdam) and "dense" in swap.gradients:
-        cure = "a method without projections" if "sparse" in swap.gradients else "sparse=True"
+        cure = "a method without trained projections" if "sparse" in swap.gradients else "sparse=True"
         raise ValueError(
             f"{which} takes sparse gradients alone, and those of the new table would be dense: choose {cure}, or "
             "another optimizer"

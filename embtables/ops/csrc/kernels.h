@@ -695,29 +695,34 @@ inline void project(const float* values, int64_t start, const float* projection,
     }
 }
 
-// Backward of it: the gradient of each row, own [W] at own + i * own_stride, and of the projection, added to `total`.
+// Backward of it: the gradient of each row, own [W] at own + i * own_stride, and of the projection, added to `total`, or
+// none where that is null.
 template <int D, int W>
 inline void project_back(const float* values, int64_t start, const float* projection, const int64_t* rows, int64_t row_stride,
                          const int64_t* index, int64_t count, const float* gradient, int64_t stride, float* own,
                          int64_t own_stride, float* total) {
     constexpr int N = D < 16 ? D : 16, C = D / N, P = W > 8 ? 16 : W > 4 ? 8 : W > 2 ? 4 : W;  // lanes of W columns
-    lanes<N> sums[W][C];
     lanes<P> columns[D];
-    for (int j = 0; j < W; ++j)
-        for (int c = 0; c < C; ++c) sums[j][c] = get<N>(total + j * D + c * N);
     for (int d = 0; d < D; ++d) {
         float column[P] = {};
         for (int j = 0; j < W; ++j) column[j] = projection[j * D + d];
         columns[d] = get<P>(column);
     }
     for (int64_t k = 0; k < count; ++k) {
-        const float* row = values + (rows[index[k] * row_stride] - start) * W;
         const float* g = gradient + index[k] * stride;
         // Two running sums, for the sake of speed: of the first half of the dimensions, and of the second.
         lanes<P> low = g[0] * columns[0], high = g[D / 2] * columns[D / 2];
         for (int d = 1; d < D / 2; ++d) low += g[d] * columns[d], high += g[D / 2 + d] * columns[D / 2 + d];
         const lanes<P> both = low + high;
         std::memcpy(own + index[k] * own_stride, &both, W * sizeof(float));
+    }
+    if (!total) return;
+    lanes<N> sums[W][C];
+    for (int j = 0; j < W; ++j)
+        for (int c = 0; c < C; ++c) sums[j][c] = get<N>(total + j * D + c * N);
+    for (int64_t k = 0; k < count; ++k) {
+        const float* row = values + (rows[index[k] * row_stride] - start) * W;
+        const float* g = gradient + index[k] * stride;
         for (int j = 0; j < W; ++j)
             for (int c = 0; c < C; ++c) sums[j][c] += row[j] * get<N>(g + c * N);
     }
@@ -1546,11 +1551,20 @@ inline const Piece& piece_at(const Program& program, const Lookup& lookup, int64
     return program.pieces[lookup.first_piece + (is_list(lookup) ? 0 : c)];
 }
 
+inline bool is_trained(const Program& program, int64_t projection) {
+    return projection >= 0 && program.projections[projection].trained;
+}
+
+// Whether what is behind the combination has a gradient itself, which depends on the combination.
+inline bool trains_projections(const Program& program, const Lookup& lookup) {
+    return is_trained(program, lookup.projection) || is_trained(program, lookup.inner_projection);
+}
+
 // Whether the gradient depends on what the rows are.
 inline bool reads_rows(const Program& program, const Lookup& lookup) {
-    if (lookup.operation == MULT || lookup.projection >= 0) return true;
+    if (lookup.operation == MULT || trains_projections(program, lookup)) return true;
     for (int64_t c = 0; c < lookup.num_pieces; ++c)
-        if (program.pieces[lookup.first_piece + c].projection >= 0) return true;
+        if (is_trained(program, program.pieces[lookup.first_piece + c].projection)) return true;
     return lookup.rest >= 0 && reads_rows(program, program.lookups[lookup.rest]);
 }
 
@@ -1586,7 +1600,8 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
         for (int64_t c = 0; c < lookup.num_pieces; ++c) {
             const Piece& piece = program.pieces[lookup.first_piece + c];
             if (piece.projection < 0) continue;
-            if (program.weights[piece.weight].format != PLAIN || !with_narrow_width<D>(piece.width, [](auto) {})) return false;
+            const bool reads = is_trained(program, piece.projection);
+            if ((reads && program.weights[piece.weight].format != PLAIN) || !with_narrow_width<D>(piece.width, [](auto) {})) return false;
         }
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
         int64_t index[BLOCK_OF_IDS];
@@ -1595,7 +1610,7 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
             const int64_t count = ids_in_slab(program, piece, rows, row_stride, n, index);
             const int64_t start = program.weights[piece.weight].start;
             const float* values = static_cast<const float*>(call.weights[piece.weight]);
-            if (piece.projection >= 0)
+            if (is_trained(program, piece.projection))
                 for (int64_t k = 0; k < count; ++k)
                     __builtin_prefetch(values + (rows[index[k] * row_stride] - start) * piece.width);
             if (piece.projection < 0) {
@@ -1751,12 +1766,14 @@ __attribute__((noinline)) void spread_inner(const Program& program, const Call& 
     });
 }
 
-// to [width]: the gradient of `row` from that of row · projection, g [dim]; `total` takes the projection's.
+// to [width]: the gradient of `row` from that of row · projection, g [dim]; `total` takes the projection's. Where it is
+// null nobody asks for that one, and `row` is not read.
 template <class T, int D, class Row>
 inline void project_one_back(const T* projection, const Row* row, int64_t width, int64_t dim, const float* g, float* to,
                              float* total) {
     for (int64_t j = 0; j < width; ++j) {
         to[j] = dot<D>(g, projection + j * dim, dim);
+        if (!total) continue;
         const float value = load(row + j);
         each<D>(dim, [&](int64_t d, auto n) {
             put<n>(total + j * dim + d, get<n>(total + j * dim + d) + value * get<n>(g + d));
@@ -1764,7 +1781,8 @@ inline void project_one_back(const T* projection, const Row* row, int64_t width,
     }
 }
 
-// The values that rows take where they are no slices of the gradient, for the ids of bags [first, last).
+// The values that rows take where they are no slices of the gradient, for the ids of bags [first, last). `projection_sums`
+// is null for a projection that is not trained.
 template <class T, int D>
 void make_own(const Program& program, const Call& call, int64_t l, const Place& place, const Flow& flow, int64_t first,
               int64_t last, float* own, float* scratch, float* room, float* const* projection_sums) {
@@ -1810,7 +1828,8 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             if (by.projection >= 0) {
                 float* u = scratch + 2 * dim;
                 float* u_gradient = u + by.inner;
-                combine_inner<T>(program, call, by, rows, taken(lookup, id_at(call, id_place)), saved, u, room);
+                if (trains_projections(program, by))
+                    combine_inner<T>(program, call, by, rows, taken(lookup, id_at(call, id_place)), saved, u, room);
                 const T* projection = static_cast<const T*>(call.projections[by.projection]);
                 if (by.inner_projection < 0) {
                     project_one_back<T, D>(projection, u, by.inner, dim, g, u_gradient, projection_sums[by.projection]);
@@ -1818,7 +1837,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     const T* first = static_cast<const T*>(call.projections[by.inner_projection]);
                     float* middle = u_gradient + 2 * by.inner;
                     float* middle_gradient = middle + by.middle;
-                    project_one<T, 0>(first, u, by.inner, by.middle, middle);
+                    if (is_trained(program, by.projection)) project_one<T, 0>(first, u, by.inner, by.middle, middle);
                     project_one_back<T, D>(projection, middle, by.middle, dim, g, middle_gradient,
                                            projection_sums[by.projection]);
                     project_one_back<T, 0>(first, u, by.inner, by.middle, middle_gradient, u_gradient,
@@ -1831,7 +1850,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
                     each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(g + d)); });
                     continue;
                 }
-                const T* row = saved ? saved : row_in<T>(program, call, piece, rows[0], room);
+                const T* row = saved || !reads ? saved : row_in<T>(program, call, piece, rows[0], room);
                 project_one_back<T, D>(static_cast<const T*>(call.projections[piece.projection]), row, piece.width, dim, g, to,
                                        projection_sums[piece.projection]);
             } else if (zeros_follow(by)) {
@@ -2004,7 +2023,7 @@ inline Kept& kept() {
     return kept;
 }
 
-// Adds up the projections' gradients and applies the rule to each of their rows.
+// Adds up the gradients of the projections that are trained, and applies the rule to each of their rows.
 template <class T, class S>
 void update_projections(const Program& program, const Call& call, const Rule& rule, const float* sums, int64_t chunks,
                         int64_t chunk_size, const std::vector<int64_t>& starts) {
@@ -2013,6 +2032,7 @@ void update_projections(const Program& program, const Call& call, const Rule& ru
         for (int64_t i = 0; i < chunk_size; ++i) total[i] += sums[chunk * chunk_size + i];
     for (int64_t p = 0; p < program.num_projections; ++p) {
         const Projection& shape = program.projections[p];
+        if (!shape.trained) continue;
         const bool stateful = rule.kind < DENSE_GRADIENT && call.projection_states;
         const State<S> state(stateful ? call.projection_states : nullptr, p);
         for (int64_t j = 0; j < shape.width; ++j)
@@ -2035,8 +2055,10 @@ void backward(const Call& call, const Call& gradients) {
     const int64_t own_size = find_flows(program, call, flows);
     const bool any_own = own_size > 0;
     std::vector<int64_t> projection_starts(program.num_projections + 1, 0);
-    for (int64_t p = 0; p < program.num_projections; ++p)
-        projection_starts[p + 1] = projection_starts[p] + program.projections[p].width * program.projections[p].dim;
+    for (int64_t p = 0; p < program.num_projections; ++p) {
+        const Projection& shape = program.projections[p];
+        projection_starts[p + 1] = projection_starts[p] + (shape.trained ? shape.width * shape.dim : 0);
+    }
     const int64_t chunk_size = projection_starts[program.num_projections];
     const int64_t chunks = (call.batch + CHUNK - 1) / CHUNK;
     keep.own.reserve(static_cast<size_t>(own_size));
@@ -2053,7 +2075,8 @@ void backward(const Call& call, const Call& gradients) {
             for (int64_t chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
                 float* chunk_sums = keep.projections.data.get() + chunk * chunk_size;
                 for (int64_t i = 0; i < chunk_size; ++i) chunk_sums[i] = 0;
-                for (int64_t p = 0; p < program.num_projections; ++p) sums[p] = chunk_sums + projection_starts[p];
+                for (int64_t p = 0; p < program.num_projections; ++p)
+                    sums[p] = program.projections[p].trained ? chunk_sums + projection_starts[p] : nullptr;
                 const int64_t end = std::min(call.batch, (chunk + 1) * CHUNK);
                 for (int64_t first = chunk * CHUNK; first < end; first += BLOCK_OF_IDS) {
                     const int64_t last = std::min(end, first + BLOCK_OF_IDS);
@@ -2158,7 +2181,7 @@ void backward(const Call& call, const Call& gradients) {
     const Update<T, S> update{gradients, call, program, rule, works, keep.stretch_works, static_cast<const T*>(call.values),
                               keep.own.data.get()};
     update.run(parts, gradients.num_gradient_rows);
-    if (program.num_projections)
+    if (chunk_size)
         update_projections<T, S>(program, gradients, rule, keep.projections.data.get(), any_own ? chunks : 0, chunk_size, projection_starts);
 }
 

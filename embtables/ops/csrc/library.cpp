@@ -81,10 +81,10 @@ extern "C" {
 // The sizes of all that Python writes, and a number for changes that leave them as they are: a library of another version
 // than embtables/ops/native.py expects is not used.
 EXPORT int64_t embtables_version() {
-    int64_t version = 13;
+    int64_t version = 14;
     for (size_t size : {sizeof(embtables::Call), sizeof(embtables::Gather), sizeof(embtables::RowUpdate),
                         sizeof(embtables::Lookup), sizeof(embtables::Piece), sizeof(embtables::Weight),
-                        sizeof(embtables::Code)})
+                        sizeof(embtables::Projection), sizeof(embtables::Code)})
         version = (version * 1000 + static_cast<int64_t>(size)) % 1000000000007;
     return version;
 }

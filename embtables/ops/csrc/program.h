@@ -87,6 +87,7 @@ struct Weight {
 struct Projection {
     int64_t width;
     int64_t dim;
+    int64_t trained;     // whether steps change it, or ask for its gradient
 };
 
 // A buffer of integers: uint8, int16, int32 or int64 by their bytes.
@@ -164,7 +165,7 @@ struct Call {
     int64_t num_hyper;
     int64_t step;
     void* const* states;              // STATES a weight, null where the rule has none
-    void* const* projection_states;   // as many a projection
+    void* const* projection_states;   // as many a projection, null where it is not trained
     int64_t* const* gradient_rows;    // SPARSE_GRADIENT: the distinct rows of each weight; `weights` takes their values
     int64_t* num_gradient_rows;
     void* saved;                      // what keep_rows wrote: the rows as they were, where a gradient depends on them
