@@ -1038,7 +1038,7 @@ struct Step {
         r.states = c.states, r.projection_states = c.projection_states;
         weights = pointers(r.weights), projections = pointers(r.projections), codes = pointers(c.codes);
         states = pointers(r.states), projection_states = pointers(r.projection_states);
-        for (std::size_t p = 0; p < projection_states.size(); ++p)
+        for (std::size_t p = 0; p < STATES * c.projections.size(); ++p)
             if (!c.projections[p / STATES].trained) projection_states[p] = nullptr;
         call.program = c.words.as<int64_t>();
         call.ids = c.id_memory.data(), call.id_bytes = c.narrow_ids ? 4 : 8;
