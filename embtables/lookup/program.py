@@ -261,7 +261,7 @@ def _check(dim: int, num_ids: int | None, recipe: Recipe, store: Store, refuse: 
     _check_codes(own, num_ids, store, refuse)
     for name in own.projections():
         if name not in extras or len(extras[name]) != 2:
-            refuse(f"takes the projection '{name}', which is not a dense parameter [width, D] of its layout")
+            refuse(f"takes the projection '{name}', which is not an extra [width, D] of its layout")
     for address in addresses:
         _check_address(address, recipe, num_ids, store, refuse)
     if combine == "alternatives":

@@ -196,7 +196,9 @@ class Step:
         store, key = self.store, self.store.key(name)
         weight = store.extra(name)
         _refuse_pieces(weight)
-        if not (self.updates and store.is_trained(key)):
+        if not store.is_trained(key):
+            return weight.to(store.dtype)  # fully_shard casts parameters alone
+        if not self.updates:
             return weight
         if name not in self._extras:
             if self.accumulation is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from embtables.config import TableConfig
 from embtables.hashing import seed_for, turn_for
@@ -24,14 +24,9 @@ class SharingMethod(Method):
             scattered as those of a Poisson distribution are. Tables without a vocabulary are always hashed.
     """
 
+    # What older plans hold is said by their entries.
+    later_fields: ClassVar[tuple[str, ...]] = (*Method.later_fields, "addressing")
     addressing: Addressing = "balanced"
-
-    def to_dict(self) -> dict[str, Any]:
-        data = super().to_dict()
-        if self.addressing == "balanced":
-            # Plans that are older than balanced addresses know no such field; what they hold is said by their entries.
-            del data["addressing"]
-        return data
 
     def shared_entry(self, variant: str, table: TableConfig, **sizes: int) -> Entry:
         """The entry of a table whose ids share rows. It says that addresses are balanced; older entries do not."""

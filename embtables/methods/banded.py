@@ -47,7 +47,7 @@ class Banded(BandedMethod):
         widths: how many columns rows may have beside D.
         decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
             of a vector a narrow row keeps. It matters only with ``widths``.
-        train_projection: whether the projections of narrow rows are trained along with these.
+        train_projection: whether the projections of narrow rows are trained along with these; only with ``widths``.
         prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
         precision: what the most frequent ids are stored in, and all of a table that fits in full; fp32 where neither
             it nor ``plan`` says another.

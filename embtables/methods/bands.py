@@ -20,6 +20,7 @@ from embtables.lookup.store import Store
 from embtables.methods.base import Initializer, TableEntry, full_entry, full_layout
 from embtables.methods.projecting import (
     Narrowed,
+    ProjectingMethod,
     fit_projections,
     initialize_projections,
     projection_name,
@@ -50,14 +51,13 @@ class Climb(NamedTuple):
     end: Ints
 
 
-class BandedMethod(RankedMethod):
+class BandedMethod(RankedMethod, ProjectingMethod):
     """A method whose tables consist of bands.
 
     Where ``drops_lowest`` says so, ids on the lowest level of a table have no row, and zeros as their vectors.
     """
 
     drops_lowest: ClassVar[bool]
-    train_projection: bool = False
 
     def _levels(self, group: Group, dim: int) -> list[Level]:
         """The levels of tables of a dimension, the lowest first; rows of the highest are those of a full table."""

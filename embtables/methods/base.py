@@ -126,6 +126,8 @@ class Method(BaseModel):
     needs_budget: ClassVar[bool] = True
     # The values of entries that the served form alone depends on: plans that differ in no others train alike.
     served_values: ClassVar[tuple[str, ...]] = ()
+    # Fields that older plans do not know: left unsaid at their defaults, since plans are known by what they say.
+    later_fields: ClassVar[tuple[str, ...]] = ("precision",)
     precision: str | None = None
 
     @field_validator("precision")
@@ -156,8 +158,8 @@ class Method(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the kind and the fields, as ``from_config`` takes them."""
-        # Plans that are older than precisions say nothing of them.
-        unsaid = {"precision"} if self.precision is None else set()
+        fields = type(self).model_fields
+        unsaid = {name for name in self.later_fields if getattr(self, name) == fields[name].default}
         return {"kind": self.kind, **self.model_dump(mode="json", exclude=unsaid)}
 
     def with_precision(self, precision: str | None) -> Method:

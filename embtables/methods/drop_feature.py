@@ -23,6 +23,7 @@ class DropFeature(Method):
 
     kind: ClassVar[str] = "drop_feature"
     needs_budget: ClassVar[bool] = False
+    later_fields: ClassVar[tuple[str, ...]] = (*Method.later_fields, "keep_small")
     keep_small: bool = True
 
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:

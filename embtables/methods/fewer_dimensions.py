@@ -10,9 +10,10 @@ from torch import Tensor
 
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
-from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
+from embtables.methods.base import Floor, Initializer, TableEntry, full_entry
 from embtables.methods.projecting import (
     Narrowed,
+    ProjectingMethod,
     fit_projections,
     initialize_projections,
     projection_name,
@@ -22,7 +23,7 @@ from embtables.methods.widths import WidthPath, width_path
 from embtables.sizes.layout import Entry, Form, Group, Layout, Slab
 
 
-class FewerDimensions(Method):
+class FewerDimensions(ProjectingMethod):
     """e(x) = [E[x], 0, …, 0], with E of shape ``[n, d]`` and one d for all tables: the largest that fits.
 
     In a dot product, or in the first layer of a network, vectors that end in zeros equal vectors of d dimensions. What
@@ -34,12 +35,11 @@ class FewerDimensions(Method):
     Args:
         projection: whether e(x) = E[x]·P instead, with one P of shape ``[d, D]`` for all tables that have d of D
             columns. It has random orthogonal rows, or is fitted to trained tables by ``compress_``, and stays as it is.
-        train_projection: whether P is trained along with the rows.
+        train_projection: whether P, where there is one, is trained along with the rows.
     """
 
     kind: ClassVar[str] = "fewer_dimensions"
     projection: bool = False
-    train_projection: bool = False
 
     def floor(self, group: Group) -> Floor:
         return Floor(self._path(group).least[0], "one scalar per id" + (" and a projection" if self.projection else ""))

@@ -12,7 +12,7 @@ from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
 
 from embtables.config import TableConfig
-from embtables.formats import DTYPES, row_format
+from embtables.formats import DTYPES, FP32, row_format
 from embtables.lookup.recipe import Range, Recipe, Row, concat
 from embtables.lookup.store import Store
 from embtables.methods import from_config
@@ -106,6 +106,11 @@ class HotCold(Method):
         cold = self._cold_group(group)
         self.cold.check(cold, optimizer)
         layout = self.cold.fit(cold, self.cold.floor(cold).num_bytes)
+        if layout.training != layout.serving.in_format(FP32.name):
+            raise ValueError(
+                f"method hot_cold: its cold method {self.cold.kind} trains another form than it serves, as with "
+                "inner_dim: leave that out"
+            )
         for table in group.tables:
             if _cold_recipe(self.cold, TableEntry(table, layout.entries[table.name]), group).combine == "alternatives":
                 raise ValueError(f"method hot_cold: its cold method {self.cold.kind} has ranges of ranks of its own")

@@ -15,13 +15,13 @@ from torch import Tensor
 from embtables.formats import FP32
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
-from embtables.methods.base import Floor, Initializer, Method, TableEntry, full_entry
-from embtables.methods.projecting import narrow_rows, orthogonal_rows, principal_rows
+from embtables.methods.base import Floor, Initializer, TableEntry, full_entry
+from embtables.methods.projecting import ProjectingMethod, narrow_rows, orthogonal_rows, principal_rows
 from embtables.sizes.budget import allocate, raised
 from embtables.sizes.layout import Counts, Entry, Extra, Form, Group, Layout, Slab
 
 
-class LowRank(Method):
+class LowRank(ProjectingMethod):
     """e(x) = U[x]·V, with U of shape ``[n, r]`` and a basis V of shape ``[r, D]`` for each table.
 
     V has random orthogonal rows, or those that ``compress_`` fits to a trained table, and stays as it is.
@@ -44,7 +44,6 @@ class LowRank(Method):
 
     kind: ClassVar[str] = "low_rank"
     inner_dim: int | None = Field(default=None, ge=1)
-    train_projection: bool = False
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 

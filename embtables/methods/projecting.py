@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from embtables.lookup.store import Store
-from embtables.methods.base import Initializer
+from embtables.methods.base import Initializer, Method
 from embtables.sizes.layout import Counts, Extra, Group, Layout
 
 # Rows that are multiplied in float64 at once.
 _CHUNK = 2**16
+
+
+class ProjectingMethod(Method):
+    """A method that may multiply narrow rows with projections.
+
+    Args:
+        train_projection: whether the projections are trained along with the rows.
+    """
+
+    # Older plans say by their layouts which projections are trained.
+    later_fields: ClassVar[tuple[str, ...]] = (*Method.later_fields, "train_projection")
+    train_projection: bool = False
 
 
 def projection_name(group: Group, width: int, dim: int) -> str:

@@ -46,7 +46,7 @@ def check(tensors: ProgramTensors, args: LookupArgs) -> None:
 class Source(Protocol):
     """A program whose tensors may change from call to call.
 
-    ``reads_weights``: whether gradients depend on weights, as those of products and of projections do.
+    ``reads_weights``: whether gradients depend on weights, as those of products and of trained projections do.
     """
 
     reads_weights: bool

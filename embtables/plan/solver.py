@@ -158,7 +158,7 @@ class Plan:
         """
         data = {**self.to_dict(), "budget_bytes": None}
         for g, solved in zip(data["groups"], self.groups):
-            g["method"] = {name: value for name, value in g["method"].items() if name != "precision"}
+            g["method"] = {name: value for name, value in g["method"].items() if name not in _SAID_BY_LAYOUTS}
             g["layout"] = {name: value for name, value in g["layout"].items() if name != "serving"}
             for entry in g["layout"]["entries"].values():
                 served = solved.method.served_values
@@ -238,6 +238,10 @@ class Plan:
             f"inference {self.inference_bytes:,} B{budget}{ratio}{split}",
             f"training  {self.training_bytes:,} B ({training})",
         ]
+
+
+# Fields of methods that say nothing of training that the layout does not say.
+_SAID_BY_LAYOUTS = ("precision", "train_projection")
 
 
 def _digest(data: Any) -> bytes:

@@ -258,6 +258,10 @@ def test_hot_rows_of_trained_tables_are_taken_over(cold: str) -> None:
         ({"cold": "nope"}, "field 'cold': unknown method 'nope'"),
         ({"cold": {"kind": "hash", "rows": 3}}, "field 'cold': method hash has no field 'rows'"),
         ({"cold": "mixed_dimension"}, "its cold method mixed_dimension has ranges of ranks of its own"),
+        (
+            {"cold": {"kind": "low_rank", "inner_dim": 8}},
+            "method hot_cold: its cold method low_rank trains another form",
+        ),
         ({"hot": 1.5}, "method hot_cold, field 'hot'.*less than or equal to 1, not 1.5"),
         ({"hot": float("nan")}, "method hot_cold, field 'hot'"),
         ({"shrinkage": 0}, "method hot_cold, field 'shrinkage'.*greater than 0"),

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from core_cases import all_methods, in_turn, method_id
+from core_cases import TRAINED_PROJECTIONS, all_methods, in_turn, method_id
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from embtables import Embedding, EmbeddingTables, TableConfig, plan
@@ -26,7 +26,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 WORLD, BATCH, STEPS = 2, 8, 8
 METHODS = {method_id(method): method for method in all_methods() if method.kind != "drop_feature"}
-SHARDED = ("full", "hash", "compositional", "mixed_dimension", "robe", "multi_hash")
+SHARDED = ("full", "hash", "compositional", "mixed_dimension", TRAINED_PROJECTIONS, "robe", "multi_hash")
 
 
 class Tables(nn.Module):
@@ -134,6 +134,14 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
     def pruned() -> object:
         return fully_shard(Tables(tables("pruned"), "ids"))(torch.zeros(1, 2, dtype=torch.int64))
 
+    def in_bf16() -> str:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        model = fully_shard(Tables(tables("mixed_dimension"), "ids"), mp_policy=policy)
+        vectors = model(torch.zeros(4, 2, dtype=torch.int64))
+        vectors.float().sum().backward()
+        return str(vectors.dtype)
+
+    found["in bf16"] = in_bf16()
     found["outside of forward"], found["pruned"] = message_of(alone), message_of(pruned)
     return found
 
@@ -207,6 +215,7 @@ def test_sharded_tables_are_those_of_one_process_with_the_joint_batch(found: dic
     distances = dict(found["sharded"])
     assert "register_fsdp_forward_method(module, 'lookup')" in distances.pop("outside of forward")
     assert "train them under DistributedDataParallel" in distances.pop("pruned")
+    assert distances.pop("in bf16") == "torch.bfloat16"
     for key, value in distances.items():
         assert value[0] < 1e-6 and value[1] > 0.01, key
     assert len(distances) == len(SHARDED) * len(CALLS)

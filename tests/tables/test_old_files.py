@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,6 +68,16 @@ def test_served_tables(path: Path, backend: str) -> None:
         assert found.keys() == wanted.keys()
         for name, vectors in found.items():
             assert torch.equal(vectors, wanted[name]), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_plans_keep_their_fingerprints(path: Path) -> None:
+    """By which state dicts know the plan that they belong to."""
+    with safe_open(path, "pt") as file:
+        written = json.loads(file.metadata()["embtables"])
+    apart = ("budget_bytes", "optimizer", "sha256")
+    text = json.dumps({key: value for key, value in written.items() if key not in apart}, sort_keys=True)
+    assert EmbeddingTables.load(path).plan.fingerprint == hashlib.sha256(text.encode()).digest()
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
