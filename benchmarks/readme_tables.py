@@ -181,6 +181,20 @@ def attained(kind: str) -> str:
     return rendered(lines)
 
 
+def with_trained_projections(folder: str, sweeps: Sequence[str]) -> str:
+    """Test AUC with seed 0 where projections were trained, then that of the sweeps, where they stay as they began."""
+    before, after = read(folder), pd.concat([read(sweep) for sweep in sweeps])
+    budgets = ["10%", "5%", "1%"]
+    lines = [["data", "method", *(f"{budget} of the bytes" for budget in budgets)], ["---", "---", *["---:"] * 3]]
+    after = after[after["seed"] == 0]
+    for (data, method), cells in before.groupby(["dataset", "method"], sort=False):
+        of_both = cells, after[after["dataset"] == data]
+        pairs = [[_at(each, str(method), budget) for each in of_both] for budget in budgets]
+        shown = [" → ".join(f"{auc:.4f}" for auc in pair) if all(pair) else "" for pair in pairs]
+        lines.append([str(data), _linked(str(method)), *shown])
+    return rendered(lines)
+
+
 def compressed(folder: str, starts: Sequence[str]) -> str:
     """Of tables that were compressed after training how much is held, and test AUC at once and an epoch later.
 
@@ -313,6 +327,8 @@ def filled(page: Path, text: str) -> str:
     contents |= {f"speed-{name}": speed(name) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
         contents["post-training"] = compressed("post-training", ("globo-tuned", "globo-from-start"))
+        sweeps = ("globo-tuned", "ml-100k-tuned")
+        contents["trained-projections"] = with_trained_projections("trained-projections", sweeps)
         contents["fuxictr-din"] = in_fuxictr("fuxictr-din")
     if page in METHOD_PAGES and "results:attained" in text:
         contents["attained"] = attained(page.stem)
