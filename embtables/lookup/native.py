@@ -53,7 +53,7 @@ class NativeLookup:
         self._dense = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
         self._shapes = [store.tensor(name).shape for name in self._dense]
         self._is_trained = [store.is_trained(name) for name in self._dense]
-        # So does that of a projection on the rows before it.
+        # A projection's gradient depends on the rows that it multiplies, and theirs on the projection alone.
         self.reads_weights = products or any(self._is_trained[len(self.program.weights) :])
         # Of weights in other formats than fp32: types and shapes of the weight and, where there are any, of its scales.
         self._others = {
