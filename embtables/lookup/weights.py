@@ -73,19 +73,16 @@ class Weights(Slabs):
         super().__init__(forms, device)
         self.as_parameters, self.sparse = as_parameters, sparse
         self.split_weights: dict[str, SplitWeight] = {}  # by the attributes that the whole ones have
+        extras = [extra for form in forms for extra in form.extras]
+        self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(extras)}
+        self._fixed = {self._extras[extra.name] for extra in extras if not extra.trained}
         for name, rows in self._stored_rows.items():
             stored, scales = rows.empty(device)
             self._add_weight(name, ops.huge_pages(stored))
             if scales is not None:
                 self.register_buffer(scales_name(name), scales)
-        self._extras = {extra.name: f"extra_{i}" for i, extra in enumerate(e for form in forms for e in form.extras)}
-        for extra in (e for form in forms for e in form.extras):
-            empty = torch.empty(extra.shape, dtype=_DENSE, device=device)
-            if extra.trained:
-                self._add_weight(self._extras[extra.name], empty)
-            else:
-                self.register_buffer(self._extras[extra.name], empty)
-        self._fixed = {self._extras[extra.name] for form in forms for extra in form.extras if not extra.trained}
+        for extra in extras:
+            self._add_weight(self._extras[extra.name], torch.empty(extra.shape, dtype=_DENSE, device=device))
         self._codes = {code.name: f"code_{i}" for i, code in enumerate(c for form in forms for c in form.codes)}
         floats = (c for form in forms for c in form.codes if DTYPES[c.dtype].is_floating_point)
         self._codes_in_other_formats = [self._codes[code.name] for code in floats if DTYPES[code.dtype] != _DENSE]
@@ -94,7 +91,7 @@ class Weights(Slabs):
             self.register_buffer(self._codes[code.name], empty)
 
     def _add_weight(self, name: str, weight: Tensor) -> None:
-        if not self.as_parameters:
+        if not (self.as_parameters and self.is_trained(name)):
             self.register_buffer(name, weight)
         elif self.sparse and name in self.weight_names:  # the gradients of extras are dense in any case
             self.add_module(name, SparseWeight(weight))

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from core_cases import falling_counts, random_ids
+from native_cases import BACKENDS
 from torch import Tensor, nn
 
 from embtables import Embedding, EmbeddingTables, Plan, TableConfig, compress_, ops, plan
 from embtables.sizes.layout import Extra
 
-BACKENDS = ["native", "reference"] if ops.backend() == "native" else ["reference"]
 TABLES = [TableConfig("user", 400, 16, ["user", "friend"]), TableConfig("item", 150, 16)]
 COUNTS = {table.name: falling_counts(table.num_embeddings or 0) for table in TABLES}
 METHODS: list[dict[str, Any]] = [
@@ -25,8 +25,8 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: meth
 each_optimizer = pytest.mark.parametrize("optimizer", [None, "sgd", "adam"])
 
 
-def solved(method: dict[str, Any], optimizer: str | None, **others: Any) -> Plan:
-    return plan(TABLES, method, "40%", COUNTS, optimizer, **others)
+def solved(method: dict[str, Any], optimizer: str | None) -> Plan:
+    return plan(TABLES, method, "40%", COUNTS, optimizer)
 
 
 def projections(tables: EmbeddingTables) -> dict[str, Tensor]:
