@@ -220,19 +220,23 @@ def test_a_wrong_file_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_300_000_rows_in_less_than_280_mib_beside_the_imports() -> None:
+def test_300_000_rows_in_less_than_240_mib_beside_the_imports() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.data", "--rows", "300000", "--peak"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        # Every thread has buffers of its own.
-        env={**os.environ, "POLARS_MAX_THREADS": "2"},
+        # Every thread has buffers of its own, and polars keeps freed memory for seconds: 20 to 80 MiB, never the same.
+        env={
+            **os.environ,
+            "POLARS_MAX_THREADS": "2",
+            "_RJEM_MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0",
+        },
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)
     assert measured["rows"] == 300_000 and measured["ids"] > 700_000
-    assert measured["peak_rss_mib"] - measured["of_imports_mib"] < 280
+    assert measured["peak_rss_mib"] - measured["of_imports_mib"] < 240
 
 
 @pytest.mark.parametrize("separator", [",", "\t"])
