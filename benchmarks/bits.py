@@ -91,7 +91,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "robe", "block_size": 4, "signs": True},
     {"kind": "robe", "block_size": 3, "addressing": "random"},
     {"kind": "mixed_dimension", "first_block": 8, "block_growth": 2},
-    {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
+    {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "decay": 1.0, "prior_count": 0.0},
     {"kind": "mixed_dimension", "train_projection": True},
     {"kind": "fewer_dimensions", "projection": True, "train_projection": True},
     {"kind": "low_rank", "inner_dim": 12},

@@ -41,7 +41,7 @@ FULL, NAIVE = "full", "naive: id modulo rows"
 METHODS = (
     "hash,multi_hash,compositional,unified,robe,mixed_dimension,frequency_cutoff,pruned,low_rank,fewer_dimensions,"
     "{kind: hot_cold, hot: 0.5},{kind: full, precision: int4},{kind: frequency_cutoff, precision: int8},"
-    "{kind: hash, precision: int8},{kind: banded, precision: int8}"
+    "{kind: hash, precision: int8},{kind: banded, widths: [], precision: int8}"
 )
 #: Chosen on the validation AUC of full tables: see docs/results/README.md.
 MODEL = {

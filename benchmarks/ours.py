@@ -21,6 +21,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "robe": {"block_size": 8},
     # One lookup an id, as full tables have; by default it is two of half the width.
     "unified_one": {"kind": "unified", "width": "dim"},
+    # Rows of D columns alone; by default there are narrower ones.
+    "banded_whole": {"kind": "banded", "widths": []},
 }
 FULL = "embtables full"
 
@@ -32,6 +34,7 @@ def name_of(kind: str) -> str:
         "compositional": "embtables compositional, mult",
         "robe": "embtables robe, block 8",
         "unified_one": "embtables unified, one lookup",
+        "banded_whole": "embtables banded, whole rows",
     }.get(kind, f"embtables {kind}")
 
 
@@ -50,7 +53,7 @@ def contestants(work: Workload, everything: bool = True) -> list[Contestant | Sk
     ``everything``: every optimizer for every method, and ordinary parameters; else compressed methods have one.
     """
     found: list[Contestant | Skipped] = []
-    for kind in ["full", *(k for k in kinds() if k != "full"), "unified_one"]:
+    for kind in ["full", *(k for k in kinds() if k != "full"), "unified_one", "banded_whole"]:
         name = name_of(kind)
         forward = True  # is timed once a method, with the first optimizer that it takes
         order = ("rowwise_adagrad", "adagrad", "sgd", "adam")

@@ -33,6 +33,7 @@ SWEEPS = {
     (PAGE, "ml-100k-tuned"): "ml-100k-tuned",
     (PAGE, "ml-100k-tuned-fp32"): "ml-100k-tuned-fp32",
     (PAGE, "ml-100k"): "ml-100k",
+    (PAGE, "sports-tuned"): "sports-tuned",
     (PAGE, "globo-din"): "globo-din",
     (PAGE, "yelp-din"): "yelp-din",
     (PAGE, "sports-din"): "sports-din",
@@ -66,6 +67,7 @@ ATTAINED = {
     ("Globo", "tuned"): ("globo-tuned", "globo-tuned-fp32"),
     ("MovieLens-100K", "first"): ("ml-100k",),
     ("MovieLens-100K", "tuned"): ("ml-100k-tuned", "ml-100k-tuned-fp32"),
+    ("S3-Rec Sports", "tuned"): ("sports-tuned",),
 }
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.

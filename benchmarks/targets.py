@@ -158,6 +158,7 @@ TARGETS = [
     _at_most("step, mixed_dimension", "full", 1.5, _within("mixed_dimension")),
     _at_most("step, hot_cold", "full", 1.15, _within("hot_cold")),
     _at_most("step, banded", "full", 1.15, _within("banded")),
+    _at_most("step, banded, whole rows", "full", 1.15, _within("banded_whole")),
     _at_least(
         "step, compositional, mult, Adagrad",
         "quotient–remainder bags, a loop, Adagrad",

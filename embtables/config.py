@@ -16,6 +16,7 @@ OutOfRange = Literal["error", "hash", "oov"]
 
 # Addresses are int64 and row offsets are added to ids, so ids and sizes stay well inside 63 bits.
 MAX_NUM_EMBEDDINGS = 2**40
+MAX_DIM = 65536
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class TableConfig:
             raise ValueError(
                 f"table '{self.name}': num_embeddings must be an integer from 1 to 2**40, or None, not {n!r}"
             )
-        if as_int(self.embedding_dim) is None or not 1 <= self.embedding_dim <= 65536:
+        if as_int(self.embedding_dim) is None or not 1 <= self.embedding_dim <= MAX_DIM:
             raise ValueError(
-                f"table '{self.name}': embedding_dim must be an integer from 1 to 65536, not {self.embedding_dim!r}"
+                f"table '{self.name}': embedding_dim must be an integer from 1 to {MAX_DIM}, not {self.embedding_dim!r}"
             )
         if isinstance(self.feature_names, str) or not isinstance(self.feature_names, Sequence):
             raise ValueError(f"table '{self.name}': feature_names must be a list of names, not {self.feature_names!r}")

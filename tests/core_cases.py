@@ -36,7 +36,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "unified", "width": 2},
     {"kind": "robe", "block_size": 1},
     {"kind": "robe", "block_size": 4, "signs": True},
-    {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "prior_count": 0.0},
+    {"kind": "banded", "precisions": ["bf16", "binary"], "widths": [1, 3], "decay": 1.0, "prior_count": 0.0},
     {"kind": "robe", "block_size": 3, "addressing": "random"},
     {"kind": "hot_cold", "cold": "compositional", "hot": 0.3},
     {"kind": "hot_cold", "cold": {"kind": "multi_hash", "signs": True}},

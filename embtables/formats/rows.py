@@ -101,8 +101,15 @@ class RowFormat:
     # ---- values ----------------------------------------------------------------------------------------------------
 
     def pack(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A slab ``[rows, width]`` as it is stored: its units, and scales ``[blocks, scales]`` that stand elsewhere."""
-        return values.to(DTYPES[self.dtype]), None
+        """A slab ``[rows, width]`` as it is stored: its units, and scales ``[blocks, scales]`` that stand elsewhere.
+
+        Numbers beyond the largest that the type holds become that one.
+        """
+        dtype = DTYPES[self.dtype]
+        if dtype in (torch.float16, torch.bfloat16):
+            most = torch.finfo(dtype).max
+            values = values.clamp(-most, most)
+        return values.to(dtype), None
 
     def unpack(self, stored: Tensor, number: Tensor | None, scales: Tensor | None, width: int) -> Tensor:
         """Rows ``[N, width]`` in fp32.
@@ -122,4 +129,4 @@ class RowFormat:
             values: the rows, in fp32.
             scales: ``[N, scales]`` in fp32, those of each row; ``None``: those that each row has where it is alone.
         """
-        return values.to(DTYPES[self.dtype]).float()
+        return self.pack(values)[0].float()

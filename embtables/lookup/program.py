@@ -121,6 +121,7 @@ def compile_program(
         if number < len(lookups):
             rows_of_feature[spec.column] += num_rows
         size, ranks = spec.num_embeddings, recipe.ranks
+        pieces = _pieces(recipe, store)
         # An alternative has its projection with its piece.
         projection = None if alternatives else recipe.projection
         lookup_words += [
@@ -133,7 +134,7 @@ def compile_program(
             spec.embedding_dim,
             operation,
             num_pieces,
-            len(recipe.addresses),
+            len(pieces),
             num_rows,
             -1 if ranks is None else codes.index(ranks.code),
             0 if ranks is None else ranks.first,
@@ -144,10 +145,10 @@ def compile_program(
             0 if recipe.inner is None else store.extra_shapes()[recipe.inner][1],
         ]
         next_rest += recipe.rest is not None
-        num_pieces += len(recipe.addresses)
+        num_pieces += len(pieces)
         column, before = 0, 0
-        for address in recipe.addresses:
-            width, rows, start = store.width(address.slab), store.rows(address.slab), store.start(address.slab)
+        for address, rows in pieces:
+            width, start = store.width(address.slab), store.start(address.slab)
             scalars = address.scalars if isinstance(address, BLOCKS) else width
             a, b, code, values, turn = 0, 0, -1, -1, 0
             if isinstance(address, Row):
@@ -207,6 +208,33 @@ def compile_program(
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
     words = torch.tensor(sections, dtype=torch.int64, device="cpu")
     return Program(words, tuple(weights), tuple(projections), tuple(codes), total, most)
+
+
+def _pieces(recipe: Recipe, store: Store) -> list[tuple[Address, int]]:
+    """The addresses of a recipe, and how many rows each may read.
+
+    Ranges of one projection whose plain rows lie one behind the other, as those of bands do that differ in what they
+    are served in, are one piece: the fewer there are, the sooner it is known which of them an id belongs to.
+    """
+    found: list[tuple[Address, int]] = []
+    for address in recipe.addresses:
+        rows = store.rows(address.slab)
+        if isinstance(address, Range) and found and _goes_on(*found[-1], address, store):
+            found[-1] = found[-1][0], found[-1][1] + rows
+        else:
+            found.append((address, rows))
+    return found
+
+
+def _goes_on(before: Address, rows: int, after: Range, store: Store) -> bool:
+    weight = store.weight_of(after.slab)
+    return (
+        isinstance(before, Range)
+        and before.projection == after.projection
+        and store.is_plain(weight)
+        and store.weight_of(before.slab) == weight
+        and store.start(before.slab) + rows == store.start(after.slab)
+    )
 
 
 def _operation(recipe: Recipe) -> tuple[int, int]:

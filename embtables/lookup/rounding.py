@@ -25,6 +25,8 @@ class Rounding(nn.Module):
 
     def __init__(self, trained: Slabs, served: Slabs) -> None:
         super().__init__()
+        # Of no bytes: that it is in a state dict says that rows were rounded, also where no scales had to be kept.
+        self.register_buffer("on", torch.empty(0, dtype=torch.int64))
         rounded = ((name, RoundedRows(name, trained, served)) for name in trained.weight_names)
         self.weights = nn.ModuleDict({name: rows for name, rows in rounded if rows.formats})
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from embtables.formats import RowFormat, row_format
+from embtables.formats import FP32, RowFormat, row_format
 from embtables.lookup.recipe import Recipe
 from embtables.lookup.stored_rows import StoredRows
 from embtables.methods.bands import BandedMethod, Climb, Level
@@ -19,6 +19,9 @@ from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, 
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Group
 
+# By default, projections may take this part of the bytes of full tables: of a budget of 1 % that is half.
+_MOST_OF_FULL = 1 / 200
+
 # Rows of random numbers on which the rounding of a format is measured: eight blocks of the default scales.
 _SAMPLE = 512
 
@@ -26,7 +29,7 @@ _SAMPLE = 512
 class Banded(BandedMethod):
     """Bands: ids in the order of their frequency, the more frequent the more bits; the rarest have none.
 
-    A band has rows of one width w and one precision p. Those of full width are vectors as they stand; others are
+    A band has rows of one width w and one precision p. Those of full width are vectors as they stand; narrower ones are
     multiplied with a projection ``[w, D]``, one for each w and D: e(x) = E_b[x]·P_w. It has random orthogonal rows, or
     is fitted to trained tables by ``compress_``, and stays as it is. The vectors of ids beyond the last band are zeros:
     a trained row that thousands of rare ids share says little about any of them, and disturbs the rest. Bands are
@@ -44,10 +47,12 @@ class Banded(BandedMethod):
     Args:
         precisions: what bands may be stored in, beside ``precision``, where that takes fewer bits. No row is always
             among the choices.
-        widths: how many columns rows may have beside D.
+        widths: how many columns rows may have beside D. ``None`` stands for a quarter, half and three quarters of D,
+            and for no others than D where the projections of these would take more than 1/200 of the bytes that the
+            full tables of D columns have in fp32.
         decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
-            of a vector a narrow row keeps. It matters only with ``widths``.
-        train_projection: whether the projections of narrow rows are trained along with these; only with ``widths``.
+            of a vector a narrow row keeps. It matters only where rows may be narrow.
+        train_projection: whether the projections of narrow rows are trained along with these.
         prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
         precision: what the most frequent ids are stored in, and all of a table that fits in full; fp32 where neither
             it nor ``plan`` says another.
@@ -60,8 +65,8 @@ class Banded(BandedMethod):
     kind: ClassVar[str] = "banded"
     drops_lowest: ClassVar[bool] = True
     precisions: tuple[str, ...] = ("int8", "int4", "int2", "binary")
-    widths: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    decay: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    widths: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    decay: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     prior_count: float = Field(default=100.0, ge=0, allow_inf_nan=False)
 
     @field_validator("precisions")
@@ -86,7 +91,14 @@ class Banded(BandedMethod):
 
     def _choices(self, group: Group, dim: int) -> list[Choice]:
         formats = [row_format(precision) for precision in self.precisions]
-        return choices(group.format, formats, dim, self.widths, self.decay)
+        return choices(group.format, formats, dim, self._widths(group, dim), self.decay)
+
+    def _widths(self, group: Group, dim: int) -> Sequence[int]:
+        if self.widths is not None:
+            return self.widths
+        widths = sorted({dim * quarters // 4 for quarters in (1, 2, 3)} - {0})
+        full = sum(FP32.slab_bytes(t.rows or 0, dim) for t in group.tables if t.embedding_dim == dim)
+        return widths if FP32.slab_bytes(sum(widths), dim) <= _MOST_OF_FULL * full else ()
 
     def _climb(self, group: Group) -> Climb:
         """Ids of one count climb together, and those of all tables in the order of what that is worth per bit."""

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from embtables.config import MAX_DIM
 from embtables.formats import FP32
 from embtables.lookup.recipe import Recipe, Row, concat
 from embtables.lookup.store import Store
@@ -43,7 +44,7 @@ class LowRank(ProjectingMethod):
     """
 
     kind: ClassVar[str] = "low_rank"
-    inner_dim: int | None = Field(default=None, ge=1)
+    inner_dim: int | None = Field(default=None, ge=1, le=MAX_DIM)
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 

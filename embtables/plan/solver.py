@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from embtables._util.numbers import as_int
 from embtables.config import TableConfig
@@ -496,6 +497,9 @@ def checked_counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, An
         if name not in by_name:
             raise ValueError(f"frequencies name '{name}', which is not a table; the tables: {', '.join(by_name)}")
         table = by_name[name]
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            values = values.double() if values.is_floating_point() else values  # NumPy has no bfloat16
         try:
             counts = np.asarray(values)
         except ValueError:  # rows of different lengths
@@ -543,6 +547,9 @@ def _groups(
     methods = {pattern: from_config(m).with_precision(precision) for pattern, m in by_pattern(method).items()}
     if not methods:
         raise ValueError("method is an empty mapping: give a pattern of table names and a method")
+    strange = next((pattern for pattern in methods if not isinstance(pattern, str)), None)
+    if strange is not None:
+        raise ValueError(f"method maps patterns of table names to methods, and {strange!r} is no text")
     members: dict[str, list[list[TableConfig]]] = {pattern: [[] for _ in units] for pattern in methods}
     for i, unit in enumerate(units):
         for table in unit:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embtables.lookup.engine import without_autocast
 from embtables.lookup.rounding import Rounding
@@ -70,6 +70,9 @@ class EmbeddingTables(PlannedTables):
             raise ValueError(f"std must be a positive number of at most 1e6, not {std!r}")
         super().__init__(plan.tables)
         self.plan, self.seed, self.std = plan, seed, std
+        # Scales of a state dict that is being loaded; none of them where the tables' own are to be found anew.
+        self._rounding_to_load: dict[str, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_take_up_rounding)
         self._build(Store([g.layout.training for g in plan.groups], plan.optimizer, sparse=sparse, device=device))
         initialize(plan, self.store, seed, std)
 
@@ -115,8 +118,8 @@ class EmbeddingTables(PlannedTables):
         their rows are looked up. What does not train is not rounded: ``serve`` gives what is to be evaluated. Where
         nothing is served in another format than it is trained in, nothing changes.
 
-        Lookups that train go through PyTorch then, not through native code. Call it before ``load_state_dict`` of a
-        state that was saved after it.
+        Lookups that train go through PyTorch then, not through native code. A state dict says that it was saved after
+        it, and tables that load one go on so.
 
         Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation",
         arXiv:1308.3432, 2013; Jacob et al., "Quantization and Training of Neural Networks for Efficient
@@ -255,13 +258,45 @@ class EmbeddingTables(PlannedTables):
         store = f"{prefix}store."
         given = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
         check_codes(self.lookups.blocks, given)
+        if self.served and any(name.startswith("weight_") and name not in self.store.weight_names for name in given):
+            raise ValueError(
+                "these tables are served in other formats than this state of trained ones: "
+                "load it into EmbeddingTables(plan), and serve() that"
+            )
         device = next((t.device for t in given.values() if isinstance(t, Tensor)), self.store.device)
         if metadata.get("assign_to_params_buffers") and self.store.device.type == "meta" != device.type:
             # What is assigned brings its device along; what no state dict holds has to be there too.
             self.store.leave_meta(device)
             self._build(self.store)
+        self._load_rounding(state_dict, f"{store}rounding.")
         super()._load_from_state_dict(state_dict, prefix, metadata, *arguments)
+
+    def _load_rounding(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Notes what is to be done about rounding once the rows are loaded, by ``_take_up_rounding``."""
+        given = {name: t for name, t in state_dict.items() if name.startswith(prefix)}
+        if self.store.rounding is None:
+            self._rounding_to_load = {name.removeprefix(prefix): state_dict.pop(name) for name in given} or None
+            return
+        own = self.store.rounding.state_dict(prefix=prefix)
+        lacking = {name: own[name] for name in own.keys() - given.keys()}
+        state_dict.update(lacking)
+        if lacking.keys() - {f"{prefix}on"}:  # which states of older releases have not
+            self._rounding_to_load = {}
 
     def extra_repr(self) -> str:
         method = ", ".join(g.method.kind for g in self.plan.groups)
         return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
+
+
+def _take_up_rounding(module: nn.Module, incompatible: object) -> None:
+    """Rounds as the tables did whose state was loaded; where it does not say, as these did, by scales of its rows."""
+    assert isinstance(module, EmbeddingTables)
+    given, module._rounding_to_load = module._rounding_to_load, None
+    if given is None or module.served:
+        return
+    with torch.no_grad():
+        if any(module.store.tensor(name).is_meta for name in module.store.weight_names):
+            return
+    module.fake_quantize()
+    if given and module.store.rounding is not None:
+        module.store.rounding.load_state_dict(given, strict="on" in given)

@@ -77,6 +77,8 @@ class PlannedTables(TableLookup):
 
     def _checked_plan(self, plan: Plan | None) -> Plan:
         """The plan by which these tables are to be served."""
+        if plan is not None and not isinstance(plan, Plan):
+            raise TypeError(f"tables are served by a plan, not a {type(plan).__name__}")
         if plan is None or plan is self.plan or plan.fingerprint == self.plan.fingerprint:
             return self.plan
         if self.served and not _serves_what_it_trains(self.plan):

@@ -23,10 +23,11 @@ from embtables._util.files import check_seal, not_written, replacing_folder, sea
 from embtables._util.reading import inside, read_json
 from embtables.models import build_model
 from embtables.models.registry import is_built_in
+from embtables.plan.solver import Plan
 from embtables.tables import EmbeddingTables
 from embtables.tables.files import read_plan
 
-__all__ = ["Served", "check_served", "copy_served", "dense_state", "load_served", "save_served"]
+__all__ = ["Served", "check_served", "check_served_of", "copy_served", "dense_state", "load_served", "save_served"]
 
 FORMAT, VERSION = "embtables-served", 1
 TABLES, WEIGHTS, MODEL = "tables.safetensors", "model.safetensors", "model.json"
@@ -112,6 +113,18 @@ def check_served(folder: Path) -> None:
         ValueError: naming the file that is missing, damaged, a link out of the folder, or does not fit the others.
     """
     _read(folder)
+
+
+def check_served_of(run: Path) -> None:
+    """Checks the served folder of a run, and that it is the run's own.
+
+    Raises:
+        ValueError: as ``check_served``, and where the tables are those of another plan.
+    """
+    served = inside(run, "served")
+    check_served(served)
+    if read_plan(served / TABLES).fingerprint != Plan.from_dict(read_json(inside(run, "plan.json"))).fingerprint:
+        raise ValueError(f"{served} holds other tables than {run / 'plan.json'} describes: train the run again")
 
 
 def load_served(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ class Trainer:
             FloatingPointError: a loss, gradient or weight became NaN or infinite; the sentence names step and tensor.
         """
         identity = self._identity()
+        self._refuse_nested()
         for each in (self, *self.others):
             each._refuse_links()
             # What a killed run was writing when it died.
@@ -207,6 +209,14 @@ class Trainer:
                 f"{self.out} is finished, and {lacking[0]} is not, so that this takes a training of its own"
             )
         return unsealed(done)
+
+    def _refuse_nested(self) -> None:
+        """The folders of one training lie beside each other: a run replaces parts of its own."""
+        for one, other in permutations((self, *self.others), 2):
+            if one.out.absolute() in other.out.absolute().parents:
+                raise ValueError(
+                    f"{other.out} lies in {one.out}, another run of the same training: give it a folder beside"
+                )
 
     def _refuse_links(self) -> None:
         """Nothing is written, or removed, behind a link that stands in the place of a part of the run."""

@@ -186,7 +186,6 @@ def test_rounding_is_a_part_of_the_state() -> None:
     train(tables, range(10))
     state = copy.deepcopy(tables.state_dict())
     others = make("full", "int2/64", "adam", seed=5)
-    others.fake_quantize()
     others.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(train(tables, range(10, 14)), train(others, range(10, 14))))
     for (name, one), other in zip(tables.state_dict().items(), others.state_dict().values()):
@@ -196,6 +195,40 @@ def test_rounding_is_a_part_of_the_state() -> None:
     fresh.fake_quantize()
     ids = random_ids(fresh, 100)
     assert torch.equal(fresh(ids), fresh.serve()(ids)) and not torch.equal(others(ids), others.serve()(ids))
+
+
+@pytest.mark.parametrize("precision", ["int4", "int2/64"])
+@pytest.mark.parametrize("optimizer", ["adam", None])
+def test_a_state_says_whether_rows_were_rounded(precision: str, optimizer: str | None) -> None:
+    """Tables that load it go on as those did that it was taken of."""
+    tables = make("full", precision, optimizer)
+    plain = copy.deepcopy(tables.state_dict())
+    ids = random_ids(tables, 100)
+    tables.fake_quantize()
+    rounded = copy.deepcopy(tables.state_dict())
+    assert not torch.equal(tables(ids), make("full", precision, optimizer)(ids))
+
+    others = make("full", precision, optimizer, seed=5)
+    assert others.load_state_dict(rounded) == ([], [])
+    assert others.store.rounding is not None and torch.equal(others(ids), tables(ids))
+    # States of earlier versions have scales in common alone.
+    older = make("full", precision, optimizer, seed=5)
+    older.fake_quantize()
+    older.load_state_dict({name: t for name, t in rounded.items() if not name.endswith("rounding.on")})
+    assert torch.equal(older(ids), tables(ids))
+    # A plain state leaves it to the tables, whose scales are those of the rows that they have then.
+    both = make("full", precision, optimizer, seed=5)
+    both.fake_quantize()
+    assert both.load_state_dict(plain) == ([], [])
+    assert torch.equal(both(ids), tables(ids))
+    # Tables that cannot round take the weights.
+    meta = make("full", precision, optimizer, device="meta")
+    meta.load_state_dict(rounded, assign=True)
+    assert torch.equal(meta(ids), tables(ids))
+    with torch.no_grad():
+        assert torch.equal(meta.serve()(ids), tables.serve()(ids))
+    with pytest.raises(ValueError, match=r"served in other formats than this state of trained ones: .* and serve\(\)"):
+        tables.serve().load_state_dict(rounded)
 
 
 def test_what_does_not_train_is_not_rounded() -> None:

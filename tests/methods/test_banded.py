@@ -21,6 +21,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def kinds_of(method: Banded, rows_in: RowFormat, dim: int) -> list[Choice]:
+    assert method.widths is not None
     return choices(rows_in, [row_format(each) for each in method.precisions], dim, method.widths, method.decay)
 
 
@@ -49,14 +50,15 @@ def kept(method: Banded, precision: str, width: int) -> float:
 
 def test_what_is_kept_is_what_rounding_leaves_of_gaussian_rows() -> None:
     # Max, "Quantizing for minimum distortion", IRE Trans. IT 6, 1960: equally spaced levels, one and two bits.
-    assert kept(Banded(), "binary", 64) == pytest.approx(2 / np.pi, rel=0.02)
-    assert kept(Banded(), "int2", 64) == pytest.approx(1 - 0.1188, rel=0.02)
+    whole = Banded(widths=())
+    assert kept(whole, "binary", 64) == pytest.approx(2 / np.pi, rel=0.02)
+    assert kept(whole, "int2", 64) == pytest.approx(1 - 0.1188, rel=0.02)
     rows = np.random.default_rng(5).standard_normal((4_000, 64))
     for precision, steps in (("int4", 7), ("int8", 127)):
         scale = np.abs(rows).max(axis=1, keepdims=True) / steps
         error = float(np.square(np.round(rows / scale) * scale - rows).sum() / np.square(rows).sum())
-        assert 1 - kept(Banded(), precision, 64) == pytest.approx(error, rel=0.05)
-    assert kept(Banded(), "fp32", 64) == 1
+        assert 1 - kept(whole, precision, 64) == pytest.approx(error, rel=0.05)
+    assert kept(whole, "fp32", 64) == 1
 
 
 def test_of_kinds_of_rows_those_are_chosen_that_no_mixture_of_others_beats() -> None:
@@ -85,6 +87,22 @@ def test_a_narrow_row_keeps_its_part_of_the_variance(decay: float) -> None:
     assert found == pytest.approx({8: 1.0} if decay == 0 else expected)
 
 
+def test_by_default_rows_have_quarters_of_the_dimension_where_projections_are_little() -> None:
+    def widths_of(rows: int, dim: int, precision: str | None = None) -> set[int]:
+        tables, counts = [TableConfig("a", rows, dim)], {"a": falling_counts(rows)}
+        budgets = (8 * dim * dim + rows * dim // part for part in (2, 10))
+        solved = [plan(tables, "banded", budget, counts, precision=precision) for budget in budgets]
+        return {width for each in solved for _, width, _ in bands(each, "a")}
+
+    for precision in (None, "int8"):  # of full tables it is in any case fp32 that counts
+        assert widths_of(10_000, 16, precision) == {4, 8, 12, 16}
+    assert widths_of(50_000, 10) == {2, 5, 7, 10}
+    assert widths_of(10_000, 3) == {1, 2, 3}
+    assert widths_of(10_000, 1) == {1}
+    # 4 · 16 · (4 + 8 + 12) bytes of projections are 1/200 of 4,800 rows of 64 bytes.
+    assert widths_of(4_800, 16) == {4, 8, 12, 16} and widths_of(4_799, 16) == {16}
+
+
 # ---- the division of the budget --------------------------------------------------------------------------------------
 
 # Rows of their own scales, so that the bytes of a table are the sum of those of its rows.
@@ -102,7 +120,7 @@ def test_no_other_division_of_the_same_bytes_is_worth_more(precisions: tuple[str
     """All divisions of all budgets, one by one."""
     tables = [TableConfig("a", 3, 8), TableConfig("b", 3, 16)]
     counts = {"a": np.array([90, 90, 30]), "b": np.array([200, 200, 5])}
-    method = Banded(precisions=precisions, prior_count=prior_count)
+    method = Banded(precisions=precisions, widths=(), prior_count=prior_count)
     kinds = {t.name: kinds_of(method, FP32, t.embedding_dim) for t in tables}
     ids = [(t.name, int(n)) for t in tables for n in counts[t.name]]
     best: dict[int, float] = {}
@@ -163,7 +181,7 @@ def test_with_one_precision_it_is_the_cut_off() -> None:
     for budget in (4_000, 13_000, 40_000, 100_000):
         cut_off = plan(tables, "frequency_cutoff", budget, counts)
         # Without the rows that rare ids share there.
-        banded = plan(tables, Banded(precisions=(), prior_count=0), budget - 4 * (8 + 16), counts)
+        banded = plan(tables, Banded(precisions=(), widths=(), prior_count=0), budget - 4 * (8 + 16), counts)
         for name in counts:
             rows = cut_off.groups[0].layout.entries[name].values["own_rows"]
             assert bands(banded, name) == ([(rows, 8 if name == "a" else 16, "fp32")] if rows else [])
@@ -175,7 +193,8 @@ def test_precision_is_that_of_the_most_frequent_ids() -> None:
     for precision, lower in (("fp32", {"int8", "int4", "binary"}), ("int8", {"int4", "binary"}), ("binary", set())):
         found = set()
         for budget in ("0.2%", "1%", "2.5%", "5%", "20%"):
-            solved = plan(tables, Banded(precisions=("int8", "int4", "binary")), budget, counts, precision=precision)
+            method = Banded(precisions=("int8", "int4", "binary"), widths=())
+            solved = plan(tables, method, budget, counts, precision=precision)
             own = [slab.format for slab in solved.groups[0].layout.serving.slabs]
             assert own == sorted(own, key=lambda name: -row_format(name).slab_bytes(64, 16))
             found |= set(own)

@@ -19,7 +19,7 @@ from native_cases import run_each
 from third_party.metadata import Metadata
 from third_party.product_quantization import ProductQuantization
 
-from embtables import EmbeddingTables, TableConfig, ops, plan
+from embtables import SGD, EmbeddingTables, TableConfig, ops, plan
 from embtables.lookup.program import InputSpec, Program, check_recipe, compile_program, is_native
 from embtables.lookup.recipe import (
     Balanced,
@@ -86,6 +86,28 @@ def compiled(recipe: Recipe, spec: InputSpec = TABLE) -> Program | None:
     store = Store([FORM], None)
     check_recipe(spec, recipe, store)
     return compile_program([(spec, recipe)], 1, store) if is_native(recipe, store) else None
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ([("wide", None), ("small", None), ("none", None)], 1),
+        ([("small", None), ("wide", None)], 2),  # which lie the other way round
+        ([("narrow", "p"), ("narrow too", "p")], 1),
+        ([("narrow", "p"), ("narrow too", "q")], 2),
+        ([("wide", None), ("narrow", "p"), ("narrow too", "p"), ("small", None)], 3),
+    ],
+)
+def test_ranges_that_lie_one_behind_the_other_are_one_piece(
+    ranges: list[tuple[str, str | None]], expected: int
+) -> None:
+    recipe = Recipe("alternatives", tuple(Range(*each) for each in ranges))
+    for form, pieces in (
+        (FORM, expected),
+        # Where units of other formats begin depends on the slab.
+        (replace(FORM, slabs=tuple(replace(slab, format="bf16") for slab in FORM.slabs)), len(ranges)),
+    ):
+        assert compile_program([(TABLE, recipe)], 1, Store([form], SGD(0.1))).words[2] == pieces
 
 
 def with_rest(rest: Recipe) -> Recipe:

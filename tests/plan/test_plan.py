@@ -69,7 +69,9 @@ def test_never_above_the_budget_and_infeasible_exactly_below_the_floor(case: Cas
         with pytest.raises(InfeasibleBudget) as caught:
             solve(case, small)
         floor = caught.value.floor_bytes
-        assert small < floor <= full and f"{floor:,}" in str(caught.value)
+        # Of a row or two the scales alone may be more than the rows are in fp32.
+        packed = plan(case.tables, "full", precision=case.precision).inference_bytes
+        assert small < floor <= max(full, packed) and f"{floor:,}" in str(caught.value)
         assert 0 < solve(case, floor).inference_bytes <= floor
         with pytest.raises(InfeasibleBudget):
             solve(case, floor - 1)

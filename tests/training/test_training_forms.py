@@ -180,6 +180,19 @@ def test_folders_of_one_name_are_refused(data, tmp_path):
         Trainer(config_of(), data, tmp_path / "run", also=also).run()
 
 
+def test_a_folder_within_another_is_refused(data, tmp_path):
+    """A run replaces parts of its own folder, and with them what another run has there."""
+    one, int4 = config_of(), config_of("tables.precision=int4")
+    for out, also, told in (
+        ("a", {"a/served": int4}, "a/served lies in .*a, another run of the same training"),
+        ("b/run", {"b": int4}, "b/run lies in .*b, another"),
+        ("c", {"d": int4, "d/checkpoint": int4}, "d/checkpoint lies in .*d, another"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Trainer(one, data, tmp_path / out, also={tmp_path / k: v for k, v in also.items()}).run()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command(data, tmp_path, capsys):
     command = ["train", str(data.path), "--out", str(tmp_path / "fp32"), "--epochs", "1", "--quiet"]
     assert main([*command, "--also", f"{tmp_path / 'int8'}: {{precision: int8}}"]) == 0

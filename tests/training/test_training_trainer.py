@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -495,6 +496,15 @@ def test_export(run, data, tmp_path, capsys):
     assert "holds more than an export" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
     assert "is not a finished run" in capsys.readouterr().err
+    before = (tmp_path / "full" / "served" / "tables.safetensors").read_bytes()
+    for place in ("served", "served/sub", "new"):
+        assert main(["export", str(out), str(tmp_path / "full" / place), "--overwrite"]) == 2
+        assert f"lies in the run {tmp_path / 'full'}" in capsys.readouterr().err
+    assert (tmp_path / "full" / "served" / "tables.safetensors").read_bytes() == before
+    shutil.rmtree(tmp_path / "full" / "served")
+    shutil.copytree(out / "served", tmp_path / "full" / "served")
+    assert main(["export", str(tmp_path / "full"), str(tmp_path / "x")]) == 2
+    assert "served holds other tables than" in capsys.readouterr().err and not (tmp_path / "x").exists()
     assert not list(tmp_path.rglob("*.tmp"))
 
 

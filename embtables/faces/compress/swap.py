@@ -107,6 +107,8 @@ def compress_(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
+    if evaluate is not None and not callable(evaluate):
+        raise ValueError(f"evaluate must be a function of the model, not a {type(evaluate).__name__}")
     refuse_wrappers(model)
     known = set(map(id, model.modules()))
     given = _optimizers(rebind, model)

@@ -342,15 +342,21 @@ void address_alternatives(const Program& program, const Call& call, const Lookup
                           const int64_t* ids, int64_t n, int64_t ahead, int64_t* rows, int64_t stride) {
     const Piece* pieces = program.pieces + lookup.first_piece;
     const int64_t held = pieces[lookup.num_pieces - 1].a;
+    int64_t found[BLOCK_OF_IDS], number[BLOCK_OF_IDS];  // row, and which alternative; of ids of the rest those of rank 0
+    // Alternative by alternative, as many ids at a time as fit into a vector: which of them an id has cannot be foreseen.
+    const auto offset = [&](int64_t k) { return program.weights[pieces[k].weight].start + pieces[k].base; };
+    for (int64_t i = 0; i < n; ++i) found[i] = (x[i] < held ? x[i] : 0) + offset(0), number[i] = 0;
+    for (int64_t k = 0; k + 1 < lookup.num_pieces; ++k) {
+        const int64_t end = pieces[k].a, further = offset(k + 1) - offset(k);
+        for (int64_t i = 0; i < n; ++i) {
+            const bool beyond = x[i] >= end && x[i] < held;
+            found[i] += beyond ? further : 0, number[i] += beyond;
+        }
+    }
+    for (int64_t i = 0; i < std::min(n, ahead); ++i) ask_from<T>(program, call, pieces[number[i]].weight, found[i], 1);
     for (int64_t i = 0; i < n; ++i) {
-        // Which alternative it is cannot be foreseen, so that counting is faster than stopping.
-        const int64_t rank = x[i] < held ? x[i] : 0;
-        int64_t j = 0;
-        for (int64_t k = 0; k + 1 < lookup.num_pieces; ++k) j += rank >= pieces[k].a;
-        const int64_t row = program.weights[pieces[j].weight].start + pieces[j].base + rank;
-        if (i < ahead) ask_from<T>(program, call, pieces[j].weight, row, 1);
         const bool pads = lookup.has_padding && ids[i] == lookup.padding;
-        rows[i * stride] = pads ? PADDING : x[i] < held ? row : NOTHING;
+        rows[i * stride] = pads ? PADDING : x[i] < held ? found[i] : NOTHING;
         for (int64_t c = 1; c < lookup.num_rows; ++c) rows[i * stride + c] = pads ? PADDING : NOTHING;
     }
     if (lookup.rest < 0) return;
@@ -662,45 +668,47 @@ inline int64_t ids_in_slab(const Program& program, const Piece& piece, const int
     return count;
 }
 
-// Calls f with the width as a constant where it is one that a narrow row of a common dimension has.
+// The dimensions for which there is such code.
+template <int D>
+constexpr bool has_narrow_rows = D == 8 || D == 16 || D == 32 || D == 64;
+
+// Calls f(from, W) for the columns [from, from + W) of rows no wider than D, 16 at a time, W a constant.
 template <class F, int... I>
-inline bool with_one_of(std::integer_sequence<int, I...>, int64_t width, const F& f) {
-    return ((width == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
+inline void with_one_of(std::integer_sequence<int, I...>, int64_t width, const F& f) {
+    ((width == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
 }
 template <int D, class F>
-inline bool with_narrow_width(int64_t width, const F& f) {
-    if constexpr (D == 8 || D == 16 || D == 32) {
-        return with_one_of(std::make_integer_sequence<int, (D < 16 ? D : 16) - 1>{}, width, f);
-    } else {
-        return false;
-    }
+inline void by_columns(int64_t width, const F& f) {
+    for (int64_t from = 0; from < width; from += 16)
+        with_one_of(std::make_integer_sequence<int, D < 16 ? D : 16>{}, std::min<int64_t>(16, width - from), [&](auto w) { f(from, w); });
 }
 
-// out[i] = row_i · projection for some of n ids.
+// out[i] = row_i · projection for some of n ids, of W columns of rows that lie `width` apart; added to what is there
+// for all columns but the first.
 template <int D, int W>
-inline void project(const float* values, int64_t start, const float* projection, const int64_t* rows, int64_t row_stride,
-                    const int64_t* index, int64_t count, float* out, int64_t stride) {
+inline void project(const float* values, int64_t start, int64_t width, bool adds, const float* projection, const int64_t* rows,
+                    int64_t row_stride, const int64_t* index, int64_t count, float* out, int64_t stride) {
     constexpr int N = D < 16 ? D : 16, C = D / N;
     lanes<N> p[W][C];
     for (int j = 0; j < W; ++j)
         for (int c = 0; c < C; ++c) p[j][c] = get<N>(projection + j * D + c * N);
     for (int64_t k = 0; k < count; ++k) {
-        const float* row = values + (rows[index[k] * row_stride] - start) * W;
+        const float* row = values + (rows[index[k] * row_stride] - start) * width;
         float* to = out + index[k] * stride;
         for (int c = 0; c < C; ++c) {
             lanes<N> sum = row[0] * p[0][c];
             for (int j = 1; j < W; ++j) sum += row[j] * p[j][c];
-            put<N>(to + c * N, sum);
+            put<N>(to + c * N, adds ? get<N>(to + c * N) + sum : sum);
         }
     }
 }
 
-// Backward of it: the gradient of each row, own [W] at own + i * own_stride, and of the projection, added to `total`, or
-// none where that is null.
+// Backward of it: the gradient of W columns of each row, own [W] at own + i * own_stride, and of as many rows of the
+// projection, added to `total`, or none where that is null.
 template <int D, int W>
-inline void project_back(const float* values, int64_t start, const float* projection, const int64_t* rows, int64_t row_stride,
-                         const int64_t* index, int64_t count, const float* gradient, int64_t stride, float* own,
-                         int64_t own_stride, float* total) {
+inline void project_back(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* rows,
+                         int64_t row_stride, const int64_t* index, int64_t count, const float* gradient, int64_t stride,
+                         float* own, int64_t own_stride, float* total) {
     constexpr int N = D < 16 ? D : 16, C = D / N, P = W > 8 ? 16 : W > 4 ? 8 : W > 2 ? 4 : W;  // lanes of W columns
     lanes<P> columns[D];
     for (int d = 0; d < D; ++d) {
@@ -721,7 +729,7 @@ inline void project_back(const float* values, int64_t start, const float* projec
     for (int j = 0; j < W; ++j)
         for (int c = 0; c < C; ++c) sums[j][c] = get<N>(total + j * D + c * N);
     for (int64_t k = 0; k < count; ++k) {
-        const float* row = values + (rows[index[k] * row_stride] - start) * W;
+        const float* row = values + (rows[index[k] * row_stride] - start) * width;
         const float* g = gradient + index[k] * stride;
         for (int j = 0; j < W; ++j)
             for (int c = 0; c < C; ++c) sums[j][c] += row[j] * get<N>(g + c * N);
@@ -734,7 +742,7 @@ inline void project_back(const float* values, int64_t start, const float* projec
 template <class T, int D>
 bool gather_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
                          int64_t row_stride, int64_t n, T* out, int64_t stride) {
-    if constexpr (!std::is_same<T, float>::value || (D != 8 && D != 16 && D != 32)) {
+    if constexpr (!std::is_same<T, float>::value || !has_narrow_rows<D>) {
         return false;
     } else {
         int64_t index[BLOCK_OF_IDS];
@@ -747,17 +755,17 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
             const Weight& weight = program.weights[piece.weight];
             const float* values = static_cast<const float*>(call.weights[piece.weight]);
             const int64_t start = weight.start, width = weight.width;
-            if (weight.format != PLAIN) return false;
+            if (weight.format != PLAIN || width > D) return false;
             if (piece.projection < 0) {
                 for (int64_t k = 0; k < count; ++k)
                     std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - start) * D, D * sizeof(float));
                 continue;
             }
             const float* projection = static_cast<const float*>(call.projections[piece.projection]);
-            const bool done = with_narrow_width<D>(width, [&](auto v) {
-                project<D, v>(values, start, projection, rows, row_stride, index, count, out, stride);
+            by_columns<D>(width, [&](int64_t from, auto w) {
+                project<D, w>(values + from, start, width, from > 0, projection + from * D, rows, row_stride, index, count, out,
+                              stride);
             });
-            if (!done) return false;
         }
         if (found < n)
             for (int64_t i = 0; i < n; ++i)
@@ -1594,14 +1602,14 @@ template <int D>
 bool own_of_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
                          int64_t row_stride, int64_t n, const float* gradient, int64_t stride, float* own,
                          int64_t own_stride, float* const* projection_sums) {
-    if constexpr (D != 8 && D != 16 && D != 32) {
+    if constexpr (!has_narrow_rows<D>) {
         return false;
     } else {
         for (int64_t c = 0; c < lookup.num_pieces; ++c) {
             const Piece& piece = program.pieces[lookup.first_piece + c];
             if (piece.projection < 0) continue;
             const bool reads = is_trained(program, piece.projection);
-            if ((reads && program.weights[piece.weight].format != PLAIN) || !with_narrow_width<D>(piece.width, [](auto) {})) return false;
+            if ((reads && program.weights[piece.weight].format != PLAIN) || piece.width > D) return false;
         }
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
         int64_t index[BLOCK_OF_IDS];
@@ -1618,10 +1626,11 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
                     std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
                 continue;
             }
-            with_narrow_width<D>(piece.width, [&](auto v) {
-                project_back<D, v>(values, start, static_cast<const float*>(call.projections[piece.projection]), rows,
-                                   row_stride, index, count, gradient, stride, own, own_stride,
-                                   projection_sums[piece.projection]);
+            const float* projection = static_cast<const float*>(call.projections[piece.projection]);
+            float* total = projection_sums[piece.projection];
+            by_columns<D>(piece.width, [&](int64_t from, auto w) {
+                project_back<D, w>(values + from, start, piece.width, projection + from * D, rows, row_stride, index, count,
+                                   gradient, stride, own + from, own_stride, total ? total + from * D : nullptr);
             });
         }
         return true;
