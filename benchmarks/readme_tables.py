@@ -34,6 +34,7 @@ SWEEPS = {
     (PAGE, "ml-100k-tuned-fp32"): "ml-100k-tuned-fp32",
     (PAGE, "ml-100k"): "ml-100k",
     (PAGE, "sports-tuned"): "sports-tuned",
+    (PAGE, "yelp-tuned"): "yelp-tuned",
     (PAGE, "globo-din"): "globo-din",
     (PAGE, "yelp-din"): "yelp-din",
     (PAGE, "sports-din"): "sports-din",
@@ -68,6 +69,7 @@ ATTAINED = {
     ("MovieLens-100K", "first"): ("ml-100k",),
     ("MovieLens-100K", "tuned"): ("ml-100k-tuned", "ml-100k-tuned-fp32"),
     ("S3-Rec Sports", "tuned"): ("sports-tuned",),
+    ("S3-Rec Yelp", "tuned"): ("yelp-tuned",),
 }
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
