@@ -11,7 +11,7 @@ from embtables._util.files import check_seal, followed, remove_leftovers
 from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
 from embtables.training.config import load_config, parse_named, parse_value, with_fields
-from embtables.training.export import MODEL, TABLES, WEIGHTS, check_served_of, copy_served
+from embtables.training.export import MODEL, TABLES, WEIGHTS, copy_served, served_of
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
 
@@ -169,11 +169,10 @@ def export(
     status = _status(run)
     if status != "ok":
         raise ValueError(f"{run} has no model to export: its status is {status!r}")
-    source, out = inside(run, "served"), followed(out)
-    check_served_of(run)
-    other = next((folder for folder in out.absolute().parents if (folder / "config.yaml").is_file()), None)
-    if other is not None and (other / "environment.json").is_file():
-        raise ValueError(f"{out} lies in the run {other}, whose parts are its own: give an OUT elsewhere")
+    source, out = served_of(run), followed(out)
+    for folder in out.absolute().parents:
+        if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
+            raise ValueError(f"{out} lies in the run {folder}, whose parts are its own: give an OUT elsewhere")
     remove_leftovers(out.parent)
     if out.exists():
         if out.is_dir() and all(_same(source / name, out / name) for name in (TABLES, WEIGHTS, MODEL)):

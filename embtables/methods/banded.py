@@ -90,8 +90,11 @@ class Banded(BandedMethod):
         return [choice.level for choice in self._choices(group, dim)]
 
     def _choices(self, group: Group, dim: int) -> list[Choice]:
-        formats = [row_format(precision) for precision in self.precisions]
-        return choices(group.format, formats, dim, self._widths(group, dim), self.decay)
+        def find() -> list[Choice]:
+            formats = [row_format(precision) for precision in self.precisions]
+            return choices(group.format, formats, dim, self._widths(group, dim), self.decay)
+
+        return group.once(f"kinds of {dim} columns of {self!r}", find)
 
     def _widths(self, group: Group, dim: int) -> Sequence[int]:
         if self.widths is not None:

@@ -532,8 +532,17 @@ def method_of(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def by_pattern(method: MethodLike | Mapping[str, MethodLike]) -> Mapping[str, MethodLike]:
-    """A method for each pattern of table names; one method alone is for all of them."""
-    return method if isinstance(method, Mapping) and "kind" not in method else {"*": method}  # type: ignore[dict-item]
+    """A method for each pattern of table names; one method alone is for all of them.
+
+    Raises:
+        ValueError: a pattern that is no text.
+    """
+    if not isinstance(method, Mapping) or "kind" in method:
+        return {"*": method}  # type: ignore[dict-item]
+    for pattern in method:
+        if not isinstance(pattern, str):
+            raise ValueError(f"method maps patterns of table names to methods, and {pattern!r} is no text")
+    return method
 
 
 def _groups(
@@ -547,9 +556,6 @@ def _groups(
     methods = {pattern: from_config(m).with_precision(precision) for pattern, m in by_pattern(method).items()}
     if not methods:
         raise ValueError("method is an empty mapping: give a pattern of table names and a method")
-    strange = next((pattern for pattern in methods if not isinstance(pattern, str)), None)
-    if strange is not None:
-        raise ValueError(f"method maps patterns of table names to methods, and {strange!r} is no text")
     members: dict[str, list[list[TableConfig]]] = {pattern: [[] for _ in units] for pattern in methods}
     for i, unit in enumerate(units):
         for table in unit:

@@ -288,15 +288,13 @@ class EmbeddingTables(PlannedTables):
         return f"{len(self.plan.tables)} tables, {method}, {self.plan.inference_bytes:,} bytes served"
 
 
+@torch.no_grad()
 def _take_up_rounding(module: nn.Module, incompatible: object) -> None:
     """Rounds as the tables did whose state was loaded; where it does not say, as these did, by scales of its rows."""
     assert isinstance(module, EmbeddingTables)
     given, module._rounding_to_load = module._rounding_to_load, None
-    if given is None or module.served:
+    if given is None or module.served or any(module.store.tensor(name).is_meta for name in module.store.weight_names):
         return
-    with torch.no_grad():
-        if any(module.store.tensor(name).is_meta for name in module.store.weight_names):
-            return
     module.fake_quantize()
     if given and module.store.rounding is not None:
         module.store.rounding.load_state_dict(given, strict="on" in given)

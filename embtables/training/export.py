@@ -27,7 +27,7 @@ from embtables.plan.solver import Plan
 from embtables.tables import EmbeddingTables
 from embtables.tables.files import read_plan
 
-__all__ = ["Served", "check_served", "check_served_of", "copy_served", "dense_state", "load_served", "save_served"]
+__all__ = ["Served", "check_served", "copy_served", "dense_state", "load_served", "save_served", "served_of"]
 
 FORMAT, VERSION = "embtables-served", 1
 TABLES, WEIGHTS, MODEL = "tables.safetensors", "model.safetensors", "model.json"
@@ -115,8 +115,8 @@ def check_served(folder: Path) -> None:
     _read(folder)
 
 
-def check_served_of(run: Path) -> None:
-    """Checks the served folder of a run, and that it is the run's own.
+def served_of(run: Path) -> Path:
+    """The served folder of a run, which is checked, and that it is the run's own.
 
     Raises:
         ValueError: as ``check_served``, and where the tables are those of another plan.
@@ -125,6 +125,7 @@ def check_served_of(run: Path) -> None:
     check_served(served)
     if read_plan(served / TABLES).fingerprint != Plan.from_dict(read_json(inside(run, "plan.json"))).fingerprint:
         raise ValueError(f"{served} holds other tables than {run / 'plan.json'} describes: train the run again")
+    return served
 
 
 def load_served(

@@ -815,6 +815,7 @@ def test_infeasible_and_wrong_arguments_change_nothing() -> None:
         (({"x*": "hash", "*": "full"}, 0.1), ValueError, "pattern 'x\\*' of method matches no table"),
         (({"x*": "hash"}, 0.1), ValueError, "no table to compress"),
         (({}, 0.1), ValueError, "no table|empty mapping"),
+        (({1: "hash"}, 0.1), ValueError, "patterns of table names to methods, and 1 is no text"),
         (("frequency_cutoff", 0.1), ValueError, "frequencies"),
     ):
         with pytest.raises(error, match=words):

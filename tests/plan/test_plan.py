@@ -271,6 +271,7 @@ TABLES = [TableConfig("user", 100, 8), TableConfig("item", 50, 8)]
         ({"user": "hash", "*": "hash", "none_*": "hash"}, "pattern 'none_\\*'"),
         ({"*": "nope"}, "unknown method 'nope'"),
         ({}, "empty mapping"),
+        ({1: "hash"}, "patterns of table names to methods, and 1 is no text"),
         (7, "unknown method 7"),
         (None, "unknown method None"),
     ],
