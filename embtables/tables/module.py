@@ -273,6 +273,7 @@ class EmbeddingTables(PlannedTables):
 
     def _load_rounding(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Notes what is to be done about rounding once the rows are loaded, by ``_take_up_rounding``."""
+        self._rounding_to_load = None  # a load that was refused may have left some
         given = {name: t for name, t in state_dict.items() if name.startswith(prefix)}
         if self.store.rounding is None:
             self._rounding_to_load = {name.removeprefix(prefix): state_dict.pop(name) for name in given} or None

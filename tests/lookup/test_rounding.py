@@ -231,6 +231,21 @@ def test_a_state_says_whether_rows_were_rounded(precision: str, optimizer: str |
         tables.serve().load_state_dict(rounded)
 
 
+def test_a_state_that_is_refused_leaves_no_scales() -> None:
+    """They would be taken up with the next state that is loaded."""
+    tables = make("full", "int2/64", "adam")
+    other = EmbeddingTables(plan(TABLES, "full", None, COUNTS, "adam", precision="int2/64", hash_seed=9), std=5)
+    for each in (tables, other):
+        each.fake_quantize()
+    fresh = make("full", "int2/64", "adam", seed=5)
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        fresh.load_state_dict(other.state_dict())
+    fresh.fake_quantize()
+    fresh.load_state_dict(tables.state_dict())
+    ids = random_ids(fresh, 100)
+    assert torch.equal(fresh(ids), tables(ids))
+
+
 def test_what_does_not_train_is_not_rounded() -> None:
     tables = make("full", "binary/1", "adam")
     ids = random_ids(tables, 30)
