@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import ceil
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,10 +18,12 @@ from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
 from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, ranked_entry, ranks_of, runs
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.layout import Entry, Group
+from embtables.sizes.layout import Entry, Group, Layout
 
-# By default, projections may take this part of the bytes of full tables: of a budget of 1 % that is half.
+# By default, the projections of a dimension may take this part of the bytes of its full tables, and those of all
+# dimensions this part of the budget for rows. Of that, half can be left unused, where the widest does not fit yet.
 _MOST_OF_FULL = 1 / 200
+_MOST_OF_BUDGET = 1 / 5
 
 # Rows of random numbers on which the rounding of a format is measured: eight blocks of the default scales.
 _SAMPLE = 512
@@ -40,7 +43,8 @@ class Banded(BandedMethod):
     that which the row keeps. q is what rounding leaves of a Gaussian row, 1 − E‖x − x̂‖²/E‖x‖², times what w of D
     columns hold of a vector whose j-th direction has a variance in proportion to j^−α. Each byte goes to the id, of all
     tables, to which it is worth most. So the bytes of rows are divided as well as they can be, but for less than one
-    row; these last bytes move the boundary of one band id by id. A larger budget moves no id down.
+    row; these last bytes move the boundary of one band id by id. A larger budget moves no id down, but for the one
+    budget from which on rows may be narrow where ``widths`` is ``None``.
 
     It needs ``frequencies``.
 
@@ -48,8 +52,8 @@ class Banded(BandedMethod):
         precisions: what bands may be stored in, beside ``precision``, where that takes fewer bits. No row is always
             among the choices.
         widths: how many columns rows may have beside D. ``None`` stands for a quarter, half and three quarters of D,
-            and for no others than D where the projections of these would take more than 1/200 of the bytes that the
-            full tables of D columns have in fp32.
+            but only for D of which the projections take at most 1/200 of the bytes that full tables of D columns have
+            in fp32, and only where all projections take at most a fifth of the budget. Else all rows have D columns.
         decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
             of a vector a narrow row keeps. It matters only where rows may be narrow.
         train_projection: whether the projections of narrow rows are trained along with these.
@@ -81,8 +85,26 @@ class Banded(BandedMethod):
         check_counted(group, self.kind)
 
     def floor(self, group: Group) -> Floor:
-        why = "the ranks of ids that are not numbered by frequency" if rank_code(group) else "nothing: no id has a row"
-        return Floor(min(self._solved(group).path.floor(), group.full_bytes), why)
+        ranks = _bytes_of_ranks(group)
+        why = "the ranks of ids that are not numbered by frequency" if ranks else "nothing: no id has a row"
+        return Floor(min(ranks, group.full_bytes), why)
+
+    def fit(self, group: Group, limit: int) -> Layout:
+        if self.widths is not None:
+            return super().fit(group, limit)
+        narrow_from = self._narrow_from(group)
+        if limit >= narrow_from:
+            layout = super().fit(group, limit)
+            # Where a projection does not fit yet, whole rows use more bytes, and no larger budget may use fewer.
+            if layout.serving.num_bytes >= narrow_from:
+                return layout
+        return self.model_copy(update={"widths": ()}).fit(group, min(limit, narrow_from - 1))
+
+    def _narrow_from(self, group: Group) -> int:
+        """The least budget with which rows are narrow by default."""
+        dims = {table.embedding_dim for table in group.tables}
+        projections = sum(FP32.slab_bytes(sum(self._widths(group, dim)), dim) for dim in dims)
+        return _bytes_of_ranks(group) + ceil(projections / _MOST_OF_BUDGET)
 
     # ---- what rows are worth -------------------------------------------------------------------------------------
 
@@ -139,6 +161,10 @@ class Banded(BandedMethod):
         bands, zeros = self._ranges(entry, group), Recipe("sum", ())
         rest = zeros if sum(entry.entry.values["rows"]) < int(entry.table.rows or 0) else None
         return Recipe("alternatives", bands, ranks_of(entry, group), rest=rest) if bands else zeros
+
+
+def _bytes_of_ranks(group: Group) -> int:
+    return sum(code.num_bytes for code in rank_code(group))
 
 
 class Choice(NamedTuple):

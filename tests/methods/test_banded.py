@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_a_narrow_row_keeps_its_part_of_the_variance(decay: float) -> None:
 def test_by_default_rows_have_quarters_of_the_dimension_where_projections_are_little() -> None:
     def widths_of(rows: int, dim: int, precision: str | None = None) -> set[int]:
         tables, counts = [TableConfig("a", rows, dim)], {"a": falling_counts(rows)}
-        budgets = (8 * dim * dim + rows * dim // part for part in (2, 10))
+        budgets = (8 * dim * dim + rows * dim // part for part in (2, 5))
         solved = [plan(tables, "banded", budget, counts, precision=precision) for budget in budgets]
         return {width for each in solved for _, width, _ in bands(each, "a")}
 
@@ -101,6 +102,35 @@ def test_by_default_rows_have_quarters_of_the_dimension_where_projections_are_li
     assert widths_of(10_000, 1) == {1}
     # 4 · 16 · (4 + 8 + 12) bytes of projections are 1/200 of 4,800 rows of 64 bytes.
     assert widths_of(4_800, 16) == {4, 8, 12, 16} and widths_of(4_799, 16) == {16}
+
+
+def level_counts(rows: int) -> Counts:
+    """3,500 ids that occur equally often, and no others: in 4 columns of 4 bits they take 7,110 bytes."""
+    return np.where(np.arange(rows) < 3_500, 50, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("rows", "make"),
+    [(4_800, falling_counts), (30_000, falling_counts), (4_800, shuffled_counts), (4_800, level_counts)],
+)
+def test_by_default_small_budgets_have_whole_rows_and_are_used(
+    rows: int, make: Callable[[int], Counts], precision: str
+) -> None:
+    """Projections of 1,536 bytes are worth it from five times as much on. Of the widest, 768 bytes, all can be left."""
+    tables = [TableConfig("a", rows, 16), TableConfig("b", 40, 3)]
+    counts = {t.name: make(t.num_embeddings or 0) for t in tables}
+    ranks = 2 * (rows + 40) if make is shuffled_counts else 0
+    used = []
+    for budget in sorted({*np.geomspace(100, 40_000, 60).astype(int).tolist(), *range(7_500, 9_300, 40), 7_679, 7_680}):
+        solved = plan(tables, "banded", ranks + budget, counts, precision=precision)
+        used.append(solved.inference_bytes - ranks)
+        assert budget - used[-1] <= (64 if budget < 7_680 else 768 + 64)
+        if budget < 7_680 or budget > 7_680 + 768:
+            like = Banded(widths=() if budget < 7_680 else (4, 8, 12))
+            expected = plan(tables, like, ranks + budget, counts, precision=precision)
+            assert solved.groups[0].layout == expected.groups[0].layout
+    assert used == sorted(used)
 
 
 # ---- the division of the budget --------------------------------------------------------------------------------------
