@@ -76,10 +76,15 @@ def followed(path: Path | str) -> Path:
     Raises:
         OSError: where links lead round in a circle.
     """
-    found = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    found = really(path) if os.path.islink(path) else Path(path)
     if found.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return found
+
+
+def really(path: Path | str) -> Path:
+    """Where ``path`` is, or would be, without links and ``..``."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embtables._util.files import check_seal, followed, remove_leftovers
+from embtables._util.files import check_seal, followed, really, remove_leftovers
 from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
 from embtables.training.config import load_config, parse_named, parse_value, with_fields
@@ -170,7 +170,7 @@ def export(
     if status != "ok":
         raise ValueError(f"{run} has no model to export: its status is {status!r}")
     source, out = served_of(run), followed(out)
-    for folder in out.absolute().parents:
+    for folder in really(out / TABLES).parents:
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
             raise ValueError(f"{out} lies in the run {folder}, whose parts are its own: give an OUT elsewhere")
     remove_leftovers(out.parent)

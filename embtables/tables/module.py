@@ -107,7 +107,6 @@ class EmbeddingTables(PlannedTables):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def fake_quantize(self) -> None:
         """Quantization-aware training from now on: lookups that train compute with rows rounded as they are served.
 
@@ -142,7 +141,9 @@ class EmbeddingTables(PlannedTables):
         if self.store.device.type == "meta":
             raise ValueError("tables on the meta device have no rows to round: fake_quantize() after to_empty()")
         if rounded_slabs(self.plan):
-            self.store.rounding = Rounding(self.store, self.serve().store).to(self.store.device)
+            # Tensors of inference mode could not be trained with.
+            with torch.inference_mode(False), torch.no_grad():
+                self.store.rounding = Rounding(self.store, self.serve().store).to(self.store.device)
 
     @torch.no_grad()
     def take_over(
@@ -255,6 +256,8 @@ class EmbeddingTables(PlannedTables):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *arguments: Any
     ) -> None:
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(state)  # before anything that only another plan would explain
         store = f"{prefix}store."
         given = {name.removeprefix(store): t for name, t in state_dict.items() if name.startswith(store)}
         check_codes(self.lookups.blocks, given)

@@ -27,6 +27,7 @@ from embtables._util.allocator import keep_freed_memory
 from embtables._util.files import (
     check_seal,
     followed,
+    really,
     remove_leftovers,
     sealed,
     sha256,
@@ -213,7 +214,7 @@ class Trainer:
     def _refuse_nested(self) -> None:
         """The folders of one training lie beside each other: a run replaces parts of its own."""
         for one, other in permutations((self, *self.others), 2):
-            if one.out.absolute() in other.out.absolute().parents:
+            if really(other.out).is_relative_to(really(one.out)):
                 raise ValueError(
                     f"{other.out} lies in {one.out}, another run of the same training: give it a folder beside"
                 )

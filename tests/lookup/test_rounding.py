@@ -229,6 +229,21 @@ def test_a_state_says_whether_rows_were_rounded(precision: str, optimizer: str |
         assert torch.equal(meta.serve()(ids), tables.serve()(ids))
     with pytest.raises(ValueError, match=r"served in other formats than this state of trained ones: .* and serve\(\)"):
         tables.serve().load_state_dict(rounded)
+    other = plan(TABLES, "full", None, COUNTS, optimizer, precision=precision, hash_seed=9)
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        EmbeddingTables(other).serve().load_state_dict(rounded)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_rounding_that_begins_in_inference_mode_trains(loads: bool) -> None:
+    tables, others = make("full", "int2/64", "adam"), make("full", "int2/64", "adam")
+    tables.fake_quantize()
+    with torch.inference_mode():
+        others.load_state_dict(tables.state_dict()) if loads else others.fake_quantize()
+    ids = random_ids(tables, 100)
+    for each in (tables, others):
+        each(ids).sum().backward()
+    assert torch.equal(others(ids), tables(ids))
 
 
 def test_a_state_that_is_refused_leaves_no_scales() -> None:

@@ -183,14 +183,20 @@ def test_folders_of_one_name_are_refused(data, tmp_path):
 def test_a_folder_within_another_is_refused(data, tmp_path):
     """A run replaces parts of its own folder, and with them what another run has there."""
     one, int4 = config_of(), config_of("tables.precision=int4")
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
     for out, also, told in (
+        ("link/a", {"real/a/served": int4}, "real/a/served lies in .*link/a, another"),
+        ("real/../b", {"link/../b/x": int4}, "lies in .*b, another"),
+        ("link/a", {"real/a": int4}, "real/a lies in .*link/a, another"),
         ("a", {"a/served": int4}, "a/served lies in .*a, another run of the same training"),
         ("b/run", {"b": int4}, "b/run lies in .*b, another"),
         ("c", {"d": int4, "d/checkpoint": int4}, "d/checkpoint lies in .*d, another"),
     ):
         with pytest.raises(ValueError, match=told):
             Trainer(one, data, tmp_path / out, also={tmp_path / k: v for k, v in also.items()}).run()
-    assert not list(tmp_path.iterdir())
+    assert sorted(tmp_path.rglob("*")) == [link, real]
 
 
 def test_the_command(data, tmp_path, capsys):

@@ -497,8 +497,9 @@ def test_export(run, data, tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
     assert "is not a finished run" in capsys.readouterr().err
     before = (tmp_path / "full" / "served" / "tables.safetensors").read_bytes()
-    for place in ("served", "served/sub", "new"):
-        assert main(["export", str(out), str(tmp_path / "full" / place), "--overwrite"]) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "full" / "served")
+    for place in ("full/served", "full/served/sub", "full/new", "full", "link", "link/sub", "models/../full/served"):
+        assert main(["export", str(out), str(tmp_path / place), "--overwrite"]) == 2
         assert f"lies in the run {tmp_path / 'full'}" in capsys.readouterr().err
     assert (tmp_path / "full" / "served" / "tables.safetensors").read_bytes() == before
     shutil.rmtree(tmp_path / "full" / "served")

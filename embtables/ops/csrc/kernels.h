@@ -655,7 +655,7 @@ inline int64_t widest_unpacked(const Program& program) {
 // ---- alternatives with projections, the ids of each alternative together ---------------------------------------------
 //
 // Which alternative an id has cannot be foreseen, so that a processor would guess wrong at most ids. Sorted by
-// alternative, a block of ids runs through code for one width, with the projection in registers.
+// alternative, a block of ids runs through code for one width.
 
 // Those of n ids whose rows lie in the slab of a piece: their numbers among the n, and how many they are.
 inline int64_t ids_in_slab(const Program& program, const Piece& piece, const int64_t* rows, int64_t stride, int64_t n, int64_t* index) {
