@@ -170,9 +170,10 @@ def export(
     if status != "ok":
         raise ValueError(f"{run} has no model to export: its status is {status!r}")
     source, out = served_of(run), followed(out)
-    for folder in really(out / TABLES).parents:
+    place = really(out)
+    for folder in (place, *place.parents):
         if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
-            raise ValueError(f"{out} lies in the run {folder}, whose parts are its own: give an OUT elsewhere")
+            raise ValueError(f"{out} is in the run {folder}, whose parts are its own: give an OUT elsewhere")
     remove_leftovers(out.parent)
     if out.exists():
         if out.is_dir() and all(_same(source / name, out / name) for name in (TABLES, WEIGHTS, MODEL)):

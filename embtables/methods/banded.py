@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from math import ceil
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,10 +19,10 @@ from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, 
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Group, Layout
 
-# By default, the projections of a dimension may take this part of the bytes of its full tables, and those of all
-# dimensions this part of the budget for rows. Of that, half can be left unused, where the widest does not fit yet.
+# By default, the projections of a dimension may take this part of the bytes of its full tables, and a budget for rows
+# has so many times the bytes of all. Where the next projection does not fit yet, what it takes is left unused.
 _MOST_OF_FULL = 1 / 200
-_MOST_OF_BUDGET = 1 / 5
+_LEAST_BUDGET = 5
 
 # Rows of random numbers on which the rounding of a format is measured: eight blocks of the default scales.
 _SAMPLE = 512
@@ -43,8 +42,8 @@ class Banded(BandedMethod):
     that which the row keeps. q is what rounding leaves of a Gaussian row, 1 − E‖x − x̂‖²/E‖x‖², times what w of D
     columns hold of a vector whose j-th direction has a variance in proportion to j^−α. Each byte goes to the id, of all
     tables, to which it is worth most. So the bytes of rows are divided as well as they can be, but for less than one
-    row; these last bytes move the boundary of one band id by id. A larger budget moves no id down, but for the one
-    budget from which on rows may be narrow where ``widths`` is ``None``.
+    row; these last bytes move the boundary of one band id by id. A larger budget moves no id down, but where
+    ``widths`` is ``None`` for the one budget at which rows begin to be narrow.
 
     It needs ``frequencies``.
 
@@ -53,7 +52,7 @@ class Banded(BandedMethod):
             among the choices.
         widths: how many columns rows may have beside D. ``None`` stands for a quarter, half and three quarters of D,
             but only for D of which the projections take at most 1/200 of the bytes that full tables of D columns have
-            in fp32, and only where all projections take at most a fifth of the budget. Else all rows have D columns.
+            in fp32, and only where those of all D together take at most a fifth of the budget. Else all rows have D.
         decay: α, how fast the directions of vectors lose importance: 0 where all count alike, and the larger, the more
             of a vector a narrow row keeps. It matters only where rows may be narrow.
         train_projection: whether the projections of narrow rows are trained along with these.
@@ -95,16 +94,16 @@ class Banded(BandedMethod):
         narrow_from = self._narrow_from(group)
         if limit >= narrow_from:
             layout = super().fit(group, limit)
-            # Where a projection does not fit yet, whole rows use more bytes, and no larger budget may use fewer.
+            # Until narrow rows use as many bytes as whole ones did, those stay: no larger budget uses fewer.
             if layout.serving.num_bytes >= narrow_from:
                 return layout
         return self.model_copy(update={"widths": ()}).fit(group, min(limit, narrow_from - 1))
 
     def _narrow_from(self, group: Group) -> int:
-        """The least budget with which rows are narrow by default."""
+        """The least budget with which rows may be narrow by default."""
         dims = {table.embedding_dim for table in group.tables}
         projections = sum(FP32.slab_bytes(sum(self._widths(group, dim)), dim) for dim in dims)
-        return _bytes_of_ranks(group) + ceil(projections / _MOST_OF_BUDGET)
+        return _bytes_of_ranks(group) + _LEAST_BUDGET * projections
 
     # ---- what rows are worth -------------------------------------------------------------------------------------
 

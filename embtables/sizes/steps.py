@@ -102,13 +102,14 @@ class Path(NamedTuple):
             spare: the bytes that are left for them.
         """
         end = number + int(np.argmax(self.totals[number:] < _TOO_LARGE))
-        before, after = (int(n) for n in own(np.array([0, rows - 1])))
+        last = rows - 1
+        before, after = (int(n) for n in own(np.array([0, last])))
         most = min(before + spare, int(self.own[end]))
         if after <= before or most < before:
             return 0
         # Rows take bytes in proportion to their number, but for rounding: the last one that fits is near the line.
-        middle, width = (rows * (most - before)) // (after - before), ceil(2 * _ROUNDING * rows / (after - before))
-        near = np.arange(max(0, middle - width), min(rows, middle + width + 1))
+        middle, width = last * (most - before) // (after - before), ceil(2 * _ROUNDING * last / (after - before))
+        near = np.arange(max(0, min(middle, last) - width), min(middle + width, last) + 1)
         sizes = own(near)
         fitting = near[(before <= sizes) & (sizes <= most)]
         return int(fitting[-1]) if len(fitting) else 0

@@ -247,7 +247,7 @@ class EmbeddingTables(PlannedTables):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ``ValueError`` where a state dict is that of another plan, whose rows mean other ids."""
-        if bytes(state.cpu().tolist()) != self.plan.fingerprint:
+        if not isinstance(state, Tensor) or bytes(state.cpu().tolist()) != self.plan.fingerprint:
             raise ValueError(
                 "this state dict belongs to another plan (other tables, sizes, methods or hash_seed): "
                 "its rows mean other ids"
@@ -269,8 +269,9 @@ class EmbeddingTables(PlannedTables):
         device = next((t.device for t in given.values() if isinstance(t, Tensor)), self.store.device)
         if metadata.get("assign_to_params_buffers") and self.store.device.type == "meta" != device.type:
             # What is assigned brings its device along; what no state dict holds has to be there too.
-            self.store.leave_meta(device)
-            self._build(self.store)
+            with torch.inference_mode(False), torch.no_grad():
+                self.store.leave_meta(device)
+                self._build(self.store)
         self._load_rounding(state_dict, f"{store}rounding.")
         super()._load_from_state_dict(state_dict, prefix, metadata, *arguments)
 

@@ -216,7 +216,7 @@ class Trainer:
         for one, other in permutations((self, *self.others), 2):
             if really(other.out).is_relative_to(really(one.out)):
                 raise ValueError(
-                    f"{other.out} lies in {one.out}, another run of the same training: give it a folder beside"
+                    f"{other.out} is in {one.out}, the folder of another run of the same training: give it one beside"
                 )
 
     def _refuse_links(self) -> None:

@@ -234,6 +234,14 @@ def test_a_state_says_whether_rows_were_rounded(precision: str, optimizer: str |
         EmbeddingTables(other).serve().load_state_dict(rounded)
 
 
+def test_meta_tables_that_were_loaded_in_inference_mode_train() -> None:
+    tables, meta = make("full", "int2", "adam"), make("full", "int2", "adam", device="meta")
+    with torch.inference_mode():
+        meta.load_state_dict(tables.state_dict(), assign=True)
+    ids = random_ids(tables, 100)
+    meta(ids).sum().backward()
+
+
 @pytest.mark.parametrize("loads", [True, False])
 def test_rounding_that_begins_in_inference_mode_trains(loads: bool) -> None:
     tables, others = make("full", "int2/64", "adam"), make("full", "int2/64", "adam")

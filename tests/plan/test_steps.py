@@ -80,16 +80,18 @@ def test_what_is_taken_fits_and_no_table_ever_becomes_smaller(
         assert last[t] == (ends[-1] if ends and ends[-1] <= most[t] else last[t])
 
 
-def test_of_a_step_that_does_not_fit_as_many_rows_are_taken_as_do() -> None:
-    none, rows = np.array([-1, -1]), np.array([300, 300])
+@pytest.mark.parametrize("bits", [1, 4, 36 * 8, 64 * 32])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40, 300])
+def test_of_a_step_that_does_not_fit_as_many_rows_are_taken_as_do(bits: int, rows: int) -> None:
+    none, moved = np.array([-1, -1]), np.array([rows, rows])
     nothing = np.zeros(0, dtype=np.int64)
 
     def own(rows: Ints) -> Ints:
-        return 100 + -(-rows // 8) + 2 * -(-rows // 64)  # a bit for each, and two bytes for 64 of them
+        return 100 + -(-rows * bits // 8) + 2 * -(-rows // 64)  # the bits of each, and two bytes for 64 of them
 
-    sizes = own(np.array([300, 600]))
-    shared = Shared(nothing, none, none, rows, nothing)
-    path = Path.of(np.array([0, 0]), sizes, np.array([100]), np.array([10_000]), 0, shared)
-    for spare in range(int(sizes[0]) - 100):
-        fitting = [rows for rows in range(300) if own(np.array([rows]))[0] <= 100 + spare]
-        assert path.within(100 + spare) == 0 and path.part(0, own, 300, spare) == fitting[-1]
+    sizes = own(np.array([rows, 2 * rows]))
+    shared = Shared(nothing, none, none, moved, nothing)
+    path = Path.of(np.array([0, 0]), sizes, np.array([100]), np.array([10_000_000]), 0, shared)
+    largest = np.searchsorted(own(np.arange(rows)), 100 + np.arange(int(sizes[0]) - 100), side="right") - 1
+    for spare in range(0, int(sizes[0]) - 100, 1 + rows * bits // 100_000):
+        assert path.within(100 + spare) == 0 and path.part(0, own, rows, spare) == largest[spare]

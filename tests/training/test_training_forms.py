@@ -187,12 +187,12 @@ def test_a_folder_within_another_is_refused(data, tmp_path):
     real.mkdir()
     link.symlink_to(real)
     for out, also, told in (
-        ("link/a", {"real/a/served": int4}, "real/a/served lies in .*link/a, another"),
-        ("real/../b", {"link/../b/x": int4}, "lies in .*b, another"),
-        ("link/a", {"real/a": int4}, "real/a lies in .*link/a, another"),
-        ("a", {"a/served": int4}, "a/served lies in .*a, another run of the same training"),
-        ("b/run", {"b": int4}, "b/run lies in .*b, another"),
-        ("c", {"d": int4, "d/checkpoint": int4}, "d/checkpoint lies in .*d, another"),
+        ("link/a", {"real/a/served": int4}, "real/a/served is in .*link/a, the folder of another"),
+        ("real/../b", {"link/../b/x": int4}, "is in .*b, the folder of another"),
+        ("link/a", {"real/a": int4}, "real/a is in .*link/a, the folder of another"),
+        ("a", {"a/served": int4}, "a/served is in .*a, the folder of another run of the same training"),
+        ("b/run", {"b": int4}, "b/run is in .*b, the folder of another"),
+        ("c", {"d": int4, "d/checkpoint": int4}, "d/checkpoint is in .*d, the folder of another"),
     ):
         with pytest.raises(ValueError, match=told):
             Trainer(one, data, tmp_path / out, also={tmp_path / k: v for k, v in also.items()}).run()

@@ -500,8 +500,13 @@ def test_export(run, data, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "full" / "served")
     for place in ("full/served", "full/served/sub", "full/new", "full", "link", "link/sub", "models/../full/served"):
         assert main(["export", str(out), str(tmp_path / place), "--overwrite"]) == 2
-        assert f"lies in the run {tmp_path / 'full'}" in capsys.readouterr().err
+        assert f"is in the run {tmp_path / 'full'}" in capsys.readouterr().err
     assert (tmp_path / "full" / "served" / "tables.safetensors").read_bytes() == before
+    # It is the folder that counts, not where its files are.
+    shutil.move(tmp_path / "full" / "served" / "tables.safetensors", tmp_path / "elsewhere")
+    (tmp_path / "full" / "served" / "tables.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert main(["export", str(out), str(tmp_path / "full" / "served"), "--overwrite"]) == 2
+    assert "is in the run" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "full" / "served")
     shutil.copytree(out / "served", tmp_path / "full" / "served")
     assert main(["export", str(tmp_path / "full"), str(tmp_path / "x")]) == 2
