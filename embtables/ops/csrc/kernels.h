@@ -145,7 +145,7 @@ inline void balanced(const Piece& piece, int64_t end, const int64_t* x, int64_t 
 // Of so many bags, or examples, one lookup after another is worked on, some ids at a time: while the vectors of some are
 // written, rows of the next ones are on their way. The first rows of each are asked for in one burst, which processors
 // wait for: the more ids, the fewer bursts.
-constexpr int64_t BLOCK_OF_BAGS = 64, BLOCK_OF_IDS = 512;
+constexpr int64_t BLOCK_OF_BAGS = 256, BLOCK_OF_IDS = 512;
 // How many ids ahead of their use rows are asked for: of many at once fewer would arrive in time.
 constexpr int64_t READ_AHEAD = 24;
 
@@ -655,87 +655,81 @@ inline int64_t widest_unpacked(const Program& program) {
 // ---- alternatives with projections, the ids of each alternative together ---------------------------------------------
 //
 // Which alternative an id has cannot be foreseen, so that a processor would guess wrong at most ids. Sorted by
-// alternative, a block of ids runs through code for one width.
+// alternative, ids run through loops of one width.
 
-// Those of n ids whose rows lie in the slab of a piece: their numbers among the n, and how many they are.
-inline int64_t ids_in_slab(const Program& program, const Piece& piece, const int64_t* rows, int64_t stride, int64_t n, int64_t* index) {
-    const int64_t first = program.weights[piece.weight].start + piece.slab, last = first + piece.rows;
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        index[count] = i;
-        count += rows[i * stride] >= first && rows[i * stride] < last;
+// Calls f(piece, index, count) for each alternative that ids have, with the numbers of these among the n. Those of ids of
+// the rest are left in `left`; how many they are is returned.
+template <class F>
+inline int64_t by_alternative(const Program& program, const Lookup& lookup, const int64_t* rows, int64_t stride, int64_t n,
+                              int64_t* left, const F& f) {
+    int64_t index[BLOCK_OF_IDS];
+    for (int64_t i = 0; i < n; ++i) left[i] = i;
+    for (int64_t c = 0; c < lookup.num_pieces && n > 0; ++c) {
+        const Piece& piece = program.pieces[lookup.first_piece + c];
+        const int64_t first = program.weights[piece.weight].start + piece.slab, last = first + piece.rows;
+        int64_t count = 0, others = 0;
+        for (int64_t k = 0; k < n; ++k) {
+            const int64_t i = left[k];
+            const bool here = rows[i * stride] >= first && rows[i * stride] < last;
+            index[count] = left[others] = i;
+            count += here, others += !here;
+        }
+        n = others;
+        if (count > 0) f(piece, index, count);
     }
-    return count;
+    return n;
 }
 
 // The dimensions for which there is such code.
 template <int D>
 constexpr bool has_narrow_rows = D == 8 || D == 16 || D == 32 || D == 64;
 
-// Calls f(from, W) for the columns [from, from + W) of rows no wider than D, 16 at a time, W a constant.
-template <class F, int... I>
-inline void with_one_of(std::integer_sequence<int, I...>, int64_t width, const F& f) {
-    ((width == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
-}
-template <int D, class F>
-inline void by_columns(int64_t width, const F& f) {
-    for (int64_t from = 0; from < width; from += 16)
-        with_one_of(std::make_integer_sequence<int, D < 16 ? D : 16>{}, std::min<int64_t>(16, width - from), [&](auto w) { f(from, w); });
-}
-
-// out[i] = row_i · projection for some of n ids, of W columns of rows that lie `width` apart; added to what is there
-// for all columns but the first.
-template <int D, int W>
-inline void project(const float* values, int64_t start, int64_t width, bool adds, const float* projection, const int64_t* rows,
+// out[i] = row_i · projection for some of n ids, whose rows have `width` columns.
+template <int D>
+inline void project(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* rows,
                     int64_t row_stride, const int64_t* index, int64_t count, float* out, int64_t stride) {
-    constexpr int N = D < 16 ? D : 16, C = D / N;
-    lanes<N> p[W][C];
-    for (int j = 0; j < W; ++j)
-        for (int c = 0; c < C; ++c) p[j][c] = get<N>(projection + j * D + c * N);
+    constexpr int N = D < REGISTER ? D : REGISTER, C = D / N;
     for (int64_t k = 0; k < count; ++k) {
         const float* row = values + (rows[index[k] * row_stride] - start) * width;
         float* to = out + index[k] * stride;
-        for (int c = 0; c < C; ++c) {
-            lanes<N> sum = row[0] * p[0][c];
-            for (int j = 1; j < W; ++j) sum += row[j] * p[j][c];
-            put<N>(to + c * N, adds ? get<N>(to + c * N) + sum : sum);
-        }
+        lanes<N> sums[C];
+        for (int c = 0; c < C; ++c) sums[c] = row[0] * get<N>(projection + c * N);
+        for (int64_t j = 1; j < width; ++j)
+            for (int c = 0; c < C; ++c) sums[c] += row[j] * get<N>(projection + j * D + c * N);
+        for (int c = 0; c < C; ++c) put<N>(to + c * N, sums[c]);
     }
 }
 
-// Backward of it: the gradient of W columns of each row, own [W] at own + i * own_stride, and of as many rows of the
-// projection, added to `total`, or none where that is null.
-template <int D, int W>
+// Backward of it: the gradients of these rows, own [width] at own + i * own_stride, and that of the projection, added to
+// `total`, or none where that is null.
+template <int D>
 inline void project_back(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* rows,
                          int64_t row_stride, const int64_t* index, int64_t count, const float* gradient, int64_t stride,
                          float* own, int64_t own_stride, float* total) {
-    constexpr int N = D < 16 ? D : 16, C = D / N, P = W > 8 ? 16 : W > 4 ? 8 : W > 2 ? 4 : W;  // lanes of W columns
-    lanes<P> columns[D];
-    for (int d = 0; d < D; ++d) {
-        float column[P] = {};
-        for (int j = 0; j < W; ++j) column[j] = projection[j * D + d];
-        columns[d] = get<P>(column);
-    }
-    for (int64_t k = 0; k < count; ++k) {
-        const float* g = gradient + index[k] * stride;
-        // Two running sums, for the sake of speed: of the first half of the dimensions, and of the second.
-        lanes<P> low = g[0] * columns[0], high = g[D / 2] * columns[D / 2];
-        for (int d = 1; d < D / 2; ++d) low += g[d] * columns[d], high += g[D / 2 + d] * columns[D / 2 + d];
-        const lanes<P> both = low + high;
-        std::memcpy(own + index[k] * own_stride, &both, W * sizeof(float));
+    constexpr int N = D < REGISTER ? D : REGISTER;
+    for (int64_t from = 0; from < width; from += N) {
+        const int64_t some = std::min<int64_t>(N, width - from);
+        float columns[D][N] = {};
+        for (int64_t j = 0; j < some; ++j)
+            for (int d = 0; d < D; ++d) columns[d][j] = projection[(from + j) * D + d];
+        for (int64_t k = 0; k < count; ++k) {
+            const float* g = gradient + index[k] * stride;
+            // Two running sums, for the sake of speed: of the first half of the dimensions, and of the second.
+            lanes<N> low = g[0] * get<N>(columns[0]), high = g[D / 2] * get<N>(columns[D / 2]);
+            for (int d = 1; d < D / 2; ++d) low += g[d] * get<N>(columns[d]), high += g[D / 2 + d] * get<N>(columns[D / 2 + d]);
+            float both[N];
+            put<N>(both, low + high);
+            float* to = own + index[k] * own_stride + from;
+            for (int64_t j = 0; j < some; ++j) to[j] = both[j];
+        }
     }
     if (!total) return;
-    lanes<N> sums[W][C];
-    for (int j = 0; j < W; ++j)
-        for (int c = 0; c < C; ++c) sums[j][c] = get<N>(total + j * D + c * N);
     for (int64_t k = 0; k < count; ++k) {
         const float* row = values + (rows[index[k] * row_stride] - start) * width;
         const float* g = gradient + index[k] * stride;
-        for (int j = 0; j < W; ++j)
-            for (int c = 0; c < C; ++c) sums[j][c] += row[j] * get<N>(g + c * N);
+        for (int64_t j = 0; j < width; ++j)
+            for (int d = 0; d < D; d += N) put<N>(total + j * D + d, get<N>(total + j * D + d) + row[j] * get<N>(g + d));
     }
-    for (int j = 0; j < W; ++j)
-        for (int c = 0; c < C; ++c) put<N>(total + j * D + c * N, sums[j][c]);
 }
 
 // The vectors of up to BLOCK_OF_IDS ids, but for those of the rest; whether that was possible.
@@ -745,31 +739,22 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
     if constexpr (!std::is_same<T, float>::value || !has_narrow_rows<D>) {
         return false;
     } else {
-        int64_t index[BLOCK_OF_IDS];
-        int64_t found = 0;
-        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-            const Piece& piece = program.pieces[lookup.first_piece + c];
-            const int64_t count = ids_in_slab(program, piece, rows, row_stride, n, index);
-            if (count == 0) continue;
-            found += count;
+        for (int64_t c = 0; c < lookup.num_pieces; ++c)
+            if (program.weights[program.pieces[lookup.first_piece + c].weight].format != PLAIN) return false;
+        int64_t left[BLOCK_OF_IDS];
+        n = by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index, int64_t count) {
             const Weight& weight = program.weights[piece.weight];
             const float* values = static_cast<const float*>(call.weights[piece.weight]);
-            const int64_t start = weight.start, width = weight.width;
-            if (weight.format != PLAIN || width > D) return false;
             if (piece.projection < 0) {
                 for (int64_t k = 0; k < count; ++k)
-                    std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - start) * D, D * sizeof(float));
-                continue;
+                    std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - weight.start) * D, D * sizeof(float));
+                return;
             }
-            const float* projection = static_cast<const float*>(call.projections[piece.projection]);
-            by_columns<D>(width, [&](int64_t from, auto w) {
-                project<D, w>(values + from, start, width, from > 0, projection + from * D, rows, row_stride, index, count, out,
-                              stride);
-            });
-        }
-        if (found < n)
-            for (int64_t i = 0; i < n; ++i)
-                if (rows[i * row_stride] < 0) std::memset(out + i * stride, 0, D * sizeof(float));
+            project<D>(values, weight.start, weight.width, static_cast<const float*>(call.projections[piece.projection]), rows,
+                       row_stride, index, count, out, stride);
+        });
+        for (int64_t k = 0; k < n; ++k)
+            if (rows[left[k] * row_stride] < 0) std::memset(out + left[k] * stride, 0, D * sizeof(float));
         return true;
     }
 }
@@ -1607,32 +1592,24 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
     } else {
         for (int64_t c = 0; c < lookup.num_pieces; ++c) {
             const Piece& piece = program.pieces[lookup.first_piece + c];
-            if (piece.projection < 0) continue;
-            const bool reads = is_trained(program, piece.projection);
-            if ((reads && program.weights[piece.weight].format != PLAIN) || piece.width > D) return false;
+            if (is_trained(program, piece.projection) && program.weights[piece.weight].format != PLAIN) return false;
         }
         for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
-        int64_t index[BLOCK_OF_IDS];
-        for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-            const Piece& piece = program.pieces[lookup.first_piece + c];
-            const int64_t count = ids_in_slab(program, piece, rows, row_stride, n, index);
+        int64_t left[BLOCK_OF_IDS];
+        by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index, int64_t count) {
+            if (piece.projection < 0) {
+                for (int64_t k = 0; k < count; ++k)
+                    std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
+                return;
+            }
             const int64_t start = program.weights[piece.weight].start;
             const float* values = static_cast<const float*>(call.weights[piece.weight]);
             if (is_trained(program, piece.projection))
                 for (int64_t k = 0; k < count; ++k)
                     __builtin_prefetch(values + (rows[index[k] * row_stride] - start) * piece.width);
-            if (piece.projection < 0) {
-                for (int64_t k = 0; k < count; ++k)
-                    std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
-                continue;
-            }
-            const float* projection = static_cast<const float*>(call.projections[piece.projection]);
-            float* total = projection_sums[piece.projection];
-            by_columns<D>(piece.width, [&](int64_t from, auto w) {
-                project_back<D, w>(values + from, start, piece.width, projection + from * D, rows, row_stride, index, count,
-                                   gradient, stride, own + from, own_stride, total ? total + from * D : nullptr);
-            });
-        }
+            project_back<D>(values, start, piece.width, static_cast<const float*>(call.projections[piece.projection]), rows,
+                            row_stride, index, count, gradient, stride, own, own_stride, projection_sums[piece.projection]);
+        });
         return true;
     }
 }
