@@ -657,25 +657,25 @@ inline int64_t widest_unpacked(const Program& program) {
 // Which alternative an id has cannot be foreseen, so that a processor would guess wrong at most ids. Sorted by
 // alternative, ids run through loops of one width.
 
-// Calls f(piece, index, count) for each alternative that ids have, with the numbers of these among the n. Those of ids of
-// the rest are left in `left`; how many they are is returned.
+// Calls f(piece, index, rows, count) for each alternative that ids have, with the numbers of these among the n, and their
+// rows. Those of ids of the rest are left in `left`; how many they are is returned.
 template <class F>
 inline int64_t by_alternative(const Program& program, const Lookup& lookup, const int64_t* rows, int64_t stride, int64_t n,
                               int64_t* left, const F& f) {
-    int64_t index[BLOCK_OF_IDS];
-    for (int64_t i = 0; i < n; ++i) left[i] = i;
+    int64_t index[BLOCK_OF_IDS], own[BLOCK_OF_IDS], own_left[BLOCK_OF_IDS];
+    for (int64_t i = 0; i < n; ++i) left[i] = i, own_left[i] = rows[i * stride];
     for (int64_t c = 0; c < lookup.num_pieces && n > 0; ++c) {
         const Piece& piece = program.pieces[lookup.first_piece + c];
         const int64_t first = program.weights[piece.weight].start + piece.slab, last = first + piece.rows;
         int64_t count = 0, others = 0;
         for (int64_t k = 0; k < n; ++k) {
-            const int64_t i = left[k];
-            const bool here = rows[i * stride] >= first && rows[i * stride] < last;
-            index[count] = left[others] = i;
+            const int64_t i = left[k], row = own_left[k];
+            const bool here = row >= first && row < last;
+            index[count] = left[others] = i, own[count] = own_left[others] = row;
             count += here, others += !here;
         }
         n = others;
-        if (count > 0) f(piece, index, count);
+        if (count > 0) f(piece, index, own, count);
     }
     return n;
 }
@@ -686,11 +686,11 @@ constexpr bool has_narrow_rows = D == 8 || D == 16 || D == 32 || D == 64;
 
 // out[i] = row_i · projection for some of n ids, whose rows have `width` columns.
 template <int D>
-inline void project(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* rows,
-                    int64_t row_stride, const int64_t* index, int64_t count, float* out, int64_t stride) {
+inline void project(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* index,
+                    const int64_t* rows, int64_t count, float* out, int64_t stride) {
     constexpr int N = D < REGISTER ? D : REGISTER, C = D / N;
     for (int64_t k = 0; k < count; ++k) {
-        const float* row = values + (rows[index[k] * row_stride] - start) * width;
+        const float* row = values + (rows[k] - start) * width;
         float* to = out + index[k] * stride;
         lanes<N> sums[C];
         for (int c = 0; c < C; ++c) sums[c] = row[0] * get<N>(projection + c * N);
@@ -703,9 +703,9 @@ inline void project(const float* values, int64_t start, int64_t width, const flo
 // Backward of it: the gradients of these rows, own [width] at own + i * own_stride, and that of the projection, added to
 // `total`, or none where that is null.
 template <int D>
-inline void project_back(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* rows,
-                         int64_t row_stride, const int64_t* index, int64_t count, const float* gradient, int64_t stride,
-                         float* own, int64_t own_stride, float* total) {
+inline void project_back(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* index,
+                         const int64_t* rows, int64_t count, const float* gradient, int64_t stride, float* own,
+                         int64_t own_stride, float* total) {
     constexpr int N = D < REGISTER ? D : REGISTER;
     for (int64_t from = 0; from < width; from += N) {
         const int64_t some = std::min<int64_t>(N, width - from);
@@ -725,7 +725,7 @@ inline void project_back(const float* values, int64_t start, int64_t width, cons
     }
     if (!total) return;
     for (int64_t k = 0; k < count; ++k) {
-        const float* row = values + (rows[index[k] * row_stride] - start) * width;
+        const float* row = values + (rows[k] - start) * width;
         const float* g = gradient + index[k] * stride;
         for (int64_t j = 0; j < width; ++j)
             for (int d = 0; d < D; d += N) put<N>(total + j * D + d, get<N>(total + j * D + d) + row[j] * get<N>(g + d));
@@ -742,16 +742,17 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
         for (int64_t c = 0; c < lookup.num_pieces; ++c)
             if (program.weights[program.pieces[lookup.first_piece + c].weight].format != PLAIN) return false;
         int64_t left[BLOCK_OF_IDS];
-        n = by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index, int64_t count) {
+        n = by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index,
+                                                                           const int64_t* found, int64_t count) {
             const Weight& weight = program.weights[piece.weight];
             const float* values = static_cast<const float*>(call.weights[piece.weight]);
             if (piece.projection < 0) {
                 for (int64_t k = 0; k < count; ++k)
-                    std::memcpy(out + index[k] * stride, values + (rows[index[k] * row_stride] - weight.start) * D, D * sizeof(float));
+                    std::memcpy(out + index[k] * stride, values + (found[k] - weight.start) * D, D * sizeof(float));
                 return;
             }
-            project<D>(values, weight.start, weight.width, static_cast<const float*>(call.projections[piece.projection]), rows,
-                       row_stride, index, count, out, stride);
+            project<D>(values, weight.start, weight.width, static_cast<const float*>(call.projections[piece.projection]), index,
+                       found, count, out, stride);
         });
         for (int64_t k = 0; k < n; ++k)
             if (rows[left[k] * row_stride] < 0) std::memset(out + left[k] * stride, 0, D * sizeof(float));
@@ -1527,11 +1528,31 @@ inline bool takes_slices(const Program& program, const Lookup& lookup) {
     return true;
 }
 
+// Whether the vector of an id counts by a factor of its own.
+inline bool scales_ids(const Call& call, int64_t l) {
+    return call.id_weights || (call.offsets && call.outputs[l].pooling == POOL_MEAN);
+}
+
 inline bool is_direct(const Program& program, const Call& call, int64_t l) {
     const Lookup& lookup = program.lookups[l];
     if (lookup.num_pieces == 0) return true;
-    if (call.id_weights || (call.offsets && call.outputs[l].pooling == POOL_MEAN)) return false;
+    if (scales_ids(call, l)) return false;
     return takes_slices(program, lookup) && (lookup.rest < 0 || takes_slices(program, program.lookups[lookup.rest]));
+}
+
+// The rows of a lookup whose gradients are slices of the output's: of a direct one all, of alternatives those of the first
+// where it has no projection.
+struct Sliced {
+    int64_t first, last;
+    bool holds(int64_t row) const { return first <= row && row < last; }
+};
+inline Sliced sliced_rows(const Program& program, const Call& call, int64_t l, bool direct) {
+    if (direct) return {0, INT64_MAX};
+    const Lookup& lookup = program.lookups[l];
+    const Piece& piece = program.pieces[lookup.first_piece];
+    if (lookup.operation != MIXED || piece.projection >= 0 || scales_ids(call, l)) return {0, 0};
+    const int64_t first = program.weights[piece.weight].start + piece.slab;
+    return {first, first + piece.rows};
 }
 
 // Where the gradient of row c lies among an id's own values: all rows of a list have the same one.
@@ -1586,7 +1607,7 @@ inline void prefetch_rows(const Program& program, const Call& call, const Lookup
 template <int D>
 bool own_of_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
                          int64_t row_stride, int64_t n, const float* gradient, int64_t stride, float* own,
-                         int64_t own_stride, float* const* projection_sums) {
+                         int64_t own_stride, const Sliced& sliced, float* const* projection_sums) {
     if constexpr (!has_narrow_rows<D>) {
         return false;
     } else {
@@ -1594,21 +1615,22 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
             const Piece& piece = program.pieces[lookup.first_piece + c];
             if (is_trained(program, piece.projection) && program.weights[piece.weight].format != PLAIN) return false;
         }
-        for (int64_t i = 0; i < n; ++i) __builtin_prefetch(gradient + i * stride);
         int64_t left[BLOCK_OF_IDS];
-        by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index, int64_t count) {
+        by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index,
+                                                                       const int64_t* found, int64_t count) {
             if (piece.projection < 0) {
-                for (int64_t k = 0; k < count; ++k)
+                for (int64_t k = 0; k < count && !sliced.holds(found[k]); ++k)
                     std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
                 return;
             }
             const int64_t start = program.weights[piece.weight].start;
             const float* values = static_cast<const float*>(call.weights[piece.weight]);
+            for (int64_t k = 0; k < count; ++k) __builtin_prefetch(gradient + index[k] * stride);
             if (is_trained(program, piece.projection))
                 for (int64_t k = 0; k < count; ++k)
-                    __builtin_prefetch(values + (rows[index[k] * row_stride] - start) * piece.width);
-            project_back<D>(values, start, piece.width, static_cast<const float*>(call.projections[piece.projection]), rows,
-                            row_stride, index, count, gradient, stride, own, own_stride, projection_sums[piece.projection]);
+                    __builtin_prefetch(values + (found[k] - start) * piece.width);
+            project_back<D>(values, start, piece.width, static_cast<const float*>(call.projections[piece.projection]), index,
+                            found, count, gradient, stride, own, own_stride, projection_sums[piece.projection]);
         });
         return true;
     }
@@ -1781,6 +1803,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     float* g = scratch;
     float* product = scratch + dim;
     const bool reads = reads_rows(program, lookup);
+    const Sliced sliced = sliced_rows(program, call, l, flow.direct);
     bool alternatives = false;  // whose values are made already
     if constexpr (std::is_same<T, float>::value) {
         alternatives = lookup.operation == MIXED && !pools && !id_weights && !call.saved;
@@ -1790,7 +1813,8 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
             alternatives = own_of_alternatives<D>(program, call, lookup, call.rows + place.rows + i * place.row_stride,
                                                   place.row_stride, std::min(BLOCK_OF_IDS, end - i),
                                                   gradient + i * output.stride, output.stride,
-                                                  own + flow.own_start + i * flow.own_stride, flow.own_stride, projection_sums);
+                                                  own + flow.own_start + i * flow.own_stride, flow.own_stride, sliced,
+                                                  projection_sums);
         if (alternatives && lookup.rest < 0) return;
     }
     for (int64_t b = first; b < last; ++b) {
@@ -1800,7 +1824,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
         const float divisor = pools ? divisor_of(lookup, output, rows, place.row_stride, end - begin) : 1.0f;
         for (int64_t i = begin; i < end; ++i, rows += place.row_stride) {
             if (reads && i + AHEAD < place.num_ids) prefetch_rows<T>(program, call, lookup, rows + AHEAD * place.row_stride);
-            if (rows[0] < 0) continue;
+            if (rows[0] < 0 || sliced.holds(rows[0])) continue;
             const Lookup& by = looked_up_by(program, lookup, rows[0]);
             if (alternatives && &by == &lookup) continue;
             const int64_t at = i * place.stride;
@@ -2112,7 +2136,8 @@ void backward(const Call& call, const Call& gradients) {
             // What repeats from example to example: a slot for each address.
             struct Slot {
                 const Piece* piece;
-                uint64_t source, stride;
+                Sliced sliced;
+                uint64_t slice, slice_stride, own, own_stride;
                 const Lookup* alternatives;  // of which it may be one instead, where that makes a difference
             };
             std::vector<Slot> slots;
@@ -2124,26 +2149,31 @@ void backward(const Call& call, const Call& gradients) {
                     const Piece* piece = &piece_at(program, by, c);
                     const uint64_t column = static_cast<uint64_t>(by.operation == CONCAT ? piece->column : 0);
                     const Lookup* alternatives = piece->is_block() && lookup.rest >= 0 ? &lookup : nullptr;
-                    if (flows[l].direct)
-                        slots.push_back({piece, static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride), alternatives});
-                    else
-                        slots.push_back({piece, OWN | static_cast<uint64_t>(flows[l].own_start + gradient_column(program, by, c)),
-                                         static_cast<uint64_t>(flows[l].own_stride), alternatives});
+                    slots.push_back({piece, sliced_rows(program, call, l, flows[l].direct),
+                                     static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride),
+                                     OWN | static_cast<uint64_t>(flows[l].own_start + gradient_column(program, by, c)),
+                                     static_cast<uint64_t>(flows[l].own_stride), alternatives});
                 }
             }
             const int64_t n = static_cast<int64_t>(slots.size());
             const int64_t* row = call.rows;
             for (int64_t b = 0; b < call.batch; ++b)
-                for (int64_t k = 0; k < n; ++k, ++row)
-                    if (*row >= 0)
-                        add_row(work, stretches, program, piece_of(program, slots[k].alternatives, *slots[k].piece, *row),
-                                static_cast<uint64_t>(*row), slots[k].source + static_cast<uint64_t>(b) * slots[k].stride, p, ps);
+                for (int64_t k = 0; k < n; ++k, ++row) {
+                    if (*row < 0) continue;
+                    const Slot& slot = slots[k];
+                    const uint64_t example = static_cast<uint64_t>(b);
+                    const uint64_t source = slot.sliced.holds(*row) ? slot.slice + example * slot.slice_stride
+                                                                    : slot.own + example * slot.own_stride;
+                    add_row(work, stretches, program, piece_of(program, slot.alternatives, *slot.piece, *row),
+                            static_cast<uint64_t>(*row), source, p, ps);
+                }
             return;
         }
         for (int64_t l = 0; l < program.num_lookups; ++l) {
             const Lookup& lookup = program.lookups[l];
             const Output& output = call.outputs[l];
             const Lookup& by = with_addresses(program, lookup);
+            const Sliced sliced = sliced_rows(program, call, l, flows[l].direct);
             const int64_t* row = call.rows + starts[l];
             for (int64_t b = 0; b < call.batch; ++b) {
                 int64_t begin = b, end = b + 1;
@@ -2155,7 +2185,7 @@ void backward(const Call& call, const Call& gradients) {
                         const Piece& piece = piece_at(program, by, c);
                         const int64_t column = by.operation == CONCAT ? piece.column : 0;
                         const uint64_t source =
-                            flows[l].direct
+                            sliced.holds(*row)
                                 ? static_cast<uint64_t>(output.start + from * output.stride + column)
                                 : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + gradient_column(program, by, c));
                         add_row(work, stretches, program, piece_of(program, lookup.rest >= 0 ? &lookup : nullptr, piece, *row),
