@@ -15,7 +15,7 @@ from embtables.lookup.recipe import Recipe
 from embtables.lookup.stored_rows import StoredRows
 from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
-from embtables.methods.ranking import check_counted, counts_by_rank, rank_code, ranked_entry, ranks_of, runs
+from embtables.methods.ranking import check_counted, counts_by_rank, rank_bytes, ranked_entry, ranks_of, runs
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Entry, Group, Layout
 
@@ -84,7 +84,7 @@ class Banded(BandedMethod):
         check_counted(group, self.kind)
 
     def floor(self, group: Group) -> Floor:
-        ranks = _bytes_of_ranks(group)
+        ranks = rank_bytes(group)
         why = "the ranks of ids that are not numbered by frequency" if ranks else "nothing: no id has a row"
         return Floor(min(ranks, group.full_bytes), why)
 
@@ -103,7 +103,7 @@ class Banded(BandedMethod):
         """The least budget with which rows may be narrow by default."""
         dims = {table.embedding_dim for table in group.tables}
         projections = sum(FP32.slab_bytes(sum(self._widths(group, dim)), dim) for dim in dims)
-        return _bytes_of_ranks(group) + _LEAST_BUDGET * projections
+        return rank_bytes(group) + _LEAST_BUDGET * projections
 
     # ---- what rows are worth -------------------------------------------------------------------------------------
 
@@ -160,10 +160,6 @@ class Banded(BandedMethod):
         bands, zeros = self._ranges(entry, group), Recipe("sum", ())
         rest = zeros if sum(entry.entry.values["rows"]) < int(entry.table.rows or 0) else None
         return Recipe("alternatives", bands, ranks_of(entry, group), rest=rest) if bands else zeros
-
-
-def _bytes_of_ranks(group: Group) -> int:
-    return sum(code.num_bytes for code in rank_code(group))
 
 
 class Choice(NamedTuple):

@@ -26,7 +26,7 @@ from embtables.methods.projecting import (
     projection_name,
     projection_of,
 )
-from embtables.methods.ranking import RankedMethod, rank_code, ranks_of, remapped
+from embtables.methods.ranking import RankedMethod, rank_bytes, rank_code, ranks_of, remapped
 from embtables.sizes.budget import Ints
 from embtables.sizes.layout import FULL, Entry, Form, Group, Layout, Slab
 from embtables.sizes.steps import Path, Shared, by_table
@@ -175,8 +175,7 @@ class Solved:
         moved, needing = climb.end - climb.start, self._needing(self._lowest)
         shared = Shared(self._projections, gains, loses, moved, needing)
         before = np.array([self._own_bytes(t, row[None])[0] for t, row in enumerate(self._lowest)], dtype=np.int64)
-        remap = sum(code.num_bytes for code in rank_code(group))
-        self.path = Path.of(climb.table, own, before, self._full, remap, shared)
+        self.path = Path.of(climb.table, own, before, self._full, rank_bytes(group), shared)
 
     def rows(self, limit: int) -> Ints:
         """How many ids of each table have a row on each level, ``[T, L]``, where all of it takes ``limit`` bytes."""

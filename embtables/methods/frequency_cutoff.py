@@ -6,7 +6,16 @@ from typing import ClassVar
 
 from embtables.lookup.recipe import Capped, Recipe, concat
 from embtables.methods.base import Floor, TableEntry, full_layout
-from embtables.methods.ranking import ByWorth, RankedMethod, check_counted, rank_code, ranked_entry, ranks_of, remapped
+from embtables.methods.ranking import (
+    ByWorth,
+    RankedMethod,
+    check_counted,
+    rank_bytes,
+    rank_code,
+    ranked_entry,
+    ranks_of,
+    remapped,
+)
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.layout import Form, Group, Layout
 
@@ -25,7 +34,7 @@ class FrequencyCutoff(RankedMethod):
         check_counted(group, self.kind)
 
     def floor(self, group: Group) -> Floor:
-        remap = sum(code.num_bytes for code in rank_code(group))
+        remap = rank_bytes(group)
         least = int(group.rows_bytes(1).sum()) + remap
         why = "one shared row per table" + (" and the ranks of ids that are not numbered by frequency" if remap else "")
         return Floor(min(least, group.full_bytes), why)

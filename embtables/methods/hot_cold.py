@@ -25,6 +25,7 @@ from embtables.methods.ranking import (
     check_counted,
     counts_by_rank,
     make_ranks,
+    rank_bytes,
     rank_code,
     rank_code_name,
     ranks_of,
@@ -171,7 +172,7 @@ class HotCold(Method):
         if isinstance(self.cold, RankedMethod):
             return least
         if self.hot is not None:
-            free = limit - sum(code.num_bytes for code in rank_code(group))
+            free = limit - rank_bytes(group)
             return max(least, free - int(Fraction(repr(self.hot)) * max(0, free)))
         path = self._path(group)
         after = next(i for i, (budget, _) in enumerate(path) if limit <= budget)

@@ -143,6 +143,11 @@ def rank_code(group: Group) -> tuple[Code, ...]:
     return (Code(rank_code_name(group), (sum(sizes),), dtype, "index"),)
 
 
+def rank_bytes(group: Group) -> int:
+    """The bytes of the ``rank_code``."""
+    return sum(code.num_bytes for code in rank_code(group))
+
+
 def rank_code_name(group: Group) -> str:
     return f"{group.name}/rank"
 

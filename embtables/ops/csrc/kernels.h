@@ -445,14 +445,21 @@ inline float scalar_of(const Program& program, const Call& call, const Piece& pi
     return value;
 }
 
+// Neighboring rows, counted through all weights.
+struct Span {
+    int64_t first, last;
+    bool holds(int64_t row) const { return first <= row && row < last; }
+};
+inline Span rows_of_slab(const Program& program, const Piece& piece) {
+    const int64_t first = program.weights[piece.weight].start + piece.slab;
+    return {first, first + piece.rows};
+}
+
 // What an id is looked up by that has this first address: the lookup itself, or its rest.
 inline const Lookup& looked_up_by(const Program& program, const Lookup& lookup, int64_t row) {
     if (lookup.rest < 0) return lookup;
-    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
-        const Piece& piece = program.pieces[lookup.first_piece + c];
-        const int64_t within = row - program.weights[piece.weight].start - piece.slab;
-        if (static_cast<uint64_t>(within) < static_cast<uint64_t>(piece.rows)) return lookup;
-    }
+    for (int64_t c = 0; c < lookup.num_pieces; ++c)
+        if (rows_of_slab(program, program.pieces[lookup.first_piece + c]).holds(row)) return lookup;
     return program.lookups[lookup.rest];
 }
 
@@ -666,11 +673,11 @@ inline int64_t by_alternative(const Program& program, const Lookup& lookup, cons
     for (int64_t i = 0; i < n; ++i) left[i] = i, own_left[i] = rows[i * stride];
     for (int64_t c = 0; c < lookup.num_pieces && n > 0; ++c) {
         const Piece& piece = program.pieces[lookup.first_piece + c];
-        const int64_t first = program.weights[piece.weight].start + piece.slab, last = first + piece.rows;
+        const Span slab = rows_of_slab(program, piece);
         int64_t count = 0, others = 0;
         for (int64_t k = 0; k < n; ++k) {
             const int64_t i = left[k], row = own_left[k];
-            const bool here = row >= first && row < last;
+            const bool here = slab.holds(row);
             index[count] = left[others] = i, own[count] = own_left[others] = row;
             count += here, others += !here;
         }
@@ -684,24 +691,8 @@ inline int64_t by_alternative(const Program& program, const Lookup& lookup, cons
 template <int D>
 constexpr bool has_narrow_rows = D == 8 || D == 16 || D == 32 || D == 64;
 
-// out[i] = row_i · projection for some of n ids, whose rows have `width` columns.
-template <int D>
-inline void project(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* index,
-                    const int64_t* rows, int64_t count, float* out, int64_t stride) {
-    constexpr int N = D < REGISTER ? D : REGISTER, C = D / N;
-    for (int64_t k = 0; k < count; ++k) {
-        const float* row = values + (rows[k] - start) * width;
-        float* to = out + index[k] * stride;
-        lanes<N> sums[C];
-        for (int c = 0; c < C; ++c) sums[c] = row[0] * get<N>(projection + c * N);
-        for (int64_t j = 1; j < width; ++j)
-            for (int c = 0; c < C; ++c) sums[c] += row[j] * get<N>(projection + j * D + c * N);
-        for (int c = 0; c < C; ++c) put<N>(to + c * N, sums[c]);
-    }
-}
-
-// Backward of it: the gradients of these rows, own [width] at own + i * own_stride, and that of the projection, added to
-// `total`, or none where that is null.
+// Backward of row_i · projection for some of n ids: the gradients of these rows, own [width] at own + i * own_stride, and
+// that of the projection, added to `total`, or none where that is null.
 template <int D>
 inline void project_back(const float* values, int64_t start, int64_t width, const float* projection, const int64_t* index,
                          const int64_t* rows, int64_t count, const float* gradient, int64_t stride, float* own,
@@ -751,8 +742,9 @@ bool gather_alternatives(const Program& program, const Call& call, const Lookup&
                     std::memcpy(out + index[k] * stride, values + (found[k] - weight.start) * D, D * sizeof(float));
                 return;
             }
-            project<D>(values, weight.start, weight.width, static_cast<const float*>(call.projections[piece.projection]), index,
-                       found, count, out, stride);
+            const float* projection = static_cast<const float*>(call.projections[piece.projection]);
+            for (int64_t k = 0; k < count; ++k)
+                project_one<float, D>(projection, values + (found[k] - weight.start) * weight.width, weight.width, D, out + index[k] * stride);
         });
         for (int64_t k = 0; k < n; ++k)
             if (rows[left[k] * row_stride] < 0) std::memset(out + left[k] * stride, 0, D * sizeof(float));
@@ -1542,17 +1534,12 @@ inline bool is_direct(const Program& program, const Call& call, int64_t l) {
 
 // The rows of a lookup whose gradients are slices of the output's: of a direct one all, of alternatives those of the first
 // where it has no projection.
-struct Sliced {
-    int64_t first, last;
-    bool holds(int64_t row) const { return first <= row && row < last; }
-};
-inline Sliced sliced_rows(const Program& program, const Call& call, int64_t l, bool direct) {
+inline Span sliced_rows(const Program& program, const Call& call, int64_t l, bool direct) {
     if (direct) return {0, INT64_MAX};
     const Lookup& lookup = program.lookups[l];
     const Piece& piece = program.pieces[lookup.first_piece];
     if (lookup.operation != MIXED || piece.projection >= 0 || scales_ids(call, l)) return {0, 0};
-    const int64_t first = program.weights[piece.weight].start + piece.slab;
-    return {first, first + piece.rows};
+    return rows_of_slab(program, piece);
 }
 
 // Where the gradient of row c lies among an id's own values: all rows of a list have the same one.
@@ -1607,7 +1594,7 @@ inline void prefetch_rows(const Program& program, const Call& call, const Lookup
 template <int D>
 bool own_of_alternatives(const Program& program, const Call& call, const Lookup& lookup, const int64_t* rows,
                          int64_t row_stride, int64_t n, const float* gradient, int64_t stride, float* own,
-                         int64_t own_stride, const Sliced& sliced, float* const* projection_sums) {
+                         int64_t own_stride, const Span& sliced, float* const* projection_sums) {
     if constexpr (!has_narrow_rows<D>) {
         return false;
     } else {
@@ -1619,7 +1606,8 @@ bool own_of_alternatives(const Program& program, const Call& call, const Lookup&
         by_alternative(program, lookup, rows, row_stride, n, left, [&](const Piece& piece, const int64_t* index,
                                                                        const int64_t* found, int64_t count) {
             if (piece.projection < 0) {
-                for (int64_t k = 0; k < count && !sliced.holds(found[k]); ++k)
+                if (sliced.holds(found[0])) return;  // as it holds all of these
+                for (int64_t k = 0; k < count; ++k)
                     std::memcpy(own + index[k] * own_stride, gradient + index[k] * stride, D * sizeof(float));
                 return;
             }
@@ -1803,7 +1791,7 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     float* g = scratch;
     float* product = scratch + dim;
     const bool reads = reads_rows(program, lookup);
-    const Sliced sliced = sliced_rows(program, call, l, flow.direct);
+    const Span sliced = sliced_rows(program, call, l, flow.direct);
     bool alternatives = false;  // whose values are made already
     if constexpr (std::is_same<T, float>::value) {
         alternatives = lookup.operation == MIXED && !pools && !id_weights && !call.saved;
@@ -2136,7 +2124,7 @@ void backward(const Call& call, const Call& gradients) {
             // What repeats from example to example: a slot for each address.
             struct Slot {
                 const Piece* piece;
-                Sliced sliced;
+                Span sliced;
                 uint64_t slice, slice_stride, own, own_stride;
                 const Lookup* alternatives;  // of which it may be one instead, where that makes a difference
             };
@@ -2173,7 +2161,7 @@ void backward(const Call& call, const Call& gradients) {
             const Lookup& lookup = program.lookups[l];
             const Output& output = call.outputs[l];
             const Lookup& by = with_addresses(program, lookup);
-            const Sliced sliced = sliced_rows(program, call, l, flows[l].direct);
+            const Span sliced = sliced_rows(program, call, l, flows[l].direct);
             const int64_t* row = call.rows + starts[l];
             for (int64_t b = 0; b < call.batch; ++b) {
                 int64_t begin = b, end = b + 1;
