@@ -293,12 +293,12 @@ class Lookup(nn.Module):
         in_pytorch = unknown or step.listeners or step.rounding is not None
         tensors = None if native is None or in_pytorch else native.takes(given, step)
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
-        result, vectors = None, {}
+        result = None
         try:
             if rest:
                 check_offsets(given.ids, given.offsets, rest=given.rest)
                 given = given.copied()
-            ids = {i: self.blocks[i].pick(given, self.only) for i in rest}
+                ids = {i: self.blocks[i].pick(given, self.only) for i in rest}
             # In graphs its operator checks by itself, and nothing is changed before it.
             first = (rest or step.stages) and not torch.compiler.is_compiling()
             if native is not None and tensors is not None and first:
@@ -309,8 +309,9 @@ class Lookup(nn.Module):
                 result = natively(native, tensors)
         except Refused as refused:
             self._explain(refused, given)
-        if rest:
-            vectors = self._in_plain_pytorch(ids, step)
+        if not rest:
+            return result, []
+        vectors = self._in_plain_pytorch(ids, step)
         return result, [BlockVectors(self.blocks[i], ids[i], vectors[i], self._outputs[i]) for i in sorted(vectors)]
 
     def check_range(self, ids: Tensor) -> None:

@@ -48,8 +48,10 @@ class Input(NamedTuple):
 def check_input(ids: Tensor, offsets: Tensor | None, weights: Tensor | None, feature_names: Sequence[str]) -> None:
     """Raises ``TypeError`` or ``ValueError``, naming the argument whose type or shape does not fit."""
     num_features = len(feature_names)
-    for name, value in (("ids", ids), ("offsets", offsets), ("per_sample_weights", weights)):
-        if (value is not None or name == "ids") and not isinstance(value, Tensor):
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor, not a {type(ids).__name__}")
+    for name, value in ("offsets", offsets), ("per_sample_weights", weights):
+        if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, not a {type(value).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be int32 or int64, not {ids.dtype}")

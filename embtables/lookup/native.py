@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from embtables import ops
+from embtables.formats import scales_name
 from embtables.lookup.graphs import is_exporting, transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
@@ -17,6 +20,38 @@ from embtables.lookup.step import Step
 from embtables.lookup.store import Store
 from embtables.ops.native import LookupArgs
 from embtables.ops.program import POOLING, STATES, ProgramTensors
+
+
+class _Told:
+    """What native code was told last by lookups that train, and by those that do not; copies begin without.
+
+    Asking whether tensors lie as they did is faster than telling it anew.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[bool, tuple[list[Any], array[int]]] = {}
+
+    def of(self, trains: bool, tensors: list[Tensor]) -> array[int] | None:
+        """What it was told, where all tensors lie as they did then."""
+        last = self._last.get(trains)
+        if last is None or len(tensors) != len(last[0]):
+            return None
+        for tensor, (place, shape, dtype, kind) in zip(tensors, last[0]):
+            if tensor.data_ptr() != place or tensor.shape != shape or tensor.dtype is not dtype:
+                return None
+            if type(tensor) is not kind or not tensor.is_contiguous():
+                return None
+        return last[1]
+
+    def tell(self, trains: bool, program: ProgramTensors, tensors: list[Tensor]) -> ProgramTensors:
+        """The program with what native code is told of it, kept for the next time."""
+        told = ops.told(program)
+        places = [(tensor.data_ptr(), tensor.shape, tensor.dtype, type(tensor)) for tensor in tensors]
+        self._last[trains] = places, told
+        return program._replace(told=told)
+
+    def __reduce__(self) -> tuple[type[_Told], tuple[()]]:
+        return _Told, ()
 
 
 class NativeLookup:
@@ -65,55 +100,70 @@ class NativeLookup:
         keeps_mean = store.optimizer is not None and store.optimizer.keeps_mean
         kept = [ops.state_places(store.state_names(name), keeps_mean, "") for name in self._dense]
         self._states = [name for names in kept for name in names]
-        self._no_states = [_NOTHING] * len(self._states)
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
+        scaled = [name for name in self.program.weights if store.scales(name) is not None]
+        scales = [scales_name(name) if name in scaled else "" for name in self.program.weights] if self._others else []
+        hyper = [] if store.optimizer is None else ["_hyper"]
+        # What a lookup reads, and what one reads that trains, by their names.
+        self._read = [*self._dense, *self._codes, *scales]
+        self._trained = [*self._read, *self._states, *hyper]
+        # Where the names of weights, projections, codes and scales end.
+        num_dense = len(self._dense)
+        self._ends = len(self.program.weights), num_dense, num_dense + len(self._codes), len(self._read)
+        self._no_states = [_NOTHING] * len(self._states)
+        self._told = _Told()
 
-    def tensors(self, trains: bool = True) -> ProgramTensors | None:
+    def tensors(self, trains: bool = True, in_graph: bool = False) -> ProgramTensors | None:
         """What the program reads as it is now, and writes where it trains; ``None`` where native code has no way."""
-        store, fused = self.store, self.store.optimizer
-        find = store.tensor
-        both, codes = [find(name) for name in self._dense], [find(name) for name in self._codes]
-        if [weight.shape for weight in both] != self._shapes:
-            return None
-        scales: list[Tensor] = []
-        if self._others:
-            if store.dtype != torch.float32 or not ops.fits([w for i, w in enumerate(both) if i not in self._others]):
-                return None
-            scales = [_NOTHING] * len(self.program.weights)
-            for i, forms in self._others.items():
-                stored = store.stored_as(self._dense[i])
-                if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
-                    return None
-                scales[i] = stored[-1] if len(stored) > 1 else _NOTHING
-        elif not ops.fits(both):
-            return None
-        for code, form in zip(codes, self._code_forms):
-            if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
-                return None
-        states, kept = self._no_states, []
-        if trains:
-            states = [find(name) if name else _NOTHING for name in self._states]
-            kept = [state for name, state in zip(self._states, states) if name]
-        if fused is not None and kept:
-            if not (ops.fits(kept) and ops.takes_state(type(fused), kept[0].dtype, both[0].dtype)):
-                return None
-        n = len(self.program.weights)
-        of_weights, of_projections = states[: STATES * n], states[STATES * n :]
-        rule = "sgd" if fused is None else fused.kind
-        pulled = [store.strength(name) for name in self.program.weights] if trains else []
-        strengths = [strength for strength in pulled if strength is not None]
-        return ProgramTensors(
+        store, find = self.store, self.store.tensor
+        names, n = (self._trained, len(self._states)) if trains else (self._read, 0)
+        found = [find(name) if name else _NOTHING for name in names]
+        strengths = [s for s in map(store.strength, self.program.weights) if s is not None] if trains else []
+        weights, dense, codes, read = self._ends
+        states = found[read : read + n] if n else self._no_states
+        # Compiled graphs know no addresses.
+        everything = found if not strengths else [*found, *strengths]
+        told = None if in_graph else self._told.of(trains, everything)
+        tensors = ProgramTensors(
             self.program.words,
-            both[:n],
-            both[n:],
-            codes,
-            of_weights,
-            of_projections,
-            store.hyper,
-            rule,
-            scales,
+            found[:weights],
+            found[weights:dense],
+            found[dense:codes],
+            states[: STATES * weights],
+            states[STATES * weights :],
+            found[-1] if trains and store.optimizer is not None else _NOTHING,
+            store.rule or "sgd",
+            found[codes:read],
             strengths,
+            told,
         )
+        if told is not None:
+            return tensors
+        if not self._takes(tensors):
+            return None
+        return tensors if in_graph else self._told.tell(trains, tensors, everything)
+
+    def _takes(self, tensors: ProgramTensors) -> bool:
+        """Whether native code takes the program's tensors as they are now."""
+        store = self.store
+        dense = [*tensors.weights, *tensors.projections]
+        if [weight.shape for weight in dense] != self._shapes:
+            return False
+        if self._others and store.dtype != torch.float32:
+            return False
+        if not ops.fits([tensor for i, tensor in enumerate(dense) if i not in self._others]):
+            return False
+        for i, forms in self._others.items():
+            stored = store.stored_as(self._dense[i])
+            if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
+                return False
+        for code, form in zip(tensors.codes, self._code_forms):
+            if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
+                return False
+        kept = [state for state in (*tensors.states, *tensors.projection_states) if state is not _NOTHING]
+        if store.optimizer is None or not kept:
+            return True
+        return ops.fits(kept) and ops.takes_state(type(store.optimizer), kept[0].dtype, tensors.weights[0].dtype)
 
     def changes(self, tensors: ProgramTensors) -> list[Tensor]:
         """Those of the weights and projections that a step of the optimizer changes."""
@@ -146,11 +196,15 @@ class NativeLookup:
         if torch.compiler.is_compiling():
             # A graph may put other updates before the backward of a lookup, which must not read their results.
             suits = self._updates_in_graphs(step) if step.updates else not self.store.gives_gradients()
-            return self.tensors() if suits and not given.rest and not is_exporting() else None
-        for tensor in given[:3]:
-            if tensor is not None and not (type(tensor) is Tensor and tensor.is_cpu):
-                return None
-        return None if torch.jit.is_tracing() or transforms() else self.tensors(step.trains)
+            return self.tensors(in_graph=True) if suits and not given.rest and not is_exporting() else None
+        ids, offsets, weights, _ = given
+        if type(ids) is not Tensor or not ids.is_cpu:
+            return None
+        if offsets is not None and (type(offsets) is not Tensor or not offsets.is_cpu):
+            return None
+        if weights is not None and (type(weights) is not Tensor or not weights.is_cpu):
+            return None
+        return None if torch._C._get_tracing_state() or transforms() else self.tensors(step.trains)
 
     def _updates_in_graphs(self, step: Step) -> bool:
         # A stage may change weights before they are read, and the operator checks the ids that it reads by itself.
@@ -215,12 +269,12 @@ class NativeLookup:
         """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
         program, (ids, offsets, weights) = self.program, given[:3]
         num_rows = batch * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
-        ids = ids.clone() if keeps and self.reads_ids else ids
+        ids = _as(ids, ids.dtype, copy=keeps and self.reads_ids)
         if offsets is not None:
             offsets = _as(offsets, torch.int64, copy=keeps)
         if weights is not None:
             weights = _as(weights, torch.float32, copy=keeps)
-        return LookupArgs(ids.contiguous(), offsets, weights, outputs, batch, shape, num_rows)
+        return LookupArgs(ids, offsets, weights, outputs, batch, shape, num_rows)
 
     def _values(
         self,
@@ -264,5 +318,7 @@ _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _as(tensor: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
-    """The contiguous tensor in a type; asking is faster than ``to``, which does nothing slowly."""
-    return tensor.contiguous() if tensor.dtype is dtype and not copy else tensor.to(dtype, copy=copy).contiguous()
+    """The contiguous tensor in a type; asking is faster than ``to`` and ``contiguous``, which do nothing slowly."""
+    if copy or tensor.dtype is not dtype:
+        tensor = tensor.to(dtype, copy=copy)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()

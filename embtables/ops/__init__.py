@@ -32,7 +32,7 @@ from embtables.ops.fused import (
     update_in_backward,
 )
 from embtables.ops.ids import raise_for_id, raise_for_ids, ranges, refuse_ids
-from embtables.ops.native import Refused, fits, has_native_form, state_places, takes_state
+from embtables.ops.native import Refused, fits, has_native_form, state_places, takes_state, told
 from embtables.ops.reference import (
     coalesce,
     fused_dense,
@@ -71,6 +71,7 @@ __all__ = [
     "refuse_ids",
     "state_places",
     "takes_state",
+    "told",
     "training_lock",
     "unpacking",
     "update",

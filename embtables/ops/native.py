@@ -66,12 +66,11 @@ _CALL = (
     "refused scales strengths"
 ).split()
 _PLACE = {name: place for place, name in enumerate(_CALL)}
-_WEIGHTS, _PROJECTIONS, _CODES = _PLACE["weights"], _PLACE["projections"], _PLACE["codes"]
-_STATES, _PROJECTION_STATES = _PLACE["states"], _PLACE["projection_states"]
-_REFUSED, _SCALES, _STRENGTHS = _PLACE["refused"], _PLACE["scales"], _PLACE["strengths"]
-# The fields after ``projection_states``, and behind them the lookup and the id that are refused.
-_REST = (0,) * (len(_CALL) - _PROJECTION_STATES - 1 + 2)
-_LISTS = len(_CALL) + 2  # where the lists of pointers begin
+_IDS, _ID_BYTES, _NUM_IDS, _OFFSETS = (_PLACE[name] for name in ("ids", "id_bytes", "num_ids", "offsets"))
+_ID_WEIGHTS, _BATCH, _OUTPUTS, _VALUES = (_PLACE[name] for name in ("id_weights", "batch", "outputs", "values"))
+_ROWS, _NUM_THREADS, _REFUSED = (_PLACE[name] for name in ("rows", "num_threads", "refused"))
+# Where the lists of pointers begin: behind the call, and the lookup and the id that are refused.
+_LISTS = len(_CALL) + 2
 
 _Gather = _struct(
     "_Gather",
@@ -321,7 +320,8 @@ class Library:
     def values(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor = _NO_ROWS) -> Tensor:
         """The values; the addresses go to ``rows`` where there is room for them. It raises what ``forward`` does."""
         values = torch.empty(args.shape, dtype=tensors.dtype, device="cpu")
-        self.keep_large_blocks(values.nbytes)
+        if not self._keeps_blocks:
+            self.keep_large_blocks(values.nbytes)
         self._run_forward(self._call(tensors, args, rows, values))
         return values
 
@@ -394,7 +394,7 @@ class Library:
             into = [torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes]
             index = []
         counts = torch.zeros(len(shapes) if sparse else 0, dtype=torch.int64, device="cpu")
-        target = self._call(tensors._replace(weights=into, projections=into_projections), args, rows, grad)
+        target = self._call(tensors._replace(weights=into, projections=into_projections, told=None), args, rows, grad)
         target[_PLACE["rule"]] = call[_PLACE["rule"]]
         addresses = array("q", [rows_of_weight.data_ptr() for rows_of_weight in index])
         target[_PLACE["gradient_rows"]] = addresses.buffer_info()[0]
@@ -419,54 +419,55 @@ class Library:
         if as_read is None:
             return self._call(tensors, args, rows, grad)
         saved, projections = as_read
-        call = self._call(tensors._replace(projections=projections), args, rows, grad)
+        call = self._call(tensors._replace(projections=projections, told=None), args, rows, grad)
         call[_PLACE["saved"]] = saved.data_ptr()
         return call
 
     def _call(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor, values: Tensor | None) -> array[int]:
-        """A ``Call`` of ``csrc/program.h`` and its lists of pointers; it does not hold the tensors."""
-        words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths = tensors
+        """A ``Call`` of ``csrc/program.h``; neither it nor what it points at holds the tensors."""
+        call = told(tensors) if tensors.told is None else tensors.told[:_LISTS]
         ids, offsets, id_weights, outputs, batch, _, num_rows = args
-        call = array(
-            "q",  # addresses of user space are far below 2**63
-            (
-                words.data_ptr(),
-                ids.data_ptr(),
-                ids.element_size(),
-                0 if offsets is None else offsets.data_ptr(),
-                ids.numel(),
-                0 if id_weights is None else id_weights.data_ptr(),
-                batch,
-                0,
-                0,
-                0,
-                outputs.data_ptr(),
-                0 if values is None else values.data_ptr(),
-                rows.data_ptr(),
-                DTYPES[tensors.dtype],
-                DTYPES[states[0].dtype],
-                threads(num_rows),
-                # Only an update asks for it, and one without a native form is made in PyTorch.
-                RULES.get(rule, _GRADIENTS["sparse"]),
-                hyper.data_ptr(),
-                hyper.numel(),
-                0,
-                0,
-                0,
-                *_REST,
-                # Empty tensors have the address 0.
-                *map(_address, (*weights, *projections, *codes, *states, *projection_states, *scales, *strengths)),
-            ),
-        )
-        call[_WEIGHTS] = place = call.buffer_info()[0] + 8 * _LISTS
-        call[_PROJECTIONS] = place = place + 8 * len(weights)
-        call[_CODES] = place = place + 8 * len(projections)
-        call[_STATES] = place = place + 8 * len(codes)
-        call[_PROJECTION_STATES] = place = place + 8 * len(states)
-        call[_SCALES] = place = place + 8 * len(projection_states)
-        if strengths:
-            call[_STRENGTHS] = place + 8 * len(scales)
+        call[_IDS], call[_ID_BYTES], call[_NUM_IDS] = ids.data_ptr(), ids.element_size(), ids.numel()
+        if offsets is not None:
+            call[_OFFSETS] = offsets.data_ptr()
+        if id_weights is not None:
+            call[_ID_WEIGHTS] = id_weights.data_ptr()
+        call[_BATCH], call[_OUTPUTS], call[_ROWS] = batch, outputs.data_ptr(), rows.data_ptr()
+        if values is not None:
+            call[_VALUES] = values.data_ptr()
+        call[_NUM_THREADS] = threads(num_rows)
         return call
+
+
+def told(tensors: ProgramTensors) -> array[int]:
+    """A ``Call`` of ``csrc/program.h`` that says where these tensors lie, and nothing of what is looked up.
+
+    Behind it are the lists of pointers that it points at: copies of the call alone are good while this one is there.
+    """
+    words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths, _ = tensors
+    # Empty tensors have the address 0, and addresses of user space are far below 2**63.
+    lists = map(_address, (*weights, *projections, *codes, *states, *projection_states, *scales, *strengths))
+    call = array("q", (*[0] * _LISTS, *lists))
+    call[_PLACE["program"]] = words.data_ptr()
+    call[_PLACE["dtype"]], call[_PLACE["state_dtype"]] = DTYPES[tensors.dtype], DTYPES[states[0].dtype]
+    # Only an update asks for it, and one without a native form is made in PyTorch.
+    call[_PLACE["rule"]] = RULES.get(rule, _GRADIENTS["sparse"])
+    call[_PLACE["hyper"]], call[_PLACE["num_hyper"]] = hyper.data_ptr(), hyper.numel()
+    place = call.buffer_info()[0] + 8 * _LISTS
+    behind = {
+        "weights": weights,
+        "projections": projections,
+        "codes": codes,
+        "states": states,
+        "projection_states": projection_states,
+        "scales": scales,
+        "strengths": strengths,
+    }
+    for name, pointed_at in behind.items():
+        if pointed_at or name != "strengths":
+            call[_PLACE[name]] = place
+        place += 8 * len(pointed_at)
+    return call
 
 
 def _no_such_row(weight: Tensor, index: Tensor) -> IndexError:

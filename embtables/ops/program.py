@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ class ProgramTensors(NamedTuple):
     ``scales``: of each weight, empty where none stand outside of its rows, and no list at all where all weights are
     plain;
     ``strengths``: of each weight, float32, how strongly L2 pulls each row that is updated, or whose gradient is asked
-    for, and no list at all where it pulls none.
+    for, and no list at all where it pulls none;
+    ``told``: what native code is told of all this, where that is known (``embtables.ops.native.told``).
     """
 
     words: Tensor
@@ -67,6 +69,7 @@ class ProgramTensors(NamedTuple):
     rule: str
     scales: Sequence[Tensor] = ()
     strengths: Sequence[Tensor] = ()
+    told: array[int] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1258,30 +1258,51 @@ inline void update_row(const Rule& rule, Row w, const State<S>& state, float* g,
 
 // ---- the occurrences of rows ---------------------------------------------------------------------------------------
 
-// How many ids (or entries) ahead of their use rows are asked for.
+// How many rows (or occurrences of one) ahead of their use memory is asked for.
 constexpr int64_t AHEAD = 12;
 
-// A row, and where its gradient lies: an element of the output's gradient, or with OWN of the values made from it.
-struct Entry {
-    uint64_t row;
-    uint64_t source;
-};
-constexpr uint64_t OWN = uint64_t{1} << 63;
+// The smaller what is sorted, the sooner it is: rows are counted within a window of so many, one window after another
+// being seen to. There is more than one where rows take tens of gigabytes.
+#ifndef EMBTABLES_ROW_BITS
+#define EMBTABLES_ROW_BITS 32
+#endif
+constexpr int ROW_BITS = EMBTABLES_ROW_BITS;
+static_assert(ROW_BITS <= 32, "");
 
-// Of a stretch of a block of scalars the row is the first scalar; its source holds the length too.
-constexpr int LENGTH_BITS = 15, SOURCE_BITS = 48;
-inline int64_t length_of(const Entry& stretch) {
-    return static_cast<int64_t>((stretch.source & ~OWN) >> SOURCE_BITS);
-}
-inline uint64_t source_of(const Entry& stretch) {  // as a row's
-    return stretch.source & (OWN | ((uint64_t{1} << SOURCE_BITS) - 1));
-}
+// A row, and where its gradient lies (see Sources).
+struct Entry {
+    uint32_t row, source;
+};
+// A stretch of a block of scalars; its row is the first of them.
+struct Stretch {
+    uint32_t row, source, length;
+};
+
+// Where gradients lie: that of the output, and behind it, as if they were stored there, the values made from it.
+template <class T>
+struct Sources {
+    const T* gradient;
+    const float* own;
+    uint32_t own_from;
+
+    template <class F>
+    __attribute__((always_inline)) void read(uint32_t source, const F& f) const {
+        if constexpr (std::is_same<T, float>::value) {
+            f(source < own_from ? gradient + source : own + (source - own_from));
+        } else {
+            source < own_from ? f(gradient + source) : f(own + (source - own_from));
+        }
+    }
+    __attribute__((always_inline)) void ask(uint32_t source) const {
+        read(source, [](const auto* values) __attribute__((always_inline)) { __builtin_prefetch(values); });
+    }
+};
 
 // Rows whose numbers agree but for the last bits belong to one thread: their state may share a cache line.
 constexpr int64_t LINE_BITS = 4;
 // Stretches end where a region does, for the same reason.
 constexpr int64_t REGION_BITS = 10;
-static_assert(REGION_BITS < LENGTH_BITS, "");
+static_assert(REGION_BITS <= ROW_BITS, "");
 
 inline bool belongs(uint64_t place, uint64_t part, uint64_t parts) {
     // Any function of the place that spreads evenly: two products' upper bits, since a division takes many times longer.
@@ -1301,63 +1322,105 @@ struct Buffer {
     }
 };
 
+// A list that is sorted by row.
+template <class E>
+struct Sorted {
+    Buffer<E> entries, spare;
+    std::vector<uint32_t> counts;
+
+    const E* begin() const { return entries.data.get(); }
+    const E* end() const { return begin() + entries.size; }
+    // Some that are no entries may be read behind the last one, to no effect.
+    void reserve(int64_t n) { entries.reserve(static_cast<size_t>(n + AHEAD)); }
+
+    // A stable radix sort of rows below `bound`.
+    void sort(uint64_t bound) {
+        const size_t n = entries.size;
+        if (n < 2) return;
+        int bits = 1;
+        while (bits < ROW_BITS && (bound - 1) >> bits) ++bits;
+        // Short lists are sorted with small counters.
+        const int most = n < 4096 ? 8 : 11;
+        const int passes = (bits + most - 1) / most, digit = (bits + passes - 1) / passes;
+        const size_t size = size_t{1} << digit;
+        spare.reserve(n + static_cast<size_t>(AHEAD));
+        counts.assign(2 * size * passes, 0);
+        const E* all = begin();
+        // Where one row follows itself, as frequent ones do, a counter would wait for itself: there are two, for every
+        // other entry.
+        for (size_t i = 0; i < n; ++i)
+            for (int pass = 0; pass < passes; ++pass)
+                ++counts[(2 * pass + (i & 1)) * size + ((all[i].row >> (pass * digit)) & (size - 1))];
+        for (int pass = 0; pass < passes; ++pass) {
+            uint32_t *count = counts.data() + 2 * pass * size, *others = count + size;
+            uint32_t before = 0;
+            for (size_t j = 0; j < size; ++j) {
+                const uint32_t own = count[j] + others[j];
+                count[j] = before;
+                before += own;
+            }
+            const E* from = begin();
+            E* to = spare.data.get();
+            const int shift = pass * digit;
+            for (size_t i = 0; i < n; ++i) to[count[(from[i].row >> shift) & (size - 1)]++] = from[i];
+            std::swap(entries.data, spare.data);
+            std::swap(entries.capacity, spare.capacity);
+        }
+    }
+};
+
 // What one part of an update works with; kept from step to step, so that no step maps memory anew.
 struct Workspace {
-    Buffer<Entry> entries, spare;
-    std::vector<uint32_t> counts;
-    std::vector<Entry> order;
+    Sorted<Entry> rows;
+    Sorted<Stretch> stretches;
+    Buffer<uint32_t> runs;
+    std::vector<Stretch> order;
     Buffer<float> sum;
 };
 
-// Stable radix sort of entries by row, rows below `end`; the result is in `entries`.
-inline void sort_entries(Workspace& work, uint64_t end) {
-    const size_t n = work.entries.size;
-    if (n < 2) return;
-    int bits = 1;
-    while (bits < 64 && (end - 1) >> bits) ++bits;
-    // Short lists are sorted with small counters.
-    const int most = n < 4096 ? 8 : 11;
-    const int passes = (bits + most - 1) / most, digit = (bits + passes - 1) / passes;
-    const size_t size = size_t{1} << digit;
-    work.spare.reserve(n);
-    work.counts.assign(size * passes, 0);
-    uint32_t* counts = work.counts.data();
-    const Entry* all = work.entries.data.get();
-    for (size_t i = 0; i < n; ++i)
-        for (int pass = 0; pass < passes; ++pass) ++counts[pass * size + ((all[i].row >> (pass * digit)) & (size - 1))];
-    for (int pass = 0; pass < passes; ++pass) {
-        uint32_t* count = counts + pass * size;
-        uint32_t before = 0;
-        for (size_t j = 0; j < size; ++j) {
-            const uint32_t own = count[j];
-            count[j] = before;
-            before += own;
-        }
-        const Entry* from = work.entries.data.get();
-        Entry* to = work.spare.data.get();
-        const int shift = pass * digit;
-        for (size_t i = 0; i < n; ++i) to[count[(from[i].row >> shift) & (size - 1)]++] = from[i];
-        std::swap(work.entries.data, work.spare.data);
-        std::swap(work.entries.capacity, work.spare.capacity);
+// Where the occurrences of each row begin among sorted ones, and behind the last of them where they end; how many rows
+// they are is returned.
+inline size_t find_runs(const Entry* entry, const Entry* end, Buffer<uint32_t>& runs) {
+    const size_t n = static_cast<size_t>(end - entry);
+    runs.reserve(n + 1);
+    uint32_t* begins = runs.data.get();
+    begins[0] = 0;
+    size_t count = 0;
+    for (size_t i = 1; i < n; ++i) {  // written in any case and then counted or not: what comes cannot be foreseen
+        begins[count + 1] = static_cast<uint32_t>(i);
+        count += entry[i].row != entry[i - 1].row;
     }
+    begins[++count] = static_cast<uint32_t>(n);
+    return count;
 }
 
 // The sum of a run of occurrences of one row, in input order.
 template <int W, class T>
-inline void sum_run(const Entry* run, const Entry* end, const T* gradient, const float* own, int64_t width, float* sum) {
-    const int64_t n = fixed<W>(width);
-    for (const Entry* entry = run; entry < end; ++entry) {
-        if (entry->source & OWN) {
-            const float* value = own + (entry->source & ~OWN);
-            each<W>(n, [&](int64_t d, auto m) {
-                put<m>(sum + d, entry == run ? get<m>(value + d) : get<m>(sum + d) + get<m>(value + d));
+inline void sum_run(const Entry* run, const Entry* end, const Sources<T>& sources, int64_t width, float* sum) {
+    if constexpr (W == 0) {
+        for (const Entry* entry = run; entry < end; ++entry)
+            sources.read(entry->source, [&](const auto* value) {
+                each<0>(width, [&](int64_t d, auto m) {
+                    put<m>(sum + d, entry == run ? get<m>(value + d) : get<m>(sum + d) + get<m>(value + d));
+                });
             });
-        } else {
-            const T* value = gradient + entry->source;
-            each<W>(n, [&](int64_t d, auto m) {
-                put<m>(sum + d, entry == run ? get<m>(value + d) : get<m>(sum + d) + get<m>(value + d));
+    } else {
+        constexpr int N = W < REGISTER ? W : REGISTER;
+        lanes<N> sums[W / N];
+        auto each_lanes = [&](const auto& f) __attribute__((always_inline)) {
+            each_of<N>(std::make_integer_sequence<int, W / N>{}, f);
+        };
+        sources.ask(run[AHEAD].source);
+        sources.read(run->source, [&](const auto* value) __attribute__((always_inline)) {
+            each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[d / N] = get<N>(value + d); });
+        });
+        for (const Entry* entry = run + 1; entry < end; ++entry) {
+            sources.ask(entry[AHEAD].source);
+            sources.read(entry->source, [&](const auto* value) __attribute__((always_inline)) {
+                each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[d / N] += get<N>(value + d); });
             });
         }
+        each_lanes([&](auto d, auto) __attribute__((always_inline)) { put<N>(sum + d, sums[d / N]); });
     }
 }
 
@@ -1367,7 +1430,7 @@ struct Target {
     Row values;
     State<S> state;
     int64_t width;
-    int64_t start;        // number of its first row among those of all weights
+    int64_t start;        // number of its first row among those of all weights, counted from the window's first one
     int64_t* rows;        // SPARSE_GRADIENT: where to note rows, from `next` on
     int64_t next;
     const Weight* weight;    // the rows themselves, which `values` are but for gradients,
@@ -1386,36 +1449,43 @@ struct Target {
     }
 };
 
+// How many rows' gradients are added up before these rows are updated: how often a row occurs cannot be foreseen, and a
+// processor that guesses wrong there would begin anew with what it has begun of updates.
+constexpr size_t SUMS = 16;
+
+// `runs`: where the occurrences of each of so many rows begin, as find_runs says; `sum` has room for SUMS of them.
 template <int W, class Row, class T, class S, class Weight>
-void update_rows(const Rule& rule, Target<Row, S, Weight>& target, const Entry* entry, const Entry* end, const T* gradient,
-                 const float* own, float* sum) {
+void update_rows(const Rule& rule, Target<Row, S, Weight>& target, const Entry* entries, const uint32_t* runs, size_t num_rows,
+                 const Sources<T>& sources, float* sum) {
     const int64_t width = fixed<W>(target.width);
     const bool sparse = rule.kind == SPARSE_GRADIENT;
-    while (entry < end) {
-        if (entry + AHEAD < end) {
-            const Entry& later = entry[AHEAD];
-            const int64_t row = static_cast<int64_t>(later.row) - target.start;
-            if (!sparse) {
-                const char* w = bytes_at(target.values + row * width);
-                for (int64_t at = 0; at < width * scalar_bytes<Row>; at += 64) __builtin_prefetch(w + at, 1);
-            }
-            target.state.each_tensor(rule, width, [&](const S* values, int64_t columns) __attribute__((always_inline)) {
-                if (!values) return;
-                const char* first = reinterpret_cast<const char*>(values + row * columns);
-                for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(first + at, 1);
-            });
-            if (!(later.source & OWN)) __builtin_prefetch(gradient + later.source);
-            if (target.strengths) __builtin_prefetch(target.strengths + row);
+    auto ask = [&](int64_t row) __attribute__((always_inline)) {
+        if (!sparse) {
+            const char* w = bytes_at(target.values + row * width);
+            for (int64_t at = 0; at < width * scalar_bytes<Row>; at += 64) __builtin_prefetch(w + at, 1);
         }
-        const Entry* run = entry;
-        do ++entry;
-        while (entry < end && entry->row == run->row);
-        sum_run<W>(run, entry, gradient, own, width, sum);
-        const int64_t row = static_cast<int64_t>(run->row) - target.start;
-        const int64_t to = sparse ? target.next++ : row;
-        if (sparse) target.rows[to] = row;
-        target.template pull<W>(row, width, false, sum);
-        update_row<W>(rule, target.values + to * width, target.state.at(rule, row, width), sum, width);
+        target.state.each_tensor(rule, width, [&](const S* values, int64_t columns) __attribute__((always_inline)) {
+            if (!values) return;
+            const char* first = reinterpret_cast<const char*>(values + row * columns);
+            for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(first + at, 1);
+        });
+        if (target.strengths) __builtin_prefetch(target.strengths + row);
+    };
+    for (size_t first = 0; first < num_rows; first += SUMS) {
+        const size_t last = std::min(num_rows, first + SUMS);
+        float* own = sum;
+        for (size_t r = first; r < last; ++r, own += width) {
+            if (r + AHEAD < num_rows) ask(entries[runs[r + AHEAD]].row - target.start);
+            sum_run<W>(entries + runs[r], entries + runs[r + 1], sources, width, own);
+        }
+        own = sum;
+        for (size_t r = first; r < last; ++r, own += width) {
+            const int64_t row = entries[runs[r]].row - target.start;
+            const int64_t to = sparse ? target.next++ : row;
+            if (sparse) target.rows[to] = row;
+            target.template pull<W>(row, width, false, own);
+            update_row<W>(rule, target.values + to * width, target.state.at(rule, row, width), own, width);
+        }
     }
 }
 
@@ -1434,60 +1504,55 @@ inline void prefetch(const S* values, int64_t at, int64_t count) {
 
 // Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole.
 template <class Row, class T, class S, class Weight>
-void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspace& work, const Entry* entry, const Entry* end,
-                      const T* gradient, const float* own) {
-    auto add = [&](const Entry& stretch, float* to) {
-        const uint64_t source = source_of(stretch);
-        if (source & OWN) {
-            const float* from = own + (source & ~OWN);
-            each<0>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
-        } else {
-            const T* from = gradient + source;
-            each<0>(length_of(stretch), [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
-        }
+void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspace& work, const Stretch* entry,
+                      const Stretch* end, const Sources<T>& sources) {
+    auto add = [&](const Stretch& stretch, float* to) {
+        sources.read(stretch.source, [&](const auto* from) {
+            each<0>(stretch.length, [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
+        });
     };
     while (entry < end) {
         const uint64_t first = entry->row;
         uint64_t stop = first;
-        const Entry* chain = entry;
+        const Stretch* chain = entry;
         bool one_place = true;
         for (; entry < end && (entry == chain || entry->row < stop); ++entry) {
             if (entry + AHEAD < end) {
-                const Entry& later = entry[AHEAD];
-                const int64_t at = static_cast<int64_t>(later.row) - target.start;
-                if (!target.rows) prefetch(target.values, at, length_of(later));
-                target.state.each_tensor(rule, 1, [&](const S* values, int64_t) { prefetch(values, at, length_of(later)); });
-                if (!(later.source & OWN)) __builtin_prefetch(gradient + source_of(later));
+                const Stretch& later = entry[AHEAD];
+                const int64_t at = later.row - target.start;
+                if (!target.rows) prefetch(target.values, at, later.length);
+                target.state.each_tensor(rule, 1, [&](const S* values, int64_t) { prefetch(values, at, later.length); });
+                sources.ask(later.source);
             }
             one_place &= entry->row == first;
-            stop = std::max(stop, entry->row + static_cast<uint64_t>(length_of(*entry)));
+            stop = std::max(stop, static_cast<uint64_t>(entry->row) + entry->length);
         }
         const size_t count = static_cast<size_t>(entry - chain);
         const int64_t length = static_cast<int64_t>(stop - first);
         const int64_t scalar = static_cast<int64_t>(first) - target.start;
+        work.sum.reserve(length);
+        float* sum = work.sum.data.get();
         if (count == 1 && !target.rows) {  // the rule, and fast
             const State<S> state = target.state.at(rule, scalar, 1);
             with_dim<T>(length, [&](auto w) {
-                work.sum.reserve(length);
-                const Entry one{first, source_of(*chain)};
-                sum_run<w>(&one, &one + 1, gradient, own, length, work.sum.data.get());
-                target.template pull<w>(scalar, length, true, work.sum.data.get());
-                update_row<w>(rule, target.values + scalar, state, work.sum.data.get(), length, true);
+                sources.read(chain->source, [&](const auto* from) {
+                    each<w>(length, [&](int64_t d, auto n) { put<n>(sum + d, get<n>(from + d)); });
+                });
+                target.template pull<w>(scalar, length, true, sum);
+                update_row<w>(rule, target.values + scalar, state, sum, length, true);
             });
             continue;
         }
-        work.sum.reserve(length);
-        float* sum = work.sum.data.get();
         for (int64_t i = 0; i < length; ++i) sum[i] = 0;
         if (one_place) {
-            for (const Entry* e = chain; e < entry; ++e) add(*e, sum);
+            for (const Stretch* e = chain; e < entry; ++e) add(*e, sum);
         } else {
             // One order for all the stretches of a scalar: that of their sources.
             work.order.assign(chain, entry);
-            std::sort(work.order.begin(), work.order.end(), [](const Entry& a, const Entry& b) {
-                return source_of(a) != source_of(b) ? source_of(a) < source_of(b) : a.row < b.row;
+            std::sort(work.order.begin(), work.order.end(), [](const Stretch& a, const Stretch& b) {
+                return a.source != b.source ? a.source < b.source : a.row < b.row;
             });
-            for (const Entry& stretch : work.order) add(stretch, sum + (stretch.row - first));
+            for (const Stretch& stretch : work.order) add(stretch, sum + (stretch.row - first));
         }
         target.template pull<0>(scalar, length, true, sum);
         if (target.rows) {
@@ -1502,11 +1567,13 @@ void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspac
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// How a lookup's gradient reaches its rows.
+// How a lookup's gradient reaches its rows: slices of the output's as they are (DIRECT), slices of it divided, once for
+// each bag (DIVIDED), or values made from it for each id (MADE).
+enum Way { DIRECT, DIVIDED, MADE };
+
 struct Flow {
-    bool direct;        // rows take slices of the output's gradient as they are
-    int64_t own_start;  // else: values made from it, own_stride an id
-    int64_t own_stride;
+    Way way;
+    int64_t own_start, own_stride;  // of what is made for each id, or bag
     int64_t num_ids;
 };
 
@@ -1520,25 +1587,23 @@ inline bool takes_slices(const Program& program, const Lookup& lookup) {
     return true;
 }
 
-// Whether the vector of an id counts by a factor of its own.
-inline bool scales_ids(const Call& call, int64_t l) {
-    return call.id_weights || (call.offsets && call.outputs[l].pooling == POOL_MEAN);
-}
+inline bool divides(const Call& call, int64_t l) { return call.offsets && call.outputs[l].pooling == POOL_MEAN; }
 
-inline bool is_direct(const Program& program, const Call& call, int64_t l) {
+inline Way way_of(const Program& program, const Call& call, int64_t l) {
     const Lookup& lookup = program.lookups[l];
-    if (lookup.num_pieces == 0) return true;
-    if (scales_ids(call, l)) return false;
-    return takes_slices(program, lookup) && (lookup.rest < 0 || takes_slices(program, program.lookups[lookup.rest]));
+    if (lookup.num_pieces == 0) return DIRECT;
+    if (call.id_weights || !takes_slices(program, lookup)) return MADE;
+    if (lookup.rest >= 0 && !takes_slices(program, program.lookups[lookup.rest])) return MADE;
+    return divides(call, l) ? DIVIDED : DIRECT;
 }
 
 // The rows of a lookup whose gradients are slices of the output's: of a direct one all, of alternatives those of the first
 // where it has no projection.
-inline Span sliced_rows(const Program& program, const Call& call, int64_t l, bool direct) {
-    if (direct) return {0, INT64_MAX};
+inline Span sliced_rows(const Program& program, const Call& call, int64_t l, Way way) {
+    if (way == DIRECT) return {0, INT64_MAX};
     const Lookup& lookup = program.lookups[l];
     const Piece& piece = program.pieces[lookup.first_piece];
-    if (lookup.operation != MIXED || piece.projection >= 0 || scales_ids(call, l)) return {0, 0};
+    if (lookup.operation != MIXED || piece.projection >= 0 || call.id_weights || divides(call, l)) return {0, 0};
     return rows_of_slab(program, piece);
 }
 
@@ -1645,10 +1710,10 @@ inline int64_t find_flows(const Program& program, const Call& call, std::vector<
         int64_t first = 0, last = call.batch;
         ids_of_bags(call, lookup, first, last);
         Flow& flow = flows[l];
-        flow = {is_direct(program, call, l), own_size, 0, last - first};
-        if (flow.direct) continue;
-        flow.own_stride = own_stride_of(program, lookup);
-        own_size += flow.num_ids * flow.own_stride;
+        flow = {way_of(program, call, l), own_size, 0, last - first};
+        if (flow.way == DIRECT) continue;
+        flow.own_stride = flow.way == DIVIDED ? lookup.dim : own_stride_of(program, lookup);
+        own_size += (flow.way == DIVIDED ? call.batch : flow.num_ids) * flow.own_stride;
     }
     return own_size;
 }
@@ -1663,7 +1728,7 @@ int64_t keep_rows(const Call& call) {
     const int64_t size = find_flows(program, call, flows);
     for (int64_t l = 0; call.saved && l < program.num_lookups; ++l) {
         const Lookup& lookup = program.lookups[l];
-        if (flows[l].direct || !reads_rows(program, lookup)) continue;
+        if (flows[l].way != MADE || !reads_rows(program, lookup)) continue;
         const Place place = place_of(program, call, l, starts.data());
         for (int64_t i = 0; i < flows[l].num_ids; ++i) {
             const int64_t* rows = call.rows + place.rows + i * place.row_stride;
@@ -1791,7 +1856,19 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     float* g = scratch;
     float* product = scratch + dim;
     const bool reads = reads_rows(program, lookup);
-    const Span sliced = sliced_rows(program, call, l, flow.direct);
+    const Span sliced = sliced_rows(program, call, l, flow.way);
+    if (flow.way == DIVIDED) {
+        for (int64_t b = first; b < last; ++b) {
+            int64_t begin = b, end = b + 1;
+            ids_of_bags(call, lookup, begin, end);
+            const float divisor = divisor_of(lookup, output, call.rows + place.rows + begin * place.row_stride, place.row_stride,
+                                             end - begin);
+            const T* from = gradient + b * output.stride;
+            float* to = own + flow.own_start + b * flow.own_stride;
+            each<D>(dim, [&](int64_t d, auto n) { put<n>(to + d, get<n>(from + d) / divisor); });
+        }
+        return;
+    }
     bool alternatives = false;  // whose values are made already
     if constexpr (std::is_same<T, float>::value) {
         alternatives = lookup.operation == MIXED && !pools && !id_weights && !call.saved;
@@ -1860,39 +1937,82 @@ void make_own(const Program& program, const Call& call, int64_t l, const Place& 
     }
 }
 
-// A block's stretches: it is cut where its slab ends, where it goes on from the slab's beginning, and where regions end.
-__attribute__((noinline)) inline void add_block(Workspace& stretches, const Program& program, const Piece& piece, uint64_t row,
-                                                uint64_t source, uint64_t part, uint64_t parts) {
-    const uint64_t start = static_cast<uint64_t>(program.weights[piece.weight].start + piece.base);
-    const uint64_t end = start + static_cast<uint64_t>(piece.b), last = row + static_cast<uint64_t>(piece.width) - 1;
-    if ((row ^ last) >> REGION_BITS == 0 && last < end) {  // nearly always: not cut
-        stretches.entries.data[stretches.entries.size] = {row, source | static_cast<uint64_t>(piece.width) << SOURCE_BITS};
-        stretches.entries.size += belongs(row >> REGION_BITS, part, parts);
-        return;
-    }
-    for (int64_t left = piece.width; left > 0;) {
-        const uint64_t region = ((row >> REGION_BITS) + 1) << REGION_BITS;
-        const int64_t length = std::min<int64_t>(left, static_cast<int64_t>(std::min(region, end) - row));
-        stretches.entries.data[stretches.entries.size] = {row, source | static_cast<uint64_t>(length) << SOURCE_BITS};
-        stretches.entries.size += belongs(row >> REGION_BITS, part, parts);
-        left -= length, source += static_cast<uint64_t>(length), row += static_cast<uint64_t>(length);
-        if (row == end) row = start;
-    }
-}
+// Takes down the occurrences of rows that belong to a part of the work, of a window.
+struct Notes {
+    const Program& program;
+    uint64_t window, part, parts;
+    Entry* rows;
+    Stretch* stretches;
 
-// The piece of an address that is this one of the rest, or else one of these alternatives.
-inline const Piece& piece_of(const Program& program, const Lookup* alternatives, const Piece& piece, int64_t row) {
-    const bool alternative = alternatives && piece.is_block() && &looked_up_by(program, *alternatives, row) == alternatives;
-    return alternative ? program.pieces[alternatives->first_piece] : piece;
-}
+    static uint32_t within(uint64_t row) { return static_cast<uint32_t>(row & ((uint64_t{1} << ROW_BITS) - 1)); }
 
-// Notes where the gradient of a row lies, if the row is one of this part.
-inline void add_row(Workspace& work, Workspace& stretches, const Program& program, const Piece& piece, uint64_t row,
-                    uint64_t source, uint64_t part, uint64_t parts) {
-    if (piece.is_block()) return add_block(stretches, program, piece, row, source, part, parts);
-    // Written in any case and then counted or not: whose a row is cannot be foreseen.
-    work.entries.data[work.entries.size] = {row, source};
-    work.entries.size += belongs(row >> LINE_BITS, part, parts);
+    // `place`: by which rows, or regions, are dealt out.
+    __attribute__((always_inline)) bool takes(uint64_t row, uint64_t place) const {
+        return (row >> ROW_BITS == window) & belongs(place, part, parts);
+    }
+
+    // One below 0 is in no window.
+    __attribute__((always_inline)) void add(uint64_t row, uint64_t source) {
+        // Written in any case and then counted or not: whose a row is cannot be foreseen.
+        *rows = {within(row), static_cast<uint32_t>(source)};
+        rows += takes(row, row >> LINE_BITS);
+    }
+
+    void add_stretch(uint64_t row, uint64_t source, int64_t length) {
+        *stretches = {within(row), static_cast<uint32_t>(source), static_cast<uint32_t>(length)};
+        stretches += takes(row, row >> REGION_BITS);
+    }
+
+    // A block's stretches: it is cut where its slab ends, where it goes on from the slab's beginning, and where regions end.
+    __attribute__((noinline)) void add_block(const Piece& piece, uint64_t row, uint64_t source) {
+        const uint64_t start = static_cast<uint64_t>(program.weights[piece.weight].start + piece.base);
+        const uint64_t end = start + static_cast<uint64_t>(piece.b), last = row + static_cast<uint64_t>(piece.width) - 1;
+        if ((row ^ last) >> REGION_BITS == 0 && last < end) return add_stretch(row, source, piece.width);  // nearly always
+        for (int64_t left = piece.width; left > 0;) {
+            const uint64_t region = ((row >> REGION_BITS) + 1) << REGION_BITS;
+            const int64_t length = std::min<int64_t>(left, static_cast<int64_t>(std::min(region, end) - row));
+            add_stretch(row, source, length);
+            left -= length, source += static_cast<uint64_t>(length), row += static_cast<uint64_t>(length);
+            if (row == end) row = start;
+        }
+    }
+};
+
+// What repeats from id to id: where the gradients of those at one address of a lookup lie.
+struct Slot {
+    const Piece* block;          // or null
+    const Lookup* alternatives;  // of a block: one of which, with a row of its own, it may be instead; or null
+    Span sliced;
+    uint64_t slice, slice_stride, own, own_stride;
+
+    __attribute__((always_inline)) uint64_t source(int64_t row, int64_t slice_at, int64_t own_at) const {
+        return sliced.holds(row) ? slice + static_cast<uint64_t>(slice_at) * slice_stride
+                                 : own + static_cast<uint64_t>(own_at) * own_stride;
+    }
+
+    __attribute__((always_inline)) void note(Notes& notes, int64_t row, int64_t slice_at, int64_t own_at) const {
+        if (row < 0) return;
+        const bool is_row = !block || (alternatives && &looked_up_by(notes.program, *alternatives, row) == alternatives);
+        const uint64_t from = source(row, slice_at, own_at);
+        is_row ? notes.add(static_cast<uint64_t>(row), from) : notes.add_block(*block, static_cast<uint64_t>(row), from);
+    }
+};
+
+// Appends the slots of a lookup. `own_from`: as in Sources.
+inline void add_slots(const Program& program, const Call& call, int64_t l, const Flow& flow, uint64_t own_from,
+                      std::vector<Slot>& slots) {
+    const Lookup& lookup = program.lookups[l];
+    const Output& output = call.outputs[l];
+    const Lookup& by = with_addresses(program, lookup);
+    for (int64_t c = 0; c < lookup.num_rows; ++c) {
+        const Piece& piece = piece_at(program, by, c);
+        const int64_t column = by.operation == CONCAT ? piece.column : 0;
+        const int64_t own = flow.own_start + (flow.way == DIVIDED ? column : gradient_column(program, by, c));
+        slots.push_back({piece.is_block() ? &piece : nullptr, lookup.rest >= 0 ? &lookup : nullptr,
+                         sliced_rows(program, call, l, flow.way), static_cast<uint64_t>(output.start + column),
+                         static_cast<uint64_t>(output.stride), own_from + static_cast<uint64_t>(own),
+                         static_cast<uint64_t>(flow.own_stride)});
+    }
 }
 
 template <class T, class S>
@@ -1902,9 +2022,10 @@ struct Update {
     const Program& program;
     const Rule rule;
     std::vector<Workspace>& works;
-    std::vector<Workspace>& stretch_works;
-    const T* gradient;
-    const float* own;
+    const Sources<T> sources;
+    int64_t window;
+
+    int64_t first_row() const { return window << ROW_BITS; }
 
     // Calls f with the target of a weight whose distinct rows begin at next[w] of its sparse gradient.
     template <class F>
@@ -1913,7 +2034,7 @@ struct Update {
         const Weight& weight = program.weights[w];
         auto run = [&](auto values, auto* read) {
             Target<decltype(values), S, std::remove_pointer_t<decltype(read)>> target{
-                values, State<S>(stateful ? call.states : nullptr, w), weight.width, weight.start,
+                values, State<S>(stateful ? call.states : nullptr, w), weight.width, weight.start - first_row(),
                 rule.kind == SPARSE_GRADIENT ? call.gradient_rows[w] : nullptr, next ? next[w] : 0,
                 read, source.strengths ? source.strengths[w] : nullptr};
             f(target);
@@ -1931,26 +2052,26 @@ struct Update {
 
     // Distinct rows (scalars) of each weight in a part's sorted lists, for SPARSE_GRADIENT.
     void count(int64_t part, int64_t* counts) const {
-        each_weight(works[part], [&](int64_t w, const Entry* e, const Entry* end) {
+        each_weight(works[part].rows, [&](int64_t w, const Entry* e, const Entry* end) {
             for (const Entry* at = e; at < end; ++at) counts[w] += at == e || at->row != at[-1].row;
         });
-        each_weight(stretch_works[part], [&](int64_t w, const Entry* e, const Entry* end) {
+        each_weight(works[part].stretches, [&](int64_t w, const Stretch* e, const Stretch* end) {
             uint64_t covered = 0;
             for (; e < end; ++e) {
-                const uint64_t stop = e->row + static_cast<uint64_t>(length_of(*e));
-                if (stop > covered) counts[w] += static_cast<int64_t>(stop - std::max(covered, e->row));
+                const uint64_t row = e->row, stop = row + e->length;
+                if (stop > covered) counts[w] += static_cast<int64_t>(stop - std::max(covered, row));
                 covered = std::max(covered, stop);
             }
         });
     }
 
-    template <class F>
-    void each_weight(const Workspace& work, const F& f) const {
-        const Entry* entry = work.entries.data.get();
-        const Entry* end = entry + work.entries.size;
+    // Calls f(weight, entries, their end) for each weight that has some.
+    template <class E, class F>
+    void each_weight(const Sorted<E>& sorted, const F& f) const {
+        const E *entry = sorted.begin(), *end = sorted.end();
         for (int64_t w = 0; w < program.num_weights && entry < end; ++w) {
-            const uint64_t stop = static_cast<uint64_t>(program.weights[w + 1].start);
-            const Entry* next = std::lower_bound(entry, end, stop, [](const Entry& e, uint64_t row) { return e.row < row; });
+            const int64_t stop = program.weights[w + 1].start - first_row();
+            const E* next = std::lower_bound(entry, end, stop, [](const E& e, int64_t row) { return e.row < row; });
             if (next > entry) f(w, entry, next);
             entry = next;
         }
@@ -1959,16 +2080,17 @@ struct Update {
     // Applies a part's updates; `next` is where its distinct rows begin in each weight's sparse gradient.
     void apply(int64_t part, int64_t* next) const {
         Workspace& work = works[part];
-        each_weight(work, [&](int64_t w, const Entry* e, const Entry* end) {
+        each_weight(work.rows, [&](int64_t w, const Entry* e, const Entry* end) {
+            const size_t num_rows = find_runs(e, end, work.runs);
             with_target(w, next, [&](auto& to) {
-                work.sum.reserve(to.width);
+                work.sum.reserve(SUMS * static_cast<size_t>(to.width));
                 with_width(to.width, [&](auto width) {
-                    update_rows<width.value>(rule, to, e, end, gradient, own, work.sum.data.get());
+                    update_rows<width.value>(rule, to, e, work.runs.data.get(), num_rows, sources, work.sum.data.get());
                 });
             });
         });
-        each_weight(stretch_works[part], [&](int64_t w, const Entry* e, const Entry* end) {
-            with_target(w, next, [&](auto& to) { update_stretches(rule, to, work, e, end, gradient, own); });
+        each_weight(work.stretches, [&](int64_t w, const Stretch* e, const Stretch* end) {
+            with_target(w, next, [&](auto& to) { update_stretches(rule, to, work, e, end, sources); });
         });
     }
 
@@ -1979,10 +2101,12 @@ struct Update {
     }
 
     void sort(int64_t part) const {
-        sort_entries(works[part], static_cast<uint64_t>(program.total_rows));
-        sort_entries(stretch_works[part], static_cast<uint64_t>(program.total_rows));
+        const uint64_t bound = static_cast<uint64_t>(program.total_rows - first_row());
+        works[part].rows.sort(bound);
+        works[part].stretches.sort(bound);
     }
 
+    // Sparse gradients of a window follow those of the windows before it.
     void run(int64_t parts, int64_t* num_gradient_rows) const {
         if (rule.kind != SPARSE_GRADIENT) {
             in_parallel(parts, [&](int64_t part) {
@@ -1998,21 +2122,42 @@ struct Update {
             count(part, counts.data() + n * part);
         });
         for (size_t w = 0; w < n; ++w) {
-            int64_t before = 0;
             for (int64_t part = 0; part < parts; ++part) {
                 const int64_t own_rows = counts[n * part + w];
-                counts[n * part + w] = before;
-                before += own_rows;
+                counts[n * part + w] = num_gradient_rows[w];
+                num_gradient_rows[w] += own_rows;
             }
-            num_gradient_rows[w] = before;
         }
         in_parallel(parts, [&](int64_t part) { apply(part, counts.data() + n * part); });
     }
 };
 
+// Updates what `note` takes down of each part's share of the occurrences of rows, of which there are at most so many.
+template <class T, class S, class Note>
+void update_all(const Call& call, const Call& source, const Program& program, std::vector<Workspace>& works,
+                const Sources<T>& sources, int64_t most_rows, int64_t most_stretches, int64_t parts, const Note& note) {
+    if (works.size() < static_cast<size_t>(parts)) works.resize(parts);
+    const int64_t windows = ((program.total_rows - 1) >> ROW_BITS) + 1;
+    for (int64_t window = 0; window < windows; ++window) {
+        in_parallel(parts, [&](int64_t part) {
+            // Bounds for any share of the rows: untouched pages cost nothing.
+            Sorted<Entry>& rows = works[part].rows;
+            Sorted<Stretch>& stretches = works[part].stretches;
+            rows.reserve(most_rows + 1), stretches.reserve(most_stretches + 1);
+            Notes notes{program, static_cast<uint64_t>(window), static_cast<uint64_t>(part), static_cast<uint64_t>(parts),
+                        rows.entries.data.get(), stretches.entries.data.get()};
+            note(notes);
+            rows.entries.size = static_cast<size_t>(notes.rows - rows.begin());
+            stretches.entries.size = static_cast<size_t>(notes.stretches - stretches.begin());
+        });
+        const Update<T, S> update{call, source, program, Rule(source), works, sources, window};
+        update.run(parts, call.num_gradient_rows);
+    }
+}
+
 // The calling thread's workspaces.
 struct Kept {
-    std::vector<Workspace> works, stretch_works;
+    std::vector<Workspace> works;
     Buffer<float> own, projections;
 };
 
@@ -2039,11 +2184,15 @@ void update_projections(const Program& program, const Call& call, const Rule& ru
     }
 }
 
+// Throws std::bad_alloc for a batch of more occurrences of rows, or values of their gradients, than an entry can tell apart.
+inline void refuse_more_than_fits(int64_t count) {
+    if (count >= (int64_t{1} << 32) - AHEAD) throw std::bad_alloc();
+}
+
 template <class T, class S>
 void backward(const Call& call, const Call& gradients) {
     // `gradients` is where results go: the weights themselves with a fused optimizer, tensors of gradients without.
     const Program program(call.program);
-    const Rule rule(call);
     std::vector<int64_t> starts(program.num_lookups + 1);
     row_starts(program, call, starts.data());
     Kept& keep = kept();
@@ -2052,6 +2201,14 @@ void backward(const Call& call, const Call& gradients) {
     std::vector<Flow> flows;
     const int64_t own_size = find_flows(program, call, flows);
     const bool any_own = own_size > 0;
+    uint64_t own_from = 0;  // behind the output's gradient
+    for (int64_t l = 0; l < program.num_lookups; ++l) {
+        const Output& output = call.outputs[l];
+        const int64_t vectors = call.offsets && output.pooling == NONE ? flows[l].num_ids : call.batch;
+        if (vectors > 0)
+            own_from = std::max(own_from, static_cast<uint64_t>(output.start + (vectors - 1) * output.stride + program.lookups[l].dim));
+    }
+    refuse_more_than_fits(static_cast<int64_t>(own_from) + own_size);
     std::vector<int64_t> projection_starts(program.num_projections + 1, 0);
     for (int64_t p = 0; p < program.num_projections; ++p) {
         const Projection& shape = program.projections[p];
@@ -2079,7 +2236,7 @@ void backward(const Call& call, const Call& gradients) {
                 for (int64_t first = chunk * CHUNK; first < end; first += BLOCK_OF_IDS) {
                     const int64_t last = std::min(end, first + BLOCK_OF_IDS);
                     for (int64_t l = 0; l < program.num_lookups; ++l) {
-                        if (flows[l].direct) continue;
+                        if (flows[l].way == DIRECT) continue;
                         const Place place = place_of(program, call, l, starts.data());
                         with_dim<T>(program.lookups[l].dim, [&](auto dim) {
                             make_own<T, dim.value>(program, call, l, place, flows[l], first, last, keep.own.data.get(),
@@ -2091,11 +2248,6 @@ void backward(const Call& call, const Call& gradients) {
         });
     }
 
-    const int64_t parts = call.num_threads;
-    if (static_cast<int64_t>(keep.stretch_works.size()) < parts) {
-        keep.works.resize(parts);
-        keep.stretch_works.resize(parts);
-    }
     int64_t most_rows = 0, most_stretches = 0;
     for (int64_t l = 0; l < program.num_lookups; ++l) {
         const Lookup& lookup = program.lookups[l];
@@ -2111,82 +2263,41 @@ void backward(const Call& call, const Call& gradients) {
                 most_rows += flows[l].num_ids;
         }
     }
-    std::vector<Workspace>& works = keep.works;
-    in_parallel(parts, [&](int64_t part) {
-        Workspace &work = works[part], &stretches = keep.stretch_works[part];
-        work.entries.size = stretches.entries.size = 0;
-        // Bounds for any share of the rows: untouched pages cost nothing.
-        work.entries.reserve(static_cast<size_t>(most_rows) + 1);
-        stretches.entries.reserve(static_cast<size_t>(most_stretches) + 1);
-        const uint64_t p = static_cast<uint64_t>(part), ps = static_cast<uint64_t>(parts);
+    refuse_more_than_fits(std::max(most_rows, most_stretches));
+    const Sources<T> sources{static_cast<const T*>(call.values), keep.own.data.get(), static_cast<uint32_t>(own_from)};
+    update_all<T, S>(gradients, call, program, keep.works, sources, most_rows, most_stretches, call.num_threads, [&](Notes& notes) {
         // Those of ids in order, first by example, with offsets by lookup.
+        std::vector<Slot> slots;
+        const int64_t* row = call.rows;
         if (call.offsets == nullptr) {
-            // What repeats from example to example: a slot for each address.
-            struct Slot {
-                const Piece* piece;
-                Span sliced;
-                uint64_t slice, slice_stride, own, own_stride;
-                const Lookup* alternatives;  // of which it may be one instead, where that makes a difference
-            };
-            std::vector<Slot> slots;
-            for (int64_t l = 0; l < program.num_lookups; ++l) {
-                const Lookup& lookup = program.lookups[l];
-                const Output& output = call.outputs[l];
-                const Lookup& by = with_addresses(program, lookup);
-                for (int64_t c = 0; c < lookup.num_rows; ++c) {
-                    const Piece* piece = &piece_at(program, by, c);
-                    const uint64_t column = static_cast<uint64_t>(by.operation == CONCAT ? piece->column : 0);
-                    const Lookup* alternatives = piece->is_block() && lookup.rest >= 0 ? &lookup : nullptr;
-                    slots.push_back({piece, sliced_rows(program, call, l, flows[l].direct),
-                                     static_cast<uint64_t>(output.start) + column, static_cast<uint64_t>(output.stride),
-                                     OWN | static_cast<uint64_t>(flows[l].own_start + gradient_column(program, by, c)),
-                                     static_cast<uint64_t>(flows[l].own_stride), alternatives});
-                }
-            }
-            const int64_t n = static_cast<int64_t>(slots.size());
-            const int64_t* row = call.rows;
+            for (int64_t l = 0; l < program.num_lookups; ++l) add_slots(program, call, l, flows[l], own_from, slots);
             for (int64_t b = 0; b < call.batch; ++b)
-                for (int64_t k = 0; k < n; ++k, ++row) {
-                    if (*row < 0) continue;
-                    const Slot& slot = slots[k];
-                    const uint64_t example = static_cast<uint64_t>(b);
-                    const uint64_t source = slot.sliced.holds(*row) ? slot.slice + example * slot.slice_stride
-                                                                    : slot.own + example * slot.own_stride;
-                    add_row(work, stretches, program, piece_of(program, slot.alternatives, *slot.piece, *row),
-                            static_cast<uint64_t>(*row), source, p, ps);
-                }
+                for (const Slot& slot : slots) slot.note(notes, *row++, b, b);
             return;
         }
         for (int64_t l = 0; l < program.num_lookups; ++l) {
-            const Lookup& lookup = program.lookups[l];
-            const Output& output = call.outputs[l];
-            const Lookup& by = with_addresses(program, lookup);
-            const Span sliced = sliced_rows(program, call, l, flows[l].direct);
-            const int64_t* row = call.rows + starts[l];
+            slots.clear();
+            add_slots(program, call, l, flows[l], own_from, slots);
+            const bool pools = call.outputs[l].pooling != NONE, divided = flows[l].way == DIVIDED;
+            const Slot only = slots.empty() ? Slot{} : slots[0];
+            const bool rows_alone = slots.size() == 1 && !only.block;
             for (int64_t b = 0; b < call.batch; ++b) {
                 int64_t begin = b, end = b + 1;
-                ids_of_bags(call, lookup, begin, end);
+                ids_of_bags(call, program.lookups[l], begin, end);
+                if (rows_alone) {  // the rule, and fast
+                    Notes own = notes;
+                    for (int64_t i = begin; i < end; ++i, ++row)
+                        own.add(static_cast<uint64_t>(*row), only.source(*row, pools ? b : i, divided ? b : i));
+                    notes.rows = own.rows;
+                    continue;
+                }
                 for (int64_t i = begin; i < end; ++i)
-                    for (int64_t c = 0; c < lookup.num_rows; ++c, ++row) {
-                        if (*row < 0) continue;
-                        const int64_t from = output.pooling == NONE ? i : b;
-                        const Piece& piece = piece_at(program, by, c);
-                        const int64_t column = by.operation == CONCAT ? piece.column : 0;
-                        const uint64_t source =
-                            sliced.holds(*row)
-                                ? static_cast<uint64_t>(output.start + from * output.stride + column)
-                                : OWN | static_cast<uint64_t>(flows[l].own_start + i * flows[l].own_stride + gradient_column(program, by, c));
-                        add_row(work, stretches, program, piece_of(program, lookup.rest >= 0 ? &lookup : nullptr, piece, *row),
-                                static_cast<uint64_t>(*row), source, p, ps);
-                    }
+                    for (const Slot& slot : slots) slot.note(notes, *row++, pools ? b : i, divided ? b : i);
             }
         }
     });
-    const Update<T, S> update{gradients, call, program, rule, works, keep.stretch_works, static_cast<const T*>(call.values),
-                              keep.own.data.get()};
-    update.run(parts, gradients.num_gradient_rows);
     if (chunk_size)
-        update_projections<T, S>(program, gradients, rule, keep.projections.data.get(), any_own ? chunks : 0, chunk_size, projection_starts);
+        update_projections<T, S>(program, gradients, Rule(call), keep.projections.data.get(), any_own ? chunks : 0, chunk_size, projection_starts);
 }
 
 // ---- from a call's types to template arguments ----------------------------------------------------------------------
@@ -2260,25 +2371,12 @@ void update_of(const RowUpdate& u) {
     Call call{};
     call.weights = weights, call.states = u.states, call.rule = u.rule, call.hyper = u.hyper, call.num_hyper = u.num_hyper;
     call.step = u.step;
-    Kept& keep = kept();
-    if (static_cast<int64_t>(keep.stretch_works.size()) < u.num_threads) {
-        keep.works.resize(u.num_threads);
-        keep.stretch_works.resize(u.num_threads);
-    }
-    std::vector<Workspace>& works = keep.works;
-    in_parallel(u.num_threads, [&](int64_t part) {
-        Workspace& work = works[part];
-        work.entries.size = keep.stretch_works[part].entries.size = 0;
-        work.entries.reserve(static_cast<size_t>(u.num_ids) + 1);
-        for (int64_t i = 0; i < u.num_ids; ++i) {
-            const uint64_t row = static_cast<uint64_t>(u.rows[i]);
-            work.entries.data[work.entries.size] = {row, static_cast<uint64_t>(i * u.width)};
-            work.entries.size += belongs(row >> LINE_BITS, static_cast<uint64_t>(part), static_cast<uint64_t>(u.num_threads));
-        }
+    refuse_more_than_fits(u.num_ids * u.width);
+    const Sources<T> sources{static_cast<const T*>(u.gradient), nullptr, UINT32_MAX};
+    update_all<T, S>(call, call, program, kept().works, sources, u.num_ids, 0, u.num_threads, [&](Notes& notes) {
+        for (int64_t i = 0; i < u.num_ids; ++i)
+            notes.add(static_cast<uint64_t>(u.rows[i]), static_cast<uint64_t>(i * u.width));
     });
-    const Rule rule(call);
-    const Update<T, S> update{call, call, program, rule, works, keep.stretch_works, static_cast<const T*>(u.gradient), nullptr};
-    update.run(u.num_threads, nullptr);
 }
 
 inline Outcome run_update(const RowUpdate& u) {
