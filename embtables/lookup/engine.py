@@ -292,6 +292,11 @@ class Lookup(nn.Module):
         # before it combines them.
         in_pytorch = unknown or step.listeners or step.rounding is not None
         tensors = None if native is None or in_pytorch else native.takes(given, step)
+        if tensors is None and self.store.device.type == "meta":
+            raise RuntimeError(
+                "these tables are on the meta device, where there are no values to look up: call to_empty(device=…) "
+                "and reset_parameters(), or load_state_dict(…, assign=True), first"
+            )
         rest = range(len(self.blocks)) if tensors is None else self._in_pytorch
         result = None
         try:

@@ -287,13 +287,12 @@ class NativeLookup:
     ) -> Tensor:
         store = self.store
         differentiates = store.optimizer is None and store.gives_gradients()
-        compiles = torch.compiler.is_compiling()
-        # In a graph the operator itself makes the copies.
-        args = self._args(given, outputs, batch, shape, keeps=(step.updates or differentiates) and not compiles)
-        if compiles:
+        if torch.compiler.is_compiling():
+            args = self._args(given, outputs, batch, shape, keeps=False)  # the operator itself makes the copies
             return ops.look_up_in_graph(
                 tensors, args, store.step_number(), self.ranges, store.hook if step.updates else None
             )
+        args = self._args(given, outputs, batch, shape, keeps=step.updates or differentiates)
         if step.updates:
             number = int(store.step_number())
             accumulation = step.accumulation

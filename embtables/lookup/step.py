@@ -72,11 +72,6 @@ class Step:
             ) and not torch.compiler.is_compiling()
 
     def __enter__(self) -> Step:
-        if self.store.device.type == "meta":
-            raise RuntimeError(
-                "these tables are on the meta device, where there are no values to look up: call to_empty(device=…) "
-                "and reset_parameters(), or load_state_dict(…, assign=True), first"
-            )
         if self.updates:
             _refuse_what_fused_updates_cannot_do(self.store.device)
         if self._locks:
@@ -309,6 +304,8 @@ def _refuse_what_fused_updates_cannot_do(device: torch.device) -> None:
             "a fused optimizer updates the tables of each process by its own gradients, so they would drift apart with "
             f"{distributed.get_world_size()} processes: plan with optimizer=None and DistributedDataParallel"
         )
+    if device.type == "meta":  # where there is no autocast; the lookup refuses it as such
+        return
     if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
         raise RuntimeError(
             "a fused optimizer cannot undo the scaling of fp16 gradients: use bfloat16 autocast, "

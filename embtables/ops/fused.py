@@ -213,7 +213,7 @@ class _Differentiated(torch.autograd.Function):
     ) -> Tensor:
         values, rows = _library[0].forward(tensors, args)
         ctx.saved = SavedLookup(program, tensors, args, rows)
-        ctx.tensors, ctx.sparse = tensors, sparse
+        ctx.tensors, ctx.sparse = tensors._replace(told=None), sparse  # they may lie elsewhere by then
         # Has autograd notice where they are changed before backward. ``parameters`` may be other names of them, which
         # count their changes by themselves.
         ctx.save_for_backward(*_read_in_backward(program, tensors))

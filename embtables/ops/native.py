@@ -50,6 +50,7 @@ _HUGE, _LARGE = 2**22, 2**24
 _DONE, _BAD_OFFSETS, _NO_SUCH_ROW, _OUT_OF_MEMORY = 0, 2, 3, 4
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 _address = Tensor.data_ptr
+_CPU = torch.device("cpu")
 _NO_ROWS = torch.empty(0, dtype=torch.int64, device="cpu")
 _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
@@ -314,12 +315,13 @@ class Library:
             Refused: for an id out of range, or offsets that do not fit.
             MemoryError: see ``run``.
         """
-        rows = torch.empty(args.num_rows, dtype=torch.int64, device="cpu")
+        rows = torch.empty(args.num_rows, dtype=torch.int64, device=_CPU)
         return self.values(tensors, args, rows), rows
 
     def values(self, tensors: ProgramTensors, args: LookupArgs, rows: Tensor = _NO_ROWS) -> Tensor:
         """The values; the addresses go to ``rows`` where there is room for them. It raises what ``forward`` does."""
-        values = torch.empty(args.shape, dtype=tensors.dtype, device="cpu")
+        # Numbers are taken sooner than a tuple of them, and a device sooner than its name.
+        values = torch.empty(*args.shape, dtype=tensors.dtype, device=_CPU)
         if not self._keeps_blocks:
             self.keep_large_blocks(values.nbytes)
         self._run_forward(self._call(tensors, args, rows, values))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -54,6 +55,7 @@ class TableLookup(nn.Module):
         self._view_steps = ViewSteps()
         # Python finds parts of a module by their names in several microseconds each.
         self._in_reach = store, self.lookups
+        self._reading = Step(store)
         self.optimizer_state = OptimizerState(store, stages)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -98,7 +100,8 @@ class TableLookup(nn.Module):
             TypeError: for ids that are not int32 or int64.
         """
         check_input(ids, offsets, per_sample_weights, self.feature_names)
-        self.outputs.check_one_tensor(pooling)
+        if pooling is not CONFIG:
+            self.outputs.check_one_tensor(pooling)
         given = Input(ids, offsets, per_sample_weights)
         lookups = self._in_reach[1]
         with self._step(training) as step:
@@ -150,6 +153,10 @@ class TableLookup(nn.Module):
 
     def _step(self, training: bool | None) -> Step:
         trains = self.trains(self.training if training is None else training)
+        # Lookups that do not train leave nothing behind in their step, so that one serves them all. Graphs enter no
+        # context that they have not made.
+        if not (trains or torch.compiler.is_compiling()):
+            return self._reading
         return Step(self._in_reach[0], trains=trains, stages=self.stages)
 
     def trains(self, training: bool) -> bool:
