@@ -840,7 +840,96 @@ struct OneRow {
     }
 };
 
-// Those that are put together from several rows, or projected.
+// How vectors are put together from several rows in floats, without more.
+enum Fold { BESIDE, ADDED, AVERAGED_OUT, MULTIPLIED };
+
+// Such vectors: rows, or blocks of scalars, of W columns side by side, or rows of D added up, averaged or multiplied. All
+// of them have been asked for.
+template <int D, int W, Fold FOLD>
+struct Folded {
+    static constexpr int LANES = W < REGISTER ? W : REGISTER, MOST = FOLD == BESIDE ? D / W : 4;
+    const int64_t* addresses;
+    int64_t stride, num_pieces;
+    struct {
+        const float* slab;
+        int64_t start, step;  // the first address of the slab, and scalars from one to the next
+        int64_t last;         // the last address where a block begins that does not go on from the slab's beginning
+    } pieces[MOST];
+
+    Folded(const Program& program, const Call& call, const Part& part) : addresses(part.rows), stride(part.row_stride) {
+        const Lookup& lookup = program.lookups[part.lookup];
+        num_pieces = lookup.num_pieces;
+        for (int64_t c = 0; c < num_pieces; ++c) {
+            const Piece& piece = program.pieces[lookup.first_piece + c];
+            const Weight& weight = program.weights[piece.weight];
+            const int64_t base = piece.is_block() ? piece.base : 0, start = weight.start + base;
+            pieces[c] = {static_cast<const float*>(call.weights[piece.weight]) + base * weight.width, start, weight.width,
+                         piece.is_block() ? start + piece.b - W : INT64_MAX};
+        }
+    }
+
+    void ask(int64_t) const {}
+
+    template <class F>
+    __attribute__((always_inline)) void read(int64_t i, const F& f) const {
+        constexpr int N = LANES;
+        const int64_t* own = addresses + i * stride;
+        if (__builtin_expect(own[0] < 0, 0)) {  // padding
+            each_of<N>(std::make_integer_sequence<int, D / N>{}, [&](auto d, auto n) __attribute__((always_inline)) {
+                f(d, n, lanes<n>{});
+            });
+        } else if constexpr (FOLD == BESIDE) {
+            each_of<W>(std::make_integer_sequence<int, D / W>{}, [&](auto column, auto) __attribute__((always_inline)) {
+                const auto& piece = pieces[column / W];
+                const int64_t at = own[column / W];
+                float room[W];
+                const float* row = piece.slab + (at - piece.start) * piece.step;
+                if (__builtin_expect(at > piece.last, 0)) {
+                    const int64_t size = piece.last + W - piece.start;
+                    for (int64_t o = 0; o < W; ++o) room[o] = piece.slab[(at - piece.start + o) % size];
+                    row = room;
+                }
+                each_of<N>(std::make_integer_sequence<int, W / N>{}, [&](auto d, auto n) __attribute__((always_inline)) {
+                    f(std::integral_constant<int, column + d>{}, n, get<n>(row + d));
+                });
+            });
+        } else {
+            lanes<N> v[D / N];
+            for (int64_t c = 0; c < num_pieces; ++c) {
+                const float* row = pieces[c].slab + (own[c] - pieces[c].start) * D;
+                each_of<N>(std::make_integer_sequence<int, D / N>{}, [&](auto d, auto n) __attribute__((always_inline)) {
+                    const lanes<N> value = get<n>(row + d);
+                    v[d / N] = c == 0 ? value : FOLD == MULTIPLIED ? v[d / N] * value : v[d / N] + value;
+                });
+            }
+            const float count = static_cast<float>(num_pieces);
+            each_of<N>(std::make_integer_sequence<int, D / N>{}, [&](auto d, auto n) __attribute__((always_inline)) {
+                f(d, n, FOLD == AVERAGED_OUT ? v[d / N] / count : v[d / N]);
+            });
+        }
+    }
+};
+
+// The columns of pieces that lie side by side, D if they are rows to be added, averaged or multiplied; 0 where neither is
+// all there is to a vector.
+template <class T>
+inline int64_t folded_width(const Program& program, const Lookup& lookup) {
+    const Piece* pieces = program.pieces + lookup.first_piece;
+    const bool beside = lookup.operation == CONCAT;
+    if (!std::is_same<T, float>::value || lookup.rest >= 0 || lookup.projection >= 0 || lookup.inner != lookup.dim) return 0;
+    if (!beside && lookup.operation != SUM && lookup.operation != MEAN && lookup.operation != MULT) return 0;
+    if (lookup.num_pieces < 1 || (!beside && lookup.num_pieces > 4)) return 0;
+    const int64_t width = beside ? pieces[0].width : lookup.dim;
+    for (int64_t c = 0; c < lookup.num_pieces; ++c) {
+        const Piece& piece = pieces[c];
+        if (program.weights[piece.weight].format != PLAIN || piece.has_sign || piece.width != width) return 0;
+        if (piece.is_block() && (!beside || piece.b < width)) return 0;
+        if (beside && piece.column != c * width) return 0;
+    }
+    return width;
+}
+
+// Those that are put together from several rows in any other way, or projected.
 template <class T, int D>
 struct Combined {
     static constexpr int LANES = D < REGISTER ? D : REGISTER;
@@ -961,6 +1050,31 @@ __attribute__((noinline)) void write_part(const Program& program, const Call& ca
     sum.keep();
 }
 
+// As write_part, of vectors that are Folded; whether that was possible.
+template <class T, int D>
+bool write_folded(const Program& program, const Call& call, const Part& part, OpenBag& bag) {
+    if constexpr (D < 8 || !std::is_same<T, float>::value) {
+        return false;
+    } else {
+        const Lookup& lookup = program.lookups[part.lookup];
+        const int64_t width = folded_width<T>(program, lookup);
+        auto write = [&](auto columns, auto fold) {
+            write_part<T, D>(program, call, part, Folded<D, columns, fold>(program, call, part), bag);
+            return true;
+        };
+        if (width == 0) return false;
+        switch (lookup.operation) {
+            case SUM: return write(std::integral_constant<int, D>{}, std::integral_constant<Fold, ADDED>{});
+            case MEAN: return write(std::integral_constant<int, D>{}, std::integral_constant<Fold, AVERAGED_OUT>{});
+            case MULT: return write(std::integral_constant<int, D>{}, std::integral_constant<Fold, MULTIPLIED>{});
+            default:
+                if (width == D / 2) return write(std::integral_constant<int, D / 2>{}, std::integral_constant<Fold, BESIDE>{});
+                if (width == D / 4) return write(std::integral_constant<int, D / 4>{}, std::integral_constant<Fold, BESIDE>{});
+                return false;
+        }
+    }
+}
+
 // The vectors of those of a part's ids that no alternative holds.
 template <class T, int D>
 void gather_rest(const Program& program, const Call& call, const Part& part, T* to, int64_t stride, float* scratch, float* room) {
@@ -998,6 +1112,7 @@ inline void gather(const Program& program, const Call& call, const Part& part, O
                 return;
             }
         }
+        if (write_folded<T, dim>(program, call, part, bag)) return;
         const Combined<T, dim> vectors{program, call, part, scratch, scratch + lookup.dim, room};
         write_part<T, dim>(program, call, part, vectors, bag);
     });
@@ -1502,10 +1617,33 @@ inline void prefetch(const S* values, int64_t at, int64_t count) {
     __builtin_prefetch(last, 1);
 }
 
-// Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole.
+// Blocks of scalars: maximal chains of stretches that overlap are added up as a whole, then updated as a whole, as many at
+// a time as rows are. No chain is longer than a region.
 template <class Row, class T, class S, class Weight>
 void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspace& work, const Stretch* entry,
                       const Stretch* end, const Sources<T>& sources) {
+    struct {
+        int64_t scalar, length;
+    } chains[SUMS];
+    size_t num_chains = 0;
+    constexpr int64_t size = 2 << REGION_BITS;
+    work.sum.reserve(size);
+    float *const sums = work.sum.data.get(), *next = sums;
+    auto update = [&] {
+        float* sum = sums;
+        for (size_t c = 0; c < num_chains; ++c) {
+            const auto [scalar, length] = chains[c];
+            const int64_t to = target.rows ? target.next : scalar;
+            for (int64_t i = 0; target.rows && i < length; ++i) target.rows[target.next++] = scalar + i;
+            const State<S> state = target.rows ? target.state : target.state.at(rule, scalar, 1);
+            with_dim<T>(length, [&](auto w) {
+                target.template pull<w>(scalar, length, true, sum);
+                update_row<w>(rule, target.values + to, state, sum, length, true);
+            });
+            sum += length;
+        }
+        num_chains = 0, next = sums;
+    };
     auto add = [&](const Stretch& stretch, float* to) {
         sources.read(stretch.source, [&](const auto* from) {
             each<0>(stretch.length, [&](int64_t d, auto n) { put<n>(to + d, get<n>(to + d) + get<n>(from + d)); });
@@ -1527,42 +1665,31 @@ void update_stretches(const Rule& rule, Target<Row, S, Weight>& target, Workspac
             one_place &= entry->row == first;
             stop = std::max(stop, static_cast<uint64_t>(entry->row) + entry->length);
         }
-        const size_t count = static_cast<size_t>(entry - chain);
         const int64_t length = static_cast<int64_t>(stop - first);
-        const int64_t scalar = static_cast<int64_t>(first) - target.start;
-        work.sum.reserve(length);
-        float* sum = work.sum.data.get();
-        if (count == 1 && !target.rows) {  // the rule, and fast
-            const State<S> state = target.state.at(rule, scalar, 1);
-            with_dim<T>(length, [&](auto w) {
-                sources.read(chain->source, [&](const auto* from) {
-                    each<w>(length, [&](int64_t d, auto n) { put<n>(sum + d, get<n>(from + d)); });
+        if (num_chains == SUMS || next + length > sums + size) update();
+        chains[num_chains++] = {static_cast<int64_t>(first) - target.start, length};
+        if (entry == chain + 1) {  // the rule, and fast
+            sources.read(chain->source, [&](const auto* from) {
+                with_dim<T>(length, [&](auto w) {
+                    each<w>(length, [&](int64_t d, auto n) { put<n>(next + d, get<n>(from + d)); });
                 });
-                target.template pull<w>(scalar, length, true, sum);
-                update_row<w>(rule, target.values + scalar, state, sum, length, true);
             });
-            continue;
-        }
-        for (int64_t i = 0; i < length; ++i) sum[i] = 0;
-        if (one_place) {
-            for (const Stretch* e = chain; e < entry; ++e) add(*e, sum);
         } else {
-            // One order for all the stretches of a scalar: that of their sources.
-            work.order.assign(chain, entry);
-            std::sort(work.order.begin(), work.order.end(), [](const Stretch& a, const Stretch& b) {
-                return a.source != b.source ? a.source < b.source : a.row < b.row;
-            });
-            for (const Stretch& stretch : work.order) add(stretch, sum + (stretch.row - first));
+            for (int64_t i = 0; i < length; ++i) next[i] = 0;
+            if (one_place) {
+                for (const Stretch* e = chain; e < entry; ++e) add(*e, next);
+            } else {
+                // One order for all the stretches of a scalar: that of their sources.
+                work.order.assign(chain, entry);
+                std::sort(work.order.begin(), work.order.end(), [](const Stretch& a, const Stretch& b) {
+                    return a.source != b.source ? a.source < b.source : a.row < b.row;
+                });
+                for (const Stretch& stretch : work.order) add(stretch, next + (stretch.row - first));
+            }
         }
-        target.template pull<0>(scalar, length, true, sum);
-        if (target.rows) {
-            for (int64_t i = 0; i < length; ++i) target.rows[target.next + i] = scalar + i;
-            update_row<0>(rule, target.values + target.next, target.state, sum, length, true);
-            target.next += length;
-            continue;
-        }
-        update_row<0>(rule, target.values + scalar, target.state.at(rule, scalar, 1), sum, length, true);
+        next += length;
     }
+    update();
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
