@@ -207,6 +207,8 @@ def peak(settings: Memory, progress: Progress) -> list[Row]:
     p = ours.solved(work, settings.method, settings.optimizer) if settings.method is not None else None
     work.frequencies.clear()
     gc.collect()
+    # At its first backward from a gradient that is given, as that of tables is here, PyTorch imports tens of megabytes.
+    torch.ones(1, requires_grad=True).clone().backward(torch.ones(1))
     forget_peak()
     if p is None:
         tables = alone(work)

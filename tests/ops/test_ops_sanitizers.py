@@ -32,7 +32,8 @@ INSTRUCTIONS = {
 
 
 BUILDS = {
-    "address,undefined": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all",
+    # Rows in windows of a few thousand, as there are several of where tables take tens of gigabytes.
+    "address,undefined": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -DEMBTABLES_ROW_BITS=11",
     "thread": "-O0 -fsanitize=thread",
 }
 

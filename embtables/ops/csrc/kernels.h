@@ -2265,6 +2265,7 @@ void update_all(const Call& call, const Call& source, const Program& program, st
                 const Sources<T>& sources, int64_t most_rows, int64_t most_stretches, int64_t parts, const Note& note) {
     if (works.size() < static_cast<size_t>(parts)) works.resize(parts);
     const int64_t windows = ((program.total_rows - 1) >> ROW_BITS) + 1;
+    if (call.num_gradient_rows) std::fill_n(call.num_gradient_rows, program.num_weights, int64_t{0});
     for (int64_t window = 0; window < windows; ++window) {
         in_parallel(parts, [&](int64_t part) {
             // Bounds for any share of the rows: untouched pages cost nothing.
