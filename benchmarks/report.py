@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import bags, machine, ours, rivals, scaling
+from benchmarks import bags, machine, ours, rivals, scaling, small
 from benchmarks.results import DAGGER, FULL, RESULTS, Results, default_ops, memory_rows, ratio, rendered, row_of
 from benchmarks.targets import side_by_side, targets
 from benchmarks.timing import OTHERS
@@ -211,13 +211,9 @@ def pooled(results: Results) -> str:
 
 
 def _bags(length: str) -> str:
-    return (
-        length
-        if length == ONE_ID
-        else "bags of 0 to many ids, 10 on average"
-        if length == UNEVEN
-        else f"bags of {length}"
-    )
+    if length == ONE_ID:
+        return length
+    return "uneven bags" if length == UNEVEN else f"bags of {length}"
 
 
 def _threads(number: float) -> str:
@@ -339,7 +335,7 @@ def skipped(results: Results) -> str:
 def faster_rivals(results: Results) -> str:
     """Every comparison of equal work in which a rival's quickest arrangement took less time than our full tables."""
     rows = default_ops(pd.concat([results.select(suite) for suite in WORK]))
-    rows = rows[(rows["kind"] != "ceiling") & (rows["contestant"] != rivals.QR)]
+    rows = rows[(rows["kind"] != "ceiling") & ~rows["contestant"].isin([rivals.QR, small.DENSE, small.SPARSE])]
     found: dict[str, list[str]] = {}
     faster, compared = 0, 0
     keys = ["suite", "scale", "dim", "bags", "batch", "threads", "precision", "phase"]
@@ -488,7 +484,6 @@ def write(folder: Path) -> str:
     if several:
         for csv in folder.glob(f"*/{RESULTS}"):
             write(csv.parent)
-    if several:
         text = common_page(several)
     else:
         results = Results.read(folder)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from benchmarks import bags, frameworks, ours, rivals, small
+from benchmarks.jobs import ROWS
 from benchmarks.results import DAGGER, FULL, Measured, Pair, Results, doubts_of, memory_rows, ratio, rendered, row_of
 from benchmarks.workload import UNEVEN
 
@@ -87,7 +88,7 @@ def _one_table(names: Iterable[str], optimizer: str, phase: str) -> Measure:
     """Even bags of one table, in all batches but the largest."""
 
     def measure(results: Results) -> Measured | None:
-        rows = results.select("pooled", scale=f"{1_000_000:,} rows", phase=phase)
+        rows = results.select("pooled", scale=f"{ROWS:,} rows", phase=phase)
         rows = rows[(rows["bags"] != UNEVEN) & (rows["batch"] <= 10_000)]
         return _least_everywhere(rows, names, optimizer)
 

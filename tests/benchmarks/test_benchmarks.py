@@ -332,6 +332,10 @@ def test_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = {target.what: target.measure(found) for target in TARGETS}
     lookup = judged["lookup, 26 tables, batch 1, median"]
     assert lookup is not None and lookup.value == pytest.approx(2)
+    # Of equal work: lookups and served full tables, but no backward without an update.
+    looked_up = {rivals.rival_of(name) for phase, _, name, _ in every if phase == "forward" and name != ours.FULL}
+    compared = len(looked_up) + 2 * len(small.SERVED_BATCHES)
+    assert f"In none of {compared} comparisons" in report.faster_rivals(found)
     slow = (frame["contestant"] == ours.name_of("pruned")) & (frame["batch"] == 100) & (frame["precision"] == "int8")
     frame.loc[slow, "median_ms"] = 0.02
     said = targets(results.Results(frame, {}))
