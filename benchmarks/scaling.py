@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -88,11 +89,15 @@ def draw(found: list[Point], path: Path) -> None:
         figure = Figure(figsize=(9.2, 7.2), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, (axis, common) in zip(figure.subplots(2, 2).flat, AXES.items()):
+            if all(point.axis != axis for point in found):
+                axes.set_axis_off()
+                continue
             for name, color, marker in zip(names, COLORS, MARKERS):
                 there = [(p.value, p.milliseconds[name]) for p in found if p.axis == axis and name in p.milliseconds]
-                axes.plot(*zip(*there) if there else ((), ()), color=color, marker=marker, markersize=5, label=name)
+                axes.plot(*zip(*there or [(math.nan, math.nan)]), color=color, marker=marker, markersize=5, label=name)
             axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms a step")
             axes.set_title(common, fontsize=9)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False)
+            handles = axes.get_lines()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

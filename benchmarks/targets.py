@@ -26,6 +26,10 @@ class Target(NamedTuple):
     measure: Measure
     unit: str = "×"  # or "%", or " µs"
 
+    @property
+    def name(self) -> str:
+        return f"{self.what}, against {self.against}" if self.against else self.what
+
     def shown(self, value: float) -> str:
         return f"{value:.0%}" if self.unit == "%" else f"{value:.2f}{self.unit}"
 
@@ -259,7 +263,7 @@ TARGETS = [
     _at_most(
         f"step, 10,000 × 16, batch {small.BATCH}", "`nn.EmbeddingBag`, forward and backward alone", 1.5, _small_step
     ),
-    _at_most("lookup, 26 tables, batch 1, median", "–", 12, _one_example)._replace(unit=" µs"),
+    _at_most("lookup, 26 tables, batch 1, median", "", 12, _one_example)._replace(unit=" µs"),
     _at_most("peak memory of training, full", _PLANNED, 1.15, _memory(True)),
     _at_most("peak memory of training, compressed to 10 %", _PLANNED, 1.15, _memory(False)),
 ]
@@ -269,7 +273,7 @@ def _missed(target: Target, measured: Measured | None, machine: str = "") -> lis
     """Of a target over several configurations that is not met, the one that fails by the most."""
     if measured is None or not measured.where or target.met(measured):
         return []
-    return [f"- {target.what}, against {target.against}: {machine}{measured.where}: {target.shown(measured.value)}"]
+    return [f"- {target.name}: {machine}{measured.where}: {target.shown(measured.value)}"]
 
 
 def _listed(head: str, lines: list[str]) -> str:
@@ -286,7 +290,7 @@ def targets(results: Results) -> str:
         least = "" if measured is None or measured.of_minima is None else target.shown(measured.of_minima)
         lines.append([target.what, target.against, target.required(), value, least, target.verdict(measured)])
         if measured is not None and measured.doubts:
-            doubts.append(f"- {target.what}, against {target.against}: {measured.doubts}")
+            doubts.append(f"- {target.name}: {measured.doubts}")
         missed += _missed(target, measured)
     text = rendered(lines) + _listed("Not met, at the worst", missed)
     if results.threads != THREADS:

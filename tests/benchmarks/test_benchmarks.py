@@ -701,6 +701,10 @@ def test_scaling_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
     assert "rows of one table" in svg and "FBGEMM TBE" in svg
     report.write(tmp_path)
     assert (tmp_path / scaling.FIGURE).read_text(encoding="utf-8") == svg
+    run.rows[run.rows["suite"] == "scaling"].to_csv(tmp_path / results.RESULTS, index=False)
+    report.write(tmp_path)
+    svg = (tmp_path / scaling.FIGURE).read_text(encoding="utf-8")
+    assert "rows of one table" in svg and "ids of a bag" not in svg  # as no pooled row was measured
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
