@@ -91,8 +91,8 @@ KILLS ?= 50
 kill: $(STAMP) ## kill every command at random moments: the next start ends as if nothing had been
 	EMBTABLES_KILLS=$(KILLS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_kill.py
 
-# BENCH_FLAGS="--quick" takes about two minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
-bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about 15 minutes
+# BENCH_FLAGS="--quick" takes about three minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
+bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about half an hour
 	$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
 
 docs: $(STAMP) ## the pages and the reference of the public names as a site: build/docs/docs/index.html

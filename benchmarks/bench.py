@@ -1,7 +1,7 @@
 """Speed and memory of embtables against others, side by side on this machine.
 
-    python -m benchmarks.bench                 # about a quarter of an hour on two cores
-    python -m benchmarks.bench --quick         # two minutes
+    python -m benchmarks.bench                 # about half an hour on two cores
+    python -m benchmarks.bench --quick         # three minutes
     python -m benchmarks.bench --full          # every configuration: hours
     python -m benchmarks.bench --suites tables,dlrm --out runs/bench-tables
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import jobs, machine, report
+from benchmarks import jobs, machine, report, scaling
 from benchmarks.results import RESULTS, RUN
 from embtables._util.files import replacing
 
@@ -67,7 +67,7 @@ class Store:
     def __init__(self, folder: Path, run: dict[str, Any], fresh: bool = False) -> None:
         self.folder, self.csv = folder, folder / RESULTS
         if fresh:
-            for name in (RESULTS, RUN, report.REPORT):
+            for name in (RESULTS, RUN, report.REPORT, scaling.FIGURE):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / RUN

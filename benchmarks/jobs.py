@@ -13,13 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bags, dlrm, frameworks, ours, rivals, step, tables
+from benchmarks import bags, dlrm, frameworks, ours, rivals, sequence, small, step, tables
 from benchmarks.timing import Progress, ignore
+from benchmarks.workload import BAGS, ONE_ID
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("machine", "tables", "bags", "dlrm", "step", "memory", "frameworks", "data")
+SUITES = (
+    *("machine", "tables", "pooled", "bags", "small", "sequence", "dlrm", "step", "memory", "frameworks", "data"),
+    "scaling",
+)
 _THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"
 MODES = ("quick", "default", "full")
+#: One table of a million rows, which is also what scaling begins from.
+ROWS, BATCH = 1_000_000, 2048
+BATCHES = (1, 16, 256, BATCH, 10_000, 16_384)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ def _read(settings: Reading, progress: Progress) -> list[tables.Row]:
 Settings = (
     tables.Settings
     | bags.Settings
+    | small.Settings
+    | sequence.Settings
     | dlrm.Settings
     | step.Settings
     | dlrm.Memory
@@ -60,7 +69,11 @@ Settings = (
 _SETTINGS: dict[str, type[Any]] = {
     "machine": Ceilings,
     "tables": tables.Settings,
+    "pooled": tables.Settings,
+    "scaling": tables.Settings,
     "bags": bags.Settings,
+    "small": small.Settings,
+    "sequence": sequence.Settings,
     "dlrm": dlrm.Settings,
     "step": step.Settings,
     "memory": dlrm.Memory,
@@ -70,7 +83,11 @@ _SETTINGS: dict[str, type[Any]] = {
 _RUN: dict[str, Callable[[Any, Progress], list[tables.Row]]] = {
     "machine": lambda s, progress: tables.ceilings(s.threads, s.rounds, progress),
     "tables": tables.run,
+    "pooled": tables.run,
+    "scaling": tables.run,
     "bags": bags.run,
+    "small": small.run,
+    "sequence": sequence.run,
     "dlrm": dlrm.run,
     "step": step.run,
     "memory": dlrm.peak,
@@ -94,11 +111,17 @@ class Job:
             return f"data: {s.rows:,} rows, {_threads(s.threads)}"
         if isinstance(s, tables.Settings):
             parts = [s.scale, f"D = {s.dim}", f"batch {s.batch}", _threads(s.threads)]
+            if s.is_pooled:
+                parts.insert(2, s.bags)
             if s.ops != "native":
                 parts.append(f"{s.ops} ops")
-            return f"tables: {', '.join(parts)}"
+            return f"{self.suite}: {', '.join(parts)}"
         if isinstance(s, bags.Settings):
             return f"bags: {s.scale}, D = {s.dim}, {_threads(s.threads)}"
+        if isinstance(s, small.Settings):
+            return f"small calls: {_threads(s.threads)}"
+        if isinstance(s, sequence.Settings):
+            return f"sequence: {s.scale}, batch {s.batch}, {_threads(s.threads)}"
         if isinstance(s, dlrm.Settings):
             return f"DLRM: {s.scale}, {'bf16' if s.autocast else 'fp32'}, {_threads(s.threads)}"
         if isinstance(s, step.Settings):
@@ -118,7 +141,7 @@ class Job:
         return Job(data["suite"], _SETTINGS[data["suite"]](**data["settings"]))
 
     def run_here(self, progress: Progress) -> list[tables.Row]:
-        return _RUN[self.suite](self.settings, progress)
+        return [{"suite": self.suite, **row} for row in _RUN[self.suite](self.settings, progress)]
 
 
 def _threads(number: int) -> str:
@@ -140,9 +163,14 @@ def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
     add("tables", tables.Settings(threads=threads, rounds=rounds, everything=not quick))
     if not quick:
         add("tables", tables.Settings(1, threads=threads, rounds=10, everything=mode == "full"))
+    _add_pooled(add, quick, threads)
     # Beyond the caches, and within them.
     for num_rows, dim in ((1_000_000, 16), (1_000_000, 64), (20_000, 16)):
         add("bags", bags.Settings(num_rows, dim, rounds=rounds))
+    for number in (threads,) if quick else sorted({1, threads}):
+        add("small", small.Settings(threads=number, rounds=rounds))
+        for batch in (256,) if quick else (256, BATCH):
+            add("sequence", sequence.Settings(batch=batch, threads=number, rounds=rounds // 2))
     add("dlrm", dlrm.Settings(threads=threads, rounds=rounds // 2))
     if not quick:
         add("dlrm", dlrm.Settings(autocast=True, threads=threads, rounds=10))
@@ -163,8 +191,10 @@ def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
             add("tables", replace(axis, threads=1))
         add("tables", replace(axis, batch=512), replace(axis, batch=8192), replace(axis, dim=64))
         # 8.65 GB of weights for each contestant: two at a time.
-        only = ((ours.FULL, "rowwise_adagrad"), (rivals.TBE_BEST, "rowwise_adagrad"), (rivals.FLAT, "sgd"))
+        only = ((ours.FULL, "rowwise_adagrad"), (rivals.TBE_ONE_UNCHECKED, "rowwise_adagrad"), (rivals.FLAT, "sgd"))
         add("tables", replace(axis, divisor=1, dim=64, only=only))
+    if not quick:
+        _add_scaling(add, threads)
     if mode == "full":
         done = {job.name for job in found}
         product = [
@@ -177,6 +207,28 @@ def planned(mode: str, suites: Sequence[str], threads: int) -> list[Job]:
         ]
         found += [job for job in product if job.name not in done and "tables" in suites]
     return found
+
+
+def _add_pooled(add: Callable[..., None], quick: bool, threads: int) -> None:
+    one = tables.Settings(rows=ROWS, threads=threads, rounds=10)
+    if quick:
+        add("pooled", *(replace(one, bags=bags, batch=256) for bags in (ONE_ID, "10 ids")))
+        return
+    for number in sorted({1, threads}):
+        for length in BAGS:
+            add("pooled", *(replace(one, bags=length, batch=batch, threads=number) for batch in BATCHES))
+    add("pooled", *(replace(one, rows=0, bags=length, batch=BATCH) for length in BAGS if length != ONE_ID))
+
+
+def _add_scaling(add: Callable[..., None], threads: int) -> None:
+    """More and fewer rows than in ``pooled``, whose batches and bags are the other axes; and many tables."""
+    only = (
+        *((ours.FULL, "rowwise_adagrad"), (rivals.LOOP, "adagrad"), (rivals.FLAT, "adagrad")),
+        *((name, "rowwise_adagrad") for name in (rivals.TBE, rivals.TBE_UNCHECKED, rivals.TBE_ONE_UNCHECKED)),
+    )
+    one = tables.Settings(threads=threads, rounds=5, only=only)
+    add("scaling", *(replace(one, rows=10**n, bags="10 ids", batch=BATCH) for n in (4, 5, 7, 8)))
+    add("scaling", *(replace(one, rows=10_000, tables=number, batch=256) for number in (1, 10, 100, 1000, 2000)))
 
 
 def _add_memory(add: Callable[..., None], quick: bool, threads: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,22 +38,30 @@ def name_of(kind: str) -> str:
     }.get(kind, f"embtables {kind}")
 
 
-def solved(work: Workload, kind: str, optimizer: str | None) -> Plan:
+def solved(work: Workload, kind: str, optimizer: str | None, precision: str = "fp32") -> Plan:
     """``kind`` at 10 % of the bytes; frequencies are known."""
     tables = [TableConfig(name, size, work.dim) for name, size in zip(work.names, work.sizes)]
     if kind == "full":
-        return plan(tables, "full", None, optimizer=optimizer)
+        return plan(tables, "full", None, optimizer=optimizer, precision=precision)
     settings = {key: work.dim if value == "dim" else value for key, value in SETTINGS.get(kind, {}).items()}
-    return plan(tables, {"kind": kind, **settings}, BUDGET, work.frequencies, optimizer)
+    return plan(tables, {"kind": kind, **settings}, BUDGET, work.frequencies, optimizer, precision=precision)
 
 
-def contestants(work: Workload, everything: bool = True) -> list[Contestant | Skipped]:
+def every_method() -> list[str]:
+    """Full tables first, the others with the settings that have a name here."""
+    return ["full", *(k for k in kinds() if k != "full"), "unified_one", "banded_whole"]
+
+
+def contestants(
+    work: Workload, everything: bool = True, methods: Sequence[str] | None = None
+) -> list[Contestant | Skipped]:
     """Full tables with row-wise Adagrad first: what the others are compared with.
 
     ``everything``: every optimizer for every method, and ordinary parameters; else compressed methods have one.
+    ``methods``: if given, those that take part.
     """
     found: list[Contestant | Skipped] = []
-    for kind in ["full", *(k for k in kinds() if k != "full"), "unified_one", "banded_whole"]:
+    for kind in every_method() if methods is None else methods:
         name = name_of(kind)
         forward = True  # is timed once a method, with the first optimizer that it takes
         order = ("rowwise_adagrad", "adagrad", "sgd", "adam")
@@ -83,7 +91,7 @@ def built(p: Plan) -> Callable[[Workload], Built]:
     def build(work: Workload) -> Built:
         tables = EmbeddingTables(p)
         weights = [tables.store.slab(name) for name in work.names] if p.groups[0].method.kind == "full" else []
-        return Built(lambda batch: tables(work.ids[batch % work.batches]), None, weights)
+        return Built(lambda batch: tables(*work.inputs[batch % work.batches]), None, weights)
 
     return build
 
@@ -94,7 +102,7 @@ def _parameters(optimizer: str) -> Callable[[Workload], Built]:
         classes = {"adagrad": torch.optim.Adagrad, "adam": torch.optim.SparseAdam, "dense adam": torch.optim.Adam}
         weights = [tables.store.slab(name) for name in work.names]
         return Built(
-            lambda batch: tables(work.ids[batch % work.batches]), classes[optimizer](tables.parameters()), weights
+            lambda batch: tables(*work.inputs[batch % work.batches]), classes[optimizer](tables.parameters()), weights
         )
 
     return build

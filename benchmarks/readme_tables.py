@@ -20,6 +20,7 @@ import pandas as pd
 
 from benchmarks.report import part
 from benchmarks.results import rendered
+from benchmarks.scaling import FIGURE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -249,11 +250,13 @@ def _linked(method: str) -> str:
     return f"[{kind}](docs/methods/{kind}.md)" + (f" ({rest}" if options else "")
 
 
-def speed(name: str) -> str:
-    """A part of the first report that has it."""
-    for text in (path.read_text(encoding="utf-8") for path in SPEED_REPORTS):
+def speed(name: str, page: Path) -> str:
+    """A part of the first report that has it, with its figure as the page reaches it."""
+    for path in SPEED_REPORTS:
+        text = path.read_text(encoding="utf-8")
         if f"<!-- part:{name} -->" in text:
-            return part(text, name)
+            figure = (path.parent / FIGURE).relative_to(page.parent)
+            return part(text, name).replace(f"]({FIGURE})", f"]({figure})")
     raise ValueError(f"no report in {SPEED_REPORTS[0].parent.relative_to(ROOT)} has a part '{name}'")
 
 
@@ -332,7 +335,7 @@ def filled(page: Path, text: str) -> str:
     if page == README:
         for marker, (folders, first) in BY_KIND.items():
             contents[marker] = _with_figure(by_kind(folders, first), folders[0], page)
-    contents |= {f"speed-{name}": speed(name) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
+    contents |= {f"speed-{name}": speed(name, page) for name in re.findall("<!-- results:speed-(.*?) -->", text)}
     if page == PAGE:
         contents["post-training"] = compressed("post-training", ("globo-tuned", "globo-from-start"))
         sweeps = ("globo-tuned", "ml-100k-tuned")

@@ -12,17 +12,25 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from benchmarks import bags, machine, ours, rivals
+from benchmarks import bags, machine, ours, rivals, scaling, small
 from benchmarks.results import DAGGER, FULL, RESULTS, Results, default_ops, memory_rows, ratio, rendered, row_of
 from benchmarks.targets import side_by_side, targets
 from benchmarks.timing import OTHERS
+from benchmarks.workload import BAGS, ONE_ID, UNEVEN
 
 REPORT = "report.md"
+NOT_MEASURED = "Not measured."
+#: Suites in which others do the same as full tables, and what that is called where it is not lookups or steps alone.
+WORK = {
+    **{"tables": "", "pooled": "", "small": "", "scaling": ""},
+    **{"sequence": "whole sequence model's", "dlrm": "whole DLRM"},
+}
 COLUMNS = ("sgd", "rowwise_adagrad", "adagrad", "adam", "dense adam")
 
 
@@ -146,6 +154,120 @@ def pooled_bags(results: Results) -> str:
     return rendered(lines)
 
 
+def _quickest(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Of the arrangements of a rival, under its name, the quickest at each of ``keys``."""
+    rows = rows.assign(contestant=rows["contestant"].map(rivals.rival_of))
+    best = rows.sort_values("median_ms").drop_duplicates([*keys, "contestant", "optimizer"])
+    return best.sort_index()
+
+
+def _grid(
+    rows: pd.DataFrame,
+    head: str,
+    labels: Sequence[str],
+    columns: Mapping[str, tuple[str, Any]],
+    cell: Callable[[pd.Series], str],
+) -> str:
+    """A row for each combination of ``labels``; ``columns``: heading -> column of ``rows`` and value there."""
+    lines = [[head, *columns], ["---", *["---:"] * len(columns)]]
+    for values, group in rows.groupby(list(labels), sort=False):
+        name = ", ".join(str(value).replace("_", "-") for value in values if value)
+        found = [group[group[column] == value] for column, value in columns.values()]
+        lines.append([name, *("" if each.empty else cell(each.iloc[0]) for each in found)])
+    return rendered(lines)
+
+
+def _microseconds(row: pd.Series) -> str:
+    value = 1e3 * row["median_ms"]
+    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + _mark(row)
+
+
+def pooled(results: Results) -> str:
+    """Microseconds in training tables with bags: of one table by batch, of the 26 by bags."""
+    rows = results.select("pooled")
+    if rows.empty:
+        return NOT_MEASURED
+    rows = _quickest(rows, ["scale", "bags", "batch", "threads", "phase"]).assign(
+        threads_label=lambda r: r["threads"].map(_threads)
+    )
+    one = rows["scale"].str.endswith(" rows")
+    batches = {f"batch {batch:,.0f}": ("batch", batch) for batch in sorted(rows[one]["batch"].unique())}
+    texts = []
+    for phase in ("forward", "step"):
+        for length in BAGS:
+            found = rows[one & (rows["phase"] == phase) & (rows["bags"] == length)]
+            if len(found):
+                labels = ["threads_label", "contestant", *(["optimizer"] if phase == "step" else [])]
+                head = f"{phase}, {found.iloc[0]['scale']}, {_bags(length)}, µs"
+                texts.append(_grid(found.sort_values("threads", kind="stable"), head, labels, batches, _microseconds))
+    for phase in ("forward", "step"):
+        found = rows[~one & (rows["phase"] == phase)]
+        if len(found):
+            labels = ["contestant", *(["optimizer"] if phase == "step" else [])]
+            columns = {_bags(length): ("bags", length) for length in found["bags"].unique()}
+            head = f"{phase}, 26 tables, five of them with bags, batch {found.iloc[0]['batch']:,.0f}, µs"
+            texts.append(_grid(found, head, labels, columns, _microseconds))
+    return "\n\n".join(texts)
+
+
+def _bags(length: str) -> str:
+    if length == ONE_ID:
+        return length
+    return "uneven bags" if length == UNEVEN else f"bags of {length}"
+
+
+def _threads(number: float) -> str:
+    return f"{number:.0f} {'threads' if number > 1 else 'thread'}"
+
+
+def small_calls(results: Results) -> str:
+    """Microseconds of small calls: their median, and that within which 99 of 100 are."""
+    rows = results.select("small")
+    if rows.empty:
+        return NOT_MEASURED
+    keys = ["scale", "batch", "threads", "phase", "precision"]
+    rows = _quickest(rows, keys).assign(threads_label=lambda r: r["threads"].map(_threads))
+
+    def cell(row: pd.Series) -> str:
+        return f"{_microseconds(row)} / {1e3 * row['p99_ms']:,.0f}"
+
+    threads = {_threads(number): ("threads", number) for number in sorted(rows["threads"].unique())}
+    texts = []
+    for phase, what in (("step", "a step"), ("forward", "a lookup")):
+        found = rows[rows["phase"] == phase]
+        head = f"{what}, {found.iloc[0]['scale']}, batch {found.iloc[0]['batch']:.0f}, µs: p50 / p99"
+        texts.append(_grid(found, head, ["contestant"], threads, cell))
+    served = rows[rows["phase"] == "served"].sort_values("threads", kind="stable")
+    batches = {f"batch {batch:,.0f}": ("batch", batch) for batch in sorted(served["batch"].unique())}
+    head = f"served, {served.iloc[0]['scale']}, µs: p50 / p99"
+    texts.append(_grid(served, head, ["threads_label", "contestant", "precision"], batches, cell))
+    return "\n\n".join(texts)
+
+
+def sequences(results: Results) -> str:
+    """Milliseconds of a step of a small model of histories."""
+    rows = results.select("sequence")
+    if rows.empty:
+        return NOT_MEASURED
+    pairs = sorted(set(zip(rows["threads"], rows["batch"])))
+    rows = rows.assign(where=list(zip(rows["threads"], rows["batch"])))
+    columns = {f"batch {batch:,.0f}, {_threads(number)}": ("where", (number, batch)) for number, batch in pairs}
+    return _grid(rows, "step, ms", ["contestant", "optimizer"], columns, lambda row: _milliseconds(row) + _mark(row))
+
+
+def growth(results: Results) -> str:
+    """Milliseconds of a step along each axis, and the figure of them."""
+    found = scaling.points(results)
+    if not found:
+        return NOT_MEASURED
+    names = list(dict.fromkeys(name for point in found for name in point.milliseconds))
+    lines = [["step, ms", "", *names], ["---", "---:", *["---:"] * len(names)]]
+    for axis, value, times in found:
+        cells = [f"{times[name]:,.3g}" if name in times else "" for name in names]
+        lines.append([f"{axis}; {scaling.AXES[axis]}", f"{value:,}", *cells])
+    return f"{rendered(lines)}\n\n![milliseconds of a step]({scaling.FIGURE})"
+
+
 def optimizers(results: Results) -> str:
     """What ``optimizer=None`` costs against the fused optimizers."""
     rows = results.select("step", phase="optimizer")
@@ -191,7 +313,7 @@ def description(results: Results) -> str:
     info = results.run.get("machine", {})
     lines = [f"- {name.replace('_', ' ')}: {value}" for name, value in info.items()]
     for _, row in results.select("machine").iterrows():
-        threads = f"{int(row['threads'])} thread{'s' * (row['threads'] > 1)}"
+        threads = _threads(row["threads"])
         if row["contestant"] == "copy":
             lines.append(f"- copy, {threads}: {row['bytes_per_second'] / 1e9:.1f} GB/s read and written")
         else:
@@ -211,32 +333,39 @@ def skipped(results: Results) -> str:
 
 
 def faster_rivals(results: Results) -> str:
-    """Every comparison of equal work in which a rival took less time than embtables' full tables."""
-    rows = default_ops(pd.concat([results.select("tables"), results.select("dlrm")]))
-    rows = rows[(rows["kind"] != "ceiling") & (rows["contestant"] != rivals.QR)]
-    found, compared = [], 0
-    keys = ["suite", "scale", "dim", "batch", "threads", "precision", "phase"]
-    for (suite, scale, dim, batch, threads, precision, phase), group in rows.groupby(keys, sort=False):
+    """Every comparison of equal work in which a rival's quickest arrangement took less time than our full tables."""
+    rows = default_ops(pd.concat([results.select(suite) for suite in WORK]))
+    rows = rows[(rows["kind"] != "ceiling") & ~rows["contestant"].isin([rivals.QR, small.DENSE, small.SPARSE])]
+    found: dict[str, list[str]] = {}
+    faster, compared = 0, 0
+    keys = ["suite", "scale", "dim", "bags", "batch", "threads", "precision", "phase"]
+    for (suite, scale, dim, length, batch, threads, precision, phase), group in rows.groupby(keys, sort=False):
         others = group[~group["contestant"].str.startswith("embtables")]
-        for name, optimizer in dict.fromkeys(zip(others["contestant"], others["optimizer"])):
+        others = others.assign(rival=others["contestant"].map(rivals.rival_of))
+        for (rival, optimizer), arrangements in others.groupby(["rival", "optimizer"], sort=False):
             # A forward has no optimizer; the tables that it was measured on have one all the same.
             mine = FULL if phase == "forward" else (ours.FULL, optimizer)
-            measured = ratio(group, (name, optimizer), mine)
-            if measured is None:
+            measured = {name: ratio(group, (name, optimizer), mine) for name in arrangements["contestant"]}
+            there = {name: each for name, each in measured.items() if each is not None}
+            if not there:
                 continue
             compared += 1
-            if measured.value < 1:
-                work = "forward" if phase == "forward" else f"step with {optimizer.replace('_', '-')}"
-                where = f"{scale}, D = {dim:.0f}, batch {batch:.0f}, {threads:.0f} thread{'s' * (threads > 1)}"
-                if suite == "dlrm":
-                    work = f"whole DLRM {work} ({precision})"
-                mark = f" {DAGGER}" if measured.doubts else ""
-                found.append(f"- {name}, {work}, {where}: {measured.value:.2f}× our time{mark}")
+            name = min(there, key=lambda name: there[name].value)
+            if there[name].value < 1:
+                faster += 1
+                work = f"step with {optimizer.replace('_', '-')}" if phase == "step" else phase
+                what = " ".join(filter(None, (WORK[suite], work))) + (f" ({precision})" if suite == "dlrm" else "")
+                where = [scale, f"D = {dim:.0f}", *([] if length == ONE_ID else [_bags(length)]), _threads(threads)]
+                how = name.removeprefix(rival).removeprefix(", ")
+                said = f"{there[name].value:.2f}× our time at batch {batch:.0f}" + (f" ({how})" if how else "")
+                mark = f" {DAGGER}" if there[name].doubts else ""
+                found.setdefault(", ".join([f"- {rival}", what, *where]), []).append(said + mark)
     if not compared:
         return "Nothing was compared."
     if not found:
         return f"In none of {compared} comparisons of equal work was a rival faster."
-    return f"In {len(found)} of {compared} comparisons of equal work a rival is faster:\n\n" + "\n".join(found)
+    lines = [f"{head}: {', '.join(each)}" for head, each in found.items()]
+    return f"In {faster} of {compared} comparisons of equal work a rival is faster:\n\n" + "\n".join(lines)
 
 
 def noise(results: Results) -> str:
@@ -263,7 +392,8 @@ def noise(results: Results) -> str:
 
 
 def _where(row: pd.Series) -> str:
-    parts = [row["suite"], row["contestant"], row["optimizer"], row["phase"], row["precision"]]
+    bags_of = "" if row["bags"] == ONE_ID else row["bags"]
+    parts = [row["suite"], row["contestant"], row["optimizer"], row["phase"], row["precision"], bags_of]
     for name, label in (("scale", ""), ("dim", "D = "), ("batch", "batch "), ("threads", "threads ")):
         if name in row and row[name] == row[name]:
             value = row[name] if isinstance(row[name], str) else f"{int(row[name])}"
@@ -274,11 +404,15 @@ def _where(row: pd.Series) -> str:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "targets": ("Targets", targets),
     "faster": ("Where a rival is faster", faster_rivals),
+    "targets": ("Targets", targets),
     "headline": ("Tables: 1/10, D = 16, batch 2048", headline),
     "axes": ("Tables: other configurations", axes),
+    "pooled": ("Bags: forward and step, every rival at its quickest", pooled),
     "bags": ("Bags of one table, one thread, against `nn.EmbeddingBag`", pooled_bags),
+    "small": ("Small calls", small_calls),
+    "sequence": ("A step of a small model of histories", sequences),
+    "scaling": ("How the time of a step grows", growth),
     "dlrm": ("A whole DLRM step", whole_steps),
     "step": ("Parts of a step", parts_of_a_step),
     "optimizers": ("What optimizer=None costs", optimizers),
@@ -332,10 +466,11 @@ def common_page(runs: Mapping[str, Results]) -> str:
         "faster": ("Where a rival is faster", faster_rivals),
         "machine": ("The machines", description),
     }
-    parts = [_section("targets", "Targets", side_by_side(runs))]
+    parts = []
     for name, (title, make) in by_machine.items():
         each = "\n\n".join(f"**{label}**\n\n{make(results)}" for label, results in runs.items())
         parts.append(_section(name, title, each))
+    parts.insert(1, _section("targets", "Targets", side_by_side(runs)))
     return "# Speed, on several machines\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -349,7 +484,12 @@ def write(folder: Path) -> str:
     if several:
         for csv in folder.glob(f"*/{RESULTS}"):
             write(csv.parent)
-    text = common_page(several) if several else page(Results.read(folder))
+        text = common_page(several)
+    else:
+        results = Results.read(folder)
+        text = page(results)
+        if found := scaling.points(results):
+            scaling.draw(found, folder / scaling.FIGURE)
     (folder / REPORT).write_text(text, encoding="utf-8")
     return text
 

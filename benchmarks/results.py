@@ -11,6 +11,7 @@ import pandas as pd
 
 from benchmarks import dlrm, ours
 from benchmarks.timing import OTHERS
+from benchmarks.workload import ONE_ID
 
 RESULTS, RUN = "results.csv", "run.json"
 DAGGER = "†"  # marks what is not to be trusted
@@ -31,6 +32,7 @@ _TEXT = (
     "precision",
     "mode",
     "ops",
+    "bags",
 )
 _NUMBERS = (
     *(
@@ -41,6 +43,7 @@ _NUMBERS = (
         "others",
         "median_ms",
         "min_ms",
+        "p99_ms",
         "cpu_ms",
         "calls",
         "table_share",
@@ -49,7 +52,7 @@ _NUMBERS = (
     *("repeat", "rows", "peak_bytes", "training_bytes", "bytes_per_second", "rows_per_second"),
 )
 _IDENTITY = [
-    *("suite", "scale", "dim", "batch", "threads", "ops", "precision", "mode", "phase"),
+    *("suite", "scale", "dim", "batch", "threads", "bags", "ops", "precision", "mode", "phase"),
     *("contestant", "optimizer", "sitting", "repeat"),
 ]
 
@@ -64,6 +67,7 @@ class Results:
             rows[column] = rows[column].fillna("").astype(str) if column in rows else ""
         for column in _NUMBERS:
             rows[column] = pd.to_numeric(rows[column]) if column in rows else float("nan")
+        rows["bags"] = rows["bags"].replace("", ONE_ID)  # as in runs from before there were others
         self.rows = rows
         # Where there are no native operators, two jobs measure the same: the first one counts.
         self.ok = rows[rows["status"] == "ok"].drop_duplicates(_IDENTITY)
@@ -94,11 +98,15 @@ def default_ops(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 class Measured(NamedTuple):
-    """``value``: of medians; ``of_minima``: the same of the quickest calls, which noise touches less."""
+    """``value``: of medians; ``of_minima``: the same of the quickest calls, which noise touches less.
+
+    ``where``: of several configurations the one whose value it is; empty where there is one.
+    """
 
     value: float
     doubts: str = ""
     of_minima: float | None = None
+    where: str = ""
 
 
 def row_of(rows: pd.DataFrame, pair: Pair) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,47 +14,75 @@ from benchmarks.contestants import Built, Contestant, Skipped, one_line
 from benchmarks.workload import Workload
 
 LR = 0.01
-LOOP, FLAT = "nn.EmbeddingBag × 26", "F.embedding, one flat table"
-TBE, TBE_BEST = "FBGEMM TBE, default", "FBGEMM TBE, one table, no check"
-TBE_UNCHECKED, TBE_ONE = "FBGEMM TBE, 26 tables, no check", "FBGEMM TBE, one table"
 TORCHREC, TORCHREC_FUSED = "torchrec EmbeddingBagCollection", "torchrec EmbeddingBagCollection, fused"
-QR = "quotient–remainder bags × 26"
+QR = "quotient–remainder bags"
+
+
+def _arrangements(rival: str, settings: Mapping[str, dict[str, bool]]) -> dict[str, dict[str, bool]]:
+    """A rival with every combination of its settings, by name; the first one is its default."""
+    found: dict[str, dict[str, bool]] = {rival: {}}
+    for said, setting in settings.items():
+        found |= {f"{name}, {said}": {**given, **setting} for name, given in found.items()}
+    return found
+
+
+_INT32 = {"int32": {"int32": True}}
+LOOPS = _arrangements("nn.EmbeddingBag", {"last offset": {"last": True}, **_INT32})
+FLATS = _arrangements("F.embedding, one flat table", _INT32)
+TBES = _arrangements("FBGEMM TBE", {"one flat table": {"one": True}, "no check": {"check": False}, **_INT32})
+LOOP, FLAT, TBE = (next(iter(names)) for names in (LOOPS, FLATS, TBES))
+TBE_UNCHECKED, TBE_ONE = f"{TBE}, no check", f"{TBE}, one flat table"
+TBE_ONE_UNCHECKED = f"{TBE}, one flat table, no check"
 #: Bytes at the most against those of the weights: with state, and with gradients and temporaries that are as large.
 _FACTOR = {"sgd": 1.0, "rowwise_adagrad": 1.1, "adagrad": 2.0, "adam": 3.0, "dense adam": 6.0, "none": 1.0}
 _QR_THRESHOLD = 200  # ids; DLRM's `--qr-threshold`
 _COLLISIONS = 10  # ids a quotient row: a tenth of the bytes, as embtables has here
 
 
+def rival_of(name: str) -> str:
+    """Whose arrangement a contestant is: the name of its default."""
+    return next((next(iter(names)) for names in (LOOPS, FLATS, TBES) if name in names), name)
+
+
 def contestants(work: Workload, everything: bool = True) -> list[Contestant | Skipped]:
-    """``everything``: dense Adam too, which takes a hundred times as long, and every form of every rival."""
+    """Who takes part; a forward is timed on the tables of (row-wise) Adagrad.
+
+    ``everything``: every arrangement of every rival, and dense Adam too, which takes a hundred times as long.
+    """
     found: list[Contestant | Skipped] = []
 
     def add(name: str, optimizer: str, build: Callable[[Workload], Built], **what: Any) -> None:
         size = round(work.full_bytes * _FACTOR[optimizer] * what.pop("share", 1.0))
         found.append(Contestant(name, optimizer, False, size, build, **what))
 
-    sparse = ("sgd", "adagrad", "adam", "dense adam")[: 4 if everything else 3]
-    for name, tables in ((LOOP, loop), (FLAT, flat)):
-        for optimizer in sparse if everything or name == LOOP else sparse[:2]:
-            add(name, optimizer, tables(optimizer), forward=optimizer == "sgd")
+    one_table = len(work.sizes) == 1
+    rivals = [(LOOPS, loop)] if one_table and work.has_bags else [(LOOPS, loop), (FLATS, flat)]
+    for arrangements, tables in rivals:
+        for name, settings in arrangements.items() if everything else [next(iter(arrangements.items()))]:
+            all_optimizers = ("adagrad", "sgd", "adam", "dense adam")[: 4 if everything else 3 if name == LOOP else 2]
+            for optimizer in ("adagrad",) if settings else all_optimizers:
+                add(name, optimizer, tables(optimizer, **settings), forward=optimizer == "adagrad")
     try:
         import fbgemm_gpu  # noqa: F401
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # noqa: F401
             SplitTableBatchedEmbeddingBagsCodegen,
         )
     except (ImportError, OSError) as error:  # OSError: the CUDA build on a host without a driver
-        for name in (TBE, TBE_UNCHECKED, TBE_ONE, TBE_BEST):
+        for name in TBES:
             found.append(Skipped(name, "all", False, f"fbgemm_gpu cannot be imported here ({one_line(error)})"))
     else:
-        for optimizer in ("sgd", "rowwise_adagrad", "adagrad"):
-            if everything or optimizer != "adagrad":
-                add(TBE, optimizer, tbe(optimizer), forward=optimizer == "sgd")
-            add(TBE_BEST, optimizer, tbe(optimizer, one=True, check=False), forward=optimizer == "sgd")
-        if everything:
-            add(TBE_UNCHECKED, "none", tbe("sgd", check=False), forward=True, step=False)
-        add(TBE_ONE, "none", tbe("sgd", one=True), forward=True, step=False)
-        for name in (TBE, TBE_BEST):
-            found.append(Skipped(name, "adam", False, "FBGEMM has no Adam on CPUs"))
+        for name, settings in TBES.items():
+            if one_table and "one" in settings:
+                continue
+            main = name in (TBE, TBE_ONE_UNCHECKED)
+            if main or everything:
+                add(name, "rowwise_adagrad", tbe("rowwise_adagrad", **settings), forward=True)
+            if main:
+                for optimizer in ("sgd", "adagrad") if everything else ("sgd",):
+                    add(name, optimizer, tbe(optimizer, **settings))
+        found.append(Skipped(TBE, "adam", False, "FBGEMM has no Adam on CPUs"))
+    if one_table:  # what torchrec and the quotient–remainder trick are for is many tables
+        return found
     try:
         import torchrec  # noqa: F401
     except (ImportError, OSError) as error:
@@ -83,42 +111,56 @@ def _fill(weight: Tensor) -> None:
     nn.init.uniform_(weight, -0.01, 0.01)
 
 
-def loop(optimizer: str) -> Callable[[Workload], Built]:
-    """A bag a table in a Python loop, and the concatenation that a model needs."""
+def loop(optimizer: str, last: bool = False, int32: bool = False) -> Callable[[Workload], Built]:
+    """A bag a table in a Python loop, and the concatenation that a model needs; ``last``: offsets include the last."""
 
     def build(work: Workload) -> Built:
         sparse = not optimizer.endswith("dense adam")
-        bags = [nn.EmbeddingBag(n, work.dim, mode="sum", sparse=sparse) for n in work.sizes]
-        offsets = torch.arange(work.batch)
-
-        def vectors(batch: int) -> Tensor:
-            columns = work.columns[batch % work.batches]
-            return torch.cat([bag(ids, offsets) for bag, ids in zip(bags, columns)], dim=1)
-
+        bags = [nn.EmbeddingBag(n, work.dim, mode="sum", sparse=sparse, include_last_offset=last) for n in work.sizes]
         weights = [bag.weight for bag in bags]
+        vectors = _in_a_loop(bags, work.narrow if int32 else work, last)
         return Built(vectors, _optimizer(optimizer, weights), [weight.detach() for weight in weights])
 
     return build
 
 
-def flat(optimizer: str) -> Callable[[Workload], Built]:
+def _in_a_loop(bags: Sequence[nn.Module], work: Workload, last: bool = False) -> Callable[[int], Tensor]:
+    offsets = [[o if last else o[:-1] for o in every] for every in work.column_offsets]
+
+    def vectors(batch: int) -> Tensor:
+        inputs = zip(bags, work.columns[batch % work.batches], offsets[batch % work.batches])
+        found = [bag(ids, of_bags) for bag, ids, of_bags in inputs]
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+    return vectors
+
+
+def flat(optimizer: str, int32: bool = False) -> Callable[[Workload], Built]:
     """One table for all features, and one lookup; the rows are computed beforehand."""
 
     def build(work: Workload) -> Built:
         weight = nn.Parameter(torch.empty(work.num_rows, work.dim))
         _fill(weight)
         sparse = not optimizer.endswith("dense adam")
+        given = work.narrow if int32 else work
+        rows, offsets = given.rows, given.row_offsets if work.has_bags else []
 
         def vectors(batch: int) -> Tensor:
-            return F.embedding(work.rows[batch % work.batches], weight, sparse=sparse).view(work.batch, -1)
+            number = batch % work.batches
+            if not offsets:
+                return F.embedding(rows[number], weight, sparse=sparse).view(work.batch, -1)
+            bags = F.embedding_bag(
+                rows[number], weight, offsets[number], mode="sum", sparse=sparse, include_last_offset=True
+            )
+            return bags.view(work.batch, -1)
 
         return Built(vectors, _optimizer(optimizer, [weight]), weight.detach().split(work.sizes))
 
     return build
 
 
-def tbe(optimizer: str, one: bool = False, check: bool = True) -> Callable[[Workload], Built]:
-    """FBGEMM's table-batched embedding: 26 tables, or ``one`` for all features with rows computed beforehand."""
+def tbe(optimizer: str, one: bool = False, check: bool = True, int32: bool = False) -> Callable[[Workload], Built]:
+    """FBGEMM's table-batched embedding: as many tables, or ``one`` for all features with rows computed beforehand."""
 
     def build(work: Workload) -> Built:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -143,11 +185,16 @@ def tbe(optimizer: str, one: bool = False, check: bool = True) -> Callable[[Work
             **options,
         )
         tables.init_embedding_weights_uniform(-0.01, 0.01)
-        ids = work.rows_by_feature if one else work.by_feature
-        offsets = torch.arange(work.num_ids + 1)
+        given = work.narrow if int32 else work
+        ids, offsets = given.rows_by_feature if one else given.by_feature, given.offsets
         weights = tables.split_embedding_weights()
         views = weights[0].split(work.sizes) if one else weights
-        return Built(lambda batch: tables(ids[batch % work.batches], offsets), None, [v.detach() for v in views])
+
+        def vectors(batch: int) -> Tensor:
+            found: Tensor = tables(ids[batch % work.batches], offsets[batch % work.batches])
+            return found
+
+        return Built(vectors, None, [v.detach() for v in views])
 
     return build
 
@@ -160,8 +207,10 @@ def _torchrec_inputs(work: Workload) -> tuple[list[Any], list[Any]]:
         EmbeddingBagConfig(name=f"t_{name}", num_embeddings=n, embedding_dim=work.dim, feature_names=[name])
         for name, n in zip(work.names, work.sizes)
     ]
-    lengths, offsets = torch.ones(work.num_ids, dtype=torch.int64), torch.arange(work.num_ids + 1)
-    features = [KeyedJaggedTensor(work.names, ids, lengths=lengths, offsets=offsets) for ids in work.by_feature]
+    features = [
+        KeyedJaggedTensor(work.names, ids, lengths=offsets.diff(), offsets=offsets)
+        for ids, offsets in zip(work.by_feature, work.offsets)
+    ]
     return configs, features
 
 
@@ -222,9 +271,4 @@ def quotient_remainder(work: Workload) -> Built:
         else nn.EmbeddingBag(n, work.dim, mode="sum", sparse=True)
         for n in work.sizes
     )
-    offsets = torch.arange(work.batch)
-
-    def vectors(batch: int) -> Tensor:
-        return torch.cat([bag(ids, offsets) for bag, ids in zip(bags, work.columns[batch % work.batches])], dim=1)
-
-    return Built(vectors, _optimizer("adagrad", bags.parameters()))
+    return Built(_in_a_loop(list(bags), work), _optimizer("adagrad", bags.parameters()))

@@ -11,15 +11,21 @@ import torch
 from benchmarks import machine, ours, rivals
 from benchmarks.contestants import Built, Contestant, Skipped, one_line, sittings
 from benchmarks.timing import Call, Others, Progress, ignore, interleaved, within
-from benchmarks.workload import Workload, sizes
+from benchmarks.workload import BAGS, CARDINALITIES, ONE_ID, UNEVEN, Workload, sizes
 
 Row = dict[str, Any]
+#: Of Criteo's features those that have bags: the largest one, a small one, and between.
+FEATURES_WITH_BAGS = (0, 2, 9, 15, 21)
+_IDS = 2**21  # drawn for a configuration, unless four batches need more
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One configuration: cardinalities divided by ``divisor``, vectors of ``dim``, examples, threads.
+    """One configuration: Criteo's cardinalities divided by ``divisor``, vectors of ``dim``, examples, threads.
 
+    ``rows``: if not 0, there are ``tables`` tables of so many rows instead. ``bags``: a key of ``BAGS``, which all
+    features of those have, and of Criteo's five; where there are bags or other tables than Criteo's, full ones alone
+    take part, with row-wise Adagrad and Adagrad, and ``compositional``, which quotient–remainder bags are compared to.
     ``everything``: every method with every optimizer and dense Adam; else one optimizer for a compressed method.
     ``rivals``: whether others than embtables take part. ``only``: if not empty, the ``(name, optimizer)`` that do.
     """
@@ -33,23 +39,48 @@ class Settings:
     rivals: bool = True
     only: tuple[tuple[str, str], ...] = ()
     rounds: int = 20
+    rows: int = 0
+    tables: int = 1
+    bags: str = ONE_ID
 
     @property
     def scale(self) -> str:
-        return f"1/{self.divisor}"
+        if not self.rows:
+            return f"1/{self.divisor}"
+        return f"{self.rows:,} rows" if self.tables == 1 else f"{self.tables:,} × {self.rows:,} rows"
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether there are bags, or other tables than Criteo's."""
+        return self.rows > 0 or self.bags != ONE_ID
 
 
 def run(settings: Settings, progress: Progress) -> list[Row]:
     """A row for each contestant and each of ``forward`` and ``step``."""
     torch.set_num_threads(settings.threads)
-    work = Workload(sizes(settings.divisor), settings.dim, settings.batch)
+    work = workload(settings)
     return measure(work, settings, participants(work, settings), progress)
 
 
+def workload(settings: Settings) -> Workload:
+    """What is looked up; of large batches there are fewer, so that they are drawn in the time of a few calls."""
+    length = BAGS[settings.bags]
+    if settings.rows:
+        counts, bags = [settings.rows] * settings.tables, [length] * settings.tables
+    else:
+        counts = sizes(settings.divisor)
+        bags = [length if number in FEATURES_WITH_BAGS else 1 for number in range(len(CARDINALITIES))]
+    batches = max(4, min(16, _IDS // (settings.batch * sum(bags)))) if settings.is_pooled else 16
+    return Workload(counts, settings.dim, settings.batch, batches, bags=bags, uneven=settings.bags == UNEVEN)
+
+
 def participants(work: Workload, settings: Settings) -> list[Contestant | Skipped]:
-    found = ours.contestants(work, settings.everything)
+    methods = (["full"] if settings.rows else ["full", "compositional"]) if settings.is_pooled else None
+    found = ours.contestants(work, settings.everything, methods)
     if settings.rivals:
         found += rivals.contestants(work, settings.everything)
+    if settings.is_pooled:
+        found = [c for c in found if c.optimizer in ("rowwise_adagrad", "adagrad") and "optimizer=None" not in c.name]
     only = {tuple(pair) for pair in settings.only}
     return [c for c in found if (c.name, c.optimizer) in only] if only else found
 
@@ -57,8 +88,8 @@ def participants(work: Workload, settings: Settings) -> list[Contestant | Skippe
 def measure(
     work: Workload, settings: Settings, found: list[Contestant | Skipped], progress: Progress = ignore
 ) -> list[Row]:
-    common = {k: v for k, v in asdict(settings).items() if k in ("dim", "batch", "threads")}
-    common |= {"suite": "tables", "scale": settings.scale, "ops": machine.backend()}
+    common = {k: v for k, v in asdict(settings).items() if k in ("dim", "batch", "threads", "bags")}
+    common |= {"scale": settings.scale, "ops": machine.backend()}
     skipped = [c for c in found if isinstance(c, Skipped)]
     limit = machine.spare_bytes() - (machine.TABLE_BYTES if _with_ceiling(settings) else 0)
     groups, too_large = sittings([c for c in found if isinstance(c, Contestant)], limit)
@@ -96,7 +127,9 @@ def _sitting(
     rows = []
     for half, (phase, contestants) in enumerate(calls.items()):
         others = Others()
-        timings = interleaved(contestants, settings.rounds, progress=within(progress, half, 2))
+        # Calls of small batches take microseconds: there are many of them in short turns.
+        turns: dict[str, Any] = {"turn": 0.02, "most": 100} if settings.is_pooled else {}
+        timings = interleaved(contestants, settings.rounds, progress=within(progress, half, 2), **turns)
         noise = others.share()
         for key, timing in timings.items():
             name, _, optimizer = key.partition(" | ")

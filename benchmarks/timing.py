@@ -45,6 +45,7 @@ class Timing:
             "min_ms": 1e3 * min(self.wall),
             "q1_ms": 1e3 * low,
             "q3_ms": 1e3 * high,
+            "p99_ms": 1e3 * sorted(self.wall)[99 * len(self.wall) // 100],
             "cpu_ms": 1e3 * statistics.median(self.cpu),
             "calls": len(self.wall),
             "distrust": distrust(self.wall, self.cpu),
@@ -81,12 +82,13 @@ def interleaved(
     turn: float = 0.04,
     seed: int = 0,
     progress: Progress = ignore,
+    most: int = 10,
 ) -> dict[str, Timing]:
     """Times all contestants in turns, so that a drift of the machine's speed meets all alike.
 
     In every round each has one turn, in an order that is drawn anew: a call that is not timed, after which its tables
     are in the caches as they would be in training, then as many timed calls as fit into ``turn`` seconds, at least one
-    and at most ten. One whose call takes longer than a turn has a turn in every n-th round only, in at least five
+    and at most ``most``. One whose call takes longer than a turn has a turn in every n-th round only, in at least five
     rounds (all, if there are fewer). Python's garbage collection waits until the end of a turn.
 
     A contestant is called with 0, 1, 2, …, the number of its batch; what it returns is kept beside the times.
@@ -116,7 +118,7 @@ def interleaved(
                 if round_number % every:
                     continue
                 call(name)
-                for _ in range(min(10, max(1, int(turn / expected[name])))):
+                for _ in range(min(most, max(1, int(turn / expected[name])))):
                     wall, cpu, returned = call(name)
                     timings[name].wall.append(wall)
                     timings[name].cpu.append(cpu)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colors, which the color-blind can tell apart, without the yellow that is too faint on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195", "#5C4033")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195", "#5C4033")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
 # By kind, and whether vectors are projected.
 _BASELINES: dict[tuple[Any, bool], tuple[str, str, Any]] = {
     (DROP, False): ("features dropped", "x", (0, (1, 1.5))),
@@ -35,7 +35,7 @@ _BASELINES: dict[tuple[Any, bool], tuple[str, str, Any]] = {
 _GRAY = "#666666"
 # Of the forms of one baseline, such as its precisions.
 _GRAYS = (_GRAY, "#a0a0a0", "#2e2e2e", "#c4c4c4")
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -68,7 +68,7 @@ def draw(summary: Summary, target: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         # The legend needs its height beside the axes, above the note on what is infeasible, and its width.
         curves = _curves(summary)
         longest = max(map(len, curves), default=0)
@@ -155,9 +155,9 @@ def _styles(methods: Mapping[str, MethodSpec]) -> dict[str, _Style]:
             gray = _GRAYS[number % len(_GRAYS)]
             found[name] = _Style(", ".join([label, *options]), gray, marker, dashes, is_baseline=True)
         elif kind == "full":
-            found[name] = _Style(name, "black", _MARKERS[(number + 1) % len(_MARKERS)], "none")
+            found[name] = _Style(name, "black", MARKERS[(number + 1) % len(MARKERS)], "none")
         else:
-            found[name] = _Style(name, _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)])
+            found[name] = _Style(name, COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
     return found
 
 

@@ -17,25 +17,47 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bags, bench, dlrm, frameworks, jobs, ours, report, results, rivals, tables, timing
+from benchmarks import (
+    bags,
+    bench,
+    dlrm,
+    frameworks,
+    jobs,
+    ours,
+    report,
+    results,
+    rivals,
+    scaling,
+    sequence,
+    small,
+    tables,
+    timing,
+)
 from benchmarks.contestants import Built, Contestant, Skipped, sittings
-from benchmarks.targets import TARGETS
-from benchmarks.workload import CARDINALITIES, Workload, sizes
+from benchmarks.targets import TARGETS, targets
+from benchmarks.workload import CARDINALITIES, ONE_ID, UNEVEN, Workload, sizes
 from embtables import optimizers
 from embtables.models import DLRM
 
 WORK = Workload([700, 40, 3, 300], dim=8, batch=64, batches=3)
+WORKS = {
+    "one id": WORK,
+    "bags": Workload([700, 40, 3, 300], dim=8, batch=64, batches=3, bags=[4, 1, 2, 1], uneven=True),
+    "one table": Workload([700], dim=8, batch=64, batches=3),
+    "one table, bags": Workload([700], dim=8, batch=64, batches=3, bags=[10]),
+}
 
 
-def contestants() -> dict[str, Contestant]:
+def contestants(work: Workload) -> dict[str, Contestant]:
     """All that keep full tables, of embtables and of others, by what the tests call them."""
-    found = [*ours.contestants(WORK), *rivals.contestants(WORK)]
-    full = [c for c in found if isinstance(c, Contestant) and (not c.ours or c.name.startswith(ours.FULL))]
+    found = [*ours.contestants(work, methods=["full"]), *rivals.contestants(work)]
+    full = [c for c in found if isinstance(c, Contestant)]
     return {f"{c.name} | {c.optimizer}": c for c in full if c.name != rivals.QR}
 
 
 # Solved once: of every test a second would go into plans.
-CONTESTANTS = contestants()
+CONTESTANTS = contestants(WORK)
+EVERYWHERE = {(where, who): contestant for where, w in WORKS.items() for who, contestant in contestants(w).items()}
 
 
 @pytest.fixture
@@ -77,6 +99,35 @@ def test_layouts_hold_the_same_ids(work: Workload) -> None:
     assert not torch.equal(work.ids[0], work.ids[1])
 
 
+@pytest.mark.parametrize("where", WORKS)
+def test_layouts_of_bags_hold_the_same_ids(where: str) -> None:
+    work = WORKS[where]
+    for w in (work, work.narrow):
+        for i in range(w.batches):
+            wanted = ids_of(work, i)
+            flat, bounds = w.by_feature[i].tolist(), w.offsets[i].tolist()
+            assert [flat[s:e] for s, e in zip(bounds, bounds[1:])] == [bag for bags in wanted for bag in bags]
+            rows, bounds = w.rows[i].tolist(), w.row_offsets[i].tolist()
+            by_example = [
+                [n + base for n in bags[b]] for b in range(w.batch) for bags, base in zip(wanted, w.bases.tolist())
+            ]
+            assert [rows[s:e] for s, e in zip(bounds, bounds[1:])] == by_example
+            for column, offsets, of_feature in zip(w.columns[i], w.column_offsets[i], wanted):
+                assert [column[s:e].tolist() for s, e in zip(offsets[:-1], offsets[1:])] == of_feature
+    assert work.narrow.rows[0].dtype == work.narrow.offsets[0].dtype == torch.int32
+    assert work.rows[0].dtype == work.offsets[0].dtype == torch.int64
+
+
+def test_bags_are_as_long_as_they_are_said_to_be() -> None:
+    even, uneven = (Workload([50, 9], 4, 4096, 4, bags=[10, 1], uneven=each) for each in (False, True))
+    for work in (even, uneven):
+        lengths = torch.cat([offsets.diff().view(2, -1) for offsets in work.offsets], dim=1).double()
+        assert bool((lengths[1] == 1).all())
+        assert lengths[0].mean().item() == pytest.approx(10, rel=0.05)
+        assert lengths[0].std().item() == pytest.approx(0 if work is even else math.sqrt(10 * 11), rel=0.1)
+        assert bool((lengths[0] == 0).any()) == (work is uneven)
+
+
 def test_ids_are_zipf() -> None:
     drawn = torch.cat(Workload([1000], 1, 4096, 16).ids).flatten()
     expected = np.arange(1, 1001) ** -1.05
@@ -88,19 +139,34 @@ def test_ids_are_zipf() -> None:
 # ---- equal work ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", CONTESTANTS)
-def test_contestants_do_the_same_forward(work: Workload, who: str) -> None:
+def ids_of(work: Workload, batch: int) -> list[list[list[int]]]:
+    """The ids of each feature and example, from what all layouts are made of."""
+    bounds = work.offsets[batch].tolist()
+    flat = work.by_feature[batch].tolist()
+    every = [flat[s:e] for s, e in zip(bounds, bounds[1:])]
+    return [every[i : i + work.batch] for i in range(0, len(every), work.batch)]
+
+
+@pytest.mark.parametrize(("where", "who"), EVERYWHERE)
+def test_contestants_do_the_same_forward(where: str, who: str) -> None:
     """Against a computation by hand, in float64."""
-    tables_of = built(work, CONTESTANTS[who])
-    expected = torch.cat([w.double()[ids] for w, ids in zip(weights(work), work.columns[1])], dim=1)
+    work = WORKS[where]
+    tables_of = built(work, EVERYWHERE[where, who])
+    expected = torch.cat(
+        [
+            torch.stack([weight.double()[bag].sum(0) for bag in bags])
+            for weight, bags in zip(weights(work), ids_of(work, 1))
+        ],
+        dim=1,
+    )
     with torch.no_grad():
-        torch.testing.assert_close(tables_of.vectors(1).double(), expected)
+        torch.testing.assert_close(tables_of.vectors(1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("who", [who for who, contestant in CONTESTANTS.items() if contestant.step])
-def test_contestants_do_the_same_step(work: Workload, who: str) -> None:
+@pytest.mark.parametrize(("where", "who"), [key for key, contestant in EVERYWHERE.items() if contestant.step])
+def test_contestants_do_the_same_step(where: str, who: str) -> None:
     """Against a computation by hand, in float64."""
-    contestant = CONTESTANTS[who]
+    work, contestant = WORKS[where], EVERYWHERE[where, who]
     tables_of = built(work, contestant)
     before = [w.double() for w in weights(work)]
     for batch in (1, 2):
@@ -125,8 +191,10 @@ def by_hand(
     for feature, weight in enumerate(w.clone() for w in before):
         state, second = torch.zeros_like(weight), torch.zeros_like(weight)
         for step, batch in enumerate(batches, 1):
-            ids = work.columns[batch][feature]
-            grad = torch.zeros_like(weight).index_add_(0, ids, grads[:, feature])
+            bags_of = ids_of(work, batch)[feature]
+            ids = torch.tensor([n for bag in bags_of for n in bag])
+            of_ids = grads[:, feature].repeat_interleave(torch.tensor([len(bag) for bag in bags_of]), 0)
+            grad = torch.zeros_like(weight).index_add_(0, ids, of_ids)
             touched = torch.zeros(len(weight), 1, dtype=torch.bool)
             touched[ids] = True
             if optimizer == "sgd":
@@ -198,9 +266,93 @@ def test_a_missing_rival_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "torchrec", None)
     found = rivals.contestants(work)
     names = {c.name: c.reason for c in found if isinstance(c, Skipped)}
-    assert {rivals.TBE, rivals.TBE_BEST, rivals.TORCHREC} <= set(names)
+    assert {*rivals.TBES, rivals.TORCHREC} <= set(names)
     assert "cannot be imported" in names[rivals.TBE]
     assert any(isinstance(c, Contestant) and c.name == rivals.LOOP for c in found)
+
+
+def test_every_combination_of_a_rivals_settings_takes_part() -> None:
+    steps = {(c.name, c.optimizer) for c in EVERYWHERE.values() if c.step}
+    assert len(rivals.TBES) == 8 and {(name, "rowwise_adagrad") for name in rivals.TBES} <= steps
+    assert len(rivals.LOOPS) == 4 and {(name, "adagrad") for name in rivals.LOOPS} <= steps
+    alone = [who for where, who in EVERYWHERE if where == "one table, bags"]
+    assert alone and not any("one flat table" in who or "torchrec" in who for who in alone)
+    assert rivals.rival_of(rivals.TBE_ONE_UNCHECKED) == rivals.TBE and rivals.rival_of("other") == "other"
+
+
+def test_quotient_remainder_bags_take_bags() -> None:
+    work = WORKS["bags"]
+    bags_of = rivals.quotient_remainder(work)
+    with torch.no_grad():
+        vectors = bags_of.vectors(0)
+    empty = work.offsets[0].diff().view(4, -1).t() == 0
+    assert bool(empty.any()) and torch.equal((vectors.view(64, 4, 8) == 0).all(2), empty)
+
+
+def test_a_step_of_a_sequence_model_is_the_same_step() -> None:
+    """``Embedding`` and ``nn.Embedding`` train one model to the same weights, and the other optimizer to others."""
+    every = sequence.items(300)
+    generator = torch.Generator().manual_seed(0)
+    # Small vectors, to which attention is even: elsewhere many gradients are rounding alone.
+    start = torch.randn(300, sequence.DIM, generator=generator) / 10
+    ids = [torch.randint(300, (8, sequence.LENGTH + 1), generator=generator) for _ in range(2)]
+    labels = torch.tensor([0.0, 1.0] * 4)
+    after = {}
+    for key, given in every.items():
+        assert given.weight is not None
+        given.weight.copy_(start)
+        step = sequence.step(given, ids, labels)
+        for number in range(3):
+            step(number)
+        after[key] = given.weight.clone()
+    plain, same = after[sequence.PLAIN, "adagrad"], after[ours.FULL, "adagrad"]
+    torch.testing.assert_close(same, plain)
+    assert (plain - start).abs().max() > 0.01
+    assert not torch.allclose(after[ours.FULL, "rowwise_adagrad"], plain, atol=1e-3)
+    (row, *_), settings = sequence.run(sequence.Settings(300, 8, 1, 1), timing.ignore), sequence.Settings(300)
+    assert row["contestant"] == ours.FULL and row["scale"] == settings.scale == "300 rows"
+
+
+def test_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are made, and the report shows the medians beside what 99 of 100 calls take."""
+    monkeypatch.setattr(small, "sizes", lambda divisor: [2000, 30, 3])
+    rows = [{"suite": "small"} | row for row in small.run(small.Settings(rows=50, threads=1, rounds=1), timing.ignore)]
+    every = {(row["phase"], row["batch"], row["contestant"], row["precision"]) for row in rows}
+    assert len(every) == len(rows)
+    for batch in small.SERVED_BATCHES:
+        for precision in small.PRECISIONS:
+            assert ("served", batch, ours.name_of("pruned"), precision) in every
+        assert ("served", batch, rivals.LOOP, "fp32") in every
+    assert {name for phase, _, name, _ in every if phase == "step"} == {ours.FULL, small.DENSE, small.SPARSE}
+    assert {*rivals.LOOPS, *rivals.TBES, ours.FULL} <= {name for phase, _, name, _ in every if phase == "forward"}
+    frame = pd.DataFrame(rows).assign(median_ms=0.002, p99_ms=0.007, others=0.0, distrust="")
+    found = results.Results(frame, {})
+    assert "| embtables full | 2 / 7 |" in report.small_calls(found)
+    assert "| 1 thread, embtables pruned, int8 | 2 / 7 | 2 / 7 | 2 / 7 |" in report.small_calls(found)
+    judged = {target.what: target.measure(found) for target in TARGETS}
+    lookup = judged["lookup, 26 tables, batch 1, median"]
+    assert lookup is not None and lookup.value == pytest.approx(2)
+    # Of equal work: lookups and served full tables, but no backward without an update.
+    looked_up = {rivals.rival_of(name) for phase, _, name, _ in every if phase == "forward" and name != ours.FULL}
+    compared = len(looked_up) + 2 * len(small.SERVED_BATCHES)
+    assert f"In none of {compared} comparisons" in report.faster_rivals(found)
+    slow = (frame["contestant"] == ours.name_of("pruned")) & (frame["batch"] == 100) & (frame["precision"] == "int8")
+    frame.loc[slow, "median_ms"] = 0.02
+    said = targets(results.Results(frame, {}))
+    assert "| 26 tables served, pruned | full, served | ≤ 3× | 10.00× |" in said
+    assert "- 26 tables served, pruned, against full, served: int8, batch 100: 10.00×" in said
+
+
+def test_small_steps_without_an_update_leave_the_weights() -> None:
+    """A backward of ``nn.EmbeddingBag`` alone, against a whole step of ours."""
+    work = Workload([50], 16, 8, 2)
+    bag = torch.nn.EmbeddingBag(50, 16, mode="sum")
+    before = bag.weight.detach().clone()
+    for batch in (0, 1):
+        small._without_update(work, bag)(batch)
+        wanted = torch.zeros(50, 16).index_add_(0, work.by_feature[batch], work.grad)
+        torch.testing.assert_close(bag.weight.grad, wanted)
+    assert torch.equal(bag.weight, before)
 
 
 def test_every_method_takes_part(work: Workload) -> None:
@@ -376,7 +528,7 @@ def made_up(full: float = 1.0) -> pd.DataFrame:
     base |= {"phase": "step", "status": "ok", "sitting": 0, "others": 0.01, "distrust": ""}
     rows = [
         base | {"contestant": ours.FULL, "optimizer": "rowwise_adagrad", "median_ms": full},
-        base | {"contestant": rivals.TBE_BEST, "optimizer": "rowwise_adagrad", "median_ms": 2.0},
+        base | {"contestant": rivals.TBE_ONE_UNCHECKED, "optimizer": "rowwise_adagrad", "median_ms": 2.0},
         base | {"contestant": rivals.TBE, "optimizer": "rowwise_adagrad", "median_ms": 4.0, "others": 0.4},
         base | {"contestant": "embtables hash", "optimizer": "rowwise_adagrad", "median_ms": 1.2},
         base | {"contestant": rivals.LOOP, "optimizer": "adam", "median_ms": 9.0, "distrust": "quartiles 90%"},
@@ -414,11 +566,11 @@ def test_sittings_are_compared_through_what_they_share() -> None:
     rows = made_up()
     full = rows[(rows["contestant"] == ours.FULL) & (rows["optimizer"] == "rowwise_adagrad")]
     # In a second sitting everything took three times as long.
-    later = pd.concat([full, rows[rows["contestant"] == rivals.TBE_BEST]]).assign(sitting=1)
+    later = pd.concat([full, rows[rows["contestant"] == rivals.TBE_ONE_UNCHECKED]]).assign(sitting=1)
     later["median_ms"] *= 3
-    rows = pd.concat([rows[rows["contestant"] != rivals.TBE_BEST], later])
+    rows = pd.concat([rows[rows["contestant"] != rivals.TBE_ONE_UNCHECKED], later])
     steps = results.Results(rows, {}).configuration()
-    best, hashed = (rivals.TBE_BEST, "rowwise_adagrad"), ("embtables hash", "rowwise_adagrad")
+    best, hashed = (rivals.TBE_ONE_UNCHECKED, "rowwise_adagrad"), ("embtables hash", "rowwise_adagrad")
     assert results.ratio(steps, best, results.FULL) == results.Measured(pytest.approx(2.0), "", pytest.approx(1.0))
     across = results.ratio(steps, best, hashed)
     assert across is not None and across.value == pytest.approx(2 / 1.2)
@@ -426,10 +578,11 @@ def test_sittings_are_compared_through_what_they_share() -> None:
 
 def test_the_report_says_where_a_rival_is_faster_and_what_not_to_trust() -> None:
     found = results.Results(made_up(), {})
-    assert "In none of 3 comparisons" in report.faster_rivals(found)
+    assert "In none of 2 comparisons" in report.faster_rivals(found)
     slower = results.Results(made_up(full=2.5), {})
     said = report.faster_rivals(slower)
-    assert said.startswith("In 1 of 3 comparisons") and "FBGEMM TBE, one table" in said and "0.80× our time" in said
+    assert said.startswith("In 1 of 2 comparisons")
+    assert "- FBGEMM TBE, step with rowwise-adagrad, 1/10, D = 16, 2 threads: 0.80× our time at batch 2048 (one" in said
     noise = report.noise(found)
     assert "The machine was too noisy: other processes took up to 40%" in noise
     assert "Do not trust these 1 of 6 rows" in noise and "nn.EmbeddingBag" in noise and "quartiles 90%" in noise
@@ -444,7 +597,7 @@ def test_every_part_of_the_report_can_be_taken_out(rows: pd.DataFrame) -> None:
     for name in report.PARTS:
         assert f"<!-- part:{name} -->" in text
         report.part(text, name)
-    with pytest.raises(ValueError, match="no part 'other'; it has targets"):
+    with pytest.raises(ValueError, match="no part 'other'; it has faster, targets"):
         report.part(text, "other")
 
 
@@ -468,6 +621,90 @@ def test_packed_bags_are_compared_side_by_side() -> None:
     lines = report.pooled_bags(run).splitlines()
     assert len(lines) == 2 + len(found) and lines[2].startswith("| embtables full, fp32 | 60 rows, D = 16 | 1,000")
     assert lines[2].split("|")[4].strip() == f"{[*found].index(bags.PLAIN) + 1:.2f}"
+
+
+def one_table(leads: dict[tuple[str, int, int], float]) -> pd.DataFrame:
+    """Rows of ``pooled``: the time of ``nn.EmbeddingBag`` against ours by bags, batch and threads."""
+    base: dict[str, Any] = {"job": "", "suite": "pooled", "scale": "1,000,000 rows", "dim": 16, "ops": "native"}
+    base |= {"phase": "forward", "status": "ok", "sitting": 0, "others": 0.0, "distrust": "", "min_ms": 1.0}
+    rows = []
+    for (length, batch, threads), lead in leads.items():
+        same = base | {"bags": length, "batch": batch, "threads": threads}
+        rows.append(same | {"contestant": ours.FULL, "optimizer": "rowwise_adagrad", "median_ms": 1.0})
+        for name, more in ((rivals.LOOP, 0.5), (f"{rivals.LOOP}, int32", 0.0)):
+            rows.append(same | {"contestant": name, "optimizer": "adagrad", "median_ms": lead + more})
+    return pd.DataFrame(rows)
+
+
+def test_a_target_over_several_configurations_is_judged_by_the_worst() -> None:
+    leads = {("one id", 1, 1): 1.5, ("10 ids", 256, 1): 1.1, ("10 ids", 256, 2): 0.8, ("50 ids", 16, 2): 2.0}
+    outside = {(UNEVEN, 256, 1): 0.1, ("50 ids", 16_384, 1): 0.2}  # of what is required
+    found = results.Results(one_table(leads | outside), {})
+    text = targets(found)
+    assert "50, ids checked | `nn.EmbeddingBag` | ≥ 1× | 0.80× | 1.00× | **not met** |" in text
+    where = "ids checked, against `nn.EmbeddingBag`: 10 ids, batch 256, 2 thr.: 0.80×"
+    assert text.count(where) == 1 and "Not met, at the worst:" in text
+    said = report.faster_rivals(found)
+    assert said.startswith("In 3 of 6 comparisons")
+    assert (
+        "- nn.EmbeddingBag, forward, 1,000,000 rows, D = 16, bags of 10 ids, 2 threads: 0.80× our time at batch 256"
+        in said
+    )
+    assert "(int32)" in said
+    pooled = report.pooled(found)
+    assert "| 2 threads, nn.EmbeddingBag |  |  | 800 |  |" in pooled and "1,300" not in pooled
+    met = targets(results.Results(one_table({("one id", 1, 1): 1.5}), {}))
+    assert "| `nn.EmbeddingBag` | ≥ 1× | 1.50× | 1.00× | met |" in met and "Not met" not in met
+
+
+def test_a_rivals_lead_is_shown_first(tmp_path: Path) -> None:
+    text = report.page(results.Results(made_up(), {}))
+    assert text.index("Where a rival is faster") < text.index("## Targets")
+
+
+def test_scaling_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    settings = tables.Settings(rows=1000, tables=3, batch=4, threads=1, rounds=1)
+    assert (settings.scale, tables.Settings(rows=1000).scale) == ("3 × 1,000 rows", "1,000 rows")
+    work = tables.workload(settings)
+    assert work.sizes == [1000] * 3 and not work.has_bags
+    found = [c for c in tables.participants(work, settings) if isinstance(c, Contestant)]
+    assert {c.optimizer for c in found} == {"rowwise_adagrad", "adagrad"}
+    base: dict[str, Any] = {"job": "", "dim": 16, "threads": 2, "ops": "native", "phase": "step", "status": "ok"}
+    base |= {"sitting": 0, "others": 0.0, "distrust": "", "min_ms": 1.0, "cpu_ms": 1.0, "calls": 5}
+    rows = []
+    for suite, scale, length, batch, ms in (
+        ("pooled", "1,000,000 rows", "10 ids", 2048, 3.0),
+        ("pooled", "1,000,000 rows", "50 ids", 2048, 9.0),
+        ("pooled", "1,000,000 rows", "10 ids", 16, 0.5),
+        ("pooled", "1/10", "10 ids", 2048, 77.0),
+        ("scaling", "10,000 rows", "10 ids", 2048, 1.0),
+        ("scaling", "100 × 10,000 rows", ONE_ID, 256, 6.0),
+    ):
+        same = base | {"suite": suite, "scale": scale, "bags": length, "batch": batch}
+        rows.append(same | {"contestant": ours.FULL, "optimizer": "rowwise_adagrad", "median_ms": ms})
+        for name, factor in ((rivals.TBE, 4), (rivals.TBE_UNCHECKED, 2)):
+            rows.append(same | {"contestant": name, "optimizer": "rowwise_adagrad", "median_ms": factor * ms})
+    run = results.Results(pd.DataFrame(rows), {})
+    points = [(axis, value, times[ours.FULL], times[rivals.TBE]) for axis, value, times in scaling.points(run)]
+    assert points == [
+        ("rows of one table", 10_000, 1.0, 2.0),
+        ("rows of one table", 1_000_000, 3.0, 6.0),
+        ("batch", 16, 0.5, 1.0),
+        ("batch", 2048, 3.0, 6.0),
+        ("ids of a bag", 10, 3.0, 6.0),
+        ("ids of a bag", 50, 9.0, 18.0),
+        ("tables", 100, 6.0, 12.0),
+    ]
+    run.rows.to_csv(tmp_path / results.RESULTS, index=False)
+    assert "![milliseconds of a step](scaling.svg)" in report.write(tmp_path)
+    svg = (tmp_path / scaling.FIGURE).read_text(encoding="utf-8")
+    assert "rows of one table" in svg and "FBGEMM TBE" in svg
+    report.write(tmp_path)
+    assert (tmp_path / scaling.FIGURE).read_text(encoding="utf-8") == svg
+    run.rows[run.rows["suite"] == "scaling"].to_csv(tmp_path / results.RESULTS, index=False)
+    report.write(tmp_path)
+    svg = (tmp_path / scaling.FIGURE).read_text(encoding="utf-8")
+    assert "rows of one table" in svg and "ids of a bag" not in svg  # as no pooled row was measured
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -494,6 +731,8 @@ def test_plans_name_every_job_once() -> None:
         names = [job.name for job in jobs.planned(mode, jobs.SUITES, 2)]
         assert len(set(names)) == len(names) > 5
     assert len(jobs.planned("full", ["tables"], 2)) == 48
+    # A table with four kinds of bags in six batches, one thread and two; and 26 tables with three kinds.
+    assert len(jobs.planned("default", ["pooled"], 2)) == 4 * 6 * 2 + 3
     for job in jobs.planned("default", jobs.SUITES, 2):
         assert jobs.Job.loads(job.dumps()).name == job.name
     assert all(job.suite == "dlrm" for job in jobs.planned("default", ["dlrm"], 1))
