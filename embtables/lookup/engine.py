@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from embtables import ops
 from embtables.lookup.constants import WithConstants
@@ -162,6 +163,12 @@ class Lookup(nn.Module):
         self.of_all_blocks = Arrangement(self._outputs, self.dims)
         both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
         self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, of whose tensors none is kept that has been replaced."""
+        if self.native is not None:
+            self.native.forget()
+        return super()._apply(fn, recurse)
 
     @property
     def store(self) -> Store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -22,36 +21,36 @@ from embtables.ops.native import LookupArgs
 from embtables.ops.program import POOLING, STATES, ProgramTensors
 
 
-class _Told:
-    """What native code was told last by lookups that train, and by those that do not; copies begin without.
+class _Known:
+    """The tensors of the last lookups that trained, and of those that did not, as native code was told of them.
 
-    Asking whether tensors lie as they did is faster than telling it anew.
+    Asking whether tensors lie as they did is faster than telling it anew. Copies begin without.
     """
 
     def __init__(self) -> None:
-        self._last: dict[bool, tuple[list[Any], array[int]]] = {}
+        self._last: dict[bool, tuple[ProgramTensors, list[Any]]] = {}
 
-    def of(self, trains: bool, tensors: list[Tensor]) -> array[int] | None:
-        """What it was told, where all tensors lie as they did then."""
+    def of(self, trains: bool, tensors: list[Tensor]) -> ProgramTensors | None:
+        """The program's tensors, where these are they and lie as they did then."""
         last = self._last.get(trains)
-        if last is None or len(tensors) != len(last[0]):
+        if last is None or len(tensors) != len(last[1]):
             return None
-        for tensor, (place, shape, dtype, kind) in zip(tensors, last[0]):
-            if tensor.data_ptr() != place or tensor.shape != shape or tensor.dtype is not dtype:
+        for tensor, (known, place, shape, dtype) in zip(tensors, last[1]):
+            if tensor is not known or tensor.data_ptr() != place or tensor.shape != shape:
                 return None
-            if type(tensor) is not kind or not tensor.is_contiguous():
+            if tensor.dtype is not dtype or not tensor.is_contiguous():
                 return None
-        return last[1]
+        return last[0]
 
-    def tell(self, trains: bool, program: ProgramTensors, tensors: list[Tensor]) -> ProgramTensors:
-        """The program with what native code is told of it, kept for the next time."""
-        told = ops.told(program)
-        places = [(tensor.data_ptr(), tensor.shape, tensor.dtype, type(tensor)) for tensor in tensors]
-        self._last[trains] = places, told
-        return program._replace(told=told)
+    def keep(self, trains: bool, program: ProgramTensors, tensors: list[Tensor]) -> ProgramTensors:
+        """The program's tensors with what native code is told of them, for the next time."""
+        places = [(tensor, tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors]
+        program = program._replace(told=ops.told(program))
+        self._last[trains] = program, places
+        return program
 
-    def __reduce__(self) -> tuple[type[_Told], tuple[()]]:
-        return _Told, ()
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
 
 
 class NativeLookup:
@@ -111,19 +110,20 @@ class NativeLookup:
         num_dense = len(self._dense)
         self._ends = len(self.program.weights), num_dense, num_dense + len(self._codes), len(self._read)
         self._no_states = [_NOTHING] * len(self._states)
-        self._told = _Told()
+        self._known = _Known()
 
     def tensors(self, trains: bool = True, in_graph: bool = False) -> ProgramTensors | None:
         """What the program reads as it is now, and writes where it trains; ``None`` where native code has no way."""
         store, find = self.store, self.store.tensor
-        names, n = (self._trained, len(self._states)) if trains else (self._read, 0)
-        found = [find(name) if name else _NOTHING for name in names]
+        found = [find(name) if name else _NOTHING for name in (self._trained if trains else self._read)]
         strengths = [s for s in map(store.strength, self.program.weights) if s is not None] if trains else []
+        everything = [*found, *strengths] if strengths else found
+        if not in_graph:  # graphs know no addresses
+            known = self._known.of(trains, everything)
+            if known is not None:
+                return known
         weights, dense, codes, read = self._ends
-        states = found[read : read + n] if n else self._no_states
-        # Compiled graphs know no addresses.
-        everything = found if not strengths else [*found, *strengths]
-        told = None if in_graph else self._told.of(trains, everything)
+        states = found[read : read + len(self._states)] if trains else self._no_states
         tensors = ProgramTensors(
             self.program.words,
             found[:weights],
@@ -135,13 +135,14 @@ class NativeLookup:
             store.rule or "sgd",
             found[codes:read],
             strengths,
-            told,
         )
-        if told is not None:
-            return tensors
         if not self._takes(tensors):
             return None
-        return tensors if in_graph else self._told.tell(trains, tensors, everything)
+        return tensors if in_graph else self._known.keep(trains, tensors, everything)
+
+    def forget(self) -> None:
+        """Called where tensors are about to be replaced, which would be kept until the next lookup otherwise."""
+        self._known = _Known()
 
     def _takes(self, tensors: ProgramTensors) -> bool:
         """Whether native code takes the program's tensors as they are now."""
@@ -269,7 +270,10 @@ class NativeLookup:
         """The arguments as native code takes them: copies of the caller's own where a backward will read them again."""
         program, (ids, offsets, weights) = self.program, given[:3]
         num_rows = batch * program.rows_per_example if offsets is None else ids.numel() * program.rows_per_id
-        ids = _as(ids, ids.dtype, copy=keeps and self.reads_ids)
+        if keeps and self.reads_ids:
+            ids = ids.clone()
+        if not ids.is_contiguous():
+            ids = ids.contiguous()
         if offsets is not None:
             offsets = _as(offsets, torch.int64, copy=keeps)
         if weights is not None:
@@ -317,7 +321,5 @@ _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _as(tensor: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
-    """The contiguous tensor in a type; asking is faster than ``to`` and ``contiguous``, which do nothing slowly."""
-    if copy or tensor.dtype is not dtype:
-        tensor = tensor.to(dtype, copy=copy)
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    """The contiguous tensor in a type; asking is faster than ``to``, which does nothing slowly."""
+    return tensor.contiguous() if tensor.dtype is dtype and not copy else tensor.to(dtype, copy=copy).contiguous()

@@ -437,7 +437,7 @@ class Library:
         call[_BATCH], call[_OUTPUTS], call[_ROWS] = batch, outputs.data_ptr(), rows.data_ptr()
         if values is not None:
             call[_VALUES] = values.data_ptr()
-        call[_NUM_THREADS] = threads(num_rows)
+        call[_NUM_THREADS] = 1 if num_rows < _ROWS_A_THREAD else threads(num_rows)
         return call
 
 
