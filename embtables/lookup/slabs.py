@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from embtables import ops
 from embtables.formats import FP32, row_format, scales_name, weight_name
 from embtables.lookup.stored_rows import StoredRows
 from embtables.sizes.layout import Form, Slab
@@ -86,20 +85,6 @@ class Slabs(nn.Module):
     def read(self, weight: str, index: Tensor) -> Tensor:
         """A copy of rows ``[N, width]`` of a weight, by its attribute, as numbers of the type of extras."""
         return self._stored_rows[weight].read(self.tensor(weight), self.scales(weight), index).to(self.dtype)
-
-    def bag_sums(self, weight: str, index: Tensor, bags: Tensor, factors: Tensor | None) -> Tensor:
-        """The sums ``[M, width]`` of rows of a weight, by its attribute, where ``ops.summing`` has a kernel for them.
-
-        Args:
-            weight: the attribute.
-            index: the rows ``[N]`` of all bags; −1 adds nothing.
-            bags: offsets ``[M + 1]``.
-            factors: ``[N]``, what each row is multiplied with, or ``None``.
-        """
-        rows, kernel = self._stored_rows[weight], ops.summing(index)
-        assert kernel is not None and rows.form is not None
-        given = self.tensor(weight), self.scales(weight), rows.firsts(index.device), index, bags, factors
-        return kernel(*given, self.dtype_of_rows(weight), rows.width, rows.form).to(self.dtype)
 
     def read_slab(self, name: str) -> Tensor:
         """A copy ``[rows, width]`` of a slab's rows, as numbers of the type of extras."""

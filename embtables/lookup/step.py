@@ -178,11 +178,15 @@ class Step:
         ``bags`` ``[M + 1]``: their offsets; ``factors`` ``[N]``: what each row is multiplied with. An index of −1 adds
         nothing and takes no gradient.
         """
-        _refuse_pieces(self.store.tensor(name))
-        factors = None if factors is None else factors.to(self.store.dtype)
+        store, weight = self.store, self.store.tensor(name)
+        _refuse_pieces(weight)
+        factors = None if factors is None else factors.to(store.dtype)
         if self.updates:
             return self._fused_rows(name, index, bags, factors)
-        return self.store.bag_sums(name, index, bags, factors)
+        rows, kernel = store.stored_rows(name), ops.summing(index)
+        assert kernel is not None and rows.form is not None
+        given = weight, store.scales(name), rows.firsts(index.device), index, bags, factors
+        return kernel(*given, store.dtype_of_rows(name), rows.width, rows.form).to(store.dtype)
 
     def _fused_rows(self, name: str, index: Tensor, *of_bags: Tensor | None) -> Tensor:
         store, weight = self.store, self.store.tensor(name)
