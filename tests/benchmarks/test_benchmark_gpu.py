@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks import gpu, gpu_check, gpu_lookups
 from benchmarks.gpu_check import Part
 from embtables.methods import kinds
+from embtables.sizes.layout import FULL
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
@@ -79,6 +80,10 @@ def test_lookups_of_every_method_are_compared(tmp_path: Path, monkeypatch: pytes
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == set(kinds()) and len(rows) == 4 * len(kinds())
     assert {row["equal"] for row in rows} == {"True"}
+    for method in kinds():
+        for solved in gpu_lookups.plans(method):
+            variants = {entry.variant for group in solved.groups for entry in group.layout.entries.values()}
+            assert (variants == {FULL}) == (method == "full"), method
 
     def cases(method: str) -> Any:
         def run(device: str) -> list[Tensor]:

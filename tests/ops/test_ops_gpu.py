@@ -371,14 +371,19 @@ def test_nothing_waits_for_the_gpu(kernels: object) -> None:
     packed = rows.empty(DEVICE)
     for start, count in zip(starts, (5, 9)):
         rows.write(*packed, start, torch.randn(count, 4, device=DEVICE))
-    kernels.lookup(weight, index)
-    rows.read(*packed, index)
-    kernels.update_(weight, state, index, grad, h, "adam")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    bags = torch.tensor([0, 40, 40, 100], device=DEVICE)
+
+    def all_of_them() -> None:
         kernels.lookup(weight, index)
+        kernels.bag_sums(weight, None, None, index, bags, grad[:, 0], torch.float32, 4, PLAIN)
         rows.read(*packed, index)
         kernels.update_(weight, state, index, grad, h, "adam")
+        kernels.update_(weight, state, index, grad[:3], h, "adam", bags, grad[:, 0])
+
+    all_of_them()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        all_of_them()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
