@@ -134,9 +134,9 @@ class _Combined:
             start += length
         self.may_skip = self.has_lists = any(run.kind is Listed for run in self.runs)
         self.weight_of_rows: str | None = None
-        if len(first.addresses) == 1 and not self.projections and not self.zeros:
+        if len(first.addresses) == 1 and not self.projections:
             (run,) = self.runs
-            if run.kind not in (*BLOCKS, Listed) and not run.has_signs:
+            if run.width == block.embedding_dim and run.kind is not Listed and not run.has_signs:
                 self.weight_of_rows = store.weight_of(run.sample.slab)
 
     def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:

@@ -542,14 +542,33 @@ def test_bags_of_rows_are_summed_as_they_are_looked_up(method: str, rule: str, m
 
 @on_device
 @needs_triton
-def test_rows_that_are_read_elsewhere_too_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step updates a row once: where another block reads it, and where not all of its bags are pooled."""
-    solved = plan(BAGS, {"kind": "unified", "width": 8}, "60%", optimizer="adagrad")
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "unified", "width": 8},  # two vectors of 8 and one of 16 from the same rows
+        {"kind": "robe", "block_size": 8},
+        {"kind": "fewer_dimensions"},
+        {"kind": "fewer_dimensions", "projection": True},
+    ],
+    ids=["shared", "blocks", "zeros", "projected"],
+)
+def test_vectors_that_are_more_than_a_row_of_their_own_are_gathered(
+    method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where another block reads these rows, since a step updates each row once."""
+    solved = plan(BAGS, method, "60%", optimizer="adagrad")
     expected = bags_trained(solved, "cpu")
     launched = Launched(monkeypatch)
     for got, want in zip(bags_trained(solved, DEVICE), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    assert not launched.summed and len(launched.gradients) == 2
+    assert not launched.summed
+
+
+@on_device
+@needs_triton
+def test_blocks_with_bags_that_are_not_pooled_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same reason; and outputs one by one are those side by side."""
+    launched = Launched(monkeypatch)
     tables = EmbeddingTables(plan(BAGS, "full", optimizer="adagrad"), device=DEVICE)
     outputs = tables.lookup(FLAT.to(DEVICE), OFFSETS.to(DEVICE), pooling={"history": None})
     assert outputs["history"].shape == (13, 8) and launched.summed == [3]
