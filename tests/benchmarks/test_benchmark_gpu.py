@@ -179,7 +179,7 @@ class Missing:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Missing())
 import benchmarks.gpu_check, benchmarks.gpu_lookups, pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/test_ops_gpu.py", "-k", "an_empty_batch and sgd"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/test_ops_gpu.py", "-k", "in_force"]))
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
