@@ -1,6 +1,6 @@
 # `make help` lists the targets. Any Python 3.10–3.14 with venv will do; PYTHON=… names one.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test sanitize fuzz kill bench docs lint format clean distclean
+.PHONY: help venv demo check test sanitize fuzz kill bench gpu-check docs lint format clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +27,7 @@ PYTEST_FLAGS ?=
 export OMP_NUM_THREADS ?= 1
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## make .venv and install everything into it
 
@@ -95,6 +95,10 @@ kill: $(STAMP) ## kill every command at random moments: the next start ends as i
 bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about half an hour
 	$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
 
+# Without .venv: python -m benchmarks.gpu_check
+gpu-check: $(STAMP) ## on a GPU: the tests of its kernels, every method against the CPU, the speed; eight minutes at most
+	$(BIN)/python -m benchmarks.gpu_check
+
 docs: $(STAMP) ## the pages and the reference of the public names as a site: build/docs/docs/index.html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/docs
 
@@ -108,7 +112,7 @@ format: $(STAMP) ## let ruff format the code and sort the imports
 	$(BIN)/ruff format .
 
 clean: ## remove what builds, tests and the demo leave behind
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO) runs/bench embtables/ops/_native.so
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO) runs/bench runs/gpu-check embtables/ops/_native.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## the same, and the environment

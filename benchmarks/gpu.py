@@ -3,10 +3,10 @@
     python -m benchmarks.gpu                                       # a few minutes
     python -m benchmarks.gpu --divisor 1 --dims 16,64 --batches 65536 --out runs/bench-gpu-full
 
-Workload: the 26 cardinalities of Criteo-Kaggle, those above 1,000 divided by --divisor, one id a feature, Zipf 1.05.
-All contestants of a configuration take turns in one process, and are timed by CUDA events around a call; the rate of a
-large copy is measured in the same turns. Prints the results and saves results.csv, environment.json and report.md in
---out. What runs on a GPU and how stands in docs/gpu.md.
+Workload: the 26 cardinalities of Criteo-Kaggle, those above 1,000 divided by --divisor, one id a feature, Zipf 1.05;
+and bags of --bags ids each of the largest table alone, summed. All contestants of a configuration take turns in one
+process, and are timed by CUDA events around a call; the rate of a large copy is measured in the same turns. Prints the
+results and saves results.csv, environment.json and report.md in --out. What runs on a GPU and how: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import itertools
 import json
 import random
 import shutil
@@ -42,10 +43,11 @@ from embtables.ops import gpu
 LR = 0.01
 OURS, OPERATOR = "embtables, Full", "embtables, the operator alone"
 GRAPH = "embtables, Full, as a CUDA graph"
-LOOP, FLAT = "nn.EmbeddingBag × 26", "F.embedding, one flat table"
+LOOP, FLAT, BAG = "nn.EmbeddingBag × 26", "F.embedding, one flat table", "nn.EmbeddingBag"
 COPY = "copy"
 BATCHES = 4  # different ones; their ids alone are larger than the caches of an H100 where batches are large
 RULES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+BAG_RULES = ("sgd", "adagrad")  # which both have
 PRECISIONS = ("fp16", "int8", "int4", "int2", "binary", "binary2")
 STATE_WIDTHS = {"sgd": lambda d: 0, "rowwise_adagrad": lambda d: 1, "adagrad": lambda d: d, "adam": lambda d: 2 * d}
 SPARSE: dict[str, Callable[..., Any]] = {
@@ -69,20 +71,21 @@ class Contestant(NamedTuple):
     call: Call
 
 
+Build = Callable[[], list[Contestant]]
+
+
 class Batches:
     """A workload's tensors on the device, and what a step over them has to move."""
 
     def __init__(self, work: Workload, device: torch.device) -> None:
         self.work, self.device = work, device
+        self.dim, self.batch, self.num_rows = work.dim, work.batch, work.num_rows
         self.ids = [ids.to(device) for ids in work.ids]
         self.columns = [ids.t().contiguous().unbind() for ids in self.ids]
         self.rows = [rows.to(device) for rows in work.rows]
         self.grad = work.grad.to(device)
         self.flat_grad = self.grad.view(-1, work.dim)
         self.distinct = statistics.mean(rows.unique().numel() for rows in work.rows)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def forward_bytes(self, row_bytes: float | None = None) -> float:
         """Ids and rows, in fp32 or of so many bytes, are read; vectors are written."""
@@ -97,11 +100,69 @@ class Batches:
     def step_bytes(self, rule: str) -> float:
         return self.forward_bytes() + self.update_bytes(rule)
 
+    def contestants(self) -> Iterator[Build]:
+        yield from ours(self)
+        yield from rivals(self)
+
+
+class Bags:
+    """Bags of ``length`` ids each of one table, whose vectors are summed, and what that has to move."""
+
+    def __init__(self, num_rows: int, dim: int, batch: int, length: int, device: torch.device) -> None:
+        self.num_rows, self.dim, self.batch, self.length, self.device = num_rows, dim, batch, length, device
+        work = Workload([num_rows], 1, batch * length, BATCHES)
+        self.ids = [ids.flatten().to(device) for ids in work.ids]
+        self.offsets = torch.arange(0, batch * length + 1, length, device=device)
+        self.grad = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0)).to(device)
+        self.distinct = statistics.mean(ids.unique().numel() for ids in self.ids)
+
+    def forward_bytes(self) -> float:
+        """Offsets, ids and rows are read; a vector for each bag is written."""
+        return self.batch * (8 + self.length * (8 + 4 * self.dim) + 4 * self.dim)
+
+    def step_bytes(self, rule: str) -> float:
+        """Besides, ids and the gradients of bags are read; weights and state of distinct rows are read and written."""
+        widths = self.dim + STATE_WIDTHS[rule](self.dim)
+        return self.forward_bytes() + self.batch * (8 * self.length + 4 * self.dim) + 2 * 4 * widths * self.distinct
+
+    def contestants(self) -> Iterator[Build]:
+        yield from (lambda rule=rule: self._ours(rule) for rule in BAG_RULES)  # type: ignore[misc]
+        yield from (lambda rule=rule: self._rival(rule) for rule in BAG_RULES)  # type: ignore[misc]
+
+    def _ours(self, rule: str) -> list[Contestant]:
+        solved = plan([TableConfig("table", self.num_rows, self.dim)], "full", optimizer=rule)
+        module = EmbeddingTables(solved, device=self.device)
+        return self._both(OURS, rule, module, lambda: None, lambda: None)
+
+    def _rival(self, rule: str) -> list[Contestant]:
+        module = nn.EmbeddingBag(
+            self.num_rows, self.dim, mode="sum", sparse=True, include_last_offset=True, device=self.device
+        )
+        optim = SPARSE[rule](module.parameters(), lr=LR)
+        return self._both(BAG, rule, module, optim.zero_grad, optim.step)
+
+    def _both(
+        self, name: str, rule: str, module: nn.Module, before: Callable[[], Any], after: Callable[[], Any]
+    ) -> list[Contestant]:
+        def look_up(batch: int) -> None:
+            with torch.no_grad():
+                module(self.ids[batch], self.offsets)
+
+        def train(batch: int) -> None:
+            before()
+            module(self.ids[batch], self.offsets).backward(self.grad)
+            after()
+
+        found = [Contestant(f"step, bags of {self.length}", name, rule, self.step_bytes(rule), train)]
+        if rule == BAG_RULES[0]:
+            found.append(Contestant(f"forward, bags of {self.length}", name, "", self.forward_bytes(), look_up))
+        return found
+
 
 # ---- contestants -----------------------------------------------------------------------------------------------------
 
 
-def ours(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
+def ours(data: Batches) -> Iterator[Build]:
     tables = [TableConfig(name, size, data.work.dim) for name, size in zip(data.work.names, data.work.sizes)]
 
     def build(rule: str) -> list[Contestant]:
@@ -177,7 +238,7 @@ class Captured:
         self.graph.replay()
 
 
-def rivals(data: Batches) -> Iterator[Callable[[], list[Contestant]]]:
+def rivals(data: Batches) -> Iterator[Build]:
     def both(
         name: str, optimizer: str, forward: Callable[[int], Tensor], weights: list[nn.Parameter]
     ) -> list[Contestant]:
@@ -226,10 +287,10 @@ def copying(device: torch.device, num_bytes: int) -> Contestant:
     return Contestant(COPY, COPY, "", 2 * num_bytes, copy)
 
 
-def build_all(data: Batches, copy_bytes: int) -> tuple[list[Contestant], list[str]]:
+def build_all(data: Batches | Bags, copy_bytes: int) -> tuple[list[Contestant], list[str]]:
     """Those that fit into the device's memory together, and why others do not take part."""
     found, left_out = [copying(data.device, copy_bytes)], []
-    for build in [*ours(data), *rivals(data)]:
+    for build in data.contestants():
         try:
             built = build()
             for contestant in built:
@@ -261,7 +322,7 @@ def timed(call: Call, batches: Sequence[int], device: torch.device) -> list[floa
     return [start.elapsed_time(end) for start, end in events]
 
 
-def interleaved(contestants: Sequence[Contestant], data: Batches, rounds: int, calls: int) -> list[list[float]]:
+def interleaved(contestants: Sequence[Contestant], data: Batches | Bags, rounds: int, calls: int) -> list[list[float]]:
     """``calls`` times of each contestant in every round, in an order drawn anew each time, after one that warms up."""
     times: list[list[float]] = [[] for _ in contestants]
     order = list(range(len(contestants)))
@@ -269,22 +330,19 @@ def interleaved(contestants: Sequence[Contestant], data: Batches, rounds: int, c
     for round_number in range(rounds):
         shuffler.shuffle(order)
         for i in order:
-            batches = [(round_number * calls + k) % len(data) for k in range(calls + 1)]
+            batches = [(round_number * calls + k) % len(data.ids) for k in range(calls + 1)]
             times[i] += timed(contestants[i].call, batches, data.device)[1:]
         print(f"\r  round {round_number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return times
 
 
-def measure(
-    work: Workload, device: torch.device, rounds: int, calls: int, copy_bytes: int
-) -> tuple[list[Row], list[str]]:
-    data = Batches(work, device)
+def measure(data: Batches | Bags, rounds: int, calls: int, copy_bytes: int) -> tuple[list[Row], list[str]]:
     contestants, left_out = build_all(data, copy_bytes)
     rows: list[Row] = []
     for contestant, times in zip(contestants, interleaved(contestants, data, rounds, calls)):
         low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-        row: Row = {"dim": work.dim, "batch": work.batch, "rows": work.num_rows, "phase": contestant.phase}
+        row: Row = {"dim": data.dim, "batch": data.batch, "rows": data.num_rows, "phase": contestant.phase}
         row |= {"contestant": contestant.name, "optimizer": contestant.optimizer, "calls": len(times)}
         row |= {"median_ms": median, "min_ms": min(times), "q1_ms": low, "q3_ms": high}
         rows.append(row | {"gb_per_second": contestant.num_bytes / median / 1e6})
@@ -307,11 +365,13 @@ def report(rows: Sequence[Row], about: dict[str, Any], notes: Sequence[str]) -> 
         "phase, so above 1 is slower. *of copy*: the bytes that a call has to move, over its time, against the rate"
     ]
     lines += ["of the large copy. `step` is forward, backward and update; `update` the operator of the backward alone."]
+    lines += ["Bags are those of one table, summed."]
     for dim, batch, count in dict.fromkeys((row["dim"], row["batch"], row["rows"]) for row in rows):
         lines += ["", f"## D = {dim}, batch {batch:,}, {count:,} rows", ""]
         lines += ["| phase | contestant | optimizer | median ms | min ms | × ours | GB/s | of copy |"]
         lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-        for row in sorted((r for r in rows if (r["dim"], r["batch"]) == (dim, batch)), key=lambda r: r["phase"]):
+        own = [row for row in rows if (row["dim"], row["batch"], row["rows"]) == (dim, batch, count)]
+        for row in sorted(own, key=lambda row: row["phase"]):
             ratio = f"{row['times_ours']:.2f}" if row["times_ours"] else ""
             cells = [row["phase"], row["contestant"], row["optimizer"], f"{row['median_ms']:.4f}"]
             cells += [f"{row['min_ms']:.4f}", ratio, f"{row['gb_per_second']:,.3g}", f"{row['share_of_copy']:.0%}"]
@@ -359,6 +419,18 @@ def numbers(text: str) -> list[int]:
     return values
 
 
+def configurations(chosen: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Batches | Bags]]:
+    """What is measured together, each with its title."""
+    cardinalities = sizes(chosen.divisor)
+    for batch in chosen.batches:
+        work = Workload(cardinalities, chosen.dims[0], batch, BATCHES)
+        for dim in chosen.dims:
+            yield f"D = {dim}, batch {batch:,}", Batches(work.of_dim(dim), device)
+    for length, batch, dim in itertools.product(chosen.bags, chosen.batches, chosen.dims):
+        title = f"bags of {length}, D = {dim}, batch {batch:,}"
+        yield title, Bags(max(cardinalities), dim, batch, length, device)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -366,6 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--divisor", type=int, default=10, help="of the cardinalities above 1,000 (default: 10)")
     parser.add_argument("--dims", type=numbers, default=[16, 64], help="lengths of the vectors (default: 16,64)")
     parser.add_argument("--batches", type=numbers, default=[2048, 8192, 65536], help="(default: 2048,8192,65536)")
+    parser.add_argument("--bags", type=numbers, default=[10, 50], help="ids in a bag (default: 10,50)")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each contestant (default: 20)")
     parser.add_argument("--calls", type=int, default=10, help="timed calls a turn (default: 10)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), help="folder of the results")
@@ -377,16 +450,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     notes: list[str] = []
     copy_bytes = 2**30 if device.type == "cuda" else 2**24
-    for batch in chosen.batches:
-        work = Workload(sizes(chosen.divisor), chosen.dims[0], batch, BATCHES)
-        for dim in chosen.dims:
-            print(f"D = {dim}, batch {batch:,}", file=sys.stderr)
-            found, left_out = measure(work.of_dim(dim), device, chosen.rounds, chosen.calls, copy_bytes)
-            rows += found
-            notes += [f"D = {dim}, batch {batch:,}: {why}" for why in left_out]
-            about = describe(device)
-            text = report(rows, about, notes)
-            save(chosen.out, rows, about, text)
+    for title, data in configurations(chosen, device):
+        print(title, file=sys.stderr)
+        found, left_out = measure(data, chosen.rounds, chosen.calls, copy_bytes)
+        del data  # the next one needs its memory
+        rows += found
+        notes += [f"{title}: {why}" for why in left_out]
+        about = describe(device)
+        text = report(rows, about, notes)
+        save(chosen.out, rows, about, text)
     print(text)
     print(f"saved in {chosen.out}", file=sys.stderr)
 

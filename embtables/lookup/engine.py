@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
@@ -33,12 +34,22 @@ T = TypeVar("T")
 
 
 class BlockVectors(NamedTuple):
-    """A block, its ids, the vector of every id (``[L, B, D]`` or flat ``[N, D]``), and the numbers of its outputs."""
+    """A block, its ids, what was looked up for them, and the numbers of its outputs.
+
+    ``vectors``: of every id, ``[L, B, D]`` or flat ``[N, D]``; where ``summed``, the sum of every bag instead,
+    ``[L·B, D]``.
+    """
 
     block: BlockLookup
     ids: FeatureIds
     vectors: Tensor
+    summed: bool
     outputs: list[int]
+
+    def pooled(self, modes: Sequence[str | None]) -> Tensor:
+        """Pooled vectors ``[L, B, D]``; ``modes``: of all outputs there are."""
+        pool = self.block.pool_sums if self.summed else self.block.pool
+        return pool(self.vectors, self.ids, [modes[output] for output in self.outputs])
 
 
 class Touched:
@@ -159,6 +170,7 @@ class Lookup(nn.Module):
         self.native = self._compile()
         natives = self._natives if self.native is not None else []
         self._in_pytorch = [i for i in range(len(blocks)) if i not in natives]
+        self._rows_of = _rows_of(blocks)
         self._native_outputs = sorted(o for i in natives for o in self._outputs[i])
         self.of_all_blocks = Arrangement(self._outputs, self.dims)
         both = [self._native_outputs, *(self._outputs[i] for i in self._in_pytorch)]
@@ -233,7 +245,7 @@ class Lookup(nn.Module):
         native, found = self._look_up(given, step, lambda n, tensors: n.side_by_side(tensors, given, own, step), modes)
         if native is not None and not found:
             return native
-        pooled = [f.block.pool(f.vectors, f.ids, [modes[o] for o in f.outputs]) for f in found]
+        pooled = [f.pooled(modes) for f in found]
         if native is None:
             return self.of_all_blocks.side_by_side(pooled)
         assert self.in_both is not None
@@ -245,9 +257,12 @@ class Lookup(nn.Module):
         if native is not None and not found:
             return native
         outputs = dict(zip(self._native_outputs, native or []))
-        bags = None if given.offsets is None else self._bags(given, modes)
+        bags = None if given.offsets is None or all(f.summed for f in found) else self._bags(given, modes)
         for f in found:
-            each = f.block.outputs(f.vectors, f.ids, [modes[o] for o in f.outputs], bags)
+            if f.summed:
+                each = list(f.pooled(modes).unbind())
+            else:
+                each = f.block.outputs(f.vectors, f.ids, [modes[o] for o in f.outputs], bags)
             outputs |= dict(zip(f.outputs, each))
         return [outputs[output] for output in sorted(outputs)]
 
@@ -287,10 +302,9 @@ class Lookup(nn.Module):
     ) -> tuple[T | None, list[BlockVectors]]:
         """What native code gives as outputs, ``None`` where it gives none, and the vectors of all other blocks.
 
-        Those are what PyTorch looks up. ``modes``: the pooling of each output.
+        Those are what PyTorch looks up, or sums of bags by a kernel of a GPU. ``modes``: the pooling of each output.
 
-        This is the one place that chooses between native code and PyTorch. Nothing is read or changed before all ids
-        are known to be good.
+        This is the one place that chooses between them. Nothing is read or changed before all ids are known to be good.
         """
         native = self.native
         # Where the vectors of a bag lie among those of others, which native code has to be told, no graph knows.
@@ -323,8 +337,11 @@ class Lookup(nn.Module):
             self._explain(refused, given)
         if not rest:
             return result, []
-        vectors = self._in_plain_pytorch(ids, step)
-        return result, [BlockVectors(self.blocks[i], ids[i], vectors[i], self._outputs[i]) for i in sorted(vectors)]
+        sums = self._sums(ids, modes, step)
+        vectors = self._in_plain_pytorch({i: ids[i] for i in rest if i not in sums}, step) | sums
+        return result, [
+            BlockVectors(self.blocks[i], ids[i], vectors[i], i in sums, self._outputs[i]) for i in sorted(vectors)
+        ]
 
     def check_range(self, ids: Tensor) -> None:
         """Raises ``IndexError`` for ids ``[N]`` out of range, as a lookup of this view, and does nothing else."""
@@ -337,6 +354,23 @@ class Lookup(nn.Module):
             ops.raise_for_id(refused.id, refused.lookup, self.native.ranges)
         check_offsets(given.ids, given.offsets)
         raise AssertionError("native code refused offsets that are good") from refused
+
+    def _sums(self, ids: Mapping[int, FeatureIds], modes: Sequence[str | None], step: Step) -> dict[int, Tensor]:
+        """The sum of every bag, for each of these blocks of which a kernel looks up rows and sums them in one pass.
+
+        A step updates each row once, so that no other block may read these rows, nor this one by itself.
+        """
+        sums = {}
+        for i, weight in self._rows_of.items():
+            found = ids.get(i)
+            pools = modes and None not in [modes[output] for output in self._outputs[i]]
+            if not pools or found is None or found.bags is None:
+                continue
+            if step.sums_bags(weight, found.ids, found.weights):
+                block = self.blocks[i]
+                (part,) = block.without_padding(block.block.address(found.ids, found.feature), found)
+                sums[i] = step.bag_sums(weight, part.rows.reshape(-1), found.bags, found.weights)
+        return sums
 
     def _in_plain_pytorch(self, ids: Mapping[int, FeatureIds], step: Step) -> dict[int, Tensor]:
         """The vector of every id, for each of these blocks by its number; one gather in all."""
@@ -362,6 +396,18 @@ def _is_native(block: BlockLookup, store: Store) -> bool:
     # Native steps update rows and blocks of scalars one after the other: what is read as both would be updated twice.
     read = {(address.slab, isinstance(address, BLOCKS)) for recipe in recipes for address in recipe.all_addresses()}
     return len(read) == len({slab for slab, _ in read}) and all(is_native(recipe, store) for recipe in recipes)
+
+
+def _rows_of(blocks: Sequence[BlockLookup]) -> dict[int, str]:
+    """The weight, by its attribute, of each block whose vectors are rows that no other block reads, by its number."""
+    recipes = {i: lookup.block for i, lookup in enumerate(blocks) if isinstance(lookup.block, RecipeBlock)}
+    slabs = {i: {a.slab for recipe in b.recipes for a in recipe.all_addresses()} for i, b in recipes.items()}
+    readers = Counter(slab for read in slabs.values() for slab in read)
+    return {
+        i: block.weight_of_rows
+        for i, block in recipes.items()
+        if block.weight_of_rows is not None and blocks[i].may_be_native and all(readers[slab] == 1 for slab in slabs[i])
+    }
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -313,13 +313,17 @@ class BlockLookup(WithConstants):
         if ids.bags is None:
             return self.weighted(vectors, ids)
         weights = None if ids.weights is None else ids.weights.to(vectors.dtype)
-        summed = self._by_lookup(bag_sums(vectors, ids.bags, weights), ids, len(modes))
+        return self.pool_sums(bag_sums(vectors, ids.bags, weights), ids, modes)
+
+    def pool_sums(self, sums: Tensor, ids: FeatureIds, modes: Sequence[str | None]) -> Tensor:
+        """``pool``, from the sums of all bags: those of which the mean is asked for are divided."""
+        summed = self._by_lookup(sums, ids, len(modes))
         means = [mode == "mean" for mode in modes]
         if not any(means):
             return summed
-        counts = self._by_lookup(self._counts(ids).unsqueeze(-1), ids, len(modes)).to(vectors.dtype)
+        counts = self._by_lookup(self._counts(ids).unsqueeze(-1), ids, len(modes)).to(sums.dtype)
         if not all(means):
-            counts = torch.where(torch.tensor(means, device=vectors.device).view(-1, 1, 1), counts, 1.0)
+            counts = torch.where(torch.tensor(means, device=sums.device).view(-1, 1, 1), counts, 1.0)
         return summed / counts
 
     def _by_lookup(self, of_bags: Tensor, ids: FeatureIds, lookups: int) -> Tensor:

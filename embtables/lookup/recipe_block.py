@@ -93,6 +93,11 @@ class RecipeBlock(Block):
         """Lists end with −1 where they are short; graphs look for every id among the rows of every kind."""
         return self.values.may_skip
 
+    @property
+    def weight_of_rows(self) -> str | None:
+        """The weight, by its attribute, of which each vector is one row as it stands there; else ``None``."""
+        return self.values.weight_of_rows
+
     def _ranks(self, ids: Tensor, feature: Tensor) -> Tensor:
         return ids if self.rank_code is None else self.code(self.rank_code, self.ranks_from[feature] + ids)
 
@@ -128,6 +133,11 @@ class _Combined:
             self.runs.append(_Run(block, f"{prefix}run{len(self.runs)}", addresses))
             start += length
         self.may_skip = self.has_lists = any(run.kind is Listed for run in self.runs)
+        self.weight_of_rows: str | None = None
+        if len(first.addresses) == 1 and not self.projections:
+            (run,) = self.runs
+            if run.width == block.embedding_dim and run.kind is not Listed and not run.has_signs:
+                self.weight_of_rows = store.weight_of(run.sample.slab)
 
     def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
         return [Part(run.width, run.rows(ranks, feature), format=run.format) for run in self.runs]
@@ -300,6 +310,8 @@ def _range_kind(address: Range, store: Store) -> tuple[int, str, str]:
 
 class _Alternatives:
     """Looks up each kind of rows by itself: their positions, one gather, one product of matrices; then the rest."""
+
+    weight_of_rows: str | None = None
 
     def __init__(self, block: RecipeBlock) -> None:
         self._block = [block]

@@ -143,9 +143,7 @@ class Step:
         if self.updates:
             if self.accumulation is not None:
                 return accumulated_rows(store, name, index, self.accumulation)
-            state, dtype = store.state_for_step(name), store.dtype_of_rows(name)
-            rows = ops.fused_rows(weight, state, index, store.hook, store.hyper, store.rule, dtype)
-            return self._watched(name, rows).to(store.dtype)
+            return self._fused_rows(name, index)
         if store.sparse:
             return F.embedding(index, weight, sparse=True)
         if self.aliases is not None and weight.requires_grad and torch.is_grad_enabled():
@@ -153,6 +151,43 @@ class Step:
         if weight.requires_grad and torch.is_grad_enabled():
             return weight.index_select(0, index)
         return ops.gather(weight, index) if store.is_plain(name) else store.read(name, index)
+
+    def sums_bags(self, name: str, index: Tensor, factors: Tensor | None) -> bool:
+        """Whether ``bag_sums`` looks up rows of a weight, by its attribute.
+
+        No row is there by itself then, for whoever computes with it, and only a fused update takes its gradient.
+        """
+        store = self.store
+        if ops.summing(index) is None or is_transformed() or self.listeners:
+            return False
+        if self.accumulation is not None or self.rounding is not None:
+            return False
+        if self.trains and store.strength(name) is not None:
+            return False
+        given = store.tensor(name), factors
+        return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
+
+    def bag_sums(self, name: str, index: Tensor, bags: Tensor, factors: Tensor | None) -> Tensor:
+        """The sums ``[M, width]`` of the rows ``index`` ``[N]`` of each bag, where ``sums_bags`` says that there are.
+
+        ``bags`` ``[M + 1]``: their offsets; ``factors`` ``[N]``: what each row is multiplied with. An index of −1 adds
+        nothing and takes no gradient.
+        """
+        store, weight = self.store, self.store.tensor(name)
+        _refuse_pieces(weight)
+        factors = None if factors is None else factors.to(store.dtype)
+        if self.updates:
+            return self._fused_rows(name, index, bags, factors)
+        rows, kernel = store.stored_rows(name), ops.summing(index)
+        assert kernel is not None and rows.form is not None
+        given = weight, store.scales(name), rows.firsts(index.device), index, bags, factors
+        return kernel(*given, store.dtype_of_rows(name), rows.width, rows.form).to(store.dtype)
+
+    def _fused_rows(self, name: str, index: Tensor, *of_bags: Tensor | None) -> Tensor:
+        store, weight = self.store, self.store.tensor(name)
+        state, dtype = store.state_for_step(name), store.dtype_of_rows(name)
+        rows = ops.fused_rows(weight, state, index, store.hook, store.hyper, store.rule, dtype, *of_bags)
+        return self._watched(name, rows).to(store.dtype)
 
     def _watched(self, name: str, values: Tensor) -> Tensor:
         """Values of a weight or extra, by its attribute, whose backward refuses to update what is no longer stored."""

@@ -1,7 +1,7 @@
-"""Triton kernels: the gather, from every row format, and the step of a fused optimizer from the gradients of its rows.
+"""Triton kernels: the gather, from every row format, with the sums of bags, and the step of a fused optimizer.
 
-R rows, W width, N looked-up rows, as in ``reference``. Nothing here waits for the GPU: the host never learns how many
-distinct rows there are. Element offsets are 64-bit, sums in float32 at least.
+R rows, W width, N looked-up rows, as in ``reference``; M bags of them. Nothing here waits for the GPU: the host never
+learns how many distinct rows there are. Element offsets are 64-bit, sums in float32 at least.
 
 The step sorts the index, stably, so that occurrences of a row keep the order of the input, and cuts the sorted
 positions into small windows. A row belongs to the window that holds its first occurrence, and to one program there: it
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from embtables.ops.program import PLAIN, RowForm
-from embtables.ops.reference import rounds_stochastically, split_step
+from embtables.ops.reference import numbers_of_bags, rounds_stochastically, split_step
 from embtables.ops.stochastic import stream
 from embtables.optimizers import rule_of
 
@@ -58,8 +58,45 @@ def unpack(stored: Tensor, scales: Tensor | None, firsts: Tensor, index: Tensor,
     return _gathered(stored, scales, firsts, index, out, form)
 
 
+def bag_sums(
+    stored: Tensor,
+    scales: Tensor | None,
+    firsts: Tensor | None,
+    index: Tensor,
+    bags: Tensor,
+    factors: Tensor | None,
+    dtype: torch.dtype,
+    width: int,
+    form: RowForm,
+) -> Tensor:
+    """The sums [M, W] of the rows ``index`` [N] of each bag, added in float32 in the order of the index.
+
+    An index of −1 adds nothing; all others have to be in range, and ``bags`` [M + 1], the offsets, to rise from 0 to N.
+
+    Args:
+        stored: the weight, in any format.
+        scales: as for ``unpack``.
+        firsts: as for ``unpack``; ``None`` where rows are plain.
+        index: which rows, bag by bag.
+        bags: where each bag begins, and where the last one ends.
+        factors: [N], what each row is multiplied with; ``None``: nothing.
+        dtype: of the sums.
+        width: W.
+        form: how the rows are stored.
+    """
+    out = torch.empty(bags.numel() - 1, width, dtype=dtype, device=stored.device)
+    return _gathered(stored, scales, firsts, index, out, form, bags, factors)
+
+
 def _gathered(
-    stored: Tensor, scales: Tensor | None, firsts: Tensor | None, index: Tensor, out: Tensor, form: RowForm
+    stored: Tensor,
+    scales: Tensor | None,
+    firsts: Tensor | None,
+    index: Tensor,
+    out: Tensor,
+    form: RowForm,
+    bags: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     count, width = out.shape
     slabs = 0 if firsts is None else firsts.shape[1]
@@ -71,18 +108,40 @@ def _gathered(
     columns = min(triton.next_power_of_2(width), 512)
     if form.together == 1 and 0 < form.bits < 8:
         columns = max(columns, 8 // form.bits)  # whole bytes
-    rows = min(1024 // columns, 256) if columns < 512 else 2
+    if bags is None:
+        rows, warps = min(1024 // columns, 256) if columns < 512 else 2, 4
+    else:
+        # Few bags a program, which goes on until its longest one is done: 16 bytes of them for each thread.
+        rows, warps = max(1, 1024 // out.element_size() // columns), 2
     grid = triton.cdiv(count, rows), triton.cdiv(width, columns)
+    index = index.contiguous()
+    read = width, stored.shape[1], *form, slabs.bit_length(), rows, columns
     with torch.cuda.device_of(stored):
-        _gather[grid](
-            stored, scales, firsts, index.contiguous(), out, count, slabs,
-            width, stored.shape[1], *form, slabs.bit_length(), rows, columns, num_warps=4, **_OPTIONS,
-        )  # fmt: skip
+        if bags is None:
+            _gather[grid](stored, scales, firsts, index, out, count, slabs, *read, num_warps=warps, **_OPTIONS)
+        else:
+            weighs, factors = factors is not None, index if factors is None else factors.contiguous()
+            _bag_sums[grid](
+                stored, scales, firsts, index, bags.contiguous(), factors, out, count, slabs, *read, weighs,
+                num_warps=warps, **_OPTIONS,
+            )  # fmt: skip
     return out
 
 
-def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hyper: Tensor, rule: str) -> None:
-    """One step of ``rule`` on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W]."""
+def update_(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    grad: Tensor,
+    hyper: Tensor,
+    rule: str,
+    bags: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> None:
+    """One step of ``rule`` on the rows ``index`` [N] of ``weight`` [R, W], given ``grad`` [N, W]; −1 is no row.
+
+    With ``bags`` and ``factors``, as in ``bag_sums``, ``grad`` is that of the sums, [M, W].
+    """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: {', '.join(RULES)}")
     count, width = index.numel(), weight.shape[1]
@@ -95,6 +154,9 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
     # Half the passes of a radix sort, where the numbers of the rows leave room.
     keys = index.int() if weight.shape[0] < 2**31 else index
     rows, order = torch.sort(keys.contiguous(), stable=True)
+    # Which row of the gradient each sorted occurrence has, and what that is multiplied with.
+    sources = order if bags is None else numbers_of_bags(bags, count)[order]
+    weighs, factors = factors is not None, hyper if factors is None else factors[order]
     grad = grad.contiguous()
     columns = triton.next_power_of_2(width)
     if rule != "rowwise_adagrad" and not clips:
@@ -113,10 +175,13 @@ def update_(weight: Tensor, state: list[Tensor], index: Tensor, grad: Tensor, hy
     # Sums are quickest with 16 elements a thread; the step, which needs more registers for each of them, with 4 to 8.
     warps_of_sums, warps = max(1, min(4, tile // 512)), max(1, min(4, tile // 128))
     with torch.cuda.device_of(weight):
-        _window_sums[grid](rows, order, grad, sums, count, width, window, columns, num_warps=warps_of_sums, **_OPTIONS)
+        _window_sums[grid](
+            rows, sources, factors, grad, sums, count, width, window, columns, weighs,
+            num_warps=warps_of_sums, **_OPTIONS,
+        )  # fmt: skip
         _step[grid](
-            weight, first, second, rows, order, grad, sums, hyper, corrections, random, count,
-            width, window, columns, following, rule, clips, rounds, num_warps=warps, **_OPTIONS,
+            weight, first, second, rows, sources, factors, grad, sums, hyper, corrections, random, count,
+            width, window, columns, following, rule, clips, rounds, weighs, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -131,12 +196,59 @@ def _gather(
     FORM: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
     HALVINGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows in any format (1: integers, 2: signs, else scalars): W each, in units of UNIT elements for TOGETHER rows."""
     position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     valid = position < count
-    inside = valid[:, None] & (column < W)[None, :]
     row = tl.load(index + position, mask=valid, other=0).to(tl.int64)
+    values = _read(
+        stored, scales, firsts, row, valid, slabs, W, UNIT, FORM, BITS, SHARE, TOGETHER, HALVINGS, ROWS, COLUMNS
+    )
+    inside = valid[:, None] & (column < W)[None, :]
+    tl.store(out + position[:, None] * W + column[None, :], values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "slabs"])
+def _bag_sums(
+    stored, scales, firsts, index, bags, factors, out, count, slabs, W: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
+    HALVINGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHS: tl.constexpr,
+):  # fmt: skip
+    """ROWS bags at once, each row after row; four at a time, whose loads do not wait for one another."""
+    wide: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    valid = bag < count
+    start = tl.load(bags + bag, mask=valid, other=0)
+    length = tl.load(bags + bag + 1, mask=valid, other=0) - start
+    longest = tl.max(length, axis=0)
+    sums = tl.zeros([ROWS, COLUMNS], dtype=wide)
+    j = 0
+    while j < longest:
+        for i in tl.static_range(4):
+            position = start + j + i
+            row = tl.load(index + position, mask=j + i < length, other=-1).to(tl.int64)
+            found = row >= 0
+            values = _read(
+                stored, scales, firsts, row, found, slabs, W, UNIT, FORM, BITS, SHARE, TOGETHER, HALVINGS, ROWS, COLUMNS
+            ).to(wide)
+            if WEIGHS:
+                values *= tl.load(factors + position, mask=found, other=0).to(wide)[:, None]
+            sums += values
+        j += 4
+    inside = valid[:, None] & (column < W)[None, :]
+    tl.store(out + bag[:, None] * W + column[None, :], sums.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _read(
+    stored, scales, firsts, row, valid, slabs, W: tl.constexpr, UNIT: tl.constexpr,
+    FORM: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
+    HALVINGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows in any format (1: integers, 2: signs, else scalars): W each, in units of UNIT elements for TOGETHER rows.
+
+    This program's columns of them, and zeros where a row is not valid.
+    """
     unit = row
     block = row
     number = tl.zeros([ROWS], dtype=tl.int64)
@@ -175,8 +287,10 @@ def _gather(
             zero: tl.constexpr = 2.0 ** (BITS - 1) - (0.0 if BITS > 2 else 0.5)
             values = (field.to(tl.float32) - zero) * scale[:, None]
     else:
-        values = tl.load(stored + unit[:, None] * UNIT + column[None, :], mask=inside).to(out.dtype.element_ty)
-    tl.store(out + position[:, None] * W + column[None, :], values, mask=inside)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = valid[:, None] & (column < W)[None, :]
+        values = tl.load(stored + unit[:, None] * UNIT + column[None, :], mask=inside, other=0)
+    return values
 
 
 @triton.jit
@@ -192,27 +306,33 @@ def _scale(row, scales, number, valid, UNIT: tl.constexpr, SCALAR_BYTES: tl.cons
 
 
 @triton.jit(do_not_specialize=["count"])
-def _window_sums(rows, order, grad, sums, count, W: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+def _window_sums(
+    rows, sources, factors, grad, sums, count,
+    W: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, WEIGHS: tl.constexpr,
+):  # fmt: skip
     """The sum of the gradients of a window's first row, where that row began in an earlier window."""
     window = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start = window * WINDOW
     head = tl.load(rows + start)
-    if tl.load(rows + start - 1, mask=window > 0, other=-1) == head:
+    if (head >= 0) & (tl.load(rows + start - 1, mask=window > 0, other=-1) == head):
         position = start + tl.arange(0, WINDOW)
         same = tl.load(rows + position, mask=position < count, other=-1) == head
-        at = tl.load(order + position, mask=same, other=0)
+        source = tl.load(sources + position, mask=same, other=0)
         inside = same[:, None] & (column < W)[None, :]
-        values = tl.load(grad + at[:, None] * W + column[None, :], mask=inside, other=0)
-        summed = tl.sum(values.to(sums.dtype.element_ty), axis=0)
+        values = tl.load(grad + source[:, None] * W + column[None, :], mask=inside, other=0)
+        values = values.to(sums.dtype.element_ty)
+        if WEIGHS:
+            values *= tl.load(factors + position, mask=same, other=0).to(sums.dtype.element_ty)[:, None]
+        summed = tl.sum(values, axis=0)
         tl.store(sums + window * W + column, summed, mask=column < W)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _step(
-    weight, first, second, rows, order, grad, sums, hyper, corrections, random, count,
+    weight, first, second, rows, sources, factors, grad, sums, hyper, corrections, random, count,
     W: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, FOLLOWING: tl.constexpr,
-    RULE: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr,
+    RULE: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr, WEIGHS: tl.constexpr,
 ):  # fmt: skip
     """The rule, on each row whose first occurrence lies in this window."""
     wide: tl.constexpr = sums.dtype.element_ty
@@ -224,7 +344,7 @@ def _step(
     row = tl.load(rows + position, mask=valid, other=-1).to(tl.int64)
     before = tl.load(rows + position - 1, mask=valid & (position > 0), other=-1).to(tl.int64)
     after = tl.load(rows + start + WINDOW, mask=start + WINDOW < count, other=-1)
-    leads = valid & (row != before)
+    leads = (row >= 0) & (row != before)
 
     # Asked for before the gradients, so as to be on their way meanwhile.
     keep = leads[:, None] & in_row
@@ -247,9 +367,12 @@ def _step(
     while j < longest:
         for i in tl.static_range(4):
             taken = j + i < run
-            at = tl.load(order + position + j + i, mask=taken, other=0)
+            source = tl.load(sources + position + j + i, mask=taken, other=0)
             inside = taken[:, None] & in_row
-            g += tl.load(grad + at[:, None] * W + column[None, :], mask=inside, other=0).to(wide)
+            values = tl.load(grad + source[:, None] * W + column[None, :], mask=inside, other=0).to(wide)
+            if WEIGHS:
+                values *= tl.load(factors + position + j + i, mask=taken, other=0).to(wide)[:, None]
+            g += values
         j += 4
 
     # Only the last row of the window can go on in those that follow: their sums, many windows at a time.

@@ -144,19 +144,40 @@ def _step(ctx: Any, grad: Tensor) -> tuple[None, list[None], None, None, None, N
 fused_lookup.register_autograd(_step, setup_context=_keep)
 
 
+def numbers_of_bags(bags: Tensor, count: int) -> Tensor:
+    """The bag [N] of each of ``count`` = N ids, given the offsets ``bags`` [M + 1], which rise from 0 to N."""
+    return torch.repeat_interleave(bags.diff(), output_size=count)
+
+
+def of_each_id(index: Tensor, grad: Tensor, bags: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows that there are, of ``index`` [N] all but −1, and the gradient of each, given ``grad`` [M, W] of bags."""
+    found = (index >= 0).nonzero().squeeze(1)
+    rows = grad[numbers_of_bags(bags, index.numel())[found]]
+    return index[found], rows if factors is None else rows * factors[found].to(rows.dtype).unsqueeze(-1)
+
+
 Unpack: TypeAlias = Callable[[Tensor, Tensor | None, Tensor, Tensor, int, RowForm], Tensor]
+Sum: TypeAlias = Callable[
+    [Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, torch.dtype, int, RowForm], Tensor
+]
 
 
 class Kernels(NamedTuple):
-    """A device's own ``gather`` (weight, index) and ``look_up`` (the arguments of ``fused_lookup``, differentiable).
+    """A device's own kernels.
 
+    ``gather``: of weight and index.
+    ``look_up``: the arguments of ``fused_lookup``, differentiable, and the offsets of bags and factors of ids whose
+    sums are looked up instead, or ``None`` for each.
     ``unpack``: rows ``[N, W]`` in fp32 from what ``StoredRows`` holds (rows, scales or ``None``, firsts), index [N], W
     and the form.
+    ``bag_sums``: sums ``[M, W]`` of rows from the same, firsts ``None`` where rows are plain, with offsets of bags
+    [M + 1], factors [N] or ``None``, and the type of the sums, behind the index; an index of −1 adds nothing.
     """
 
     gather: Callable[[Tensor, Tensor], Tensor]
-    look_up: Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, str, torch.dtype], Tensor]
+    look_up: Callable[..., Tensor]
     unpack: Unpack
+    bag_sums: Sum
 
 
 # By type of device: what eager lookups call there, since the dispatcher takes several times as long as the kernels.
@@ -165,7 +186,9 @@ eager: dict[str, Kernels] = {}
 
 def _eager(index: Tensor) -> Kernels | None:
     """Traced and wrapped tensors go through the dispatcher."""
-    return None if type(index) is not Tensor or torch.compiler.is_compiling() else eager.get(index.device.type)
+    if type(index) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    return eager.get(index.device.type)
 
 
 def gather(weight: Tensor, index: Tensor) -> Tensor:
@@ -180,13 +203,38 @@ def unpacking(index: Tensor) -> Unpack | None:
     return None if kernels is None else kernels.unpack
 
 
-def fused_rows(
-    weight: Tensor, state: list[Tensor], index: Tensor, hook: Tensor, hyper: Tensor, rule: str, dtype: torch.dtype
-) -> Tensor:
-    """``fused_lookup``, by the shortest way that there is."""
+def summing(index: Tensor) -> Sum | None:
+    """The kernel that looks up rows and sums them by bag where ``index`` is; ``None`` where there is none.
+
+    Where there is one, ``fused_rows`` takes bags, too.
+    """
     kernels = _eager(index)
-    look_up = fused_lookup if kernels is None else kernels.look_up
-    rows: Tensor = look_up(weight, state, index, hook, hyper, rule, dtype)
+    return None if kernels is None else kernels.bag_sums
+
+
+def fused_rows(
+    weight: Tensor,
+    state: list[Tensor],
+    index: Tensor,
+    hook: Tensor,
+    hyper: Tensor,
+    rule: str,
+    dtype: torch.dtype,
+    bags: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """``fused_lookup``, by the shortest way that there is.
+
+    With ``bags`` [M + 1], their offsets, the sums [M, W] of the rows of each, every row times its factor where there
+    are ``factors`` [N]; an index of −1 adds nothing.
+    """
+    kernels = _eager(index)
+    rows: Tensor
+    if kernels is None:
+        assert bags is None
+        rows = fused_lookup(weight, state, index, hook, hyper, rule, dtype)
+    else:
+        rows = kernels.look_up(weight, state, index, hook, hyper, rule, dtype, bags, factors)
     return rows
 
 

@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from core_cases import in_turn
 from torch import Tensor
 
-from embtables import EmbeddingTables, TableConfig, plan
+from embtables import EmbeddingTables, Plan, TableConfig, plan
 from embtables.formats import row_format
 from embtables.lookup.stored_rows import StoredRows
 from embtables.ops import gpu, reference
+from embtables.ops.program import PLAIN
+from embtables.optimizers import averaged
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -142,6 +145,91 @@ def test_rows_are_unpacked(kernels: object, name: str) -> None:
         given = on(DEVICE, [stored, index]), None if scales is None else scales.to(DEVICE)
         got = kernels.unpack(given[0][0], given[1], rows.firsts(torch.device(DEVICE)), given[0][1], width, rows.form)
         assert got.dtype == torch.float32 and torch.equal(got.cpu(), expected)
+
+
+# ---- sums of bags ----------------------------------------------------------------------------------------------------
+
+LENGTHS = [0, 3, 1, 0, 9, 5, 0, 4, 1, 30, 2, 0]
+
+
+def bags_of(rows: int, seed: int, missing: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids of bags, of which some are −1, the offsets of those, and factors."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(-1 if missing else 0, rows, (sum(LENGTHS),), generator=generator)
+    return index, torch.tensor([0, *LENGTHS]).cumsum(0), torch.randn(sum(LENGTHS), generator=generator)
+
+
+def running_sums(rows: Tensor, index: Tensor, bags: Tensor, factors: Tensor | None) -> Tensor:
+    """One row after another, each rounded to the type of ``rows``, which holds one for every place of the index."""
+    sums = torch.zeros(len(bags) - 1, rows.shape[1], dtype=rows.dtype)
+    for bag, (start, end) in enumerate(zip(bags.tolist(), bags[1:].tolist())):
+        for i in (i for i in range(start, end) if index[i] >= 0):
+            sums[bag] = sums[bag] + (rows[i] if factors is None else rows[i] * factors[i])
+    return sums
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("dtype", [*STORED, torch.float64])
+def test_bags_are_summed(kernels: object, dtype: torch.dtype) -> None:
+    """Bit for bit the running sums in float32 (float64), rounded once at the end, with factors and without."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # Triton's interpreter cuts bfloat16 off where GPUs round it.
+    out = wide if dtype == torch.bfloat16 and INTERPRETED else dtype
+    for number, width in enumerate([*WIDTHS, 600]):
+        weight = torch.randn(50, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+        index, bags, factors = bags_of(50, width)
+        index = index.to([torch.int32, torch.int64][number % 2])
+        for own in (None, factors.to(wide)):
+            expected = running_sums(weight[index.long()].to(wide), index, bags, own).to(out)
+            given = [None if t is None else t.to(DEVICE) for t in (weight, None, None, index, bags, own)]
+            got = kernels.bag_sums(*given, out, width, PLAIN)
+            assert got.dtype == out and torch.equal(got.cpu(), expected)
+    nothing = on(DEVICE, [torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)])
+    empty = kernels.bag_sums(weight.to(DEVICE), None, None, *nothing, None, dtype, width, PLAIN)
+    assert torch.equal(empty.cpu(), torch.zeros(3, width, dtype=dtype))
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("name", PACKED)
+def test_bags_of_packed_rows_are_summed(kernels: object, name: str) -> None:
+    for number, width in enumerate(WIDTHS):
+        rows, generator = StoredRows(row_format(name), width), torch.Generator().manual_seed(number)
+        starts = [(rows.add(count), count) for count in (5, 0, 130)]
+        stored, scales = rows.empty(None)
+        for start, count in starts:
+            rows.write(stored, scales, start, torch.randn(count, width, generator=generator))
+        index, bags, factors = bags_of(135, number)
+        expected = running_sums(rows.read(stored, scales, index.clamp(min=0)), index, bags, factors)
+        firsts = rows.firsts(torch.device(DEVICE))
+        stored, scales, *given = (None if t is None else t.to(DEVICE) for t in (stored, scales, index, bags, factors))
+        got = kernels.bag_sums(stored, scales, firsts, *given, torch.float32, width, rows.form)
+        assert torch.equal(got.cpu(), expected)
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_from_the_gradients_of_bags(kernels: object, rule: str, weighs: bool) -> None:
+    """It is that of the gradient of every id, in float64: a row fills more than a window, and some ids are no row."""
+    lengths = torch.tensor([0, 40, 1, 0, 70, 9])
+    bags = torch.cat([torch.tensor([0]), lengths.cumsum(0)])
+    for width in (3, 16):
+        index = index_of(78, 20, width, hot=40)
+        index[torch.randperm(120, generator=torch.Generator().manual_seed(width))[:35]] = -1
+        factors = torch.randn(120, generator=torch.Generator().manual_seed(1)) if weighs else None
+        grad = torch.randn(6, width, generator=torch.Generator().manual_seed(2))
+        each = grad.double().repeat_interleave(lengths, dim=0) * (1 if factors is None else factors.unsqueeze(1))
+        weight, state = torch.randn(23, width), state_of(rule, 23, width, torch.float32)
+        found = index >= 0
+        want, wants = expected_step(weight, state, index[found], each[found], 0.1, 0.7, rule)
+        got, *gots = on(DEVICE, [weight, *state])
+        given = on(DEVICE, [index, grad, hyper(rule, 0.1, 0.7)])
+        kernels.update_(got, gots, *given, rule, bags.to(DEVICE), None if factors is None else factors.to(DEVICE))
+        for g, w in zip([got, *gots], [want, *wants]):
+            torch.testing.assert_close(g.cpu().double(), w, rtol=1e-5, atol=1e-5)
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -283,14 +371,19 @@ def test_nothing_waits_for_the_gpu(kernels: object) -> None:
     packed = rows.empty(DEVICE)
     for start, count in zip(starts, (5, 9)):
         rows.write(*packed, start, torch.randn(count, 4, device=DEVICE))
-    kernels.lookup(weight, index)
-    rows.read(*packed, index)
-    kernels.update_(weight, state, index, grad, h, "adam")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    bags = torch.tensor([0, 40, 40, 100], device=DEVICE)
+
+    def all_of_them() -> None:
         kernels.lookup(weight, index)
+        kernels.bag_sums(weight, None, None, index, bags, grad[:, 0], torch.float32, 4, PLAIN)
         rows.read(*packed, index)
         kernels.update_(weight, state, index, grad, h, "adam")
+        kernels.update_(weight, state, index, grad[:3], h, "adam", bags, grad[:, 0])
+
+    all_of_them()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        all_of_them()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -359,7 +452,7 @@ def test_eager_lookups_go_straight_to_the_kernels(monkeypatch: pytest.MonkeyPatc
     weight, ids = module.store.weight_4, torch.tensor([[0, 1, 2], [3, 4, 5]], device=DEVICE)
     grad = torch.randn(2, 12, device=DEVICE)
     expected = weight.index_select(0, (ids + torch.tensor([0, 0, 9], device=DEVICE)).flatten()).view(2, 12)
-    monkeypatch.setitem(reference.eager, DEVICE, reference.Kernels(gpu._gather, gpu._Rows.apply, gpu._unpack))
+    monkeypatch.setitem(reference.eager, DEVICE, gpu.KERNELS)
     monkeypatch.setattr(reference, "fused_lookup", None)
     with torch.no_grad():
         assert torch.equal(module(ids), expected)
@@ -373,6 +466,168 @@ def test_eager_lookups_go_straight_to_the_kernels(monkeypatch: pytest.MonkeyPatc
     if DEVICE != "cpu":  # where the order of the features, and so that of sums, stays
         assert gradients[0].data_ptr() == grad.data_ptr()
     assert not torch.equal(module(ids), expected)
+
+
+BAGS = [
+    TableConfig("item", 60, 8, ["item", "history"], pooling="mean", padding_idx=0),
+    TableConfig("user", 40, 8, on_out_of_range="oov"),
+    TableConfig("city", 30, 16, padding_idx=3),
+]
+COUNTS = {config.name: list(range(1, config.num_embeddings + 1)) for config in BAGS}
+FLAT = torch.randint(30, (47,), generator=torch.Generator().manual_seed(0))
+OFFSETS = torch.tensor([0, 1, 7, 7, 9, 20, 20, 20, 22, 23, 25, 31, 47])
+WEIGHTS = torch.randn(47, generator=torch.Generator().manual_seed(1))
+
+
+def bags_trained(solved: Plan, device: str, weights: Tensor | None = WEIGHTS, pooling: Any = "config") -> list[Tensor]:
+    """Vectors, weights and optimizer state of two steps over bags."""
+    tables, found = EmbeddingTables(solved, seed=3, device=device), []
+    for _ in range(2):
+        given = [None if t is None else t.to(device) for t in (FLAT, OFFSETS, weights)]
+        vectors = tables(*given, pooling=pooling)
+        vectors.square().sum().backward()
+        found.append(vectors.detach())
+    return [tensor.cpu() for tensor in [*found, *tables.store.buffers()]]
+
+
+class Launched:
+    """What the kernels of a device are asked for, by eager lookups: rows, and the gradients of updates."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gathered: list[int] = []
+        self.summed: list[int] = []
+        self.gradients: list[int] = []
+        self._patch, self._update, self._gather, self._sum = monkeypatch, gpu._update, gpu._gather, gpu._bag_sums
+        for name in ("_gather", "_bag_sums", "_update"):
+            monkeypatch.setattr(gpu, name, getattr(self, f"of{name}"))
+        kernels = gpu.KERNELS._replace(gather=self.of_gather, bag_sums=self.of_bag_sums)
+        monkeypatch.setitem(reference.eager, DEVICE, kernels)
+
+    def of_gather(self, weight: Tensor, index: Tensor, *more: object) -> Tensor:
+        self.gathered.append(index.numel())
+        return self._gather(weight, index, *more)
+
+    def of_bag_sums(self, *given: object) -> Tensor:
+        sums = self._sum(*given)
+        self.summed.append(sums.shape[0])
+        return sums
+
+    def of_update(self, *given: object) -> None:
+        self.gradients.append(given[3].shape[0])
+        self._update(*given)
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("rule", [*RULES, "averaged_adam"])
+@pytest.mark.parametrize("method", ["full", "hash", "frequency_cutoff", "mixed"])
+def test_bags_of_rows_are_summed_as_they_are_looked_up(method: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in PyTorch on the CPU, without a tensor of a row, or of a gradient, for each id."""
+    optimizer = averaged("adam", 5) if rule == "averaged_adam" else rule
+    chosen = {"user": "compositional", "*": "full"} if method == "mixed" else method
+    solved = plan(BAGS, chosen, None if method == "full" else "90%", frequencies=COUNTS, optimizer=optimizer)
+    ways = (WEIGHTS, "config"), (None, {"item": "sum", "user": "mean"})
+    expected = [bags_trained(solved, "cpu", *way) for way in ways]
+    launched = Launched(monkeypatch)
+    for way, wanted in zip(ways, expected):
+        for got, want in zip(bags_trained(solved, DEVICE, *way), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    # Bags of all four features, or of the three in full; of the three ids of ``user`` two rows each are gathered.
+    if method == "mixed":
+        assert launched.summed == [6, 3] * 4 and launched.gathered == [6] * 4
+    else:
+        assert launched.summed == [9, 3] * 4 and not launched.gathered
+        assert sorted(launched.gradients) == [3] * 4 + [9] * 4
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "unified", "width": 8},  # two vectors of 8 and one of 16 from the same rows
+        {"kind": "robe", "block_size": 8},
+        {"kind": "fewer_dimensions"},
+        {"kind": "fewer_dimensions", "projection": True},
+    ],
+    ids=["shared", "blocks", "zeros", "projected"],
+)
+def test_vectors_that_are_more_than_a_row_of_their_own_are_gathered(
+    method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where another block reads these rows, since a step updates each row once."""
+    solved = plan(BAGS, method, "60%", optimizer="adagrad")
+    expected = bags_trained(solved, "cpu")
+    launched = Launched(monkeypatch)
+    for got, want in zip(bags_trained(solved, DEVICE), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert not launched.summed
+
+
+@on_device
+@needs_triton
+def test_blocks_with_bags_that_are_not_pooled_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same reason; and outputs one by one are those side by side."""
+    launched = Launched(monkeypatch)
+    tables = EmbeddingTables(plan(BAGS, "full", optimizer="adagrad"), device=DEVICE)
+    outputs = tables.lookup(FLAT.to(DEVICE), OFFSETS.to(DEVICE), pooling={"history": None})
+    assert outputs["history"].shape == (13, 8) and launched.summed == [3]
+    one_by_one = tables.lookup(FLAT.to(DEVICE), OFFSETS.to(DEVICE), pooling="mean")
+    assert launched.summed == [3, 9, 3]
+    beside = tables(FLAT.to(DEVICE), OFFSETS.to(DEVICE), pooling="mean")
+    assert torch.equal(torch.cat(list(one_by_one.values()), dim=1), beside)
+
+
+@on_device
+@needs_triton
+def test_who_needs_single_rows_has_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that learn, accumulation, regularization, and rows that autograd gives gradients."""
+
+    def trained(device: str) -> list[Tensor]:
+        ids, offsets, weights = on(device, [FLAT, OFFSETS, WEIGHTS])
+        tables = EmbeddingTables(plan(BAGS, "full", optimizer="sgd"), seed=3, device=device)
+        tables(ids, offsets, weights.requires_grad_()).square().sum().backward()
+        with tables.accumulate():
+            tables(ids, offsets).square().sum().backward()
+        tables.regularize(0.1, COUNTS)
+        tables(ids, offsets).square().sum().backward()
+        parameters = EmbeddingTables(plan(BAGS, "full", optimizer=None), seed=3, device=device)
+        parameters(ids, offsets).square().sum().backward()
+        found = [weights.grad, *tables.store.buffers(), *(parameter.grad for parameter in parameters.parameters())]
+        return [tensor.cpu() for tensor in found if tensor is not None]
+
+    expected = trained("cpu")
+    launched = Launched(monkeypatch)
+    for got, want in zip(trained(DEVICE), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not launched.summed
+
+
+@on_device
+@needs_triton
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "binary2"])
+def test_bags_of_served_rows_are_summed_as_they_are_unpacked(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def served(device: str) -> Tensor:
+        solved = plan(BAGS, "full", precision=precision, optimizer=None)
+        with torch.no_grad():  # tables in fp32 are parameters still
+            return EmbeddingTables(solved, seed=3, device=device).serve()(*on(device, [FLAT, OFFSETS, WEIGHTS])).cpu()
+
+    expected = served("cpu")
+    launched = Launched(monkeypatch)
+    torch.testing.assert_close(served(DEVICE), expected, rtol=1e-5, atol=1e-6)
+    assert launched.summed == [9, 3] and not launched.gathered
+
+
+@on_device
+@needs_triton
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What writes to memory by its address leaves nothing in ``torch.jit.trace``, which then gives what was there."""
+    monkeypatch.setitem(reference.eager, DEVICE, gpu.KERNELS)
+    tables = EmbeddingTables(plan(BAGS, "full", precision="int8", optimizer=None), device=DEVICE).serve()
+    ids = [torch.randint(30, (5, 4), generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(2)]
+    traced = torch.jit.trace(tables, (ids[0],), check_trace=False)
+    assert torch.equal(traced(ids[1]), tables(ids[1]))
 
 
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -541,19 +796,25 @@ torch.set_default_device("meta")
 from embtables.formats import row_format
 from embtables.lookup.stored_rows import StoredRows
 from embtables.ops import gpu_kernels
+from embtables.ops.program import PLAIN
 
 for architecture, dtype, width in (80, torch.float32, 16), (90, torch.bfloat16, 64), (90, torch.float64, 33):
     driver.set_active(Driver())
     weight, index = torch.zeros(40, width, dtype=dtype), torch.arange(40)
+    bags, factors = torch.arange(5) * 10, torch.ones(40)
     gpu_kernels.lookup(weight, index)
+    gpu_kernels.bag_sums(weight, None, None, index, bags, factors, dtype, width, PLAIN)
     for name in "int4", "binary4":
         rows = StoredRows(row_format(name), width)
         rows.add(30), rows.add(10)
-        gpu_kernels.unpack(*rows.empty(None), rows.firsts(index.device), index, width, rows.form)
+        stored = *rows.empty(None), rows.firsts(index.device)
+        gpu_kernels.unpack(*stored, index, width, rows.form)
+        gpu_kernels.bag_sums(*stored, index, bags, None, torch.float32, width, rows.form)
     for rule, columns in ("sgd", []), ("rowwise_adagrad", [1]), ("adagrad", [width]), ("adam", [width, width]):
         state = [torch.zeros(40, n) for n in columns] + [torch.tensor(1)] * (rule == "adam")
         hyper = torch.ones({"sgd": 3, "adam": 6}.get(rule, 4), dtype=torch.float64)  # rows are clipped
         gpu_kernels.update_(weight, state, index, weight, hyper, rule)
+        gpu_kernels.update_(weight, state, index, weight[:4], hyper, rule, bags, factors)
         if dtype == torch.float32:  # rows that are trained in 16 bits
             rows = [*(s for s in state if s.ndim), torch.tensor(1)]
             gpu_kernels.update_(weight.bfloat16(), rows, index, weight, hyper, rule)
@@ -571,6 +832,6 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=kept, capture_output=True, text=True)
     lines = result.stdout.splitlines()
-    assert result.returncode == 0 and len(lines) == 3 * (1 + 2 + 4 * 2) + 4 * 2, result.stderr[-4000:]
+    assert result.returncode == 0 and len(lines) == 3 * (2 + 2 * 2 + 2 * 4 * 2) + 4 * 2, result.stderr[-4000:]
     vectorized = {" ".join(line.split()[:2]) for line in lines if not line.endswith(" 0")}
-    assert vectorized == {f"{a} {name}" for a in (80, 90) for name in ("_gather", "_window_sums", "_step")}
+    assert vectorized == {f"{a} {name}" for a in (80, 90) for name in ("_gather", "_bag_sums", "_window_sums", "_step")}

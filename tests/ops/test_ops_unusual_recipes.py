@@ -21,16 +21,20 @@ from embtables.extend import (
     Floor,
     Form,
     Group,
+    Hashed,
     Initializer,
     Layout,
+    Listed,
     Method,
     Range,
+    Ranks,
     Recipe,
     Row,
     Store,
     TableEntry,
     concat,
 )
+from embtables.lookup.recipe_block import RecipeBlock
 from embtables.optimizers import SGD, Adagrad, FusedOptimizer, RowWiseAdagrad
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -102,6 +106,30 @@ def test_rows_wider_than_the_vectors_that_are_made_of_them(
     for leaf, tensor in ((rows, tables.store.slab("rows")), (matrix, tables.store.extra("p"))):
         assert leaf.grad is not None
         torch.testing.assert_close(tensor.double(), (leaf - 0.25 * leaf.grad).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_which_vectors_are_rows_as_they_stand_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs = {"rows": (50, 4), "narrow": (50, 3), "scalars": (50, 1)}
+    store = make(monkeypatch, {TableConfig("a", 50, 4): concat(Row("rows"))}, slabs, {"p": (4, 4)}, SGD()).store
+    rows = [
+        concat(Row("rows")),
+        concat(Capped("rows")),
+        concat(Hashed("rows", 1)),
+        Recipe("mean", (Digit("rows", 5),), ranks=Ranks("code")),
+    ]
+    others = [
+        concat(Hashed("rows", 1, sign_seed=2)),
+        concat(Row("rows"), projection="p"),
+        concat(Row("narrow"), zeros=1),
+        concat(CircularBlock("scalars", 1, 4)),
+        concat(Row("narrow"), Row("scalars")),
+        Recipe("sum", (Hashed("rows", 1), Hashed("rows", 2))),
+        Recipe("sum", (Listed("rows", "offsets", "values", 3),)),
+        Recipe("alternatives", (Range("rows"),)),
+        concat(zeros=4),
+    ]
+    assert [RecipeBlock([recipe], store, 4).weight_of_rows for recipe in rows] == ["weight_4"] * len(rows)
+    assert [RecipeBlock([recipe], store, 4).weight_of_rows for recipe in others] == [None] * len(others)
 
 
 @BACKEND
