@@ -813,25 +813,63 @@ struct OpenBag {
     float* sum;
 };
 
+// Where the numbers of a part's rows lie: the addresses that were noted of them, where those below 0 stand for none; or
+// ids that are such numbers themselves but for `shift`, which are noted on the way, if at all.
+struct Numbers {
+    const void* first;
+    int64_t bytes, stride, n;
+    uint64_t size;  // a number beyond is met with zeros,
+    bool* beyond;   // and said here
+    int64_t shift;
+    int64_t* noted;  // or null
+    int64_t noted_stride;
+
+    Numbers(const int64_t* addresses, int64_t stride, int64_t n, bool* beyond)
+        : first(addresses), bytes(8), stride(stride), n(n), size(uint64_t{1} << 63), beyond(beyond), shift(0), noted(nullptr) {}
+    Numbers(const Program& program, const Call& call, const Part& part, bool* beyond)
+        : bytes(call.id_bytes), stride(part.place.stride), n(part.n), beyond(beyond) {
+        const Lookup& lookup = program.lookups[part.lookup];
+        const Piece& piece = program.pieces[lookup.first_piece];
+        first = static_cast<const char*>(call.ids) + (part.place.first_id + part.first * stride) * bytes;
+        size = static_cast<uint64_t>(lookup.size), shift = program.weights[piece.weight].start + piece.base;
+        noted = call.rows ? call.rows + part.place.rows + part.first * part.place.row_stride : nullptr;
+        noted_stride = part.place.row_stride;
+    }
+
+    __attribute__((always_inline)) uint64_t at(int64_t i) const {
+        const int64_t place = i * stride;
+        return static_cast<uint64_t>(bytes == 8 ? static_cast<const int64_t*>(first)[place] : static_cast<const int32_t*>(first)[place]);
+    }
+};
+
 // The vectors of ids that are one row each: read(i, f) as in stored.h, for number i of a part's ids.
 template <class Rows, int D>
 struct OneRow {
     static constexpr int LANES = Rows::LANES;
     const Rows rows;
-    const int64_t* addresses;
-    int64_t stride, dim;
-    int64_t n;
+    const Numbers numbers;
+    int64_t dim;
+
+    __attribute__((always_inline)) void ask_for(int64_t i) const {
+        const uint64_t number = numbers.at(i);
+        rows.ask(static_cast<int64_t>(number < numbers.size ? number : 0) + numbers.shift);
+    }
 
     // The first ones have been asked for.
     __attribute__((always_inline)) void ask(int64_t i) const {
-        if (i + READ_AHEAD < n) rows.ask(addresses[(i + READ_AHEAD) * stride]);
+        if (i + READ_AHEAD < numbers.n) ask_for(i + READ_AHEAD);
     }
 
     template <class F>
     __attribute__((always_inline)) void read(int64_t i, const F& f) const {
-        const int64_t row = addresses[i * stride];
-        if (__builtin_expect(row >= 0, 1)) return rows.read(row, f);
-        auto zeros = [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, lanes<n>{}); };  // padding
+        const uint64_t number = numbers.at(i);
+        if (__builtin_expect(number < numbers.size, 1)) {
+            const int64_t row = static_cast<int64_t>(number) + numbers.shift;
+            if (numbers.noted) numbers.noted[i * numbers.noted_stride] = row;
+            return rows.read(row, f);
+        }
+        *numbers.beyond = true;
+        auto zeros = [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, lanes<n>{}); };
         if constexpr (D == 0) {
             each<0>(dim, zeros);
         } else {
@@ -1087,21 +1125,38 @@ void gather_rest(const Program& program, const Call& call, const Part& part, T* 
     }
 }
 
+// As write_part, of vectors that are one row each.
+template <class T>
+void write_rows(const Program& program, const Call& call, const Part& part, const Numbers& numbers, OpenBag& bag) {
+    const Lookup& lookup = program.lookups[part.lookup];
+    const Piece& piece = program.pieces[lookup.first_piece];
+    const bool floats = std::is_same<T, float>::value && program.weights[piece.weight].format == PLAIN;
+    with_dim<float>(floats || has_own_code(lookup.dim) ? lookup.dim : 0, [&](auto dim) {
+        with_rows<T, dim>(program, call, piece, [&](const auto& rows) {
+            using Rows = std::decay_t<decltype(rows)>;
+            const OneRow<Rows, dim> vectors{rows, numbers, lookup.dim};
+            write_part<T, dim>(program, call, part, vectors, bag);
+        });
+    });
+}
+
+// Asks for the first rows of a part.
+template <class T>
+__attribute__((noinline)) void ask_first(const Program& program, const Call& call, const Part& part, const Numbers& numbers) {
+    with_rows<T, 0>(program, call, program.pieces[program.lookups[part.lookup].first_piece], [&](const auto& rows) {
+        using Rows = std::decay_t<decltype(rows)>;
+        const OneRow<Rows, 0> vectors{rows, numbers, 0};
+        for (int64_t i = 0; i < std::min(READ_AHEAD, numbers.n); ++i) vectors.ask_for(i);
+    });
+}
+
 // `scratch` has room for a vector, and what vector_of needs beside it.
 template <class T>
 inline void gather(const Program& program, const Call& call, const Part& part, OpenBag& bag, float* scratch, float* room) {
     const Lookup& lookup = program.lookups[part.lookup];
     if (is_one_row(program, lookup)) {
-        const Piece& piece = program.pieces[lookup.first_piece];
-        const bool floats = std::is_same<T, float>::value && program.weights[piece.weight].format == PLAIN;
-        with_dim<float>(floats || has_own_code(lookup.dim) ? lookup.dim : 0, [&](auto dim) {
-            with_rows<T, dim>(program, call, piece, [&](const auto& rows) {
-                using Rows = std::decay_t<decltype(rows)>;
-                const OneRow<Rows, dim> vectors{rows, part.rows, part.row_stride, lookup.dim, part.n};
-                write_part<T, dim>(program, call, part, vectors, bag);
-            });
-        });
-        return;
+        bool none = false;  // of which nobody hears: padding
+        return write_rows<T>(program, call, part, Numbers(part.rows, part.row_stride, part.n, &none), bag);
     }
     with_dim<T>(lookup.dim, [&](auto dim) {
         if (lookup.operation == MIXED && !call.id_weights && (call.offsets == nullptr || call.outputs[part.lookup].pooling == NONE)) {
@@ -1125,6 +1180,31 @@ inline bool offsets_fit(const Program& program, const Call& call) {
     return !falls && call.offsets[0] == 0 && call.offsets[last] == call.num_ids;
 }
 
+// Whether the ids of a lookup are the numbers of their rows, but for a shift.
+inline bool is_numbered(const Program& program, const Lookup& lookup) {
+    return lookup.operation == CONCAT && is_one_row(program, lookup) && program.pieces[lookup.first_piece].kind == ROW &&
+           lookup.code < 0 && lookup.policy == REFUSE && !lookup.has_padding;
+}
+
+// The first bag, or example, of a part of the work: all parts have about as many ids.
+inline int64_t first_of_part(const Program& program, const Call& call, int64_t part, int64_t parts) {
+    if (call.offsets == nullptr || part == 0 || part == parts) return call.batch * part / parts;
+    auto ids_before = [&](int64_t bag) {
+        int64_t count = 0;
+        for (int64_t f = 0; f < program.num_features; ++f)
+            count += call.offsets[f * call.batch + bag] - call.offsets[f * call.batch];
+        return count;
+    };
+    const int64_t wanted = call.num_ids * part / parts;
+    int64_t first = 0, last = call.batch;
+    while (first < last) {
+        const int64_t middle = first + (last - first) / 2;
+        if (ids_before(middle) < wanted) first = middle + 1;
+        else last = middle;
+    }
+    return first;
+}
+
 // What one thread looks up, a window of ids at a time, of one lookup or of several: while the vectors of these are
 // written, the rows of the next ones are on their way.
 template <class T>
@@ -1142,20 +1222,26 @@ struct Walk {
     std::vector<float> floats;
     std::unique_ptr<int64_t[]> rows;  // where the call does not keep them
     float *scratch, *room;
-    OpenBag bag;
+    OpenBag bag, bag_of_numbered;
+    std::vector<char> numbered;  // of each lookup
+    int64_t end;                 // of the bags or examples of this thread
     Window windows[2];
     int now = 0;
     int64_t refused[2];  // lookup and id
 
-    Walk(const Program& program, const Call& call, const int64_t* starts) : program(program), call(call), starts(starts) {
+    Walk(const Program& program, const Call& call, const int64_t* starts, int64_t first, int64_t end)
+        : program(program), call(call), starts(starts), numbered(program.num_lookups), end(end) {
         int64_t widest = 1, most_rows = 1;
         for (int64_t l = 0; l < program.num_lookups; ++l) {
             widest = std::max(widest, program.lookups[l].dim);
             most_rows = std::max(most_rows, program.lookups[l].num_rows);
         }
         const int64_t scratch_size = widest + widest_inner(program);
-        floats.resize(widest + scratch_size + widest_unpacked(program));
-        bag.sum = floats.data(), scratch = bag.sum + widest, room = scratch + scratch_size;
+        floats.resize(2 * widest + scratch_size + widest_unpacked(program));
+        bag.sum = floats.data(), bag_of_numbered.sum = bag.sum + widest;
+        scratch = bag_of_numbered.sum + widest, room = scratch + scratch_size;
+        for (int64_t l = 0; call.values && l < program.num_lookups; ++l) numbered[l] = is_numbered(program, program.lookups[l]);
+        ask_first_of(0, first);
         if (call.rows) return;
         rows.reset(new int64_t[2 * BLOCK_OF_IDS * most_rows]);
         windows[0].rows = rows.get(), windows[1].rows = rows.get() + BLOCK_OF_IDS * most_rows;
@@ -1164,6 +1250,12 @@ struct Walk {
     // The bags or examples [first, last) of all lookups; false where an id is refused.
     bool look_up(int64_t first, int64_t last) {
         for (int64_t l = 0; l < program.num_lookups; ++l) {
+            const bool is_last = l + 1 == program.num_lookups;
+            ask_first_of(is_last ? 0 : l + 1, is_last ? last : first);
+            if (numbered[l]) {
+                if (!look_up_numbered(part_of(l, first, last))) return false;
+                continue;
+            }
             const Place place = place_of(program, call, l, starts);
             int64_t begin = first, end = last;
             ids_of_bags(call, program.lookups[l], begin, end);
@@ -1177,6 +1269,32 @@ struct Walk {
             } while (i < end);
         }
         return true;
+    }
+
+    // All ids of some bags or examples of a lookup.
+    Part part_of(int64_t l, int64_t first, int64_t last) const {
+        int64_t begin = first, end = last;
+        ids_of_bags(call, program.lookups[l], begin, end);
+        return {l, begin, end - begin, first, last, true, place_of(program, call, l, starts), nullptr, nullptr, 0};
+    }
+
+    // Asks for the first rows of the bags or examples from `first` on, which come next but one.
+    void ask_first_of(int64_t l, int64_t first) const {
+        if (!numbered[l] || first >= end) return;
+        const Part part = part_of(l, first, std::min(end, first + BLOCK_OF_BAGS));
+        ask_first<T>(program, call, part, Numbers(program, call, part, nullptr));
+    }
+
+    // Those need no window: their ids are read, checked and, where that is asked for, noted along with the rows.
+    bool look_up_numbered(const Part& part) {
+        bool beyond = false;
+        const Numbers numbers(program, call, part, &beyond);
+        write_rows<T>(program, call, part, numbers, bag_of_numbered);
+        if (!beyond) return true;
+        int64_t i = 0;
+        while (numbers.at(i) < numbers.size) ++i;
+        refused[0] = part.lookup, refused[1] = static_cast<int64_t>(numbers.at(i));
+        return false;
     }
 
     // Adds a part to the window.
@@ -1221,9 +1339,10 @@ Outcome forward(const Call& call) {
     std::atomic<bool> good{true};
     const int64_t parts = call.num_threads;
     in_parallel(parts, [&](int64_t part) {
-        Walk<T> walk(program, call, starts.data());
-        const int64_t end = call.batch * (part + 1) / parts;
-        for (int64_t first = call.batch * part / parts; first < end && good; first += BLOCK_OF_BAGS) {
+        int64_t first = first_of_part(program, call, part, parts);
+        const int64_t end = first_of_part(program, call, part + 1, parts);
+        Walk<T> walk(program, call, starts.data(), first, end);
+        for (; first < end && good; first += BLOCK_OF_BAGS) {
             if (walk.look_up(first, std::min(end, first + BLOCK_OF_BAGS))) continue;
             if (good.exchange(false) && call.refused) std::copy(walk.refused, walk.refused + 2, call.refused);
             return;
