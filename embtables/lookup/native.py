@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
+from embtables.formats import FP32
 from embtables.lookup.graphs import is_exporting, transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
@@ -50,16 +51,17 @@ class NativeLookup:
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
         self.program = compile_program(lookups, num_features, store, block)
         # Weights, then projections, by their attributes.
-        self._dense = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
+        self._dense = [weight.name for weight in self.program.weights]
+        self._dense += [store.key(name) for name in self.program.projections]
         self._shapes = [store.tensor(name).shape for name in self._dense]
         self._is_trained = [store.is_trained(name) for name in self._dense]
         # A projection's gradient depends on the rows that it multiplies, and theirs on the projection alone.
         self.reads_weights = products or any(self._is_trained[len(self.program.weights) :])
         # Of weights in other formats than fp32: types and shapes of the weight and, where there are any, of its scales.
         self._others = {
-            i: [(tensor.dtype, tensor.shape) for tensor in store.stored_as(name)]
-            for i, name in enumerate(self.program.weights)
-            if not store.is_plain(name)
+            i: [(tensor.dtype, tensor.shape) for tensor in map(store.tensor, weight.tensors)]
+            for i, weight in enumerate(self.program.weights)
+            if weight.rows.format != FP32
         }
         self._codes = [store.key(name) for name in self.program.codes]
         keeps_mean = store.optimizer is not None and store.optimizer.keeps_mean
@@ -81,7 +83,7 @@ class NativeLookup:
                 return None
             scales = [_NOTHING] * len(self.program.weights)
             for i, forms in self._others.items():
-                stored = store.stored_as(self._dense[i])
+                stored = [find(name) for name in self.program.weights[i].tensors]
                 if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
                     return None
                 scales[i] = stored[-1] if len(stored) > 1 else _NOTHING
@@ -100,7 +102,7 @@ class NativeLookup:
         n = len(self.program.weights)
         of_weights, of_projections = states[: STATES * n], states[STATES * n :]
         rule = "sgd" if fused is None else fused.kind
-        pulled = [store.strength(name) for name in self.program.weights] if trains else []
+        pulled = [store.strength(weight.name) for weight in self.program.weights] if trains else []
         strengths = [strength for strength in pulled if strength is not None]
         return ProgramTensors(
             self.program.words,

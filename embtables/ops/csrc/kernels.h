@@ -368,6 +368,8 @@ void address_alternatives(const Program& program, const Call& call, const Lookup
     address_pieces<T>(program, call, program.lookups[lookup.rest], beyond, own_ids, count, ahead, rows, stride, places);
 }
 
+#include "sparse.h"
+
 // The addresses of up to BLOCK_OF_IDS ids, as their table takes them; `rows` has n * num_rows of them, `stride` from id to
 // id. Their rows are asked for: all, or the first ones of ids that have one each.
 template <class T>
@@ -387,6 +389,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
             }
         });
     }
+    if (lookup.operation == SPARSE) return address_sparse<T>(program, call, lookup, ids, n, rows, stride);
     if (is_list(lookup)) return address_lists<T>(program, call, lookup, x, ids, n, rows, stride);
     const int64_t ahead = is_one_row(program, lookup) ? READ_AHEAD : n;
     if (lookup.operation == MIXED) return address_alternatives<T>(program, call, lookup, x, ids, n, ahead, rows, stride);
@@ -592,6 +595,9 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             }
             break;
         }
+        case SPARSE:
+            sparse_row<T>(program, call, pieces[0], rows[0], id, v);
+            break;
         default: {  // MIXED
             const Piece& piece = alternative_of(program, lookup, rows[0]);
             const T* row = row_in<T>(program, call, piece, rows[0], room);
