@@ -595,9 +595,6 @@ __attribute__((always_inline)) inline void combine(const Program& program, const
             }
             break;
         }
-        case SPARSE:
-            sparse_row<T>(program, call, pieces[0], rows[0], id, v);
-            break;
         default: {  // MIXED
             const Piece& piece = alternative_of(program, lookup, rows[0]);
             const T* row = row_in<T>(program, call, piece, rows[0], room);
@@ -996,6 +993,11 @@ inline void gather(const Program& program, const Call& call, const Part& part, O
         return;
     }
     with_dim<T>(lookup.dim, [&](auto dim) {
+        if (lookup.operation == SPARSE) {
+            const Piece& piece = program.pieces[lookup.first_piece];
+            const SparseVectors<T, dim> vectors(program, call, piece, part.rows, part.row_stride, part.ids, scratch);
+            return write_part<T, dim>(program, call, part, vectors, bag);
+        }
         if (lookup.operation == MIXED && !call.id_weights && (call.offsets == nullptr || call.outputs[part.lookup].pooling == NONE)) {
             const Output& output = call.outputs[part.lookup];
             T* to = static_cast<T*>(call.values) + output.start + part.first * output.stride;
