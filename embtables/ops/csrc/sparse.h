@@ -5,11 +5,11 @@
 // none. All codes may be damaged: a value that the weight does not have, or a column beyond the last, is left out.
 
 // How many of the first bits are set, of fewer than 512.
-inline int64_t set_before(const uint64_t* words, int64_t bits) {
+inline uint64_t set_before(const uint64_t* words, int64_t bits) {
     constexpr uint64_t all = ~uint64_t{0};
     static constexpr uint64_t whole[] = {all, all, all, all, all, all, all, 0, 0, 0, 0, 0, 0, 0};
     const int64_t last = bits >> 6;
-    int64_t count = __builtin_popcountll(words[last] & ((uint64_t{1} << (bits & 63)) - 1));
+    uint64_t count = __builtin_popcountll(words[last] & ((uint64_t{1} << (bits & 63)) - 1));
     // All words each time: how many of them are before the last one cannot be foreseen.
 #pragma GCC unroll 7
     for (int64_t k = 0; k < 7; ++k) count += __builtin_popcountll(words[k] & whole[7 - last + k]);
@@ -28,45 +28,55 @@ inline const uint64_t* bitmap_of(const Call& call, const Piece& piece) {
     return static_cast<const uint64_t*>(call.codes[piece.code]);
 }
 
-// Where the rows of n ids begin among the values, or a number that is no place of one.
-inline void first_values(const Program& program, const Call& call, const Piece& piece, const int64_t* x, int64_t n,
-                         int64_t* __restrict first) {
-    const int64_t from = piece.a, dim = piece.width, size = piece.rows;
+// Where the rows of n ids begin among the values, or a number that is no place of one. `x`: the ids, whose first row is `from`.
+template <class I>
+inline void first_in_bitmap(const I* directory, const uint64_t* words, int64_t from, int64_t dim, const int64_t* x, int64_t n,
+                            int64_t* __restrict first) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t bit = (from + x[i]) * dim;
+        __builtin_prefetch(words + (bit >> 6));
+        __builtin_prefetch(words + ((bit + dim - 1) >> 6));
+        __builtin_prefetch(directory + (bit >> 9));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t bit = (from + x[i]) * dim, block = bit >> 9;
+        // Of a damaged directory the sum may be any number.
+        first[i] = static_cast<int64_t>(static_cast<uint64_t>(directory[block]) + set_before(words + 8 * block, bit & 511));
+    }
+}
+
+template <class I>
+inline void first_by_pointers(const I* pointers, int64_t from, int64_t size, const int64_t* x, int64_t n, int64_t* __restrict first) {
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(pointers + from + x[i]);
+    for (int64_t i = 0; i < n; ++i) {
+        const I begin = pointers[from + x[i]], end = pointers[from + x[i] + 1];
+        first[i] = begin < end ? begin : size;
+    }
+}
+
+template <class I>
+inline void first_by_bisection(const I* rows, int64_t from, int64_t size, const int64_t* x, int64_t n, int64_t* __restrict first) {
+    // For several ids at once: their reads do not wait for each other. Which half a row is in cannot be foreseen.
+    constexpr int TOGETHER = 8;
+    for (int64_t i = 0; i < n; i += TOGETHER) {
+        int64_t row[TOGETHER], found[TOGETHER] = {};
+        for (int k = 0; k < TOGETHER; ++k) row[k] = from + x[std::min(i + k, n - 1)];
+        for (int64_t left = size; left > 0; left /= 2) {
+            const int64_t half = (left + 1) / 2;
+#pragma GCC unroll 8
+            for (int k = 0; k < TOGETHER; ++k) found[k] += half & -static_cast<int64_t>(rows[found[k] + half - 1] < row[k]);
+        }
+        for (int k = 0; k < TOGETHER && i + k < n; ++k)
+            first[i + k] = found[k] < size && rows[found[k]] == row[k] ? found[k] : size;
+    }
+}
+
+inline void first_values(const Program& program, const Call& call, const Piece& piece, const int64_t* x, int64_t n, int64_t* first) {
     with_code(program, call, piece.values, [&](auto* index) {
         switch (piece.kind) {
-            case BITMAP: {
-                const uint64_t* words = bitmap_of(call, piece);
-                for (int64_t i = 0; i < n; ++i) {
-                    const int64_t bit = (from + x[i]) * dim;
-                    __builtin_prefetch(words + (bit >> 6));
-                    __builtin_prefetch(words + ((bit + dim - 1) >> 6));
-                    __builtin_prefetch(index + (bit >> 9));
-                }
-                for (int64_t i = 0; i < n; ++i) {
-                    const int64_t bit = (from + x[i]) * dim, block = bit >> 9;
-                    // Of a damaged directory the sum may be any number.
-                    const uint64_t before = static_cast<uint64_t>(index[block]);
-                    first[i] = static_cast<int64_t>(before + static_cast<uint64_t>(set_before(words + 8 * block, bit & 511)));
-                }
-                break;
-            }
-            case COMPRESSED:
-                for (int64_t i = 0; i < n; ++i) __builtin_prefetch(index + from + x[i]);
-                for (int64_t i = 0; i < n; ++i) first[i] = index[from + x[i]] < index[from + x[i] + 1] ? index[from + x[i]] : size;
-                break;
-            default: {  // a bisection for all ids at once: their reads do not wait for each other
-                int64_t step = size > 0;
-                while (step && step <= size / 2) step *= 2;
-                for (int64_t i = 0; i < n; ++i) first[i] = 0;
-                for (; step > 0; step /= 2)
-                    for (int64_t i = 0; i < n; ++i) {
-                        const int64_t further = first[i] + step;
-                        const int64_t below = (further <= size) & (index[std::min(further, size) - 1] < from + x[i]);
-                        first[i] += step & -below;  // which of the two cannot be foreseen
-                    }
-                for (int64_t i = 0; i < n; ++i)
-                    if (first[i] < size && index[first[i]] != from + x[i]) first[i] = size;
-            }
+            case BITMAP: return first_in_bitmap(index, bitmap_of(call, piece), piece.a, piece.width, x, n, first);
+            case COMPRESSED: return first_by_pointers(index, piece.a, piece.rows, x, n, first);
+            default: return first_by_bisection(index, piece.a, piece.rows, x, n, first);
         }
     });
 }
