@@ -199,7 +199,7 @@ struct SparseVectors {
         }
         const uint64_t* words = bitmap_of(call, piece);
         const int64_t first = (from + ids[i]) * fixed<D>(dim);
-        int64_t next = address < 0 ? size : address - base;
+        int64_t next = address < 0 ? 0 : address - base;
         each<D>(fixed<D>(dim), [&](auto d, auto n) __attribute__((always_inline)) {
             const uint64_t bits = address < 0 ? 0 : bits_from(words, first + d, n);
             const int64_t count = __builtin_popcountll(bits);
@@ -211,7 +211,7 @@ struct SparseVectors {
                 some_values<T>(program, call, piece, next, count, some);
                 values = get<n>(some);
             }
-            next = std::min(next + count, size);
+            next += count;
             f(d, n, spread<n>(bits, values));
         });
     }
