@@ -55,8 +55,8 @@ class SparseRows:
         same = found.dtype in dtypes or (found.is_floating_point() and DTYPES[FP32.dtype] in dtypes)
         if not same or (found.ndim != 1 if shape is None else found.shape != shape):
             raise ValueError(
-                f"'{self.name}' has {self.num_values:,} entries in {self.values.format.name}, but its {name} are "
-                "others: the plan is damaged"
+                f"'{self.name}' has {self.num_values:,} entries in {self.values.format.name}, but '{self.name}/{name}' "
+                "is of another shape or type: the plan is damaged"
             )
 
     def check_index(self) -> None:
