@@ -211,7 +211,7 @@ class Lookup(nn.Module):
                 spec, recipe = lookups[self.only]
                 lookups = [(spec._replace(column=0), recipe)]
             pairs |= dict(zip(self._outputs[i], lookups))
-        if not any(recipe.all_addresses() for _, recipe in pairs.values()):
+        if not any(recipe.addresses or recipe.sparse for _, recipe in pairs.values()):
             return None  # all tables are dropped, so that there is nothing to look up
         num_features = 1 if self.only is not None else self.blocks[0].num_features
         return NativeLookup(self.store, [pairs[output] for output in sorted(pairs)], num_features, of_view)

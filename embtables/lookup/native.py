@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embtables import ops
-from embtables.formats import scales_name
+from embtables.formats import FP32
 from embtables.lookup.graphs import is_exporting, transforms
 from embtables.lookup.inputs import Input
 from embtables.lookup.program import InputSpec, compile_program
@@ -84,24 +84,25 @@ class NativeLookup:
         self.ranges = ops.ranges((spec.feature, spec.table, spec.num_embeddings) for spec, _ in lookups)
         self.program = compile_program(lookups, num_features, store, block)
         # Weights, then projections, by their attributes.
-        self._dense = [*self.program.weights, *(store.key(name) for name in self.program.projections)]
+        self._dense = [weight.name for weight in self.program.weights]
+        self._dense += [store.key(name) for name in self.program.projections]
         self._shapes = [store.tensor(name).shape for name in self._dense]
         self._is_trained = [store.is_trained(name) for name in self._dense]
         # A projection's gradient depends on the rows that it multiplies, and theirs on the projection alone.
         self.reads_weights = products or any(self._is_trained[len(self.program.weights) :])
         # Of weights in other formats than fp32: types and shapes of the weight and, where there are any, of its scales.
         self._others = {
-            i: [(tensor.dtype, tensor.shape) for tensor in store.stored_as(name)]
-            for i, name in enumerate(self.program.weights)
-            if not store.is_plain(name)
+            i: [(tensor.dtype, tensor.shape) for tensor in map(store.tensor, weight.tensors)]
+            for i, weight in enumerate(self.program.weights)
+            if weight.rows.format != FP32
         }
         self._codes = [store.key(name) for name in self.program.codes]
         keeps_mean = store.optimizer is not None and store.optimizer.keeps_mean
         kept = [ops.state_places(store.state_names(name), keeps_mean, "") for name in self._dense]
         self._states = [name for names in kept for name in names]
         self._code_forms = [(code.dtype, code.shape) for code in map(store.code, self.program.codes)]
-        scaled = [name for name in self.program.weights if store.scales(name) is not None]
-        scales = [scales_name(name) if name in scaled else "" for name in self.program.weights] if self._others else []
+        # Of each weight the name of its scales, or an empty one, where any weight is in another format.
+        scales = ["".join(weight.tensors[1:]) for weight in self.program.weights] if self._others else []
         hyper = [] if store.optimizer is None else ["_hyper"]
         # What a lookup reads, and what one reads that trains, by their names.
         self._read = [*self._dense, *self._codes, *scales]
@@ -116,7 +117,8 @@ class NativeLookup:
         """What the program reads as it is now, and writes where it trains; ``None`` where native code has no way."""
         store, find = self.store, self.store.tensor
         found = [find(name) if name else _NOTHING for name in (self._trained if trains else self._read)]
-        strengths = [s for s in map(store.strength, self.program.weights) if s is not None] if trains else []
+        pulled = [store.strength(weight.name) for weight in self.program.weights] if trains else []
+        strengths = [strength for strength in pulled if strength is not None]
         everything = [*found, *strengths] if strengths else found
         if not in_graph:  # graphs know no addresses
             known = self._known.of(trains, everything)
@@ -155,7 +157,7 @@ class NativeLookup:
         if not ops.fits([tensor for i, tensor in enumerate(dense) if i not in self._others]):
             return False
         for i, forms in self._others.items():
-            stored = store.stored_as(self._dense[i])
+            stored = [store.tensor(name) for name in self.program.weights[i].tensors]
             if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
                 return False
         for code, form in zip(tensors.codes, self._code_forms):

@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
+from embtables.formats import row_format, scales_name
 from embtables.lookup.recipe import (
     BLOCKS,
     Address,
@@ -27,12 +28,15 @@ from embtables.lookup.recipe import (
     Range,
     Recipe,
     Row,
+    SparseRow,
 )
+from embtables.lookup.sparse_rows import sparse_rows, stored_values
 from embtables.lookup.store import Store
+from embtables.lookup.stored_rows import StoredRows
 from embtables.ops.program import CODE_DTYPES, POLICIES, UNBOUNDED
 
 _Refuse: TypeAlias = Callable[[str], NoReturn]
-_COMBINATIONS = {"concat": 0, "sum": 1, "mean": 2, "product": 3, "alternatives": 4}
+_COMBINATIONS = {"concat": 0, "sum": 1, "mean": 2, "product": 3, "alternatives": 4, "sparse": 7}
 _OF_LISTS = {"sum": 5, "mean": 6}
 _ADDRESSES: dict[type, int] = {
     Row: 0,
@@ -46,6 +50,7 @@ _ADDRESSES: dict[type, int] = {
     Balanced: 7,
     BalancedBlock: 8,
 }
+_SPARSE_FORMS = {"bitmap": 9, "compressed rows": 10, "entries": 11}
 
 
 class InputSpec(NamedTuple):
@@ -66,16 +71,31 @@ class InputSpec(NamedTuple):
         return None if self.num_embeddings is None else self.num_embeddings + (self.on_out_of_range == "oov")
 
 
+class ProgramWeight(NamedTuple):
+    """What a program reads rows of: a weight, or the values of a sparse matrix.
+
+    ``tensors``: its attribute, and behind it that of the scales outside of its rows, if any; ``rows``: how they lie.
+    """
+
+    tensors: tuple[str, ...]
+    rows: StoredRows
+
+    @property
+    def name(self) -> str:
+        """Its attribute."""
+        return self.tensors[0]
+
+
 class Program(NamedTuple):
     """The lookups of a module for native code.
 
-    ``words``: int64, what ``csrc/program.h`` describes; ``weights``, ``projections`` and ``codes``: which weights (by
-    their attributes), dense parameters and codes it numbers, in order; ``rows_per_example``: addresses of an example
-    with one id per feature; ``rows_per_id``: the most that one id of a feature has.
+    ``words``: int64, what ``csrc/program.h`` describes; ``weights``, ``projections`` and ``codes``: which weights,
+    dense parameters and codes it numbers, in order; ``rows_per_example``: addresses of an example with one id per
+    feature; ``rows_per_id``: the most that one id of a feature has.
     """
 
     words: Tensor
-    weights: tuple[str, ...]
+    weights: tuple[ProgramWeight, ...]
     projections: tuple[str, ...]
     codes: tuple[str, ...]
     rows_per_example: int
@@ -86,7 +106,9 @@ def is_native(recipe: Recipe, store: Store) -> bool:
     """Whether native code has what a recipe needs; PyTorch looks up the others."""
     if any(store.code(name).dtype not in CODE_DTYPES for name in recipe.codes()):
         return False
-    if any(store.stored_rows(store.weight_of(a.slab)).form is None for a in recipe.all_addresses()):
+    stored = [store.stored_rows(store.weight_of(a.slab)) for a in recipe.all_addresses()]
+    stored += [] if recipe.sparse is None else [_values_of(recipe.sparse, store).rows]
+    if any(rows.form is None for rows in stored):
         return False
     if recipe.combine == "alternatives":
         return recipe.rest is None or is_native(recipe.rest, store)
@@ -106,6 +128,10 @@ def compile_program(
     slabs = [address.slab for recipe in recipes for address in recipe.all_addresses()]
     # What the recipes read, and no more: other weights take no part in a step.
     weights = [name for name in store.weight_names if name in {store.weight_of(slab) for slab in slabs}]
+    read = [_weight(name, store) for name in weights]
+    # A sparse matrix is that of several tables; where each of them begins in it is no matter of its values.
+    matrices = {recipe.sparse.matrix: recipe.sparse for recipe in recipes if recipe.sparse is not None}
+    read += [_values_of(sparse, store) for sparse in matrices.values()]
     projections = [n for n in store.extra_shapes() if any(n in recipe.projections() for recipe in recipes)]
     codes = [n for n in store.code_names() if any(n in recipe.codes() for recipe in recipes)]
     lookup_words: list[int] = []
@@ -134,7 +160,7 @@ def compile_program(
             spec.embedding_dim,
             operation,
             num_pieces,
-            len(pieces),
+            len(pieces) + (recipe.sparse is not None),
             num_rows,
             -1 if ranks is None else codes.index(ranks.code),
             0 if ranks is None else ranks.first,
@@ -145,7 +171,11 @@ def compile_program(
             0 if recipe.inner is None else store.extra_shapes()[recipe.inner][1],
         ]
         next_rest += recipe.rest is not None
-        num_pieces += len(pieces)
+        num_pieces += len(pieces) + (recipe.sparse is not None)
+        if recipe.sparse is not None:
+            piece_words += _sparse_words(
+                recipe.sparse, spec.embedding_dim, len(weights) + [*matrices].index(recipe.sparse.matrix), codes
+            )
         column, before = 0, 0
         for address, rows in pieces:
             width, start = store.width(address.slab), store.start(address.slab)
@@ -192,7 +222,7 @@ def compile_program(
             column += scalars if recipe.combine == "concat" else 0
     weight_words: list[int] = []
     start = 0
-    for stored in map(store.stored_rows, weights):
+    for stored in (weight.rows for weight in read):
         assert stored.form is not None
         form = stored.form
         weight_words += [stored.width, start, form.format, form.bits, form.share, stored.unit_bytes]
@@ -203,11 +233,29 @@ def compile_program(
     code_words = [
         word for code in map(store.code, codes) for word in (code.element_size(), _columns(code), code.numel())
     ]
-    counts = [num_features, len(lookups), num_pieces, len(weights), len(projections), len(codes), len(rests)]
+    counts = [num_features, len(lookups), num_pieces, len(read), len(projections), len(codes), len(rests)]
     sections = [*counts, *lookup_words, *piece_words, *weight_words, *projection_words, *code_words]
     most, total = max(rows_of_feature, default=0), sum(rows_of_feature)
     words = torch.tensor(sections, dtype=torch.int64, device="cpu")
-    return Program(words, tuple(weights), tuple(projections), tuple(codes), total, most)
+    return Program(words, tuple(read), tuple(projections), tuple(codes), total, most)
+
+
+def _weight(name: str, store: Store) -> ProgramWeight:
+    scales = [] if store.scales(name) is None else [scales_name(name)]
+    return ProgramWeight((name, *scales), store.stored_rows(name))
+
+
+def _values_of(sparse: SparseRow, store: Store) -> ProgramWeight:
+    names = [f"{sparse.matrix}/{name}" for name in ("values", "scales")]
+    keys = [store.key(name) for name in names if name in store.code_names()]
+    return ProgramWeight(tuple(keys), stored_values(row_format(sparse.format), sparse.entries))
+
+
+def _sparse_words(sparse: SparseRow, dim: int, weight: int, codes: Sequence[str]) -> list[int]:
+    """The words of the piece of a lookup of sparse rows."""
+    where = [codes.index(name) for name in sparse.index()]
+    kind = _SPARSE_FORMS[sparse.form]
+    return [kind, weight, 0, sparse.first, 0, dim, 0, 0, 0, -1, *where, 0, sparse.entries, 0, 0, 0]
 
 
 def _pieces(recipe: Recipe, store: Store) -> list[tuple[Address, int]]:
@@ -247,7 +295,7 @@ def _operation(recipe: Recipe) -> tuple[int, int]:
     projects_a_row = projected and len(recipe.addresses) == 1 and isinstance(first, Row)
     if recipe.combine == "alternatives" or projects_a_row:
         return _COMBINATIONS["alternatives"], 1 if recipe.rest is None else max(1, _operation(recipe.rest)[1])
-    return _COMBINATIONS[recipe.combine], len(recipe.addresses)
+    return _COMBINATIONS[recipe.combine], 1 if recipe.sparse is not None else len(recipe.addresses)
 
 
 def _inner(spec: InputSpec, recipe: Recipe, store: Store) -> int:
@@ -277,6 +325,8 @@ def _check(dim: int, num_ids: int | None, recipe: Recipe, store: Store, refuse: 
     combine, addresses, extras = recipe.combine, recipe.addresses, store.extra_shapes()
     if combine not in _COMBINATIONS:
         refuse(f"has the combination {combine!r}, which is not one of {', '.join(_COMBINATIONS)}")
+    if combine == "sparse" or recipe.sparse is not None:
+        return _check_sparse(dim, num_ids, recipe, store, refuse)
     least = {"sum": 0, "product": 2}.get(combine, 1)
     if len(addresses) < least:
         refuse(f"({combine}) has {len(addresses)} addresses, and needs at least {least}")
@@ -300,12 +350,23 @@ def _check(dim: int, num_ids: int | None, recipe: Recipe, store: Store, refuse: 
         _check_widths(dim, recipe, store, refuse)
 
 
+def _check_sparse(dim: int, num_ids: int | None, recipe: Recipe, store: Store, refuse: _Refuse) -> None:
+    sparse = recipe.sparse
+    if sparse is None or recipe != Recipe("sparse", sparse=sparse):
+        refuse('has a row of a sparse matrix beside something else: it stands alone, in the combination "sparse"')
+    rows = sparse_rows(sparse, store, dim).num_rows()
+    if num_ids is None or sparse.first < 0 or sparse.first + num_ids > rows:
+        refuse(f"reads '{sparse.matrix}' from row {sparse.first} on for {num_ids} ids, but it has {rows} rows")
+
+
 def _check_rest(dim: int, num_ids: int, recipe: Recipe, rest: Recipe, store: Store, refuse: _Refuse) -> None:
     """``num_ids``: those that the alternatives of ``recipe`` leave over."""
     if num_ids < 1:
         refuse("has a rest, but its alternatives hold all ids")
     if rest.combine == "alternatives" or rest.rest is not None:
         refuse("has a rest that has alternatives itself")
+    if rest.sparse is not None:
+        refuse("has a rest that is a row of a sparse matrix, which stands alone")
     if rest.ranks is not None:
         refuse("has a rest with ranks of its own, but it counts from the last rank of the alternatives on")
     if any(isinstance(address, Listed) for address in rest.addresses):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-Combination = Literal["concat", "sum", "mean", "product", "alternatives"]
+Combination = Literal["concat", "sum", "mean", "product", "alternatives", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,47 @@ class Ranks(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SparseRow:
+    """Id x has row ``first + x`` of a sparse matrix, which has D columns and stores some of its entries alone.
+
+    Its codes have the names ``matrix/values`` and so on. The values lie in the order of rows and columns, as rows of
+    one scalar each in the row format ``format``, with ``scales`` where that has any. ``form`` says how those of a row
+    are found:
+
+    - ``"bitmap"``: ``bitmap`` has a bit for every entry of the matrix, and ``directory`` how many of them are set
+      before each 8 words;
+    - ``"compressed rows"``: ``columns`` has the column of each value, and ``pointers`` where the values of each row
+      begin, and where the last one ends;
+    - ``"entries"``: ``columns`` and ``ids`` have the column and the row of each value.
+
+    ``entries``: how many values there are.
+    """
+
+    matrix: str
+    form: str
+    entries: int
+    format: str
+    first: int = 0
+
+    def index(self) -> tuple[str, str]:
+        """The codes that say where the values belong, in the order of the words of a program."""
+        names = {
+            "bitmap": ("bitmap", "directory"),
+            "compressed rows": ("columns", "pointers"),
+            "entries": ("columns", "ids"),
+        }
+        first, second = names[self.form]
+        return f"{self.matrix}/{first}", f"{self.matrix}/{second}"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The vector of an id: the values at its ``addresses``, combined.
 
     Args:
         combine: ``"concat"`` joins the values in order; ``"sum"``, ``"mean"`` and ``"product"`` take values of one
             width; ``"alternatives"`` takes the one value whose ``Range`` holds the id. A sum of nothing is zero.
+            ``"sparse"`` has no addresses, and nothing else but ``sparse``.
         addresses: where the values lie.
         ranks: a remap from id to rank; the addresses are then those of the rank. Signs stay those of the id.
         projection: a dense parameter ``[width, D]`` that the combined vector is multiplied with.
@@ -162,23 +197,26 @@ class Recipe:
             rank) less the number of ids that the ranges hold, its signs those of the id. It is neither alternatives nor
             a list, has no ``ranks`` of its own, and reads other slabs than the ranges do.
         inner: a dense parameter ``[width, width of the projection]`` that the combined vector is multiplied with first.
+        sparse: the row of a sparse matrix that the vector is; what is trained has none.
     """
 
     combine: Combination
-    addresses: tuple[Address, ...]
+    addresses: tuple[Address, ...] = ()
     ranks: Ranks | None = None
     projection: str | None = None
     zeros: int = 0
     rest: Recipe | None = None
     inner: str | None = None
+    sparse: SparseRow | None = None
 
     def all_addresses(self) -> tuple[Address, ...]:
         """Its addresses, and those of the rest."""
         return self.addresses if self.rest is None else (*self.addresses, *self.rest.addresses)
 
     def codes(self) -> tuple[str, ...]:
-        """The code buffers that it reads."""
+        """The buffers of integers that it reads."""
         named = [self.ranks.code] if self.ranks is not None else []
+        named += [] if self.sparse is None else self.sparse.index()
         for address in self.all_addresses():
             if isinstance(address, Coded):
                 named.append(address.code)

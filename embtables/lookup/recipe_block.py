@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import accumulate, groupby
 from typing import Any
@@ -27,7 +28,9 @@ from embtables.lookup.recipe import (
     Range,
     Recipe,
     Row,
+    SparseRow,
 )
+from embtables.lookup.sparse_rows import sparse_rows
 from embtables.lookup.store import Store
 
 _NO_END = 2**62
@@ -38,6 +41,8 @@ _SEEDED = (Hashed, Balanced, *BLOCKS)
 def shape_of(recipe: Recipe, store: Store) -> Hashable:
     """What recipes must have in common to be looked up together: everything but rows, seeds and where things begin."""
     ranks = None if recipe.ranks is None else recipe.ranks.code
+    if recipe.sparse is not None:
+        return recipe.combine, replace(recipe.sparse, first=0)
     if recipe.combine == "alternatives":
         rest = None if recipe.rest is None else shape_of(recipe.rest, store)
         return recipe.combine, ranks, recipe.projection, rest
@@ -83,10 +88,14 @@ class RecipeBlock(Block):
         first = recipes[0]
         self.rank_code = None if first.ranks is None else first.ranks.code
         self.constant("ranks_from", [0 if r.ranks is None else r.ranks.first for r in recipes])
-        self.values: _Combined | _Alternatives
-        self.values = _Alternatives(self) if first.combine == "alternatives" else _Combined(self, "", recipes)
+        self.values: _Combined | _Alternatives | _Sparse
+        if first.sparse is not None:
+            self.values = _Sparse(self, first.sparse)
+        else:
+            self.values = _Alternatives(self) if first.combine == "alternatives" else _Combined(self, "", recipes)
 
     ranks_from: Tensor
+    first_row: Tensor
 
     @property
     def may_skip(self) -> bool:  # type: ignore[override]
@@ -113,6 +122,10 @@ class RecipeBlock(Block):
 
     def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
         return self.values.signature(self._ranks(ids, feature), ids, feature)
+
+    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
+        if isinstance(self.values, _Sparse):
+            self.values.matrix.check_codes(given)
 
 
 class _Combined:
@@ -172,6 +185,30 @@ class _Combined:
         rows = torch.cat(found, dim=-1)
         # The order of its terms does not matter to a sum or product.
         return rows if self.combination == "concat" else rows.sort(-1).values
+
+
+class _Sparse:
+    """Rows of one sparse matrix, which are no rows of a weight: what is gathered is nothing."""
+
+    may_skip = False
+    weight_of_rows: str | None = None
+
+    def __init__(self, block: RecipeBlock, sparse: SparseRow) -> None:
+        self._block = [block]
+        self.matrix = sparse_rows(sparse, block.store, block.embedding_dim)
+        block.constant("first_row", [r.sparse.first for r in block.recipes if r.sparse is not None])
+
+    def rows(self, ids: Tensor, feature: Tensor) -> Tensor:
+        return self._block[0].first_row[feature] + ids
+
+    def address(self, ranks: Tensor, feature: Tensor) -> list[Part]:
+        return []
+
+    def combine(self, values: list[Tensor], ranks: Tensor, ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
+        return self.matrix.decode(self.rows(ranks, feature))
+
+    def signature(self, ranks: Tensor, ids: Tensor, feature: Tensor) -> Tensor:
+        return self.rows(ranks, feature).unsqueeze(-1)
 
 
 class _Run:

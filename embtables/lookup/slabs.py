@@ -110,11 +110,6 @@ class Slabs(nn.Module):
         in_other_format = weight in self._stored_rows and weight not in self._plain
         return torch.float32 if in_other_format else self.tensor(weight).dtype
 
-    def stored_as(self, weight: str) -> list[Tensor]:
-        """The tensor of a weight, by its attribute, and behind it that of the scales outside of its rows, if any."""
-        scales = self.scales(weight)
-        return [self.tensor(weight)] if scales is None else [self.tensor(weight), scales]
-
     def scales(self, weight: str) -> Tensor | None:
         """The scales of a weight, by its attribute; ``None`` where none stand outside of its rows."""
         return self._buffers.get(scales_name(weight))

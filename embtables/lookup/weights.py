@@ -88,7 +88,7 @@ class Weights(Slabs):
         self._codes_in_other_formats = [self._codes[code.name] for code in floats if DTYPES[code.dtype] != _DENSE]
         for code in (c for form in forms for c in form.codes):
             empty = torch.empty(code.shape, dtype=DTYPES[code.dtype], device=device)
-            self.register_buffer(self._codes[code.name], empty)
+            self.register_buffer(self._codes[code.name], ops.huge_pages(empty))
 
     def _add_weight(self, name: str, weight: Tensor) -> None:
         if not (self.as_parameters and self.is_trained(name)):

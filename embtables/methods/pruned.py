@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from math import exp, gcd, inf, isqrt, log
+from math import exp, gcd, isqrt, log
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor
 
 from embtables.config import TableConfig
 from embtables.formats import FP32, SCALE, RowFormat
-from embtables.lookup.block import Block, Extras, Part
-from embtables.lookup.graphs import number_below
-from embtables.lookup.recipe import Recipe, Row, concat
+from embtables.lookup.recipe import Recipe, Row, SparseRow, concat
+from embtables.lookup.sparse_rows import WORDS, SparseRows, sparse_rows, stored_values
 from embtables.lookup.store import Store
-from embtables.lookup.stored_rows import StoredRows
 from embtables.methods.base import Floor, Method, Stage, TableEntry, full_entry
 from embtables.sizes.budget import split
 from embtables.sizes.layout import FULL, Code, Entry, Form, Group, Layout, Slab
@@ -40,7 +38,6 @@ _STEEPNESS = log(1000)
 _CHUNK = 2**18
 # Entries whose magnitudes stand for those of all, between the beginning and the end of pruning.
 _SAMPLE = 2**18
-_WORDS = 8  # int64 words of the bitmap for each entry of its directory
 
 
 class Pruned(Method):
@@ -106,8 +103,12 @@ class Pruned(Method):
     def recipe(self, entry: TableEntry, group: Group) -> Recipe:
         return concat(Row(_name(group, entry.table.embedding_dim), entry.entry.values["first_row"]))
 
-    def served_block(self, entries: Sequence[TableEntry], group: Group, store: Store) -> Block:
-        return _SERVED[entries[0].entry.variant](entries, group, store)
+    def served_recipe(self, entry: TableEntry, group: Group) -> Recipe:
+        stored = entry.entry
+        matrix, first = _name(group, entry.table.embedding_dim), stored.values["first_row"]
+        return Recipe(
+            "sparse", sparse=SparseRow(matrix, stored.variant, stored.values["entries"], group.format.name, first)
+        )
 
     def keep(self, layout: Layout, group: Group, store: Store, weights: Mapping[str, Tensor]) -> list[str]:
         """All of them, since training works on the full tables."""
@@ -130,10 +131,11 @@ class Pruned(Method):
         for slab in layout.serving.slabs:
             served.write_slab(slab.name, trained.slab(slab.name))
         for tables in by_dim(group):
-            entry = layout.entries[tables.tables[0].name]
-            if entry.variant != FULL:
-                fill = _SERVED[entry.variant].fill
-                fill(tables.name, trained.slab(tables.name), entry.values["entries"], served, group.format)
+            entry = TableEntry(tables.tables[0], layout.entries[tables.tables[0].name])
+            if entry.entry.variant != FULL:
+                sparse = self.served_recipe(entry, group).sparse
+                assert sparse is not None
+                _fill(sparse_rows(sparse, served, tables.dim), trained.slab(tables.name))
 
 
 # ---- sizes of the served forms ---------------------------------------------------------------------------------------
@@ -196,10 +198,10 @@ class Tables(NamedTuple):
         return (values, scales) if rows_in.scales else (values,)
 
     def _bitmap(self, kept: int, most: int) -> tuple[Code, ...]:
-        blocks = -(-self.rows * self.dim // (64 * _WORDS))
+        blocks = -(-self.rows * self.dim // (64 * WORDS))
         return (
             *self._values(kept),
-            Code(f"{self.name}/bitmap", (blocks * _WORDS,), "int64", "index"),
+            Code(f"{self.name}/bitmap", (blocks * WORDS,), "int64", "index"),
             Code(f"{self.name}/directory", (blocks,), _integer(most), "index"),
         )
 
@@ -381,298 +383,15 @@ def _largest(flat: Tensor, number: int) -> Iterator[tuple[int, Tensor]]:
         yield start, (bits > threshold) | chosen
 
 
-def stored_values(rows_in: RowFormat, number: int) -> StoredRows:
-    """How so many values lie in a format, as rows of one scalar each."""
-    values = StoredRows(rows_in, 1)
-    values.add(number)
-    return values
-
-
-class SparseBlock(Block):
-    """Values in the order of rows and columns; a form says where those of a row begin and in which columns they are."""
-
-    first: Tensor
-
-    def __init__(self, entries: Sequence[TableEntry], group: Group, store: Store) -> None:
-        super().__init__(store, entries[0].table.embedding_dim)
-        self.name = _name(group, self.embedding_dim)
-        self.constant("first", [e.entry.values["first_row"] for e in entries])
-        self.num_values: int = entries[0].entry.values["entries"]
-        self.values = stored_values(group.format, self.num_values)
-        stored, scales = self.values.empty("meta")
-        for name, wanted in (("values", stored.squeeze(1)), ("scales", scales)):
-            if wanted is None:
-                continue
-            found = self.code(name) if f"{self.name}/{name}" in store.code_names() else torch.empty(())
-            # Numbers in fp32 may have been cast with the tables.
-            same = found.dtype == wanted.dtype or (wanted.dtype == torch.float32 and found.is_floating_point())
-            if found.shape != wanted.shape or not same:
-                raise ValueError(
-                    f"'{self.name}' has {self.num_values:,} entries in {group.format.name}, but its {name} are others: "
-                    "the plan is damaged"
-                )
-        for entry in entries:
-            first, rows = entry.entry.values["first_row"], entry.table.rows
-            if rows is None or first < 0 or first + rows > self.num_rows():
-                raise ValueError(
-                    f"table '{entry.table.name}' has {rows} rows from {first} on, but '{self.name}' has "
-                    f"{self.num_rows()}: the plan is damaged"
-                )
-
-    def num_rows(self) -> float:
-        """How many rows the codes have places for."""
-        raise NotImplementedError
-
-    def address(self, ids: Tensor, feature: Tensor) -> list[Part]:
-        return []
-
-    def signature(self, ids: Tensor, feature: Tensor) -> Tensor:
-        return (self.first[feature] + ids).unsqueeze(-1)
-
-    def combine(self, values: list[Tensor], ids: Tensor, feature: Tensor, extras: Extras) -> Tensor:
-        return self.decode(self.first[feature] + ids)
-
-    def code(self, name: str) -> Tensor:
-        return self.store.code(f"{self.name}/{name}")
-
-    def decode(self, rows: Tensor) -> Tensor:
-        """Vectors ``[..., D]`` of rows ``[...]``."""
-        raise NotImplementedError
-
-    def value(self, position: Tensor) -> Tensor:
-        """The values at positions of any shape."""
-        scales = self.code("scales") if self.values.format.scales else None
-        found = self.values.read(self.code("values").unsqueeze(1), scales, position.reshape(-1))
-        return found.to(self.store.dtype).view(position.shape)
-
-    def place(self, start: Tensor, counts: Tensor, row: Tensor, column: Tensor | None) -> Tensor:
-        """Vectors ``[n, D]`` from ``counts`` entries from ``start`` on [n]; of each entry its row, 0 … n−1, and column.
-
-        The work is that of the entries found, not of n·D.
-        """
-        position = (start - counts.cumsum(0) + counts)[row] + torch.arange(row.numel(), device=row.device)
-        column = self.code("columns")[position].long() if column is None else column
-        values = self.value(position)
-        vectors = values.new_zeros(start.numel(), self.embedding_dim)
-        vectors.view(-1)[row * self.embedding_dim + column] = values
-        return vectors
-
-    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
-        columns = given(f"{self.name}/columns")
-        if columns is not None:
-            _check_range(f"{self.name}/columns", columns, self.embedding_dim)
-
-    @classmethod
-    def fill(cls, name: str, slab: Tensor, kept: int, store: Store, rows_in: RowFormat) -> None:
-        """Writes the ``kept`` largest entries of ``slab`` [rows, D], in a format, into the codes of ``name``."""
-        flat, done, dim = slab.view(-1), 0, slab.shape[1]
-        values = flat.new_empty(kept, 1)
-        for start, mask in _largest(flat, kept):
-            position = mask.nonzero().squeeze(1)
-            chunk = slice(done, done + position.numel())
-            values[chunk, 0] = flat[start : start + mask.numel()][position]
-            cls.write(name, store, chunk, start, mask, (start + position) // dim, (start + position) % dim)
-            done = chunk.stop
-        scales = store.code(f"{name}/scales") if rows_in.scales else None
-        stored_values(rows_in, kept).write(store.code(f"{name}/values").unsqueeze(1), scales, 0, values)
-        cls.finish(name, store)
-
-    @classmethod
-    def write(
-        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
-    ) -> None:
-        """Notes where the entries ``chunk`` are: in a mask of the flat table from ``start``, or by row and column."""
-        raise NotImplementedError
-
-    @classmethod
-    def finish(cls, name: str, store: Store) -> None:
-        """Called after the last ``write``."""
-
-
-class BitmapBlock(SparseBlock):
-    """A bit per entry of the full table, and how many of them are set before each block of 8 words."""
-
-    def num_rows(self) -> float:
-        return 64 * len(self.code("bitmap")) // self.embedding_dim
-
-    def decode(self, rows: Tensor) -> Tensor:
-        first = rows.reshape(-1) * self.embedding_dim
-        bits = self._bits(first)
-        if torch.compiler.is_compiling():  # how many bits are set depends on data
-            position = self._set_before(first).unsqueeze(1) + bits.cumsum(1) - bits
-            vectors = torch.where(bits > 0, self.value(position.clamp(max=self.num_values - 1)), 0)
-        else:
-            row, column = bits.nonzero(as_tuple=True)
-            vectors = self.place(self._set_before(first), bits.sum(1), row, column)
-        return vectors.view(*rows.shape, self.embedding_dim)
-
-    def _bits(self, first: Tensor) -> Tensor:
-        """The bits ``[n, D]`` that begin at ``first`` [n]."""
-        bitmap = self.code("bitmap")
-        number = -(-self.embedding_dim // 64)
-        word = (first >> 6).unsqueeze(1) + torch.arange(number + 1, device=first.device)
-        words = bitmap[word.clamp(max=len(bitmap) - 1)]
-        # Aligned with the row: the upper bits of a word and the lower ones of the next. Shifts stay below 64.
-        # Shifts by tensors are named, since ONNX has no such operator for >> and <<.
-        shift = (first & 63).unsqueeze(1)
-        upper = torch.bitwise_right_shift(words[:, :-1], shift) & ~(-1 << (63 - shift) << 1)
-        aligned = upper | (torch.bitwise_left_shift(words[:, 1:], 63 - shift) << 1)
-        places = torch.arange(min(64, self.embedding_dim), device=first.device)
-        bits = torch.bitwise_right_shift(aligned.unsqueeze(2), places) & 1
-        return bits.flatten(1)[:, : self.embedding_dim]
-
-    def _set_before(self, bit: Tensor) -> Tensor:
-        """How many bits are set before ``bit`` [n]."""
-        block = bit // (64 * _WORDS)
-        words = self.code("bitmap").view(-1, _WORDS).index_select(0, block)
-        starts = 64 * torch.arange(_WORDS, device=bit.device)
-        before = ((bit - 64 * _WORDS * block).unsqueeze(1) - starts).clamp(0, 64)
-        half = before >> 1
-        below = words & ~torch.bitwise_left_shift(-1 << half, before - half)
-        return self.code("directory").index_select(0, block) + _count_bits(below).sum(1)
-
-    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
-        """The directory follows from the bitmap, and the bits are as many as the values."""
-        bitmap, directory = given(f"{self.name}/bitmap"), given(f"{self.name}/directory")
-        if bitmap is None or directory is None:
-            return
-        counts = _count_bits(bitmap).view(-1, _WORDS).sum(1)
-        ends = counts.cumsum(0)
-        if int(ends[-1]) != self.num_values or not torch.equal(ends - counts, directory.long()):
-            raise ValueError(
-                f"'{self.name}/bitmap' and '{self.name}/directory' do not say where {self.num_values:,} "
-                "values are: the file or state dict is damaged"
-            )
-
-    @classmethod
-    def write(
-        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
-    ) -> None:
-        size = 64 * _WORDS
-        bits = F.pad(mask.long(), (0, -mask.numel() % size)).view(-1, 64)
-        words = (bits << torch.arange(64, device=mask.device)).sum(1)
-        store.code(f"{name}/bitmap")[start // 64 : start // 64 + len(words)] = words
-        counts = bits.view(-1, size).sum(1)
-        directory = store.code(f"{name}/directory")[start // size : start // size + len(counts)]
-        directory.copy_(chunk.start + counts.cumsum(0) - counts)
-
-
-class RowsBlock(SparseBlock):
-    """Compressed rows: the column of every entry, and where each row's entries begin."""
-
-    def num_rows(self) -> float:
-        return len(self.code("pointers")) - 1
-
-    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
-        super().check_codes(given)
-        pointers = given(f"{self.name}/pointers")
-        if pointers is None:
-            return
-        _check_sorted(f"{self.name}/pointers", pointers)
-        if int(pointers[0]) != 0 or int(pointers[-1]) != self.num_values:
-            raise ValueError(
-                f"'{self.name}/pointers' goes from {int(pointers[0])} to {int(pointers[-1])}, but there are "
-                f"{self.num_values} values: the file or state dict is damaged"
-            )
-
-    def decode(self, rows: Tensor) -> Tensor:
-        pointers, flat = self.code("pointers"), rows.reshape(-1)
-        return self.between(pointers[flat].long(), pointers[flat + 1].long()).view(*rows.shape, self.embedding_dim)
-
-    def between(self, start: Tensor, end: Tensor) -> Tensor:
-        """Vectors ``[n, D]`` from the entries ``start`` to ``end`` [n] of each row."""
-        if torch.compiler.is_compiling():
-            return self._place_at_most_all(start, end)
-        return self.place(start, end - start, torch.repeat_interleave(end - start), None)
-
-    def _place_at_most_all(self, start: Tensor, end: Tensor) -> Tensor:
-        """``between`` for graphs, where all rows have to be as long as the longest that there can be: n·D places."""
-        dim = self.embedding_dim
-        position = start.unsqueeze(1) + torch.arange(dim, device=start.device)
-        there = position < end.unsqueeze(1)
-        position = torch.where(there, position, 0)
-        # Places behind the end of a row go to a column of their own, which is cut off.
-        column = torch.where(there, self.code("columns")[position].long(), dim)
-        values = self.value(position)
-        return values.new_zeros(start.shape[0], dim + 1).scatter(1, column, values)[:, :dim]
-
-    @classmethod
-    def write(
-        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
-    ) -> None:
-        store.code(f"{name}/columns")[chunk] = columns.to(store.code(f"{name}/columns").dtype)
-        if rows.numel():
-            counts = torch.bincount(rows - rows[0])
-            first = int(rows[0]) + 1
-            store.code(f"{name}/pointers")[first : first + len(counts)] += counts.to(
-                store.code(f"{name}/pointers").dtype
-            )
-
-    @classmethod
-    def finish(cls, name: str, store: Store) -> None:
-        pointers = store.code(f"{name}/pointers")
-        pointers.copy_(pointers.cumsum(0))
-
-
-class EntriesBlock(RowsBlock):
-    """Sorted entries, each with its row and column; a row's are found by bisection."""
-
-    def num_rows(self) -> float:
-        return inf  # one that has no entry is zero
-
-    def check_codes(self, given: Callable[[str], Tensor | None]) -> None:
-        SparseBlock.check_codes(self, given)
-        ids = given(f"{self.name}/ids")
-        if ids is not None:
-            _check_sorted(f"{self.name}/ids", ids)
-
-    def decode(self, rows: Tensor) -> Tensor:
-        ids = self.code("ids")
-        wanted = rows.reshape(-1).to(ids.dtype)
-        if torch.compiler.is_compiling():
-            found = self.between(number_below(ids, wanted), number_below(ids, wanted + 1))
-        else:
-            found = self.between(torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True))
-        return found.view(*rows.shape, self.embedding_dim)
-
-    @classmethod
-    def write(
-        cls, name: str, store: Store, chunk: slice, start: int, mask: Tensor, rows: Tensor, columns: Tensor
-    ) -> None:
-        store.code(f"{name}/columns")[chunk] = columns.to(store.code(f"{name}/columns").dtype)
-        store.code(f"{name}/ids")[chunk] = rows.to(store.code(f"{name}/ids").dtype)
-
-    @classmethod
-    def finish(cls, name: str, store: Store) -> None:
-        pass
-
-
-def _check_range(name: str, codes: Tensor, end: int) -> None:
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < end:
-        raise ValueError(
-            f"'{name}' holds {int(codes.min())} … {int(codes.max())}, but there are only 0 … {end - 1}: "
-            "the file or state dict is damaged"
-        )
-
-
-def _check_sorted(name: str, codes: Tensor) -> None:
-    if codes.numel() and (int(codes[0]) < 0 or bool((codes[1:] < codes[:-1]).any())):
-        raise ValueError(f"'{name}' does not rise: the file or state dict is damaged")
-
-
-_SERVED: dict[str, type[SparseBlock]] = {
-    "bitmap": BitmapBlock,
-    "compressed rows": RowsBlock,
-    "entries": EntriesBlock,
-}
-
-
-# SWAR counts of bits: pairs, nibbles, bytes; their sum ends up in the top byte.
-_PAIRS, _NIBBLES, _BYTES, _ONES = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x0101010101010101
-
-
-def _count_bits(words: Tensor) -> Tensor:
-    """Bits set in each int64; the masks clear what an arithmetic shift brings in."""
-    words = words - (words >> 1 & _PAIRS)
-    words = (words & _NIBBLES) + (words >> 2 & _NIBBLES)
-    return ((words + (words >> 4) & _BYTES) * _ONES) >> 56
+def _fill(rows: SparseRows, slab: Tensor) -> None:
+    """Stores the largest entries of ``slab`` [rows, D], as many as there are places for."""
+    flat, done, dim = slab.view(-1), 0, slab.shape[1]
+    values = flat.new_empty(rows.num_values)
+    for start, mask in _largest(flat, rows.num_values):
+        position = mask.nonzero().squeeze(1)
+        chunk = slice(done, done + position.numel())
+        values[chunk] = flat[start : start + mask.numel()][position]
+        rows.write(chunk, start, mask, (start + position) // dim, (start + position) % dim)
+        done = chunk.stop
+    rows.write_values(values)
+    rows.finish()

@@ -105,7 +105,7 @@ _RowUpdate = _struct(
 
 def _version() -> int:
     """As ``embtables_version`` in ``csrc/library.cpp``."""
-    version = 14
+    version = 15
     structs = map(ctypes.sizeof, (_Gather, _RowUpdate))
     words = (LOOKUP_WORDS, PIECE_WORDS, WEIGHT_WORDS, PROJECTION_WORDS, CODE_WORDS)
     for size in (8 * len(_CALL), *structs, *(8 * count for count in words)):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embtables import SGD, Adagrad, Adam, EmbeddingTables, InfeasibleBudget, TableConfig, plan
+from embtables import SGD, Adagrad, Adam, EmbeddingTables, InfeasibleBudget, TableConfig, ops, plan
 from embtables.lookup.store import Store
 from embtables.methods import pruned
 from embtables.methods.pruned import Pruned, PruningStage, by_dim
@@ -219,6 +219,64 @@ def test_lookups_pool_what_the_dense_reconstruction_holds(form: str, tmp_path: P
             assert torch.equal(other.to_dense(name), served.to_dense(name))
 
 
+def sparse_row(matrix: dict[str, np.ndarray], form: str, row: int, dim: int) -> np.ndarray:
+    """A row of a sparse matrix by its codes, in scalar loops: values that there are, in columns that there are."""
+    vector, values = np.zeros(dim, dtype=matrix["values"].dtype), matrix["values"]
+
+    def take(at: int, column: int) -> None:
+        if 0 <= at < len(values) and 0 <= column < dim:
+            vector[column] = values[at]
+
+    if form == "bitmap":
+        begin = row * dim
+        at = int(matrix["directory"][begin // 512])
+        for bit in range(begin // 512 * 512, begin + dim):
+            if int(matrix["bitmap"][bit // 64]) >> bit % 64 & 1:
+                if bit >= begin:
+                    take(at, bit - begin)
+                at += 1
+    elif form == "compressed rows":
+        begin, end = int(matrix["pointers"][row]), min(int(matrix["pointers"][row + 1]), len(values))
+        for at in range(begin, end) if begin >= 0 else ():
+            take(at, int(matrix["columns"][at]))
+    else:
+        for at in np.flatnonzero(matrix["ids"] == row):
+            take(int(at), int(matrix["columns"][at]))
+    return vector
+
+
+@pytest.mark.skipif(ops.instructions() is None, reason="needs the native library: pip install -e . with a C++ compiler")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_native_rows_are_what_the_codes_say_even_if_damaged(form: str, damage: bool, half: bool) -> None:
+    for dim, share in {"bitmap": [(6, 0.3), (64, 0.6)], "compressed rows": [(120, 0.02), (300, 0.05)]}.get(
+        form, [(6, 0.03), (16, 0.002)]
+    ):
+        configs = [TableConfig("a", 70, dim), TableConfig("b", 41, dim, padding_idx=2)]
+        served = EmbeddingTables(plan(configs, "pruned", share)).finalize().eval()
+        served = served.half() if half else served
+        assert variant(served, "a") == form and served.lookups.ops == "native"
+        prefix = f"pruned/{dim}/"
+        codes = {name[len(prefix) :]: served.store.code(name) for name in served.store.code_names()}
+        generator = np.random.default_rng(dim)
+        for name, code in codes.items() if damage else ():
+            # Rows are bisected, and what is found of those that do not rise is nobody's promise.
+            if name not in ("values", "ids"):
+                limits = np.iinfo(code.numpy().dtype)
+                for place in generator.integers(0, len(code), max(1, len(code) // 10)):
+                    code[place] = int(generator.integers(limits.min, limits.max, endpoint=True))
+        matrix = {name: code.numpy() for name, code in codes.items()}
+        ids = torch.stack([torch.arange(70), torch.arange(70) % 41], 1)
+        found = served(ids).view(70, 2, dim).numpy()
+        for x, y in ids.tolist():
+            np.testing.assert_array_equal(found[x, 0], sparse_row(matrix, form, x, dim))
+            expected = sparse_row(matrix, form, 70 + y, dim) if y != 2 else np.zeros(dim, dtype=found.dtype)
+            np.testing.assert_array_equal(found[x, 1], expected)
+        with ops.using("reference"):
+            assert damage or np.array_equal(served(ids).view(70, 2, dim).numpy(), found)
+
+
 def test_no_dense_table_comes_up_in_a_lookup() -> None:
     """The largest tensor that a lookup makes depends on the ids, not on the table."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,7 +298,8 @@ def test_no_dense_table_comes_up_in_a_lookup() -> None:
     for share, form in ((0.5, "bitmap"), (0.001, "entries")):
         tables = EmbeddingTables(plan([TableConfig("a", 100_000, 8)], "pruned", share)).finalize()
         assert variant(tables, "a") == form
-        with Largest({t.untyped_storage().data_ptr() for t in tables.store.state_dict().values()}) as mode:
+        own = {t.untyped_storage().data_ptr() for t in tables.store.state_dict().values()}
+        with Largest(own) as mode, ops.using("reference"):  # native code makes no tensors beside its output
             tables(torch.arange(0, 100_000, 9999).unsqueeze(1))
         assert 0 < mode.made <= 11 * 8 * 8
 

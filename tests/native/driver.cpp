@@ -227,6 +227,7 @@ struct Case {
     bool jagged = false, weighted = false, narrow_ids = false, has_blocks = false, keeps_rows = false;
     bool halves = false;  // whether weights are trained in bfloat16, by gradients in float32
     bool averaged = false;  // whether the rule keeps a running mean of the weights
+    bool unordered = false;  // whether the rows of a sparse matrix do not rise: what is found then is anything that it has
     std::vector<double> hyper;
     std::vector<int64_t> ids, offsets;
     // What calls are given.
@@ -236,6 +237,7 @@ struct Case {
     explicit Case(uint64_t seed) { random.engine.seed(seed * 2654435761u + 1); }
     void make();
     void make_single();
+    void make_sparse();
     std::string name() const;
     int64_t weight_type() const { return halves ? static_cast<int64_t>(BFLOAT16) : dtype; }
     int64_t whole_rule() const { return rule | (averaged ? AVERAGED : 0); }
@@ -252,7 +254,9 @@ private:
     void make_pieces(Lookup& lookup, int64_t kind, int64_t known);
     void make_rest(Lookup& lookup, int64_t known);
     void project(Lookup& lookup);
+    void make_matrix(const Lookup& lookup, int64_t known);
     void make_program();
+    void write_program();
     void make_input();
     void make_values(int64_t last_rule);
     Memory scalars(int64_t count, int64_t type, double low, double high);
@@ -515,6 +519,10 @@ void Case::make_program() {
         make_lookup(lookup);
         rows_per_example += lookup.num_rows;
     }
+    write_program();
+}
+
+void Case::write_program() {
     std::vector<int64_t> all{num_features, static_cast<int64_t>(lookups.size()), static_cast<int64_t>(pieces.size()),
                              static_cast<int64_t>(widths.size()), static_cast<int64_t>(projections.size()), static_cast<int64_t>(integers.size()),
                              static_cast<int64_t>(rests.size())};
@@ -662,6 +670,63 @@ void Case::make() {
     if (keeps_rows && rule >= DENSE_GRADIENT) strengths.clear();
 }
 
+// Lookups of sparse rows, which nothing trains.
+void Case::make_sparse() {
+    num_features = random.between(1, 3), halves = random.chance(3);
+    lookups.resize(random.between(1, 4));
+    for (Lookup& lookup : lookups) {
+        lookup = Lookup{};
+        lookup.column = random.below(num_features);
+        lookup.size = random.between(1, 200);
+        lookup.policy = random.one_of<int64_t>({REFUSE, FOLD, OOV});
+        lookup.fold_seed = random.any();
+        lookup.has_padding = random.chance(2);
+        lookup.padding = lookup.has_padding ? random.below(std::min<int64_t>(lookup.size, 4)) : -1;
+        lookup.dim = lookup.inner = random.chance(6) ? random.between(101, 300) : any_width(random);
+        lookup.operation = SPARSE;
+        lookup.first_piece = static_cast<int64_t>(pieces.size()), lookup.num_pieces = lookup.num_rows = 1;
+        lookup.code = lookup.projection = lookup.inner_projection = lookup.rest = -1;
+        make_matrix(lookup, lookup.size + (lookup.policy == OOV));
+    }
+    rows_per_example = static_cast<int64_t>(lookups.size());
+    write_program();
+    make_input();
+    make_values(SGD);
+    strengths.clear();
+}
+
+void Case::make_matrix(const Lookup& lookup, int64_t known) {
+    const int64_t dim = lookup.dim, from = random.below(4), num = from + known + random.below(3);
+    const double density = random.one_of<double>({0.01, 0.1, 0.5, 1.0});
+    std::vector<int64_t> of_rows, columns;
+    for (int64_t at = 0; at < num * dim; ++at)
+        if (random.uniform() < density) of_rows.push_back(at / dim), columns.push_back(at % dim);
+    if (columns.empty()) of_rows.push_back(0), columns.push_back(0);
+    const int64_t size = static_cast<int64_t>(columns.size()), kind = random.between(BITMAP, ENTRIES);
+    int64_t first, second;
+    if (kind == BITMAP) {
+        const int64_t blocks = (num * dim + 511) / 512;
+        std::vector<int64_t> words(static_cast<std::size_t>(8 * blocks), 0), before(static_cast<std::size_t>(blocks), 0);
+        for (int64_t k = 0; k < size; ++k) {
+            const int64_t bit = of_rows[k] * dim + columns[k];
+            words[bit / 64] = static_cast<int64_t>(static_cast<uint64_t>(words[bit / 64]) | uint64_t{1} << bit % 64);
+            for (int64_t block = bit / 512 + 1; block < blocks; ++block) ++before[block];
+        }
+        if (random.chance(4)) words[random.below(8 * blocks)] = random.any();  // more bits than there are values, or fewer
+        integers.push_back({8, 1, std::move(words)});
+        first = static_cast<int64_t>(integers.size()) - 1, second = code(1, std::move(before));
+    } else {
+        std::vector<int64_t> index;
+        if (kind == ENTRIES) index = of_rows;
+        else for (int64_t row = 0; row <= num; ++row) index.push_back(std::lower_bound(of_rows.begin(), of_rows.end(), row) - of_rows.begin());
+        first = code(1, std::move(columns)), second = code(1, std::move(index));
+        const std::vector<int64_t>& read = integers[second].values;
+        unordered |= kind == ENTRIES && !std::is_sorted(read.begin(), read.end());
+    }
+    pieces.push_back({kind, static_cast<int64_t>(widths.size()), 0, from, 0, dim, 0, 0, 0, -1, first, second, 0, size, 0, 0, 0});
+    widths.push_back(1), rows.push_back(size);
+}
+
 // One lookup with a row an id.
 void Case::make_single() {
     const int64_t width = random.one_of<int64_t>({1, 2, 3, 4, 8, 16, 17, 32, 64, 100}), num = random.between(1, 300);
@@ -710,6 +775,7 @@ private:
     bool known(const Lookup& lookup, int64_t id, int64_t& taken) const;
     int64_t row(const Piece& piece, int64_t x) const;
     std::vector<int64_t> list(const Lookup& lookup, const Piece& piece, int64_t x) const;
+    std::vector<double> sparse(const Piece& piece, int64_t x) const;
     void add(const Scalar& s, double gradient) {
         e_.gradients[s.weight][s.row * c_.widths[s.weight] + s.at] += gradient;
         e_.touched[s.weight][s.row] = true;
@@ -771,6 +837,32 @@ std::vector<int64_t> Reference::list(const Lookup& lookup, const Piece& piece, i
     return rows;
 }
 
+// A row of a sparse matrix: of what is damaged, the values that there are, in the columns that there are.
+std::vector<double> Reference::sparse(const Piece& piece, int64_t x) const {
+    const std::vector<int64_t> &first = c_.integers[piece.code].values, &second = c_.integers[piece.values].values;
+    const int64_t row = piece.a + x, size = piece.rows;
+    std::vector<double> out(piece.width, 0.0);
+    auto take = [&](int64_t at, int64_t column) {
+        if (at >= 0 && at < size && column >= 0 && column < piece.width) out[column] = weight({piece.weight, at, 0});
+    };
+    if (piece.kind == BITMAP) {
+        auto is_set = [&](int64_t bit) { return static_cast<uint64_t>(first.at(bit / 64)) >> bit % 64 & 1; };
+        const int64_t begin = row * piece.width;
+        uint64_t next = static_cast<uint64_t>(second.at(begin / 512));  // which may be any number
+        for (int64_t bit = begin / 512 * 512; bit < begin; ++bit) next += is_set(bit);
+        if (next >= static_cast<uint64_t>(size)) return out;
+        for (int64_t d = 0; d < piece.width; ++d)
+            if (is_set(begin + d)) take(static_cast<int64_t>(next++), d);
+    } else if (piece.kind == COMPRESSED) {
+        const int64_t begin = second.at(row), end = std::min(second.at(row + 1), size);
+        for (int64_t at = begin; begin >= 0 && at < end; ++at) take(at, first.at(at));
+    } else {
+        for (int64_t at = 0; at < size; ++at)
+            if (second.at(at) == row) take(at, first.at(at));
+    }
+    return out;
+}
+
 std::vector<double> Reference::vector(const Lookup& lookup, int64_t id, const double* gradient) {
     std::vector<double> out(lookup.dim, 0.0);
     int64_t taken = 0;
@@ -780,6 +872,7 @@ std::vector<double> Reference::vector(const Lookup& lookup, int64_t id, const do
         x = c_.integers[lookup.code].values.at(lookup.ranks_from + x);
         if (x < 0 || x >= lookup.size + (lookup.policy == OOV)) x = 0;
     }
+    if (lookup.operation == SPARSE) return sparse(c_.pieces[lookup.first_piece], x);
     const int64_t held = c_.pieces[lookup.first_piece + lookup.num_pieces - 1].a;
     const bool beyond = lookup.rest >= 0 && x >= held;
     const Lookup& by = beyond ? c_.rests[lookup.rest - static_cast<int64_t>(c_.lookups.size())] : lookup;
@@ -1136,9 +1229,8 @@ static Memory dense_of(const Case& c, const Result& r, std::size_t w, const std:
     return dense;
 }
 
-static void compare(const Case& c, const Result& r, const Expected& e) {
+static void compare_values(const Case& c, const Result& r, const Expected& e) {
     const double limit = tolerance(c.dtype);
-    const double state_limit = std::max(limit, tolerance(c.state_dtype));
     const Memory untouched(c.num_values, bytes_of(c.dtype));
     for (int64_t i = 0; i < c.num_values; ++i) {
         if (e.written[i]) {
@@ -1151,6 +1243,12 @@ static void compare(const Case& c, const Result& r, const Expected& e) {
                    "value " + std::to_string(i) + " belongs to nobody and was written");
         }
     }
+}
+
+static void compare(const Case& c, const Result& r, const Expected& e) {
+    const double limit = tolerance(c.dtype);
+    const double state_limit = std::max(limit, tolerance(c.state_dtype));
+    compare_values(c, r, e);
     for (std::size_t w = 0; w < c.widths.size(); ++w) {
         const std::string name = "of width " + std::to_string(c.widths[w]) + " ";
         if (c.rule >= DENSE_GRADIENT) {
@@ -1240,6 +1338,28 @@ static void try_steps(uint64_t seed) {
                 } else {
                     expect_same(c, step.r, *first, expected);
                 }
+            });
+        }
+}
+
+// Sparse rows, looked up and no more.
+static void try_sparse_rows(uint64_t seed) {
+    Case c(seed);
+    c.make_sparse();
+    const std::string name = "seed " + std::to_string(seed) + ", sparse rows, " + c.name();
+    begin(name);
+    const Expected expected = Reference(c).run();
+    std::unique_ptr<Result> first;
+    for (const Functions* functions : instruction_sets())
+        for (int64_t num_threads : THREADS) {
+            begin(name + ", " + functions->name + ", " + std::to_string(num_threads) + " threads");
+            in_new_thread([&] {
+                Step step(c, *functions, num_threads);
+                if (num_threads == 2) step.call.rows = nullptr;  // as calls are that no backward follows
+                EXPECT(step.forward() == DONE, "forward refused");
+                if (!c.unordered) compare_values(c, step.r, expected);
+                if (!first) first.reset(new Result(std::move(step.r)));
+                else EXPECT(step.r.values == first->values, "values have other bits than with one thread of the first instruction set");
             });
         }
 }
@@ -1458,6 +1578,7 @@ int main(int argc, char** argv) {
     for (uint64_t seed = first; seed < first + num; ++seed) {
         try_steps(seed);
         try_single_weights(seed);
+        try_sparse_rows(seed);
         if (seed % 4 == 0) {
             try_refusals(seed);
             try_two_callers(seed);

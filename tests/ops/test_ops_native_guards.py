@@ -34,6 +34,7 @@ from embtables.lookup.recipe import (
     Ranks,
     Recipe,
     Row,
+    SparseRow,
     concat,
 )
 from embtables.lookup.store import Store
@@ -77,8 +78,24 @@ FORM = Form(
         Code("offsets", (101,), "int16", "codes"),
         Code("values", (500,), "int64", "codes"),
         Code("real", (200,), "float32", "weights"),
+        # Matrices of 8 columns: of 128 rows, of 120, and of any number.
+        *(Code(f"{matrix}/values", (30,), "float32", "weights") for matrix in ("bits", "rows", "pairs")),
+        Code("bits/bitmap", (16,), "int64", "index"),
+        Code("bits/directory", (2,), "int32", "index"),
+        Code("rows/columns", (30,), "uint8", "index"),
+        Code("rows/pointers", (121,), "int32", "index"),
+        Code("pairs/columns", (30,), "uint8", "index"),
+        Code("pairs/ids", (30,), "int32", "index"),
     ),
 )
+
+
+def sparse(form: str, first: int = 0, matrix: str = "", **others: Any) -> Recipe:
+    named = {"bitmap": "bits", "compressed rows": "rows", "entries": "pairs"}
+    return Recipe(
+        "sparse",
+        sparse=SparseRow(matrix or named[form], form, **{"entries": 30, "format": "fp32", **others}, first=first),
+    )
 
 
 def compiled(recipe: Recipe, spec: InputSpec = TABLE) -> Program | None:
@@ -140,6 +157,9 @@ NATIVE_ONES: list[tuple[Recipe, InputSpec]] = [
     (Recipe("sum", (Listed("small", "offsets", "values", 4),), projection="square"), TABLE),
     (Recipe("sum", (Hashed("small", 1), Hashed("wide", 2, sign_seed=3)), projection="square"), TABLE),
     (Recipe("product", (Hashed("narrow", 1), Coded("narrow", "codes")), projection="p"), TABLE),
+    (sparse("bitmap", 28), TABLE),
+    (sparse("compressed rows", 19), OOV),
+    (sparse("entries", 2**20), TABLE),
     (with_rest(concat(Hashed("wide", 1))), TABLE),
     (with_rest(concat(Row("wide", 150))), TABLE),
     (with_rest(concat(Row("narrow"), projection="q")), TABLE),
@@ -206,6 +226,15 @@ BAD: list[tuple[str, Recipe, InputSpec]] = [
     ("from 1 on for 100 ids, but it has 101", Recipe("sum", (Listed("wide", "offsets", "values", 3, 1),)), TABLE),
     ("a list stands alone", concat(Listed("wide", "offsets", "values", 3)), TABLE),
     ("of at most 0 rows", Recipe("sum", (Listed("wide", "offsets", "values", 0),)), TABLE),
+    ("'bits' from row 29 on for 100 ids, but it has 128 rows", sparse("bitmap", 29), TABLE),
+    ("'rows' from row 20 on for 101 ids, but it has 120 rows", sparse("compressed rows", 20), OOV),
+    ("'pairs' from row -1 on", sparse("entries", -1), TABLE),
+    ("from row 0 on for None ids", sparse("entries"), WITHOUT_VOCABULARY),
+    ("a sparse matrix beside something else", replace(sparse("entries"), addresses=(Row("wide"),)), TABLE),
+    ("a sparse matrix beside something else", replace(sparse("entries"), ranks=Ranks("rank")), TABLE),
+    ("a sparse matrix beside something else", replace(sparse("entries"), combine="concat"), TABLE),
+    ("a sparse matrix beside something else", Recipe("sparse", (Row("wide"),)), TABLE),
+    ("a rest that is a row of a sparse matrix", with_rest(sparse("entries")), TABLE),
     ("needs at least 1", Recipe("alternatives", ()), TABLE),
     ("alternatives for the ids below 50 only", Recipe("alternatives", (Range("small"),)), TABLE),
     ("belong together", Recipe("alternatives", (Row("wide"),)), TABLE),
@@ -237,7 +266,8 @@ def test_recipes_that_stay_within_their_slabs_are_compiled(recipe: Recipe, spec:
     program = compiled(recipe, spec)
     assert program is not None
     weights, projections = len(program.weights), len(program.projections)
-    expected = HEADER_WORDS + LOOKUP_WORDS * (1 + (recipe.rest is not None)) + len(recipe.all_addresses()) * PIECE_WORDS
+    pieces = len(recipe.all_addresses()) + (recipe.sparse is not None)
+    expected = HEADER_WORDS + LOOKUP_WORDS * (1 + (recipe.rest is not None)) + pieces * PIECE_WORDS
     expected += WEIGHT_WORDS * (weights + 1) + PROJECTION_WORDS * projections + len(program.codes) * CODE_WORDS
     assert program.words.numel() == expected
 
@@ -262,6 +292,57 @@ def test_other_recipes_are_refused_when_tables_are_built(reason: str, recipe: Re
     ) as e:
         compiled(recipe, spec)
     assert reason in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "recipe"),
+    [
+        (
+            "'rows' has 31 entries in fp32, but 'rows/values' is of another shape or type",
+            sparse("compressed rows", entries=31),
+        ),
+        (
+            "'rows' has 30 entries in int8, but 'rows/values' is of another shape or type",
+            sparse("compressed rows", format="int8"),
+        ),
+        (
+            "'bits' has 30 entries in fp32, but 'bits/columns' is of another shape or type",
+            sparse("compressed rows", matrix="bits"),
+        ),
+        (
+            "'rows' has 30 entries in fp32, but 'rows/directory' is of another shape or type",
+            sparse("bitmap", matrix="rows"),
+        ),
+        ("'rows' has 30 entries in fp32, but 'rows/ids' is of another shape or type", sparse("entries", matrix="rows")),
+        (
+            "'other' has 30 entries in fp32, but 'other/values' is of another shape or type",
+            sparse("entries", matrix="other"),
+        ),
+        ("'pairs' is stored as 'heap', which there is not", sparse("heap", matrix="pairs")),
+    ],
+)
+def test_sparse_rows_without_their_codes_are_refused(reason: str, recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match=f"^{reason}: the plan is damaged$"):
+        compiled(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("bitmap", torch.zeros(17, dtype=torch.int64)),
+        ("bitmap", torch.zeros(16, dtype=torch.int32)),
+        ("bitmap", torch.zeros(2, 8, dtype=torch.int64)),
+        ("directory", torch.zeros(3, dtype=torch.int32)),
+        ("directory", torch.zeros(2)),
+    ],
+)
+def test_a_bitmap_is_as_long_as_its_directory_says(name: str, tensor: torch.Tensor) -> None:
+    store = Store([FORM], None)
+    setattr(store, store.key(f"bits/{name}"), tensor)
+    with pytest.raises(
+        ValueError, match="'bits' has 30 entries in fp32, but 'bits/(bitmap|directory)' is of another shape"
+    ):
+        check_recipe(TABLE, sparse("bitmap"), store)
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

@@ -368,6 +368,8 @@ void address_alternatives(const Program& program, const Call& call, const Lookup
     address_pieces<T>(program, call, program.lookups[lookup.rest], beyond, own_ids, count, ahead, rows, stride, places);
 }
 
+#include "sparse.h"
+
 // The addresses of up to BLOCK_OF_IDS ids, as their table takes them; `rows` has n * num_rows of them, `stride` from id to
 // id. Their rows are asked for: all, or the first ones of ids that have one each.
 template <class T>
@@ -387,6 +389,7 @@ inline void address(const Program& program, const Call& call, const Lookup& look
             }
         });
     }
+    if (lookup.operation == SPARSE) return address_sparse<T>(program, call, lookup, ids, n, rows, stride);
     if (is_list(lookup)) return address_lists<T>(program, call, lookup, x, ids, n, rows, stride);
     const int64_t ahead = is_one_row(program, lookup) ? READ_AHEAD : n;
     if (lookup.operation == MIXED) return address_alternatives<T>(program, call, lookup, x, ids, n, ahead, rows, stride);
@@ -1159,6 +1162,11 @@ inline void gather(const Program& program, const Call& call, const Part& part, O
         return write_rows<T>(program, call, part, Numbers(part.rows, part.row_stride, part.n, &none), bag);
     }
     with_dim<T>(lookup.dim, [&](auto dim) {
+        if (lookup.operation == SPARSE) {
+            const Piece& piece = program.pieces[lookup.first_piece];
+            const SparseVectors<T, dim> vectors(program, call, piece, part.rows, part.row_stride, part.ids, scratch);
+            return write_part<T, dim>(program, call, part, vectors, bag);
+        }
         if (lookup.operation == MIXED && !call.id_weights && (call.offsets == nullptr || call.outputs[part.lookup].pooling == NONE)) {
             const Output& output = call.outputs[part.lookup];
             T* to = static_cast<T*>(call.values) + output.start + part.first * output.stride;

@@ -4,9 +4,10 @@
 
 namespace embtables {
 
-enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4, CODED = 5, LISTED = 6, BALANCED = 7, BALANCED_BLOCK = 8 };
-// The last two are those of a LISTED piece, which stands alone.
-enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4, LIST_SUM = 5, LIST_MEAN = 6 };
+enum Kind : int64_t { ROW = 0, HASH = 1, DIGIT = 2, CUT = 3, BLOCK = 4, CODED = 5, LISTED = 6, BALANCED = 7, BALANCED_BLOCK = 8,
+                      BITMAP = 9, COMPRESSED = 10, ENTRIES = 11 };
+// LIST_SUM and LIST_MEAN are those of a LISTED piece, SPARSE of one of the last three kinds: these stand alone.
+enum Operation : int64_t { CONCAT = 0, SUM = 1, MEAN = 2, MULT = 3, MIXED = 4, LIST_SUM = 5, LIST_MEAN = 6, SPARSE = 7 };
 enum Policy : int64_t { ANY = -1, REFUSE = 0, FOLD = 1, OOV = 2 };
 enum Pooling : int64_t { NONE = 0, POOL_SUM = 1, POOL_MEAN = 2 };
 enum RuleKind : int64_t { SGD = 0, ROWWISE_ADAGRAD = 1, ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
@@ -43,22 +44,27 @@ struct Lookup {
     int64_t middle;
 };
 
-// Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK, BALANCED_BLOCK).
+// Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK, BALANCED_BLOCK), or rows of a sparse matrix
+// (BITMAP, COMPRESSED, ENTRIES), whose values are rows of one scalar. None of these is trained.
 struct Piece {
     int64_t kind;
     int64_t weight;
     int64_t base;        // first row (scalar) of its slab within the weight
     int64_t a;           // HASH, BLOCK: seed; BALANCED, BALANCED_BLOCK: start; DIGIT: divisor; CUT: greatest row;
-                         // MIXED: the first rank beyond; CODED, LISTED: where in its code the ids of the table begin
+                         // MIXED: the first rank beyond; CODED, LISTED: where in its code the ids of the table begin;
+                         // of a sparse matrix: its row where the table begins
     int64_t b;           // DIGIT: radix; HASH, CODED, LISTED, BALANCED and blocks: rows (scalars) of the slab
-    int64_t width;       // scalars it contributes
+    int64_t width;       // scalars it contributes: of a sparse matrix its columns
     int64_t column;      // where they go in the vector (CONCAT)
     int64_t has_sign;
     int64_t sign_seed;
     int64_t projection;  // MIXED: to the lookup's dim, or -1
-    int64_t code;        // CODED: rows of the slab; LISTED: where lists begin, and where the last one ends; else -1
-    int64_t values;      // LISTED: the lists, of rows of the slab; else -1
-    int64_t slab, rows;  // first row of the slab within the weight, and how many it has
+    int64_t code;        // CODED: rows of the slab; LISTED: where lists begin, and where the last one ends; BITMAP: of int64, a
+                         // bit for each entry of the matrix; COMPRESSED, ENTRIES: the column of each value; else -1
+    int64_t values;      // LISTED: the lists, of rows of the slab; BITMAP: how many bits are set before each 8 words;
+                         // COMPRESSED: where the values of each row begin, and where the last one ends; ENTRIES: the row
+                         // of each value, rising; else -1
+    int64_t slab, rows;  // first row of the slab within the weight, and how many it has: of a sparse matrix, its values
     int64_t unit;        // of a weight in a format: where the slab's units begin,
     int64_t block;       // and its scales
     int64_t turn;        // BALANCED, BALANCED_BLOCK: how much of the slab each turn begins beyond the one before
@@ -94,7 +100,7 @@ struct Projection {
 //
 // Whoever writes a program sees to it that a code has an entry for every id. What it holds is checked with every read,
 // since files may be damaged: a rank that is none is rank 0, a row that its slab does not have is the slab's row 0, and
-// of a list there is no more than lies within its values.
+// of a list there is no more than lies within its values; of a sparse row no value that is none, or has no column.
 struct Code {
     int64_t bytes;
     int64_t columns;     // integers an entry

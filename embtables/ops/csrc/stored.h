@@ -205,7 +205,7 @@ struct PackedScalars : Packed {
     template <class F>
     void read(int64_t row, const F& f) const {
         const int64_t bit = (row - first) * bits;
-        const int field = field_at(bytes + (bit >> 3), bits, (bit & 7) / bits);
+        const int field = bytes[bit >> 3] >> (bit & 7) & ((1 << bits) - 1);
         constexpr auto one = std::integral_constant<int, 1>{};
         if (are_signs) return f(0, one, sum_of_signs<1>(field, scales_of(row), bits));
         f(0, one, (static_cast<float>(field) - zero_of(bits)) * scale_at(scales_of(row)));
