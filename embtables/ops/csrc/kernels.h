@@ -2534,21 +2534,20 @@ void backward(const Call& call, const Call& gradients) {
             slots.clear();
             add_slots(program, call, l, flows[l], own_from, slots);
             const bool pools = call.outputs[l].pooling != NONE, divided = flows[l].way == DIVIDED;
-            const Slot only = slots.empty() ? Slot{} : slots[0];
-            const bool rows_alone = slots.size() == 1 && !only.block;
-            for (int64_t b = 0; b < call.batch; ++b) {
-                int64_t begin = b, end = b + 1;
-                ids_of_bags(call, program.lookups[l], begin, end);
-                if (rows_alone) {  // the rule, and fast
-                    Notes own = notes;
-                    for (int64_t i = begin; i < end; ++i, ++row)
+            const int64_t* offsets = call.offsets + program.lookups[l].column * call.batch;
+            int64_t i = 0;
+            if (slots.size() == 1 && !slots[0].block) {  // the rule, and fast
+                Notes own = notes;
+                const Slot only = slots[0];
+                for (int64_t b = 0; b < call.batch; ++b)
+                    for (const int64_t end = offsets[b + 1] - offsets[0]; i < end; ++i, ++row)
                         own.add(static_cast<uint64_t>(*row), only.source(*row, pools ? b : i, divided ? b : i));
-                    notes.rows = own.rows;
-                    continue;
-                }
-                for (int64_t i = begin; i < end; ++i)
-                    for (const Slot& slot : slots) slot.note(notes, *row++, pools ? b : i, divided ? b : i);
+                notes.rows = own.rows;
+                continue;
             }
+            for (int64_t b = 0; b < call.batch; ++b)
+                for (const int64_t end = offsets[b + 1] - offsets[0]; i < end; ++i)
+                    for (const Slot& slot : slots) slot.note(notes, *row++, pools ? b : i, divided ? b : i);
         }
     });
     if (chunk_size)
