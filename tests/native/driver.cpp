@@ -496,7 +496,7 @@ void Case::make_pieces(Lookup& lookup, int64_t kind, int64_t known) {
         }
         default: {  // blocks of a circular array
             has_blocks = true;
-            const int64_t block = random.one_of<int64_t>({1, 4, 8, dim}), most = std::min(block, dim);
+            const int64_t block = random.one_of<int64_t>({1, 4, 8, dim, std::max<int64_t>(1, dim / 2)}), most = std::min(block, dim);
             const int64_t size = random.one_of<int64_t>({most, most + 1 + random.below(3), 1024 + random.below(20), random.between(200, 3000)});
             const bool signs = random.chance(2);
             const Slab array = slab(1, size, true, true);

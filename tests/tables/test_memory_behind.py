@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -203,3 +205,17 @@ def test_arguments_of_a_compiled_lookup_may_be_refilled_before_backward() -> Non
     out.sum().backward()
     twin(columns).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(states(tables), states(twin)))
+
+
+@NATIVE
+@pytest.mark.parametrize("as_view", [False, True])
+def test_tensors_that_were_replaced_are_not_kept(as_view: bool) -> None:
+    """Lookups remember what they read last; tables that moved away must leave no second copy of themselves behind."""
+    tables = make("full", "adagrad")
+    look_up = Embedding.of(tables, "item") if as_view else tables
+    look_up(torch.tensor([[1]]) if as_view else torch.tensor([[1, 2, 3]]))
+    tables(*bags(0))
+    left = [weakref.ref(tensor) for tensor in tensors(tables)]
+    tables.to("meta")
+    gc.collect()
+    assert not [ref() for ref in left if ref() is not None and ref().device.type != "meta"]
