@@ -839,22 +839,28 @@ struct Numbers {
         noted_stride = part.place.row_stride;
     }
 
-    __attribute__((always_inline)) uint64_t at(int64_t i) const {
+    // Whether they are of 64 bits, and not noted: as a rule where nothing is trained.
+    bool are_read_alone() const { return bytes == 8 && !noted; }
+
+    __attribute__((always_inline)) uint64_t at(int64_t i, bool wide) const {
         const int64_t place = i * stride;
-        return static_cast<uint64_t>(bytes == 8 ? static_cast<const int64_t*>(first)[place] : static_cast<const int32_t*>(first)[place]);
+        return static_cast<uint64_t>(wide ? static_cast<const int64_t*>(first)[place] : static_cast<const int32_t*>(first)[place]);
     }
 };
 
-// The vectors of ids that are one row each: read(i, f) as in stored.h, for number i of a part's ids.
-template <class Rows, int D>
+// The vectors of ids that are one row each: read(i, f) as in stored.h, for number i of a part's ids. ALONE: whether their
+// numbers are read alone.
+template <class Rows, int D, bool ALONE>
 struct OneRow {
     static constexpr int LANES = Rows::LANES;
     const Rows rows;
     const Numbers numbers;
     int64_t dim;
 
+    __attribute__((always_inline)) uint64_t number_of(int64_t i) const { return numbers.at(i, ALONE || numbers.bytes == 8); }
+
     __attribute__((always_inline)) void ask_for(int64_t i) const {
-        const uint64_t number = numbers.at(i);
+        const uint64_t number = number_of(i);
         rows.ask(static_cast<int64_t>(number < numbers.size ? number : 0) + numbers.shift);
     }
 
@@ -865,10 +871,10 @@ struct OneRow {
 
     template <class F>
     __attribute__((always_inline)) void read(int64_t i, const F& f) const {
-        const uint64_t number = numbers.at(i);
+        const uint64_t number = number_of(i);
         if (__builtin_expect(number < numbers.size, 1)) {
             const int64_t row = static_cast<int64_t>(number) + numbers.shift;
-            if (numbers.noted) numbers.noted[i * numbers.noted_stride] = row;
+            if (!ALONE && numbers.noted) numbers.noted[i * numbers.noted_stride] = row;
             return rows.read(row, f);
         }
         *numbers.beyond = true;
@@ -1137,8 +1143,11 @@ void write_rows(const Program& program, const Call& call, const Part& part, cons
     with_dim<float>(floats || has_own_code(lookup.dim) ? lookup.dim : 0, [&](auto dim) {
         with_rows<T, dim>(program, call, piece, [&](const auto& rows) {
             using Rows = std::decay_t<decltype(rows)>;
-            const OneRow<Rows, dim> vectors{rows, numbers, lookup.dim};
-            write_part<T, dim>(program, call, part, vectors, bag);
+            if constexpr (may_be_trained<Rows>) {
+                if (!numbers.are_read_alone())
+                    return write_part<T, dim>(program, call, part, OneRow<Rows, dim, false>{rows, numbers, lookup.dim}, bag);
+            }
+            write_part<T, dim>(program, call, part, OneRow<Rows, dim, true>{rows, numbers, lookup.dim}, bag);
         });
     });
 }
@@ -1148,7 +1157,7 @@ template <class T>
 __attribute__((noinline)) void ask_first(const Program& program, const Call& call, const Part& part, const Numbers& numbers) {
     with_rows<T, 0>(program, call, program.pieces[program.lookups[part.lookup].first_piece], [&](const auto& rows) {
         using Rows = std::decay_t<decltype(rows)>;
-        const OneRow<Rows, 0> vectors{rows, numbers, 0};
+        const OneRow<Rows, 0, false> vectors{rows, numbers, 0};
         for (int64_t i = 0; i < std::min(READ_AHEAD, numbers.n); ++i) vectors.ask_for(i);
     });
 }
@@ -1188,10 +1197,15 @@ inline bool offsets_fit(const Program& program, const Call& call) {
     return !falls && call.offsets[0] == 0 && call.offsets[last] == call.num_ids;
 }
 
-// Whether the ids of a lookup are the numbers of their rows, but for a shift.
-inline bool is_numbered(const Program& program, const Lookup& lookup) {
-    return lookup.operation == CONCAT && is_one_row(program, lookup) && program.pieces[lookup.first_piece].kind == ROW &&
-           lookup.code < 0 && lookup.policy == REFUSE && !lookup.has_padding;
+// Whether the ids of a lookup are the numbers of their rows, but for a shift, and can be read along with them: all but those
+// of packed rows that are not read alone.
+inline bool is_numbered(const Program& program, const Call& call, const Lookup& lookup) {
+    if (lookup.operation != CONCAT || !is_one_row(program, lookup)) return false;
+    const Piece& piece = program.pieces[lookup.first_piece];
+    const int64_t format = program.weights[piece.weight].format;
+    const bool packed = format == INTEGERS || format == SIGNS;
+    return piece.kind == ROW && lookup.code < 0 && lookup.policy == REFUSE && !lookup.has_padding &&
+           (!packed || (call.id_bytes == 8 && !call.rows));
 }
 
 // The first bag, or example, of a part of the work: all parts have about as many ids.
@@ -1248,7 +1262,7 @@ struct Walk {
         floats.resize(2 * widest + scratch_size + widest_unpacked(program));
         bag.sum = floats.data(), bag_of_numbered.sum = bag.sum + widest;
         scratch = bag_of_numbered.sum + widest, room = scratch + scratch_size;
-        for (int64_t l = 0; call.values && l < program.num_lookups; ++l) numbered[l] = is_numbered(program, program.lookups[l]);
+        for (int64_t l = 0; call.values && l < program.num_lookups; ++l) numbered[l] = is_numbered(program, call, program.lookups[l]);
         ask_first_of(0, first);
         if (call.rows) return;
         rows.reset(new int64_t[2 * BLOCK_OF_IDS * most_rows]);
@@ -1300,8 +1314,8 @@ struct Walk {
         write_rows<T>(program, call, part, numbers, bag_of_numbered);
         if (!beyond) return true;
         int64_t i = 0;
-        while (numbers.at(i) < numbers.size) ++i;
-        refused[0] = part.lookup, refused[1] = static_cast<int64_t>(numbers.at(i));
+        while (numbers.at(i, call.id_bytes == 8) < numbers.size) ++i;
+        refused[0] = part.lookup, refused[1] = static_cast<int64_t>(numbers.at(i, call.id_bytes == 8));
         return false;
     }
 

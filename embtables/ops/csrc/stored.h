@@ -34,6 +34,12 @@ struct PlainRows {
     }
 };
 
+// Whether rows that are read so can be trained.
+template <class Rows>
+inline constexpr bool may_be_trained = false;
+template <class T, int W>
+inline constexpr bool may_be_trained<PlainRows<T, W>> = true;
+
 // The middle of the integers, which stands for 0.
 inline float zero_of(int64_t bits) {
     return bits > 2 ? static_cast<float>(1 << (bits - 1)) : static_cast<float>((1 << bits) - 1) / 2;
