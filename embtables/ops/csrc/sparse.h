@@ -175,8 +175,12 @@ struct SparseVectors {
     const int64_t *addresses, *ids;
     int64_t stride, base, from, size, dim;
     bool has_bitmap;
-    const T* plain;  // the values, or null where they are in a format
-    float* room;     // for a vector
+    const T* plain;         // the values, or null where they are in a format
+    const uint8_t* eights;  // the same of integers of 8 bits, with scales of 2**shift neighbors each
+    const uint8_t* scales;
+    int64_t scales_stride;
+    int shift;
+    float* room;  // for a vector
 
     SparseVectors(const Program& program, const Call& call, const Piece& piece, const int64_t* addresses, int64_t stride,
                   const int64_t* ids, float* room)
@@ -184,6 +188,24 @@ struct SparseVectors {
         const Weight& weight = program.weights[piece.weight];
         base = weight.start, from = piece.a, size = piece.rows, dim = piece.width, has_bitmap = piece.kind == BITMAP;
         plain = weight.format == PLAIN ? static_cast<const T*>(call.weights[piece.weight]) : nullptr;
+        eights = nullptr;
+        if (weight.format != INTEGERS || weight.bits != 8) return;
+        const Packed packed(program, call, piece);
+        if (packed.shift < 0) return;
+        eights = packed.bytes, scales = packed.scales, scales_stride = packed.scales_stride, shift = packed.shift;
+    }
+
+    // Integers of 8 bits from one on, some at a time where they have a scale in common; whether that was possible.
+    template <int N>
+    __attribute__((always_inline)) bool read_eights(int64_t next, lanes<N>& values) const {
+        if constexpr (N == 1) {
+            return false;
+        } else {
+            if (!eights || next + N > size || next >> shift != (next + N - 1) >> shift) return false;
+            const float scale = scale_at(scales + (next >> shift) * scales_stride);
+            values = (to_floats<N>(fields_of<8, N>(eights + next)) - zero_of(8)) * scale;
+            return true;
+        }
     }
 
     void ask(int64_t) const {}  // which has been done
@@ -206,7 +228,7 @@ struct SparseVectors {
             lanes<n> values = {};
             if (plain && next + n <= size) {
                 values = get<n>(plain + next);
-            } else {
+            } else if (!read_eights<n>(next, values)) {
                 float some[n] = {};
                 some_values<T>(program, call, piece, next, count, some);
                 values = get<n>(some);
