@@ -14,12 +14,23 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from benchmarks import bags, machine, ours, rivals, scaling, small
-from benchmarks.results import DAGGER, FULL, RESULTS, Results, default_ops, memory_rows, ratio, rendered, row_of
+from benchmarks.results import (
+    DAGGER,
+    FULL,
+    RESULTS,
+    Measured,
+    Results,
+    default_ops,
+    memory_rows,
+    ratio,
+    rendered,
+    row_of,
+)
 from benchmarks.targets import side_by_side, targets
 from benchmarks.timing import OTHERS
 from benchmarks.workload import BAGS, ONE_ID, UNEVEN
@@ -332,12 +343,22 @@ def skipped(results: Results) -> str:
 # ---- honesty ---------------------------------------------------------------------------------------------------------
 
 
-def faster_rivals(results: Results) -> str:
-    """Every comparison of equal work in which a rival's quickest arrangement took less time than our full tables."""
+class Lead(NamedTuple):
+    """A comparison of equal work in which a rival's quickest arrangement, ``how``, took less time than we did."""
+
+    rival: str
+    how: str
+    work: str
+    where: str
+    batch: int
+    measured: Measured
+
+
+def _leads(results: Results) -> tuple[list[Lead], int]:
+    """All of them, and how many comparisons there are."""
     rows = default_ops(pd.concat([results.select(suite) for suite in WORK]))
     rows = rows[(rows["kind"] != "ceiling") & ~rows["contestant"].isin([rivals.QR, small.DENSE, small.SPARSE])]
-    found: dict[str, list[str]] = {}
-    faster, compared = 0, 0
+    found, compared = [], 0
     keys = ["suite", "scale", "dim", "bags", "batch", "threads", "precision", "phase"]
     for (suite, scale, dim, length, batch, threads, precision, phase), group in rows.groupby(keys, sort=False):
         others = group[~group["contestant"].str.startswith("embtables")]
@@ -352,20 +373,45 @@ def faster_rivals(results: Results) -> str:
             compared += 1
             name = min(there, key=lambda name: there[name].value)
             if there[name].value < 1:
-                faster += 1
                 work = f"step with {optimizer.replace('_', '-')}" if phase == "step" else phase
                 what = " ".join(filter(None, (WORK[suite], work))) + (f" ({precision})" if suite == "dlrm" else "")
                 where = [scale, f"D = {dim:.0f}", *([] if length == ONE_ID else [_bags(length)]), _threads(threads)]
                 how = name.removeprefix(rival).removeprefix(", ")
-                said = f"{there[name].value:.2f}× our time at batch {batch:.0f}" + (f" ({how})" if how else "")
-                mark = f" {DAGGER}" if there[name].doubts else ""
-                found.setdefault(", ".join([f"- {rival}", what, *where]), []).append(said + mark)
+                found.append(Lead(rival, how, what, ", ".join(where), int(batch), there[name]))
+    return found, compared
+
+
+def _said_of_leads(leads: list[Lead], compared: int, lines: list[str]) -> str:
     if not compared:
         return "Nothing was compared."
-    if not found:
+    if not leads:
         return f"In none of {compared} comparisons of equal work was a rival faster."
-    lines = [f"{head}: {', '.join(each)}" for head, each in found.items()]
-    return f"In {faster} of {compared} comparisons of equal work a rival is faster:\n\n" + "\n".join(lines)
+    return f"In {len(leads)} of {compared} comparisons of equal work a rival is faster:\n\n" + "\n".join(lines)
+
+
+def faster_rivals(results: Results) -> str:
+    """Every lead of a rival, a line for each rival, work and configuration."""
+    leads, compared = _leads(results)
+    found: dict[str, list[str]] = {}
+    for lead in leads:
+        said = f"{lead.measured.value:.2f}× our time at batch {lead.batch}" + (f" ({lead.how})" if lead.how else "")
+        mark = f" {DAGGER}" if lead.measured.doubts else ""
+        found.setdefault(f"- {lead.rival}, {lead.work}, {lead.where}", []).append(said + mark)
+    return _said_of_leads(leads, compared, [f"{head}: {', '.join(each)}" for head, each in found.items()])
+
+
+def faster_in_short(results: Results) -> str:
+    """The same, a line for each rival and work: how often, by how much, and at which batches."""
+    leads, compared = _leads(results)
+    lines = []
+    for rival, work in dict.fromkeys((lead.rival, lead.work) for lead in leads):
+        own = [lead for lead in leads if (lead.rival, lead.work) == (rival, work)]
+        times, batches = sorted(lead.measured.value for lead in own), sorted(lead.batch for lead in own)
+        spread = f"{times[0]:.2f}×" + (f" to {times[-1]:.2f}×" if len(own) > 1 else "")
+        at = f"batches of {batches[0]} to {batches[-1]}" if batches[0] < batches[-1] else f"batch {batches[0]}"
+        often = "once" if len(own) == 1 else f"{len(own)} times"
+        lines.append(f"- {rival}, {work}: {often}, {spread} our time, at {at}")
+    return _said_of_leads(leads, compared, lines)
 
 
 def noise(results: Results) -> str:
@@ -463,7 +509,7 @@ def of_machines(folder: Path) -> dict[str, Results]:
 def common_page(runs: Mapping[str, Results]) -> str:
     """What several runs have to say together."""
     by_machine = {
-        "faster": ("Where a rival is faster", faster_rivals),
+        "faster": ("Where a rival is faster", faster_in_short),
         "machine": ("The machines", description),
     }
     parts = []

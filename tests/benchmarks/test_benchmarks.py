@@ -583,6 +583,13 @@ def test_the_report_says_where_a_rival_is_faster_and_what_not_to_trust() -> None
     said = report.faster_rivals(slower)
     assert said.startswith("In 1 of 2 comparisons")
     assert "- FBGEMM TBE, step with rowwise-adagrad, 1/10, D = 16, 2 threads: 0.80× our time at batch 2048 (one" in said
+    short = report.faster_in_short(slower)
+    assert short.endswith(":\n\n- FBGEMM TBE, step with rowwise-adagrad: once, 0.80× our time, at batch 2048")
+    both = pd.concat([made_up(full=2.5), made_up(full=4.0).assign(batch=64)])
+    short = report.faster_in_short(results.Results(both, {}))
+    assert (
+        "- FBGEMM TBE, step with rowwise-adagrad: 2 times, 0.50× to 0.80× our time, at batches of 64 to 2048" in short
+    )
     noise = report.noise(found)
     assert "The machine was too noisy: other processes took up to 40%" in noise
     assert "Do not trust these 1 of 6 rows" in noise and "nn.EmbeddingBag" in noise and "quartiles 90%" in noise
