@@ -74,7 +74,7 @@ ATTAINED = {
 }
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
-SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "intel-xeon-2.5ghz-l3-36m" / "report.md")
+SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "amd-epyc-l3-32m" / "report.md")
 #: Of docs/gpu.md: marker -> folder of `python -m benchmarks.gpu`, and the phase that a table shows.
 GPU_TABLES = {
     **{f"gpu-{phase}": ("gpu", phase) for phase in ("forward", "update", "step")},
