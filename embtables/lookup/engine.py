@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -177,10 +177,18 @@ class Lookup(nn.Module):
         self.in_both = Arrangement(both, self.dims) if natives and self._in_pytorch else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves like any module, of whose tensors none is kept that has been replaced."""
+        """Moves like any module."""
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*arguments)
+
+    def forget(self) -> None:
+        """Called where the store's tensors may be replaced, which are not to be kept until the next lookup then."""
         if self.native is not None:
             self.native.forget()
-        return super()._apply(fn, recurse)
 
     @property
     def store(self) -> Store:

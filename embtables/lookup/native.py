@@ -24,7 +24,9 @@ from embtables.ops.program import POOLING, STATES, ProgramTensors
 class _Known:
     """The tensors of the last lookups that trained, and of those that did not, as native code was told of them.
 
-    Asking whether tensors lie as they did is faster than telling it anew. Copies begin without.
+    Asking whether they lie as they did is faster than telling it anew: whether each is the same tensor, at the same
+    address, of the same shape and type, and contiguous. All else of a program is that of its store, whose optimizer
+    stays what it is. Copies begin without.
     """
 
     def __init__(self) -> None:
@@ -111,6 +113,8 @@ class NativeLookup:
         num_dense = len(self._dense)
         self._ends = len(self.program.weights), num_dense, num_dense + len(self._codes), len(self._read)
         self._no_states = [_NOTHING] * len(self._states)
+        self._forms_of_states = [store.tensor(name).shape if name else None for name in self._states]
+        self._form_of_hyper = store.hyper.shape, store.hyper.dtype
         self._known = _Known()
 
     def tensors(self, trains: bool = True, in_graph: bool = False) -> ProgramTensors | None:
@@ -140,14 +144,18 @@ class NativeLookup:
         )
         if not self._takes(tensors):
             return None
-        return tensors if in_graph else self._known.keep(trains, tensors, everything)
+        if in_graph:
+            return tensors
+        if any(tensor.numel() and not tensor.data_ptr() for tensor in everything):
+            return None  # its memory was freed
+        return self._known.keep(trains, tensors, everything)
 
     def forget(self) -> None:
-        """Called where tensors are about to be replaced, which would be kept until the next lookup otherwise."""
+        """As ``Lookup.forget``."""
         self._known = _Known()
 
     def _takes(self, tensors: ProgramTensors) -> bool:
-        """Whether native code takes the program's tensors as they are now."""
+        """Whether native code takes the program's tensors as they are now: it would not notice what does not fit."""
         store = self.store
         dense = [*tensors.weights, *tensors.projections]
         if [weight.shape for weight in dense] != self._shapes:
@@ -161,10 +169,20 @@ class NativeLookup:
             if [(t.dtype, t.shape) for t in stored if t.is_cpu and t.is_contiguous()] != forms:
                 return False
         for code, form in zip(tensors.codes, self._code_forms):
-            if type(code) is not Tensor or not code.is_contiguous() or (code.dtype, code.shape) != form:
+            if type(code) is not Tensor or not code.is_cpu or not code.is_contiguous():
+                return False
+            if (code.dtype, code.shape) != form:
                 return False
         kept = [state for state in (*tensors.states, *tensors.projection_states) if state is not _NOTHING]
-        if store.optimizer is None or not kept:
+        if store.optimizer is None or tensors.hyper is _NOTHING:
+            return True
+        hyper = tensors.hyper
+        if not hyper.is_cpu or not hyper.is_contiguous() or (hyper.shape, hyper.dtype) != self._form_of_hyper:
+            return False
+        states = (*tensors.states, *tensors.projection_states)
+        if any(form is not None and state.shape != form for state, form in zip(states, self._forms_of_states)):
+            return False
+        if not kept:
             return True
         return ops.fits(kept) and ops.takes_state(type(store.optimizer), kept[0].dtype, tensors.weights[0].dtype)
 

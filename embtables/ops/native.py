@@ -305,8 +305,8 @@ class Library:
 
     # ---- whole programs --------------------------------------------------------------------------------------------
     #
-    # Addresses are taken anew for every call and forgotten after it: between a lookup and its backward tensors may have
-    # moved (FSDP, ``share_memory_``, ``.data = …``).
+    # Between a lookup and its backward tensors may have moved (FSDP, ``share_memory_``, ``.data = …``). A call takes
+    # their addresses anew, or from ``told``, which is good while every tensor lies as it did: who keeps it sees to it.
 
     def forward(self, tensors: ProgramTensors, args: LookupArgs) -> tuple[Tensor, Tensor]:
         """The values, and the addresses that backward needs.
@@ -437,7 +437,7 @@ class Library:
         call[_BATCH], call[_OUTPUTS], call[_ROWS] = batch, outputs.data_ptr(), rows.data_ptr()
         if values is not None:
             call[_VALUES] = values.data_ptr()
-        call[_NUM_THREADS] = 1 if num_rows < _ROWS_A_THREAD else threads(num_rows)
+        call[_NUM_THREADS] = threads(num_rows)
         return call
 
 

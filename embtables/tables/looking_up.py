@@ -65,6 +65,11 @@ class TableLookup(nn.Module):
             view._apply(fn)
         return self
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        for view in self._views.values():
+            view.forget()
+        super()._load_from_state_dict(*arguments)
+
     # ---- looking up ----------------------------------------------------------------------------------------------
 
     def forward(

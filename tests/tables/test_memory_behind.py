@@ -215,7 +215,36 @@ def test_tensors_that_were_replaced_are_not_kept(as_view: bool) -> None:
     look_up = Embedding.of(tables, "item") if as_view else tables
     look_up(torch.tensor([[1]]) if as_view else torch.tensor([[1, 2, 3]]))
     tables(*bags(0))
+    loaded = {name: tensor.clone() for name, tensor in tables.state_dict().items()}
+    left = [weakref.ref(tensor) for name, tensor in tables.named_buffers() if name in loaded]
+    tables.load_state_dict(loaded, assign=True)
+    gc.collect()
+    assert left and not any(ref() is not None for ref in left)
+    loaded.clear()
     left = [weakref.ref(tensor) for tensor in tensors(tables)]
     tables.to("meta")
     gc.collect()
     assert not [ref() for ref in left if ref() is not None and ref().device.type != "meta"]
+
+
+@NATIVE
+@pytest.mark.parametrize("damage", ["state", "hyper of another length", "hyper of another type", "weight", "code"])
+def test_what_no_longer_fits_is_not_given_to_native_code(damage: str) -> None:
+    """It would read or write beyond an end: PyTorch gets it instead, or backward refuses."""
+    tables = make("hot_cold" if damage == "code" else "full", "adagrad")
+    store, given = tables.store, bags(0)
+    out = tables(*given)
+    name = store.weight_names[0]
+    if damage == "state":
+        store.state_of(name)[0].data = torch.zeros(2, 8)
+    elif damage == "hyper of another length":
+        store.hyper.data = torch.zeros(0, dtype=torch.float64)
+    elif damage == "hyper of another type":
+        store.hyper.data = store.hyper.float()
+    elif damage == "weight":
+        store.tensor(name).untyped_storage().resize_(0)
+    else:
+        code = store.key(store.code_names()[0])
+        store._buffers[code] = store.tensor(code).to("meta")
+    with pytest.raises(RuntimeError, match="cast to another type, resized or moved"):
+        out.sum().backward()

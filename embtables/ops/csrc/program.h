@@ -45,7 +45,7 @@ struct Lookup {
 };
 
 // Where a lookup reads: rows of one weight, or blocks of scalars (BLOCK, BALANCED_BLOCK), or rows of a sparse matrix
-// (BITMAP, COMPRESSED, ENTRIES), whose values are rows of one scalar. None of these is trained.
+// (BITMAP, COMPRESSED, ENTRIES), whose values are rows of one scalar and are not trained.
 struct Piece {
     int64_t kind;
     int64_t weight;
