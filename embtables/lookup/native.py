@@ -173,7 +173,6 @@ class NativeLookup:
                 return False
             if (code.dtype, code.shape) != form:
                 return False
-        kept = [state for state in (*tensors.states, *tensors.projection_states) if state is not _NOTHING]
         if store.optimizer is None or tensors.hyper is _NOTHING:
             return True
         hyper = tensors.hyper
@@ -182,6 +181,7 @@ class NativeLookup:
         states = (*tensors.states, *tensors.projection_states)
         if any(form is not None and state.shape != form for state, form in zip(states, self._forms_of_states)):
             return False
+        kept = [state for state in states if state is not _NOTHING]
         if not kept:
             return True
         return ops.fits(kept) and ops.takes_state(type(store.optimizer), kept[0].dtype, tensors.weights[0].dtype)

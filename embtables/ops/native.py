@@ -70,6 +70,8 @@ _PLACE = {name: place for place, name in enumerate(_CALL)}
 _IDS, _ID_BYTES, _NUM_IDS, _OFFSETS = (_PLACE[name] for name in ("ids", "id_bytes", "num_ids", "offsets"))
 _ID_WEIGHTS, _BATCH, _OUTPUTS, _VALUES = (_PLACE[name] for name in ("id_weights", "batch", "outputs", "values"))
 _ROWS, _NUM_THREADS, _REFUSED = (_PLACE[name] for name in ("rows", "num_threads", "refused"))
+# What it has lists of pointers to, as ``ProgramTensors`` calls it too.
+_POINTED_AT = "weights projections codes states projection_states scales strengths".split()
 # Where the lists of pointers begin: behind the call, and the lookup and the id that are refused.
 _LISTS = len(_CALL) + 2
 
@@ -446,29 +448,19 @@ def told(tensors: ProgramTensors) -> array[int]:
 
     Behind it are the lists of pointers that it points at: copies of the call alone are good while this one is there.
     """
-    words, weights, projections, codes, states, projection_states, hyper, rule, scales, strengths, _ = tensors
+    lists = [getattr(tensors, name) for name in _POINTED_AT]
     # Empty tensors have the address 0, and addresses of user space are far below 2**63.
-    lists = map(_address, (*weights, *projections, *codes, *states, *projection_states, *scales, *strengths))
-    call = array("q", (*[0] * _LISTS, *lists))
-    call[_PLACE["program"]] = words.data_ptr()
-    call[_PLACE["dtype"]], call[_PLACE["state_dtype"]] = DTYPES[tensors.dtype], DTYPES[states[0].dtype]
+    call = array("q", (*[0] * _LISTS, *(tensor.data_ptr() for each in lists for tensor in each)))
+    call[_PLACE["program"]] = tensors.words.data_ptr()
+    call[_PLACE["dtype"]], call[_PLACE["state_dtype"]] = DTYPES[tensors.dtype], DTYPES[tensors.states[0].dtype]
     # Only an update asks for it, and one without a native form is made in PyTorch.
-    call[_PLACE["rule"]] = RULES.get(rule, _GRADIENTS["sparse"])
-    call[_PLACE["hyper"]], call[_PLACE["num_hyper"]] = hyper.data_ptr(), hyper.numel()
+    call[_PLACE["rule"]] = RULES.get(tensors.rule, _GRADIENTS["sparse"])
+    call[_PLACE["hyper"]], call[_PLACE["num_hyper"]] = tensors.hyper.data_ptr(), tensors.hyper.numel()
     place = call.buffer_info()[0] + 8 * _LISTS
-    behind = {
-        "weights": weights,
-        "projections": projections,
-        "codes": codes,
-        "states": states,
-        "projection_states": projection_states,
-        "scales": scales,
-        "strengths": strengths,
-    }
-    for name, pointed_at in behind.items():
-        if pointed_at or name != "strengths":
+    for name, each in zip(_POINTED_AT, lists):
+        if each:
             call[_PLACE[name]] = place
-        place += 8 * len(pointed_at)
+        place += 8 * len(each)
     return call
 
 
