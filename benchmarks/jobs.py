@@ -25,7 +25,7 @@ SUITES = (
 _THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"
 MODES = ("quick", "default", "full")
 #: One table of a million rows, which is also what scaling begins from.
-ROWS, BATCH = 1_000_000, 2048
+ROWS, DIM, BATCH = 1_000_000, 16, 2048
 BATCHES = (1, 16, 256, BATCH, 10_000, 16_384)
 
 
@@ -221,13 +221,17 @@ def _add_pooled(add: Callable[..., None], quick: bool, threads: int) -> None:
 
 
 def _add_scaling(add: Callable[..., None], threads: int) -> None:
-    """More and fewer rows than in ``pooled``, whose batches and bags are the other axes; and many tables."""
+    """Other numbers of rows, and widths, than ``pooled`` has, whose batches and bags are further axes; many tables."""
     only = (
         *((ours.FULL, "rowwise_adagrad"), (rivals.LOOP, "adagrad"), (rivals.FLAT, "adagrad")),
         *((name, "rowwise_adagrad") for name in (rivals.TBE, rivals.TBE_UNCHECKED, rivals.TBE_ONE_UNCHECKED)),
     )
     one = tables.Settings(threads=threads, rounds=5, only=only)
     add("scaling", *(replace(one, rows=10**n, bags="10 ids", batch=BATCH) for n in (4, 5, 7, 8)))
+    add(
+        "scaling",
+        *(replace(one, rows=ROWS, dim=dim, bags="10 ids", batch=BATCH) for dim in (4, 8, 24, 48, 64, 96, 128)),
+    )
     add("scaling", *(replace(one, rows=10_000, tables=number, batch=256) for number in (1, 10, 100, 1000, 2000)))
 
 

@@ -1,4 +1,4 @@
-"""How the time of a step grows: with the rows of a table, the batch, the ids of a bag and the number of tables."""
+"""How the time of a step grows: with a table's rows and width, the batch, the ids of a bag and the number of tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from benchmarks import ours, rivals
-from benchmarks.jobs import BATCH, ROWS
+from benchmarks.jobs import BATCH, DIM, ROWS
 from benchmarks.results import Results
 from benchmarks.workload import BAGS, ONE_ID
 from embtables._util.files import replacing
@@ -21,6 +21,7 @@ _LENGTH = "10 ids"
 #: Axis of the figure -> what else all its points have in common.
 AXES = {
     "rows of one table": f"bags of {_LENGTH}, batch {BATCH:,}",
+    "embedding_dim": f"one table of {ROWS:,} rows, bags of {_LENGTH}, batch {BATCH:,}",
     "batch": f"one table of {ROWS:,} rows, bags of {_LENGTH}",
     "ids of a bag": f"one table of {ROWS:,} rows, batch {BATCH:,}",
     "tables": "10,000 rows each, one id each, batch 256",
@@ -51,9 +52,12 @@ def _groups(results: Results, axis: str) -> Iterator[tuple[int, pd.DataFrame]]:
     parts = rows["scale"].str.extract(r"^(?:([\d,]+) × )?([\d,]+) rows$")
     tables, of_one = (parts[i].fillna("1").str.replace(",", "").astype(int) for i in (0, 1))
     single = (tables == 1) & parts[1].notna()
-    base = single & (of_one == ROWS)
+    common = (rows["bags"] == _LENGTH) & (rows["batch"] == BATCH)
+    usual = rows["dim"] == DIM
+    base = single & (of_one == ROWS) & usual
     chosen, values = {
-        "rows of one table": (single & (rows["bags"] == _LENGTH) & (rows["batch"] == BATCH), of_one),
+        "rows of one table": (single & common & usual, of_one),
+        "embedding_dim": (single & common & (of_one == ROWS), rows["dim"]),
         "batch": (base & (rows["bags"] == _LENGTH), rows["batch"]),
         "ids of a bag": (
             base & rows["bags"].isin([ONE_ID, "10 ids", "50 ids"]) & (rows["batch"] == BATCH),
@@ -86,12 +90,15 @@ def draw(found: list[Point], path: Path) -> None:
 
     names = list(dict.fromkeys(name for point in found for name in point.milliseconds))
     with plt.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 7.2), layout="constrained")
+        figure = Figure(figsize=(13, 7.2), layout="constrained")
         FigureCanvasSVG(figure)
-        for axes, (axis, common) in zip(figure.subplots(2, 2).flat, AXES.items()):
+        panels = list(figure.subplots(2, 3).flat)
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (axis, common) in zip(panels, AXES.items()):
             if all(point.axis != axis for point in found):
-                axes.set_axis_off()
                 continue
+            axes.set_axis_on()
             for name, color, marker in zip(names, COLORS, MARKERS):
                 there = [(p.value, p.milliseconds[name]) for p in found if p.axis == axis and name in p.milliseconds]
                 axes.plot(*zip(*there or [(math.nan, math.nan)]), color=color, marker=marker, markersize=5, label=name)

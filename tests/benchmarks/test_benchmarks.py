@@ -686,8 +686,11 @@ def test_scaling_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
         ("pooled", "1/10", "10 ids", 2048, 77.0),
         ("scaling", "10,000 rows", "10 ids", 2048, 1.0),
         ("scaling", "100 × 10,000 rows", ONE_ID, 256, 6.0),
+        ("scaling of 24", "1,000,000 rows", "10 ids", 2048, 4.0),
     ):
         same = base | {"suite": suite, "scale": scale, "bags": length, "batch": batch}
+        if suite == "scaling of 24":
+            same |= {"suite": "scaling", "dim": 24}
         rows.append(same | {"contestant": ours.FULL, "optimizer": "rowwise_adagrad", "median_ms": ms})
         for name, factor in ((rivals.TBE, 4), (rivals.TBE_UNCHECKED, 2)):
             rows.append(same | {"contestant": name, "optimizer": "rowwise_adagrad", "median_ms": factor * ms})
@@ -696,6 +699,8 @@ def test_scaling_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
     assert points == [
         ("rows of one table", 10_000, 1.0, 2.0),
         ("rows of one table", 1_000_000, 3.0, 6.0),
+        ("embedding_dim", 16, 3.0, 6.0),
+        ("embedding_dim", 24, 4.0, 8.0),
         ("batch", 16, 0.5, 1.0),
         ("batch", 2048, 3.0, 6.0),
         ("ids of a bag", 10, 3.0, 6.0),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -277,6 +280,26 @@ def test_native_rows_are_what_the_codes_say_even_if_damaged(form: str, damage: b
             assert damage or np.array_equal(served(ids).view(70, 2, dim).numpy(), found)
 
 
+@pytest.mark.skipif(ops.instructions() is None, reason="needs the native library: pip install -e . with a C++ compiler")
+@pytest.mark.parametrize(
+    "precision, share",
+    [("bf16", "9%"), ("int8", "9%"), ("int4", "9%"), ("int2", "5.2%"), ("binary", "2.6%"), ("binary/16", "5%")],
+)
+@pytest.mark.parametrize("dim", [4, 5, 8, 13, 16, 64])
+def test_native_rows_of_packed_values_equal_the_reference(precision: str, share: str, dim: int) -> None:
+    """Runs of values begin within bytes, cross blocks that share a scale, and end where there are no more."""
+    tables = EmbeddingTables(plan([TableConfig("a", 400, dim)], "pruned", share, precision=precision), std=1)
+    served = tables.finalize().eval()
+    assert served.lookups.ops == "native"
+    with ops.using("reference"):
+        expected = served.to_dense("a")
+    assert 1 < expected.count_nonzero() < 400 * dim or precision == "binary/16"
+    assert torch.equal(served(torch.arange(400).unsqueeze(1)), expected)
+    ids, offsets = torch.randint(400, (900,)), torch.arange(0, 901, 9)
+    bags = served(ids, offsets, pooling="sum")
+    torch.testing.assert_close(bags.double(), expected.double()[ids].view(100, 9, dim).sum(1), rtol=1e-4, atol=1e-5)
+
+
 def test_no_dense_table_comes_up_in_a_lookup() -> None:
     """The largest tensor that a lookup makes depends on the ids, not on the table."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -483,3 +506,59 @@ def test_resumes_exactly_in_the_middle_of_pruning(fused: Adam | None) -> None:
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     for name in "ab":
         assert torch.equal(straight.tables.serve().to_dense(name), resumed.tables.serve().to_dense(name))
+
+
+_BEFORE_A_WALL = """
+import ctypes, mmap, sys
+import torch
+from embtables import EmbeddingTables, TableConfig, ops, plan
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def moved(tensor):
+    # To the end of a page, behind which nobody may read.
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    place = libc.mmap(None, pages + mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, 0x22, -1, 0)
+    assert libc.mprotect(place + pages, mmap.PAGESIZE, 0) == 0
+    memory = (ctypes.c_uint8 * size).from_address(place + pages - size)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+ids = torch.arange(401).unsqueeze(1)
+for precision, share in zip("int8 int4 int4 int2 binary fp32".split(), (0.09, 0.09, 0.03, 0.052, 0.05, 0.2)):
+    for dim in (4, 5, 13, 16, 64, 128):
+        tables = EmbeddingTables(plan([TableConfig("a", 401, dim)], "pruned", share, precision=precision), std=1)
+        tables = tables.finalize().eval()
+        with ops.using("reference"):
+            expected = tables.to_dense("a")
+        for tensor in (*tables.store.buffers(), *tables.store.parameters()):
+            if tensor.numel():
+                tensor.data = moved(tensor.data)
+        assert torch.equal(tables(ids), expected)
+for dim in (1, 3, 5, 7, 9, 15, 17, 24, 31, 33, 48, 100, 127, 129):
+    tables = EmbeddingTables(plan([TableConfig("a", 33, dim)], "full", optimizer="rowwise_adagrad"))
+    for tensor in (*tables.store.parameters(), *tables.store.buffers()):
+        if tensor.numel():
+            tensor.data = moved(tensor.data)
+    vectors = tables(torch.tensor([32, 0, 32, 31]), torch.tensor([0, 1, 4]), pooling="sum")
+    vectors.backward(moved(torch.ones_like(vectors)))
+print("held")
+"""
+
+
+@pytest.mark.skipif(ops.instructions() is None, reason="needs the native library: pip install -e . with a C++ compiler")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps memory as Linux does")
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "best"])
+def test_nothing_is_read_behind_the_last_value(instructions: str) -> None:
+    if instructions == "avx2" and ops.instructions() != "avx512":
+        pytest.skip("the best instructions are avx2, or this processor has none of the two")
+    variable = {} if instructions == "best" else {"EMBTABLES_INSTRUCTIONS": instructions}
+    done = subprocess.run(
+        [sys.executable, "-c", _BEFORE_A_WALL], env=os.environ | variable, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr[-2000:]

@@ -317,8 +317,10 @@ int64_t Case::code(int64_t columns, std::vector<int64_t> values, bool may_be_dam
     return static_cast<int64_t>(integers.size()) - 1;
 }
 
+// Those with code of their own, and those between them.
 static int64_t any_width(Random& random) {
-    return random.one_of<int64_t>({1, 2, 3, 4, 5, 8, 8, 15, 16, 16, 17, 32, 33, 64, 100});
+    return random.one_of<int64_t>({1, 2, 4, 8, 16, 32, 64, 128, random.between(3, 7), random.between(9, 15), random.between(9, 15),
+                                   random.between(17, 31), random.between(33, 70), random.between(1, 140)});
 }
 
 void Case::make_lookup(Lookup& lookup) {

@@ -220,7 +220,7 @@ def test_gradients_equal_the_reference(method: Method, sparse: bool) -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("dim", [1, 2, 3, 4, 8, 15, 16, 17, 32, 64, 100])
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 32, 48, 64, 100, 128, 129])
 @pytest.mark.parametrize("kind", ["full", "hash"])
 def test_vectors_and_updates_equal_float64(kind: str, dim: int) -> None:
     """Full rows by plain loops in float64: sum over occurrences, then Adagrad."""

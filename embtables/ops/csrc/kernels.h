@@ -84,7 +84,7 @@ inline void store(float16* p, float value) {
 
 template <int W>
 inline int64_t fixed(int64_t width) {
-    return W ? W : width;
+    return W > 0 ? W : width;
 }
 
 #include "vectors.h"
@@ -406,8 +406,24 @@ inline void with_dim(int64_t dim, const F& f) {
         case 16: return f(std::integral_constant<int, 16>{});
         case 32: return f(std::integral_constant<int, 32>{});
         case 64: return f(std::integral_constant<int, 64>{});
+        case 128: return f(std::integral_constant<int, 128>{});
         default: return f(std::integral_constant<int, 0>{});
     }
+}
+
+// The same for floats of more dimensions: of those that have no constant, up to eight registers, f is given what
+// lanes_of takes for them.
+template <class T, class F>
+inline void with_any_dim(int64_t dim, const F& f) {
+    constexpr int most = std::is_same<T, float>::value ? 8 * REGISTER : 0;
+    const bool common = (dim & (dim - 1)) == 0 && dim <= 128;
+    if (common || dim < 5 || dim > most) return with_dim<T>(dim, f);
+    if (dim < REGISTER && dim < 8) return f(std::integral_constant<int, -8>{});
+    if (dim < REGISTER) return f(std::integral_constant<int, -16>{});
+    each_of<REGISTER>(std::make_integer_sequence<int, 8>{}, [&](auto before, auto) {
+        if constexpr (before >= REGISTER)
+            if (before < dim && dim <= before + REGISTER) f(std::integral_constant<int, -(before + REGISTER)>{});
+    });
 }
 
 // ---- vectors -------------------------------------------------------------------------------------------------------
@@ -879,11 +895,8 @@ struct OneRow {
         }
         *numbers.beyond = true;
         auto zeros = [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, lanes<n>{}); };
-        if constexpr (D == 0) {
-            each<0>(dim, zeros);
-        } else {
-            each_of<LANES>(std::make_integer_sequence<int, D / LANES>{}, zeros);
-        }
+        if constexpr (D > 0) each_of<LANES>(std::make_integer_sequence<int, D / LANES>{}, zeros);
+        else each_or_twice<D>(dim, zeros);
     }
 };
 
@@ -995,32 +1008,35 @@ struct Combined {
     }
 };
 
-// A sum of vectors, in registers where D is a constant; `open` holds it from part to part.
+// A sum of vectors, in registers where D is not 0; `open` holds it from part to part.
 template <int D, int N>
 struct Sum {
     float* open;
-    lanes<N> sums[D / N];
+    int64_t dim;
+    lanes<N> sums[(D < 0 ? -D : D) / N];
 
     template <class F>
-    __attribute__((always_inline)) static void each_lanes(const F& f) {
-        each_of<N>(std::make_integer_sequence<int, D / N>{}, f);
+    __attribute__((always_inline)) void each_lanes(const F& f) const {
+        if constexpr (D > 0) each_of<N>(std::make_integer_sequence<int, D / N>{}, f);
+        else each_or_twice<D>(dim, f);
     }
-    Sum(float* open, int64_t) : open(open) {
-        each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[d / N] = get<N>(open + d); });
+    Sum(float* open, int64_t dim) : open(open), dim(dim) {
+        each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[number_of<N>(d)] = get<N>(open + d); });
     }
-    template <class V>
-    __attribute__((always_inline)) void add(int d, std::integral_constant<int, N>, V v) {
-        sums[d / N] += v;
+    template <class Place, class V>
+    __attribute__((always_inline)) void add(Place d, std::integral_constant<int, N>, V v) {
+        sums[number_of<N>(d)] += v;
     }
     template <class F>
     __attribute__((always_inline)) void take(const F& f) {
         each_lanes([&](auto d, auto n) __attribute__((always_inline)) {
-            f(d, n, sums[d / N]);
-            sums[d / N] = lanes<N>{};
+            lanes<N>& own = sums[number_of<N>(d)];
+            f(d, n, own);
+            own = lanes<N>{};
         });
     }
     __attribute__((always_inline)) void keep() {
-        each_lanes([&](auto d, auto) __attribute__((always_inline)) { put<N>(open + d, sums[d / N]); });
+        each_lanes([&](auto d, auto) __attribute__((always_inline)) { put<N>(open + d, sums[number_of<N>(d)]); });
     }
 };
 
@@ -1140,7 +1156,7 @@ void write_rows(const Program& program, const Call& call, const Part& part, cons
     const Lookup& lookup = program.lookups[part.lookup];
     const Piece& piece = program.pieces[lookup.first_piece];
     const bool floats = std::is_same<T, float>::value && program.weights[piece.weight].format == PLAIN;
-    with_dim<float>(floats || has_own_code(lookup.dim) ? lookup.dim : 0, [&](auto dim) {
+    auto write = [&](auto dim) {
         with_rows<T, dim>(program, call, piece, [&](const auto& rows) {
             using Rows = std::decay_t<decltype(rows)>;
             if constexpr (may_be_trained<Rows>) {
@@ -1149,7 +1165,9 @@ void write_rows(const Program& program, const Call& call, const Part& part, cons
             }
             write_part<T, dim>(program, call, part, OneRow<Rows, dim, true>{rows, numbers, lookup.dim}, bag);
         });
-    });
+    };
+    if (floats) with_any_dim<T>(lookup.dim, write);
+    else with_dim<float>(has_own_code(lookup.dim) ? lookup.dim : 0, write);
 }
 
 // Asks for the first rows of a part.
@@ -1661,22 +1679,20 @@ inline void sum_run(const Entry* run, const Entry* end, const Sources<T>& source
                 });
             });
     } else {
-        constexpr int N = W < REGISTER ? W : REGISTER;
-        lanes<N> sums[W / N];
-        auto each_lanes = [&](const auto& f) __attribute__((always_inline)) {
-            each_of<N>(std::make_integer_sequence<int, W / N>{}, f);
-        };
+        constexpr int N = lanes_of<W>();
+        lanes<N> sums[(W < 0 ? -W : W) / N];
+        auto each_lanes = [&](const auto& f) __attribute__((always_inline)) { each_or_twice<W>(width, f); };
         sources.ask(run[AHEAD].source);
         sources.read(run->source, [&](const auto* value) __attribute__((always_inline)) {
-            each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[d / N] = get<N>(value + d); });
+            each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[number_of<N>(d)] = get<N>(value + d); });
         });
         for (const Entry* entry = run + 1; entry < end; ++entry) {
             sources.ask(entry[AHEAD].source);
             sources.read(entry->source, [&](const auto* value) __attribute__((always_inline)) {
-                each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[d / N] += get<N>(value + d); });
+                each_lanes([&](auto d, auto) __attribute__((always_inline)) { sums[number_of<N>(d)] += get<N>(value + d); });
             });
         }
-        each_lanes([&](auto d, auto) __attribute__((always_inline)) { put<N>(sum + d, sums[d / N]); });
+        each_lanes([&](auto d, auto) __attribute__((always_inline)) { put<N>(sum + d, sums[number_of<N>(d)]); });
     }
 }
 
@@ -2365,7 +2381,7 @@ struct Update {
     template <class F>
     static void with_width(int64_t width, const F& f) {
         if (width == 1) return f(std::integral_constant<int, 1>{});
-        with_dim<T>(width, f);
+        with_any_dim<T>(width, f);
     }
 
     void sort(int64_t part) const {

@@ -175,10 +175,10 @@ struct SparseVectors {
     const int64_t *addresses, *ids;
     int64_t stride, base, from, size, dim;
     bool has_bitmap;
-    const T* plain;         // the values, or null where they are in a format
-    const uint8_t* eights;  // the same of integers of 8 bits, with scales of 2**shift neighbors each
+    const T* plain;          // the values, or null where they are in a format
+    const uint8_t* packed;   // the same of integers of so many bits, with scales of 2**shift neighbors each
     const uint8_t* scales;
-    int64_t scales_stride;
+    int64_t scales_stride, bits;
     int shift;
     float* room;  // for a vector
 
@@ -188,24 +188,40 @@ struct SparseVectors {
         const Weight& weight = program.weights[piece.weight];
         base = weight.start, from = piece.a, size = piece.rows, dim = piece.width, has_bitmap = piece.kind == BITMAP;
         plain = weight.format == PLAIN ? static_cast<const T*>(call.weights[piece.weight]) : nullptr;
-        eights = nullptr;
-        if (weight.format != INTEGERS || weight.bits != 8) return;
-        const Packed packed(program, call, piece);
-        if (packed.shift < 0) return;
-        eights = packed.bytes, scales = packed.scales, scales_stride = packed.scales_stride, shift = packed.shift;
+        packed = nullptr;
+        if (weight.format != INTEGERS) return;
+        const Packed all(program, call, piece);
+        if (all.shift < 4) return;
+        packed = all.bytes, scales = all.scales, scales_stride = all.scales_stride, bits = all.bits;
+        shift = std::min(all.shift, 62);  // of a slab, one for all
     }
 
-    // Integers of 8 bits from one on, some at a time where they have a scale in common; whether that was possible.
+    // N integers from one on, which have no more than two scales.
+    template <int BITS, int N>
+    __attribute__((always_inline)) lanes<N> read_integers(int64_t next) const {
+        const auto scale_of = [&](int64_t value) { return scale_at(scales + (value >> shift) * scales_stride); };
+        const float first = scale_of(next), second = scale_of(next + N - 1);
+        // How many of them have the first one.
+        const int64_t own = (((next >> shift) + 1) << shift) - next;
+        integers<N> numbers;
+        for (int k = 0; k < N; ++k) numbers[k] = k;
+        const lanes<N> scale = numbers < static_cast<int>(std::min<int64_t>(own, N)) ? lanes<N>{} + first : lanes<N>{} + second;
+        return (to_floats<N>(fields_from<BITS, N>(packed, next)) - zero_of(BITS)) * scale;
+    }
+
+    // The same, if there is code for them.
     template <int N>
-    __attribute__((always_inline)) bool read_eights(int64_t next, lanes<N>& values) const {
-        if constexpr (N == 1) {
-            return false;
-        } else {
-            if (!eights || next + N > size || next >> shift != (next + N - 1) >> shift) return false;
-            const float scale = scale_at(scales + (next >> shift) * scales_stride);
-            values = (to_floats<N>(fields_of<8, N>(eights + next)) - zero_of(8)) * scale;
-            return true;
+    __attribute__((always_inline)) bool read_packed(int64_t next, lanes<N>& values) const {
+        if constexpr (N > 1 && N <= 16) {
+            if (!packed || next + N + 16 > size) return false;  // so that what is read behind them is there
+            switch (bits) {
+                case 8: return values = read_integers<8, N>(next), true;
+                case 4: return values = read_integers<4, N>(next), true;
+                case 2: return values = read_integers<2, N>(next), true;
+                default: return values = read_integers<1, N>(next), true;
+            }
         }
+        return false;
     }
 
     void ask(int64_t) const {}  // which has been done
@@ -228,7 +244,7 @@ struct SparseVectors {
             lanes<n> values = {};
             if (plain && next + n <= size) {
                 values = get<n>(plain + next);
-            } else if (!read_eights<n>(next, values)) {
+            } else if (!read_packed<n>(next, values)) {
                 float some[n] = {};
                 some_values<T>(program, call, piece, next, count, some);
                 values = get<n>(some);

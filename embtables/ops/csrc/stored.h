@@ -5,32 +5,32 @@
 // numbers there). LANES is their number where W, the width, is a constant. ask(row) asks for what read will read. Rows
 // count through all weights.
 
-// Asks for the cache lines of some bytes, of BYTES where that is not 0.
+// Asks for the cache lines of some bytes: of BYTES where that is above 0, and of no more than -BYTES where it is below.
 template <int64_t BYTES>
 __attribute__((always_inline)) inline void ask_for(const void* first, int64_t bytes) {
     const char* at = static_cast<const char*>(first);
-    const int64_t n = BYTES ? BYTES : bytes;
-    for (int64_t byte = 0; byte < n; byte += 64) __builtin_prefetch(at + byte);
+    const int64_t n = BYTES > 0 ? BYTES : bytes, steps = BYTES < 0 ? -BYTES : n;
+    for (int64_t byte = 0; byte < steps; byte += 64) __builtin_prefetch(at + byte);
     // Powers of two that begin at a multiple of themselves do not end in another line; of others, which have something
     // behind them, that is asked for as well.
-    if constexpr (BYTES == 0) __builtin_prefetch(at + n - 1);
+    if constexpr (BYTES <= 0) __builtin_prefetch(at + n - 1);
     else if constexpr (64 % BYTES != 0 && BYTES % 64 != 0) __builtin_prefetch(at + n - 1);
 }
 
 template <class T, int W>
 struct PlainRows {
-    static constexpr int LANES = W < REGISTER ? W : REGISTER;
+    static constexpr int LANES = lanes_of<W>();
     const T* first;  // of row 0
     int64_t width;
 
     __attribute__((always_inline)) void ask(int64_t row) const {
-        ask_for<W * sizeof(T)>(first + row * fixed<W>(width), width * static_cast<int64_t>(sizeof(T)));
+        ask_for<W * static_cast<int64_t>(sizeof(T))>(first + row * fixed<W>(width), width * static_cast<int64_t>(sizeof(T)));
     }
 
     template <class F>
     __attribute__((always_inline)) void read(int64_t row, const F& f) const {
         const T* values = first + row * fixed<W>(width);
-        each<W>(fixed<W>(width), [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, get<n>(values + d)); });
+        each_or_twice<W>(fixed<W>(width), [&](auto d, auto n) __attribute__((always_inline)) { f(d, n, get<n>(values + d)); });
     }
 };
 
@@ -89,6 +89,27 @@ __attribute__((always_inline)) inline integers<N> fields_of(const uint8_t* bytes
         eights fields;
         std::memcpy(&fields, bytes, sizeof fields);
         return __builtin_convertvector(fields, integers<N>);
+    }
+}
+
+// The same from field `first` on, which may begin within a byte. Up to a byte, and less than one field more, is read behind
+// them.
+template <int BITS, int N>
+__attribute__((always_inline)) inline integers<N> fields_from(const uint8_t* bytes, int64_t first) {
+    if constexpr (BITS == 8) {
+        return fields_of<8, N>(bytes + first);
+    } else {
+        static_assert(BITS * N <= 64, "");
+        const uint8_t* at = bytes + (BITS * first >> 3);
+        const int shift = static_cast<int>(BITS * first & 7);
+        uint64_t word = 0;
+        std::memcpy(&word, at, (BITS * N + 7) / 8);
+        // In two steps, since there is no shift by 64.
+        const uint64_t behind = static_cast<uint64_t>(at[(BITS * N + 7) / 8]) << (8 * ((BITS * N + 7) / 8) - 1 - shift) << 1;
+        word = word >> shift | behind;
+        uint8_t aligned[8];
+        std::memcpy(aligned, &word, sizeof aligned);
+        return fields_of<BITS, N>(aligned);
     }
 }
 
@@ -231,12 +252,12 @@ inline void with_rows(const Program& program, const Call& call, const Piece& pie
         plain(static_cast<const T*>(values));
     } else if (w.format == PLAIN) {
         plain(static_cast<const float*>(values));
-    } else if constexpr (W < 2 || has_own_code(W)) {
+    } else if constexpr (W == 0 || W == 1 || has_own_code(W)) {
         if (w.format == HALVES) return plain(static_cast<const float16*>(values));
         if (w.format == BRAINS) return plain(static_cast<const bfloat16*>(values));
         const Packed packed(program, call, piece);
         const bool signs = w.format == SIGNS;
-        if constexpr (W < 2) {
+        if constexpr (W <= 1) {
             if (w.width == 1) return g(PackedScalars{packed, signs});
         }
         if constexpr (W != 1) {

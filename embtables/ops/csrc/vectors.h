@@ -150,10 +150,17 @@ __attribute__((always_inline)) inline void each_of(std::integer_sequence<int, I.
     (f(std::integral_constant<int, I * N>{}, std::integral_constant<int, N>{}), ...);
 }
 
-// f(place, number of lanes as a constant) for all of n scalars: W of them, where W is not 0.
+// A width W that is not known before is 0, or below 0 if it is known to be at most -W and to fill all vectors but the last.
+template <int W>
+constexpr int lanes_of() {
+    if (W < 0 && -W <= REGISTER) return -W / 2;
+    return W > 0 && W < REGISTER ? W : REGISTER;
+}
+
+// f(place, number of lanes as a constant) for all of n scalars: W of them, where W is above 0.
 template <int W, class F>
 __attribute__((always_inline)) inline void each(int64_t n, const F& f) {
-    if constexpr (W == 0) {
+    if constexpr (W <= 0) {
         int64_t i = 0;
         for (; i + REGISTER <= n; i += REGISTER) f(i, std::integral_constant<int, REGISTER>{});
         if constexpr (REGISTER > 8)
@@ -168,10 +175,38 @@ __attribute__((always_inline)) inline void each(int64_t n, const F& f) {
     }
 }
 
+// Where the last of several vectors is, which number NUMBER has.
+template <int NUMBER>
+struct LastPlace {
+    int64_t place;
+    operator int64_t() const { return place; }
+};
+template <int N, int PLACE>
+constexpr int number_of(std::integral_constant<int, PLACE>) {
+    return PLACE / N;
+}
+template <int N, int NUMBER>
+constexpr int number_of(LastPlace<NUMBER>) {
+    return NUMBER;
+}
+
+// As `each`, with as many vectors for a width below 0 as for the greatest such width: the last of them begins within the
+// one before it. So f must be such that some scalars may be met twice.
+template <int W, class F>
+__attribute__((always_inline)) inline void each_or_twice(int64_t n, const F& f) {
+    if constexpr (W >= 0) {
+        each<W>(n, f);
+    } else {
+        constexpr int N = lanes_of<W>(), last = -W / N - 1;
+        each_of<N>(std::make_integer_sequence<int, last>{}, f);
+        f(LastPlace<last>{n - N}, std::integral_constant<int, N>{});
+    }
+}
+
 // Σ a·b in running sums, sixteen where there are as many, that are added up in a fixed order.
 template <int W, class T>
 inline float dot(const float* a, const T* b, int64_t n) {
-    if constexpr (W != 0) {
+    if constexpr (W > 0) {
         constexpr int N = W < 16 ? W : 16;
         lanes<N> sum = {};
 #pragma GCC unroll 4
