@@ -70,6 +70,7 @@ def compress(run: Path, data: PreparedDataset, spec: MethodSpec, budget: str) ->
         }
     with tempfile.TemporaryDirectory() as folder:
         result = Run(config, data, Path(folder), {"run": str(run)}, tables, model).run()
+    assert result is not None  # as it does not pause
     return row | {f"{split}_auc_after_an_epoch": result[f"{split}_auc"] for split in ("valid", "test")}
 
 

@@ -42,6 +42,13 @@ class Command:
 
 COMMANDS = (
     Command(
+        "recommend",
+        "Say which tables to take within a byte budget.",
+        "embtables.cli.recommend",
+        "recommend",
+        "The same command goes on.",
+    ),
+    Command(
         "prepare",
         "Turn raw files into prepared data: Parquet shards and a manifest.",
         "embtables.cli.prepare",
@@ -50,6 +57,13 @@ COMMANDS = (
         is_group=True,
     ),
     Command("plan", "Show the tables a method makes of a byte budget.", "embtables.cli.sweep", "plan"),
+    Command(
+        "probe",
+        "Find out what tables are worth, and which method does best.",
+        "embtables.cli.probe",
+        "probe",
+        "The same command goes on with the short trainings.",
+    ),
     Command(
         "train",
         "Train one model with one method at one budget.",
@@ -84,6 +98,7 @@ EPILOG = """Examples:
 
 \b
   embtables prepare synthetic - data/demo
+  embtables recommend data/demo --budget 1% --out runs/recommended
   embtables plan data/demo --method hash --budget 10%
   embtables sweep data/demo --methods full,hash,compositional --budgets 50%,10%,1% --seeds 3 --out runs/demo
   embtables report runs/demo

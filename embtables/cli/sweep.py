@@ -59,7 +59,7 @@ def plan(
         ),
     }
     config = load_config(flags=flags)
-    solved = plan_tables(config, selected(config, PreparedDataset(data)))
+    solved = plan_tables(config, selected(config, PreparedDataset(data)), any_model=True)
     typer.echo(json.dumps(solved.to_dict(), indent=1) if as_json else str(solved))
 
 

@@ -38,8 +38,8 @@ def _third_party() -> dict[str, type[Method]]:
 
 
 def kinds() -> list[str]:
-    """The names of all methods, those of other packages last."""
-    return [*sorted(_built_in()), *sorted(_third_party())]
+    """The names of all methods that store tables, those of other packages last."""
+    return [*sorted(kind for kind, cls in _built_in().items() if not cls.chooses), *sorted(_third_party())]
 
 
 def from_config(config: str | dict[str, Any] | Method) -> Method:
@@ -54,8 +54,19 @@ def from_config(config: str | dict[str, Any] | Method) -> Method:
     kind = values.pop("kind", None)
     cls = _built_in().get(kind) or _third_party().get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ValueError(f"unknown method {config!r}{did_you_mean(kind, kinds())}: choose one of {', '.join(kinds())}")
+        known = ["auto", *kinds()]
+        raise ValueError(f"unknown method {config!r}{did_you_mean(kind, known)}: choose one of {', '.join(known)}")
     return cls(**values)
+
+
+def method_label(method: str | dict[str, Any]) -> str:
+    """What a method is called: ``hash``; ``compositional(operation=mult)``; ``user_*: hash, *: full``."""
+    if isinstance(method, str):
+        return method
+    if "kind" not in method:
+        return ", ".join(f"{pattern}: {method_label(spec)}" for pattern, spec in method.items())
+    options = ",".join(f"{name}={value}" for name, value in sorted(method.items()) if name != "kind")
+    return f"{method['kind']}({options})" if options else str(method["kind"])
 
 
 def __getattr__(name: str) -> Any:
@@ -69,4 +80,4 @@ def __dir__() -> list[str]:
     return [*__all__, *sorted(cls.__name__ for cls in _built_in().values())]
 
 
-__all__ = ["GROUP", "Method", "from_config", "kinds"]
+__all__ = ["GROUP", "Method", "from_config", "kinds", "method_label"]

@@ -17,7 +17,8 @@ from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
 from embtables.methods.ranking import check_counted, counts_by_rank, rank_bytes, ranked_entry, ranks_of, runs
 from embtables.optimizers import FusedOptimizer
-from embtables.sizes.layout import Entry, Group, Layout
+from embtables.sizes.budget import Floats
+from embtables.sizes.layout import FULL, Counts, Entry, Group, Layout
 
 # By default, the projections of a dimension may take this part of the bytes of its full tables, and a budget for rows
 # has so many times the bytes of all. Where the next projection does not fit yet, what it takes is left unused.
@@ -40,10 +41,12 @@ class Banded(BandedMethod):
     Where the bands of all tables end is solved under the one budget. An id that occurs n times is worth
     v(x) = n·n/(n + κ)·q(w, p): its lookups, times the share of what its row learns that is signal, times the share q of
     that which the row keeps. q is what rounding leaves of a Gaussian row, 1 − E‖x − x̂‖²/E‖x‖², times what w of D
-    columns hold of a vector whose j-th direction has a variance in proportion to j^−α. Each byte goes to the id, of all
-    tables, to which it is worth most. So the bytes of rows are divided as well as they can be, but for less than one
-    row; these last bytes move the boundary of one band id by id. A larger budget moves no id down, but where
-    ``widths`` is ``None`` for the one budget at which rows begin to be narrow.
+    columns hold of a vector whose j-th direction has a variance in proportion to j^−α. With ``worth``, v is scaled so
+    that the ids of each table add up to what the table is worth where all its rows are kept whole; without, lookups
+    count alike in all tables. Each byte goes to the id, of all tables, to which it is worth most. So the bytes of rows
+    are divided as well as they can be, but for less than one row; these last bytes move the boundary of one band id by
+    id. A larger budget moves no id down, but where ``widths`` is ``None`` for the one budget at which rows begin to be
+    narrow.
 
     It needs ``frequencies``.
 
@@ -57,6 +60,9 @@ class Banded(BandedMethod):
             of a vector a narrow row keeps. It matters only where rows may be narrow.
         train_projection: whether the projections of narrow rows are trained along with these.
         prior_count: κ, the occurrences of an id from which half of what its row learns is signal.
+        worth: by the name of each table, what it is worth in any one unit, such as the AUC that is lost without it.
+            Tables that are worth nothing get rows when no other table has use for them. ``embtables probe`` measures
+            what tables are worth.
         precision: what the most frequent ids are stored in, and all of a table that fits in full; fp32 where neither
             it nor ``plan`` says another.
 
@@ -67,10 +73,12 @@ class Banded(BandedMethod):
 
     kind: ClassVar[str] = "banded"
     drops_lowest: ClassVar[bool] = True
+    later_fields: ClassVar[tuple[str, ...]] = (*BandedMethod.later_fields, "worth")
     precisions: tuple[str, ...] = ("int8", "int4", "int2", "binary")
     widths: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     decay: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     prior_count: float = Field(default=100.0, ge=0, allow_inf_nan=False)
+    worth: dict[str, Annotated[float, Field(ge=0, le=1e9)]] | None = None
 
     @field_validator("precisions")
     @classmethod
@@ -82,6 +90,9 @@ class Banded(BandedMethod):
     def check(self, group: Group, optimizer: FusedOptimizer | None) -> None:
         super().check(group, optimizer)
         check_counted(group, self.kind)
+        for table in group.tables:
+            if self.worth is not None and table.name not in self.worth:
+                raise ValueError(f"table '{table.name}': method banded, field 'worth' does not say what it is worth")
 
     def floor(self, group: Group) -> Floor:
         ranks = rank_bytes(group)
@@ -131,8 +142,9 @@ class Banded(BandedMethod):
             assert counts is not None
             ranked = counts_by_rank(counts)
             starts, ends = runs(ranked)
-            each = ranked[starts].astype(np.float64)
-            signal = each * (each / np.maximum(each + self.prior_count, 1.0))
+            signal = self._signal(ranked[starts])
+            if self.worth is not None:
+                signal *= self.worth[table.name] / (float(signal @ (ends - starts)) or 1.0)
             kinds = self._choices(group, table.embedding_dim)
             slopes = np.array([_slope(less, more) for less, more in zip(kinds, kinds[1:])])
             # Neither rises, whatever the last digit: ids climb level by level, and none before a more frequent one.
@@ -145,6 +157,31 @@ class Banded(BandedMethod):
         # Of ids that are worth nothing on any level, all reach one before any goes on to the next.
         order = np.lexsort((level, -worth))
         return Climb(table_[order], level[order], start[order], end[order])
+
+    def _signal(self, counts: Counts) -> Floats:
+        """What ids of these counts are worth with rows that keep all, but for what their table is worth."""
+        each = counts.astype(np.float64)
+        return each * (each / np.maximum(each + self.prior_count, 1.0))
+
+    def kept(self, layout: Layout, group: Group) -> dict[str, float]:
+        """Which share of all that its ids are worth each table keeps, from 0 to 1: Σv(x) over that of whole rows."""
+        found = {}
+        for table, counts in zip(group.tables, group.counts):
+            assert counts is not None
+            entry = layout.entries[table.name]
+            signal = self._signal(counts_by_rank(counts))
+            if entry.variant == FULL:
+                found[table.name] = 1.0
+                continue
+            share, first = 0.0, 0
+            for rows, width, precision in zip(*(entry.values[name] for name in ("rows", "widths", "precisions"))):
+                level = Level(width, row_format(precision))
+                share += (
+                    float(signal[first : first + rows].sum()) * _choice(level, table.embedding_dim, self.decay).kept
+                )
+                first += rows
+            found[table.name] = share / (float(signal.sum()) or 1.0)
+        return found
 
     # ---- the module ----------------------------------------------------------------------------------------------
 

@@ -124,6 +124,8 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
     needs_budget: ClassVar[bool] = True
+    # Whether ``plan`` puts another method in its place.
+    chooses: ClassVar[bool] = False
     # The values of entries that the served form alone depends on: plans that differ in no others train alike.
     served_values: ClassVar[tuple[str, ...]] = ()
     # Fields that older plans do not know: left unsaid at their defaults, since plans are known by what they say.

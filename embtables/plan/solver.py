@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import hashlib
 import html
@@ -9,7 +10,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +23,12 @@ from embtables._util.numbers import as_int
 from embtables.config import TableConfig
 from embtables.formats import BF16, FP32, TRAINING_FORMATS, row_format
 from embtables.methods import Method, from_config
+from embtables.methods.auto import Auto
+from embtables.methods.banded import Banded
+from embtables.methods.base import Floor
 from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
+from embtables.plan.auto import Chosen, choose, explanation, told
+from embtables.plan.probe import Probe
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
 from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
 from embtables.sizes.memory import format_bytes
@@ -58,6 +66,24 @@ class Plan:
     optimizer: FusedOptimizer | None
     hash_seed: int
     codes: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict, compare=False)
+    explanation: Mapping[str, Any] | None = field(default=None, compare=False)
+
+    def explain(self) -> dict[str, Any]:
+        """Why ``auto`` chose what it chose, as plain data.
+
+        ``choices``: of what ``auto`` stood for, the ``tables`` (``"*"`` for all), the ``method`` as ``plan`` takes it,
+        ``why`` in words, the ``expected`` loss of ``monitor`` against full tables with the bounds ``low`` and ``high``
+        within which it lies as likely as not, and the ``runner_up`` with the same. They are ``None`` where nothing was
+        measured, and where ``auto`` stood for some of the tables alone.
+        ``monitor`` and ``reference``: the metric of the probe, and that of full tables. ``tables``: of each its
+        ``worth``, ``how`` that was found, the share of it that is ``kept``, its ``method`` and ``inference_bytes``.
+
+        Raises:
+            ValueError: where ``auto`` chose nothing, or the plan was read from a file, in which this does not stand.
+        """
+        if self.explanation is None:
+            raise ValueError('there is nothing to explain: method "auto" had no part in this plan')
+        return copy.deepcopy(dict(self.explanation))
 
     @property
     def inference_bytes(self) -> int:
@@ -220,7 +246,7 @@ class Plan:
         ]
         if len(shown) < len(lines):
             text.insert(51, f"… {len(lines) - len(shown)} more tables")
-        return "\n".join([*text, *self._sums()])
+        return "\n".join([*text, *self._sums(), *(told(self.explanation) if self.explanation is not None else [])])
 
     def _sums(self) -> list[str]:
         """The lines below the tables: bytes of serving and of training."""
@@ -310,13 +336,14 @@ def plan(
     hash_seed: int = 0,
     precision: str | None = None,
     training_precision: str = FP32.name,
+    probe: Probe | str | Path | None = None,
 ) -> Plan:
     """Solves tables, method and budget into exact sizes.
 
     Args:
         tables: the logical tables; names are unique.
         method: a method, its name, its mapping (``{"kind": …}``), or a mapping from patterns of table names
-            (``"user_*"``, the first that matches counts) to these, all under the one budget.
+            (``"user_*"``, the first that matches counts) to these, all under the one budget. ``"auto"`` chooses one.
         budget: inference bytes for all tables together: ``67_108_864``, ``"64MB"``, ``"64MiB"``, or a share of the full
             fp32 tables: ``0.1``, ``"10%"``. ``None`` for methods that need none, such as ``full``.
         frequencies: ``{table name: counts}``, one count an id. They steer the split of the budget towards the tables
@@ -335,6 +362,8 @@ def plan(
         training_precision: what rows are stored in while they are trained: ``"fp32"``, or ``"bf16"``, which halves
             their bytes, and whose fused updates are computed in fp32 and rounded stochastically. Optimizer state and
             dense parameters stay fp32.
+        probe: what was measured on the data, which ``"auto"`` chooses by, and by which a budget is split between
+            patterns: a ``Probe``, or the path of its file or of prepared data that has one.
 
     Returns:
         A plan whose inference bytes are at most the budget and equal those of the built tables.
@@ -342,6 +371,7 @@ def plan(
     Raises:
         InfeasibleBudget: with the floor in bytes, where no tables of this method fit.
         ValueError: naming the argument, table or field that is wrong.
+        OSError: the file of a probe cannot be read.
 
     Example::
 
@@ -359,6 +389,7 @@ def plan(
         hash_seed=hash_seed,
         precision=precision,
         training_precision=training_precision,
+        probe=probe,
     )
 
 
@@ -382,27 +413,33 @@ def plan_apart(
     hash_seed: int = 0,
     precision: str | None = None,
     training_precision: str = FP32.name,
+    probe: Probe | str | Path | None = None,
 ) -> Plan:
     """``plan`` for tables of several modules under one budget: tables of different units never share storage."""
     tables = tuple(table for unit in units for table in unit)
     _check_tables(tables)
     hash_seed = _checked_hash_seed(hash_seed)
-    pairs = _groups(units, method, checked_counts(tables, frequencies), hash_seed, precision)
+    counts = checked_counts(tables, frequencies)
+    pairs = _groups(_assigned(units, method, precision), counts, hash_seed)
+    known = _probe(probe)
+    full = _full_bytes(tables)
+    limit = None if budget is None else parse_budget(budget, full)
+    chosen_by_auto: dict[str, Chosen] = {}
+    if any(isinstance(chosen, Auto) for _, chosen in pairs):
+        if limit is None:
+            raise ValueError('method auto needs a budget, such as budget="10%" or budget="64MB"')
+        pairs, chosen_by_auto = _settled(pairs, counts, limit, precision, known)
     fused = _default_optimizer(pairs) if optimizer == DEFAULT_OPTIMIZER else optimizer_from_config(optimizer)
     _check_training_precision(training_precision, fused)
     for group, chosen in pairs:
         chosen.check(group, fused)
-    full = _full_bytes(tables)
-    limit = None if budget is None else parse_budget(budget, full)
-    floors = [chosen.floor(group) for group, chosen in pairs]
+    floors = _floors(pairs, limit)
     floor = max(1, sum(f.num_bytes for f in floors))
-    if limit is not None and limit < floor:
-        raise infeasible(limit, floor, _why(pairs, [(f.num_bytes, f.why) for f in floors]))
 
     def solve(bytes_: int) -> Plan:
         solved = tuple(
             GroupPlan(group, chosen, chosen.fit(group, share).trained_in(training_precision))
-            for (group, chosen), share in zip(pairs, _shares(pairs, floors, bytes_))
+            for (group, chosen), share in zip(pairs, _shares(pairs, floors, bytes_, known))
         )
         return Plan(tables, solved, limit, fused, hash_seed)
 
@@ -419,9 +456,82 @@ def plan_apart(
             result = _under_training_budget(solve, floor, most, result.training_bytes, bound)
     _check_names(result)
     codes = {k: v for g in result.groups for k, v in g.method.make_fixed_codes(g.layout, g.group).items()}
+    why = _explained(result, chosen_by_auto, known) if chosen_by_auto else None
     # What the counts decided is in the layouts and codes; a plan does not hold on to them.
     settled = tuple(replace(g, group=replace(g.group, counts=(None,) * len(g.group.counts))) for g in result.groups)
-    return replace(result, groups=settled, codes=codes)
+    return replace(result, groups=settled, codes=codes, explanation=why)
+
+
+def _probe(probe: object) -> Probe | None:
+    if isinstance(probe, (str, Path)):
+        return Probe.load(probe)
+    if probe is not None and not isinstance(probe, Probe):
+        raise ValueError(f"probe must be a Probe, or the path of one, not a {type(probe).__name__}")
+    return probe
+
+
+def _floors(pairs: list[tuple[Group, Method]], limit: int | None) -> list[Floor]:
+    """The floors of all groups, which fit into the limit; else ``InfeasibleBudget``."""
+    floors = [chosen.floor(group) for group, chosen in pairs]
+    floor = max(1, sum(f.num_bytes for f in floors))
+    if limit is not None and limit < floor:
+        raise infeasible(limit, floor, _why(pairs, [(f.num_bytes, f.why) for f in floors]))
+    return floors
+
+
+def _settled(
+    pairs: list[tuple[Group, Method]],
+    counts: Mapping[str, Counts],
+    limit: int,
+    precision: str | None,
+    probe: Probe | None,
+) -> tuple[list[tuple[Group, Method]], dict[str, Chosen]]:
+    """The groups with other methods in the place of ``auto``, and the choices by the tables that they are for."""
+    for group, chosen in pairs:
+        chosen.check(group, None)
+    assigned: list[tuple[tuple[TableConfig, ...], Method]] = []
+    choices: dict[str, Chosen] = {}
+    for (group, chosen), share in zip(pairs, _shares(pairs, _floors(pairs, limit), limit, probe)):
+        if not isinstance(chosen, Auto):
+            assigned.append((group.tables, chosen))
+            continue
+        own = chosen.precision or precision
+        fits, is_all = partial(_fits, group, counts, own), len(pairs) == 1
+        found = choose(chosen, group, share, probe, fits, is_all=is_all)
+        names = [table.name for table in group.tables]
+        choices["*" if is_all else ", ".join(names[:3]) + (", …" if len(names) > 3 else "")] = found
+        assigned += _for_these(group.tables, found.spec, own)
+    return _groups(assigned, counts, pairs[0][0].hash_seed), choices
+
+
+def _for_these(
+    tables: tuple[TableConfig, ...], spec: MethodLike | Mapping[str, MethodLike], precision: str | None
+) -> list[tuple[tuple[TableConfig, ...], Method]]:
+    """Tables and their methods, by patterns of which some may be for other tables."""
+    patterns = by_pattern(spec)
+    used = {method_of(table.name, patterns) for table in tables}
+    return _assigned([tables], {p: m for p, m in patterns.items() if p in used}, precision)
+
+
+def _fits(group: Group, counts: Mapping[str, Counts], precision: str | None, spec: Any, num_bytes: int) -> bool:
+    """Whether methods can store the tables of a group in so many bytes."""
+    try:
+        pairs = _groups(_for_these(group.tables, spec, precision), counts, group.hash_seed)
+        for each, chosen in pairs:
+            chosen.check(each, None)
+        return sum(chosen.floor(each).num_bytes for each, chosen in pairs) <= num_bytes
+    except ValueError:  # as where no pattern is for a table, or a method is not for such tables
+        return False
+
+
+def _explained(solved: Plan, choices: Mapping[str, Chosen], probe: Probe | None) -> dict[str, Any]:
+    kept: dict[str, float] = {}
+    for g in solved.groups:
+        if isinstance(g.method, Banded):
+            kept |= g.method.kept(g.layout, g.group)
+        else:
+            kept |= {name: 1.0 for name, entry in g.layout.entries.items() if entry.variant == FULL}
+    return explanation(choices, kept, probe, solved.lines())
 
 
 def _under_training_budget(solve: Callable[[int], Plan], floor: int, limit: int, largest: int, bound: int) -> Plan:
@@ -545,14 +655,10 @@ def by_pattern(method: MethodLike | Mapping[str, MethodLike]) -> Mapping[str, Me
     return method
 
 
-def _groups(
-    units: Sequence[Sequence[TableConfig]],
-    method: MethodLike | Mapping[str, MethodLike],
-    counts: Mapping[str, Counts],
-    hash_seed: int,
-    precision: str | None,
-) -> list[tuple[Group, Method]]:
-    """The tables of each unit that each pattern covers."""
+def _assigned(
+    units: Sequence[Sequence[TableConfig]], method: MethodLike | Mapping[str, MethodLike], precision: str | None
+) -> list[tuple[tuple[TableConfig, ...], Method]]:
+    """The tables of each unit that each pattern covers, and their method."""
     methods = {pattern: from_config(m).with_precision(precision) for pattern, m in by_pattern(method).items()}
     if not methods:
         raise ValueError("method is an empty mapping: give a pattern of table names and a method")
@@ -563,26 +669,38 @@ def _groups(
             if pattern is None:
                 raise ValueError(f"no pattern of method matches table '{table.name}': add one, or '*' for all others")
             members[pattern][i].append(table)
-    pairs: list[tuple[Group, Method]] = []
+    assigned: list[tuple[tuple[TableConfig, ...], Method]] = []
     for pattern, found in members.items():
         if not any(found):
             raise ValueError(f"the pattern '{pattern}' of method matches no table that an earlier one has not taken")
-        for tables in filter(None, found):
-            kind = methods[pattern].kind
-            name = kind if kind not in [group.name for group, _ in pairs] else f"{kind}#{len(pairs)}"
-            rows_in = row_format(methods[pattern].precision or FP32.name)
-            known = tuple(counts.get(t.name) for t in tables)
-            pairs.append((Group(name, tuple(tables), known, hash_seed, rows_in), methods[pattern]))
+        assigned += [(tuple(tables), methods[pattern]) for tables in found if tables]
+    return assigned
+
+
+def _groups(
+    assigned: Sequence[tuple[tuple[TableConfig, ...], Method]], counts: Mapping[str, Counts], hash_seed: int
+) -> list[tuple[Group, Method]]:
+    """Groups, each of a name of its own."""
+    pairs: list[tuple[Group, Method]] = []
+    for tables, chosen in assigned:
+        kind = chosen.kind
+        name = kind if kind not in [group.name for group, _ in pairs] else f"{kind}#{len(pairs)}"
+        rows_in = row_format(chosen.precision or FP32.name)
+        known = tuple(counts.get(t.name) for t in tables)
+        pairs.append((Group(name, tables, known, hash_seed, rows_in), chosen))
     return pairs
 
 
-def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Any], limit: int) -> list[int]:
+def _shares(pairs: list[tuple[Group, Method]], floors: Sequence[Floor], limit: int, probe: Probe | None) -> list[int]:
+    """The bytes of each group: in proportion to what their tables are worth, if that is known, else to full bytes."""
     # Sums of shares have to stay within 64 bits.
     limit = min(limit, 2**60)
     if len(pairs) == 1:
         return [limit]
     most = [chosen.ceiling(group) for group, chosen in pairs]
-    return split(limit, [f.num_bytes for f in floors], [limit if n is None else n for n in most])
+    worth = None if probe is None else probe.worth_of([table.name for group, _ in pairs for table in group.tables])
+    weights = None if worth is None else [sum(worth[table.name] for table in group.tables) for group, _ in pairs]
+    return split(limit, [f.num_bytes for f in floors], [limit if n is None else n for n in most], weights)
 
 
 def _why(pairs: list[tuple[Group, Method]], floors: list[tuple[int, str]]) -> str:

@@ -201,12 +201,16 @@ def keep_apart(group: Group, limit: int, reserve: int) -> tuple[list[TableConfig
     return apart, left
 
 
-def split(limit: int, floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
-    """Splits ``limit`` bytes between groups in proportion to their ceilings.
+def split(
+    limit: int, floors: Sequence[int], ceilings: Sequence[int], weights: Sequence[float] | None = None
+) -> list[int]:
+    """Splits ``limit`` bytes between groups in proportion to ``weights``, by default their ceilings.
 
-    Each group gets at least its floor and at most its ceiling, in bytes; the floors together must fit.
+    Each group gets at least its floor and at most its ceiling, in bytes; the floors together must fit. A group without
+    weight gets what the others have no use for.
     """
     lower = np.array(floors, dtype=np.int64)
     upper = np.maximum(np.array(ceilings, dtype=np.int64), lower)
-    weights = np.maximum(upper, 1).astype(np.float64)
-    return [int(n) for n in allocate(weights, lower, upper, lambda shares: shares, limit)]
+    shares = np.array(upper if weights is None else weights, dtype=np.float64)
+    shares = np.maximum(shares, 1.0 if weights is None else 1e-9 * max(shares.max(), 1e-9))
+    return [int(n) for n in allocate(shares, lower, upper, lambda shares: shares, limit)]

@@ -49,8 +49,15 @@ def slice_feature(data: PreparedDataset) -> str | None:
 
 
 @torch.no_grad()
-def score(model: nn.Module, data: PreparedDataset, split: str, batch_size: int, device: torch.device) -> Scored:
-    """Logits of all rows of ``split``. The model is left in evaluation mode.
+def score(
+    model: nn.Module,
+    data: PreparedDataset,
+    split: str,
+    batch_size: int,
+    device: torch.device,
+    most: int | None = None,
+) -> Scored:
+    """Logits of all rows of ``split``, or of whole batches up to ``most`` rows. The model is left in evaluation mode.
 
     Raises:
         ValueError: the split has no rows, or the model does not return one logit a row.
@@ -60,7 +67,9 @@ def score(model: nn.Module, data: PreparedDataset, split: str, batch_size: int, 
     sliced_by = slice_feature(data)
     column = None if sliced_by is None else data.feature_names.index(sliced_by)
     logits, labels, groups, ids = [], [], [], []
-    for batch in data.batches(split, batch_size):
+    for number, batch in enumerate(data.batches(split, batch_size)):
+        if most is not None and number and (number + 1) * batch_size > most:
+            break
         output = model(to_device(batch, device))
         check_logits(model, output, batch)
         logits.append(output.float().cpu().numpy())

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from embtables._util.files import replacing, write_text
+from embtables._util.reading import read_text
 
-__all__ = ["COLUMNS", "Row", "draw_curve", "overfitting", "remarks", "value_of", "write_curve"]
+__all__ = ["COLUMNS", "Row", "draw_curve", "overfitting", "read_curve", "remarks", "value_of", "write_curve"]
 
 Row: TypeAlias = dict[str, Any]
 """One evaluation, by column; ``None`` where a metric is not defined on the validation rows."""
@@ -58,6 +59,21 @@ def write_curve(rows: Sequence[Row], path: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_curve(path: Path) -> list[Row]:
+    """What ``write_curve`` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        found = list(csv.DictReader(io.StringIO(read_text(path))))
+        rows = [{name: float(row[name]) if row[name] else None for name in COLUMNS} for row in found]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: delete its run to start again ({error})") from None
+    return [{**row, "step": int(row["step"] or 0)} for row in rows]
 
 
 def overfitting(rows: Sequence[Row], monitor: str) -> str | None:

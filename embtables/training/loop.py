@@ -122,7 +122,8 @@ class Run:
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
+    def run(self, until: float | None = None) -> dict[str, Any] | None:
+        """Trains to the end, or to the first evaluation after ``until`` epochs; ``None`` where that is not the end."""
         self._remove_stale()
         if self.config.tables.regularization:
             # Only now do ids have the rows with which the training goes on: in some methods they move.
@@ -130,7 +131,9 @@ class Run:
         events = Events(self.out / "tensorboard", self.progress.step)
         try:
             if not self.progress.finished:
-                self._train(events)
+                self._train(events, until)
+            if not self.progress.finished:
+                return None
             result = self._finish(events)
         finally:
             events.close()
@@ -140,8 +143,11 @@ class Run:
                 shutil.rmtree(outcome.out / CHECKPOINT, ignore_errors=True)
         return result
 
-    def _train(self, events: Events) -> None:
+    def _train(self, events: Events, until: float | None) -> None:
         training, progress = self.config.training, self.progress
+        pause = math.inf if until is None else until * self.steps_per_epoch
+        if progress.curve and progress.curve[-1]["step"] >= pause:
+            return
         total = training.epochs * self.steps_per_epoch
         # On a CPU a number is there when it is asked for; elsewhere asking at each step would hold up the device.
         watch = Watch(self.model, self.tables, self.data.dense_features, waits=self.device.type == "cpu")
@@ -186,13 +192,13 @@ class Run:
                         self._lower_learning_rates_or_stop()
                         self._save()
                         last_checkpoint = time.monotonic()
-                        if progress.finished:
-                            break
+                        if progress.finished or progress.step >= pause:
+                            watch.close()
+                            return
                         self.model.train()
                     elif saves:
                         self._save()
                         last_checkpoint = time.monotonic()
-        watch.close()
 
     def _step(self, batch: Batch, watch: Watch) -> None:
         batch = to_device(batch, self.device)

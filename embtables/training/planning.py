@@ -6,9 +6,11 @@ import math
 from fractions import Fraction
 from typing import Any
 
+from embtables._util.files import sha256
 from embtables.datasets import PreparedDataset
-from embtables.methods import from_config
+from embtables.methods import from_config, method_label
 from embtables.optimizers import FusedOptimizer, averaged, optimizer_from_config
+from embtables.plan.probe import FILE, Probe
 from embtables.plan.solver import Plan, plan
 from embtables.tables.rounding import rounded_slabs
 from embtables.training.config import RunConfig, TablesConfig
@@ -25,6 +27,7 @@ __all__ = [
     "method_for",
     "method_label",
     "plan_tables",
+    "probe_for",
     "quantization_step",
     "selected",
     "steps_per_epoch",
@@ -93,10 +96,10 @@ def method_for(config: RunConfig, num_steps: int) -> Any:
     return from_config(method).for_training(num_steps)
 
 
-def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
+def plan_tables(config: RunConfig, data: PreparedDataset, *, any_model: bool = False) -> Plan:
     """The plan that a run of ``config`` on ``data`` builds: one table a feature, split by its training frequencies.
 
-    ``data`` is what :func:`selected` gives.
+    ``data`` is what :func:`selected` gives. ``any_model``: whether a probe counts that was made with another model.
 
     Raises:
         InfeasibleBudget: with the floor.
@@ -114,25 +117,42 @@ def plan_tables(config: RunConfig, data: PreparedDataset) -> Plan:
         hash_seed=hash_seed,
         precision=tables.precision,
         training_precision=tables.training_precision,
+        probe=probe_for(config, data, any_model=any_model),
     )
     check_training(config, data, solved)
     return solved
+
+
+def probe_for(config: RunConfig, data: PreparedDataset, *, any_model: bool = False) -> Probe | None:
+    """The probe beside the data, where the method has use for one; ``None`` where there is none.
+
+    Raises:
+        ValueError: it was made with other data or another model, or is damaged.
+    """
+    method = config.tables.method
+    chosen = [method] if isinstance(method, str) or "kind" in method else list(method.values())
+    path = data.path / FILE
+    if not any(from_config(spec).chooses for spec in chosen) or not path.exists():
+        return None
+    found = Probe.load(path)
+    again = f"run `embtables probe {data.path} --model {config.model.name}` again, or remove it"
+    if found.data != sha256(data.path / "manifest.json"):
+        raise ValueError(f"{path} was made with other data than this: {again}")
+    names = {table.name for table in data.table_configs(config.tables.embedding_dim)}
+    if set(found.tables) != names:
+        other = sorted(set(found.tables) ^ names)[0]
+        raise ValueError(
+            f"{path} was made {'with' if other in found.tables else 'without'} the table '{other}': {again}"
+        )
+    if found.model != config.model.name and not any_model:
+        raise ValueError(f"{path} was made with model {found.model}, not {config.model.name}: {again}")
+    return found
 
 
 def check_training(config: RunConfig, data: PreparedDataset, solved: Plan) -> None:
     """``ValueError`` where what is planned cannot be trained as ``config`` says, so that no training begins in vain."""
     fused_optimizer(config.tables, horizon_of(config, data))
     quantization_step(config, data, solved)
-
-
-def method_label(method: str | dict[str, Any]) -> str:
-    """``hash``; ``compositional(operation=mult)``; ``user_*: hash, *: full``."""
-    if isinstance(method, str):
-        return method
-    if "kind" not in method:
-        return ", ".join(f"{pattern}: {method_label(spec)}" for pattern, spec in method.items())
-    options = ",".join(f"{name}={value}" for name, value in sorted(method.items()) if name != "kind")
-    return f"{method['kind']}({options})" if options else str(method["kind"])
 
 
 def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:

@@ -105,6 +105,24 @@ class Trainer:
             OSError: a file cannot be read or written.
             FloatingPointError: a loss, gradient or weight became NaN or infinite; the sentence names step and tensor.
         """
+        result = self._run(None)
+        assert result is not None  # as it was not to pause
+        return result
+
+    def run_until(self, epochs: float) -> dict[str, Any] | None:
+        """As ``run``, but to the first evaluation after so many epochs, where the training can go on later.
+
+        Returns:
+            What metrics.json holds, where the run is finished; else ``None``. ``validation.csv`` has the evaluations.
+
+        Raises:
+            ValueError: as ``run``, and for a number of epochs that is not above 0.
+        """
+        if not epochs > 0:
+            raise ValueError(f"epochs must be a number above 0, not {epochs!r}")
+        return self._run(epochs)
+
+    def _run(self, until: float | None) -> dict[str, Any] | None:
         identity = self._identity()
         self._refuse_nested()
         for each in (self, *self.others):
@@ -165,7 +183,7 @@ class Trainer:
                 run.resume()  # before anything is written: a start that is refused leaves the folder as it was
                 for each, found in ((self, plan), *zip(self.others, plans)):
                     each._write_start(each._identity(), found)
-                return run.run()
+                return run.run(until)
 
     def _plan_beside(self, config: RunConfig, plan: Plan) -> Plan:
         """The plan of this run, which is to be served beside one of ``config`` that trains ``plan``.

@@ -184,6 +184,48 @@ def test_resume_reads_the_checkpoint(data, tmp_path, monkeypatch):
     assert steps == [-1, *range(5, 9)]
 
 
+@pytest.mark.parametrize("variant", ["fused adam", "everything"])
+def test_a_run_that_pauses_ends_as_one_that_does_not(variant, data, log, tmp_path):
+    config = config_of(*VARIANTS.get(variant, EVERYTHING))
+    data = log if variant == "everything" else data
+    whole, paused = tmp_path / "whole", tmp_path / "paused"
+    Trainer(config, data, whole).run()
+    steps = {}
+    for until in (0.1, 1, 1, 2.2):  # twice the same: the second time nothing is done
+        assert Trainer(config, data, paused).run_until(until) is None
+        assert not (paused / "metrics.json").exists()
+        steps[until] = int((paused / "validation.csv").read_text().splitlines()[-1].split(",")[0])
+    first, epoch = steps[0.1], steps[1]
+    assert 0 < first < epoch < steps[2.2]
+    finished = Trainer(config, data, paused).run_until(99)
+    assert finished is not None and finished == Trainer(config, data, paused).run()
+    for one, other in zip(contents(whole), contents(paused)):
+        assert_same(one, other)
+
+
+def test_a_pause_that_was_missed_is_made_up_for(data, tmp_path, monkeypatch):
+    """A run that is killed between a pause and the evaluation before it is evaluated when it goes on."""
+    config = config_of()  # four steps per epoch, an evaluation after every other one
+    out = tmp_path / "run"
+    assert Trainer(config, data, out).run_until(0.4) is None
+    step = loop.Run._step
+
+    def stopped(self, batch, watch):
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, watch)
+
+    monkeypatch.setattr(loop.Run, "_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, data, out).run_until(0.7)
+    monkeypatch.undo()
+    assert len((out / "validation.csv").read_text().splitlines()) == 2
+    assert Trainer(config, data, out).run_until(0.7) is None
+    assert len((out / "validation.csv").read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match="^epochs must be a number above 0, not nan"):
+        Trainer(config, data, out).run_until(float("nan"))
+
+
 def test_a_finished_run_is_not_run_again(data, tmp_path, monkeypatch):
     config = config_of("training.epochs=1")
     first = Trainer(config, data, tmp_path / "run").run()

@@ -1,0 +1,94 @@
+"""``embtables recommend``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["recommend"]
+
+
+def recommend(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A log, such as clicks.csv, or a folder made by `embtables prepare`.")
+    ],
+    budget: Annotated[str, typer.Option(help="Bytes of the served tables, such as 10MB or 1%; several by commas.")],
+    out: Annotated[Path, typer.Option(help="Folder of everything that is made. What is in it is gone on with.")],
+    model: Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named defaults, such as bars; see `embtables train`.")] = None,
+    leave_out: Annotated[str | None, typer.Option(help="Features and histories to leave out, by commas.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many times each method is trained to the end.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; each gets its share of the cores.")] = 1,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Three seeds, and all baselines and runners-up beside the winner.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Say which tables to take within a budget: prepare, probe, train, compare, export.
+
+    A raw log is prepared as `embtables prepare interactions` does by default. Then six methods race within the budget
+    (`embtables probe`), and the winner is trained to the end beside full tables, full tables in low precision and a
+    frequency cut-off. The best on validation is recommended, and its tables and model are exported.
+
+    Stopped and started again the same command goes on. OUT holds the prepared data, the probe, the sweep with its
+    report, and for each budget what is served.
+
+    Examples:
+
+    \b
+      embtables recommend clicks.csv --budget 10MB --out runs/clicks
+      embtables recommend data/demo --budget 10%,1% --set training.epochs=3 --out runs/demo
+      embtables recommend data/demo --budget 1% --thorough --jobs 2 --out runs/demo
+    """
+    import sys
+
+    from embtables.cli.probe import run_probe
+    from embtables.cli.train import names_of
+    from embtables.datasets import PreparedDataset
+    from embtables.datasets.readers.interactions import prepare_interactions
+    from embtables.sizes.budget import parse_budget
+    from embtables.sweeps import cells, probing
+    from embtables.sweeps.recommending import recommendation, sweep_for
+    from embtables.sweeps.report import write_report
+    from embtables.sweeps.sweep import run_sweep
+    from embtables.training.config import load_config, parse_value
+    from embtables.training.export import copy_served, served_of
+
+    flags = {"model.name": model, "data.leave_out": names_of(leave_out)}
+    resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
+    budgets = cells.parse_budgets(budget)
+    if not data.is_dir():
+        typer.echo(f"preparing {data}", err=True)
+        prepared = prepare_interactions(data, out / "data", progress=not quiet)
+        data = prepared.path
+    planned = probing.course(PreparedDataset(data), resolved, budgets, out / "probe")
+    number = (3 if thorough else seeds) * (len(budgets) * 2 + 1)
+    typer.echo(f"after the probe about {number} trainings of up to {resolved.training.epochs} epochs", err=True)
+    found = run_probe(planned, dry_run=dry_run, quiet=quiet)
+    if found is None:
+        return
+    found.save(out / "probe.json")
+    sweep = sweep_for(data, found, resolved, budgets, 3 if thorough else seeds, quick=not thorough)
+    rows = run_sweep(sweep, out / "sweep", jobs=jobs)
+    failed = next((row for row in rows if row["status"] == "failed"), None)
+    if failed is not None:
+        log = out / "sweep" / "cells" / f"{failed['cell']}.log"
+        raise ValueError(f"{failed['cell']} failed: {failed['message']} (log: {log})")
+    report = write_report(out / "sweep", progress=sys.stderr.isatty() and not quiet)
+    full_bytes = int(next(row["full_bytes"] for row in rows if row["status"] == "ok"))
+    for each in budgets:
+        taken = recommendation(report.summary, each, parse_budget(parse_value(each, "budget"), full_bytes))
+        served = out / "served" / each.replace("%", "pct")
+        if not served.exists():
+            copy_served(served_of(out / "sweep" / "cells" / taken.run), served)
+        for line in [*taken.words(), f"Served tables and model: {served}"]:
+            typer.echo(line)
+    typer.echo(f"Everything that was compared: {out / 'sweep' / 'report.md'}")

@@ -1,0 +1,231 @@
+"""Races: methods within one budget, trained side by side for a while; those that are behind drop out.
+
+Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
+AISTATS 2016): all are trained for a few epochs, the better half goes on, until one is left. Each is a run of its own,
+which pauses between the rounds, so that a race that is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from embtables.datasets import PreparedDataset
+from embtables.methods import method_label
+from embtables.models import find_model
+from embtables.models.registry import is_built_in
+from embtables.plan.probe import Entrant, MethodSpec, Race
+from embtables.sizes.budget import InfeasibleBudget
+from embtables.sweeps.cells import file_name
+from embtables.sweeps.planning import cell_config
+from embtables.tables import EmbeddingTables
+from embtables.training import Trainer
+from embtables.training.config import RunConfig, with_fields
+from embtables.training.evaluation import lookup_latency_us
+from embtables.training.export import load_served
+from embtables.training.learning_curve import Row, read_curve, value_of
+from embtables.training.outcome import CHECKPOINT
+from embtables.training.planning import plan_tables, selected
+
+#: One method of each family that comes first somewhere; which one does depends on data, model and budget.
+FAMILIES: tuple[MethodSpec, ...] = (
+    {"kind": "banded", "precision": "int8"},
+    {"kind": "mixed_dimension", "precision": "int4"},
+    {"kind": "compositional", "precision": "int4"},
+    {"kind": "unified", "precision": "int4"},
+    {"kind": "robe", "precision": "int4"},
+    {"kind": "low_rank", "precision": "int4"},
+)
+
+#: Batches of a race are so many times smaller: what takes several epochs of large steps shows in the first.
+SMALLER_BATCHES = 4
+# Two methods whose scores differ by less are trained with a second seed.
+_CLOSE = 0.003
+# Sizes that differ by less, as a factor, are the same.
+_SAME_SIZE = 1.02
+
+
+class Round(NamedTuple):
+    """All who are left are trained to so many evaluations, counted from the start; ``keep`` of them go on."""
+
+    evaluations: int
+    keep: int
+
+
+#: The rounds of a race.
+ROUNDS = (Round(4, 3), Round(7, 2), Round(9, 1))
+# Between evaluations lies such a part of a full training that six methods, of which 6·4 + 3·3 + 2·2 evaluations
+# are seen, and the full tables beside them, 9, together take no more than all of these.
+_PARTS = 48
+
+
+def in_a_race(config: RunConfig, data: PreparedDataset) -> RunConfig:
+    """How a run is trained in a race: in smaller batches, with many evaluations, and without an early stop."""
+    size = max(1, config.training.batch_size // SMALLER_BATCHES)
+    steps = math.ceil(data.num_rows("train") / size)
+    return with_fields(
+        config,
+        {
+            "training.batch_size": size,
+            "training.evaluations_per_epoch": min(float(steps), _PARTS / config.training.epochs),
+            "training.patience": None,
+            "training.plateau_factor": None,
+            "training.quantize_from": None,
+        },
+    )
+
+
+@dataclass
+class Runner:
+    """A method in a race: a run for each seed, and the evaluations that each has had so far."""
+
+    spec: MethodSpec
+    budget: str
+    config: RunConfig
+    data: PreparedDataset
+    folder: Path
+    inference_bytes: int = 0
+    curves: dict[int, list[Row]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return method_label(self.spec)
+
+    def cell(self, seed: int) -> RunConfig:
+        return cell_config(self.config, self.spec, self.budget, seed)
+
+    def path(self, seed: int = 0) -> Path:
+        return self.folder / file_name(self.label, self.budget.replace("%", "pct"), f"s{seed}")
+
+    def fits(self) -> bool:
+        """Whether its tables fit into the budget; how many bytes they have is kept."""
+        try:
+            solved = plan_tables(self.cell(0), selected(self.config, self.data))
+        except InfeasibleBudget:
+            return False
+        self.inference_bytes = solved.inference_bytes
+        return True
+
+    def epochs(self, evaluations: float) -> float:
+        """The epochs after which so many evaluations have been made."""
+        return evaluations / self.config.training.evaluations_per_epoch
+
+    def run(self, evaluations: int, seed: int = 0) -> None:
+        """Trains on, to so many evaluations."""
+        Trainer(self.cell(seed), self.data, self.path(seed)).run_until(self.epochs(evaluations - 0.5))
+        self.curves[seed] = read_curve(self.path(seed) / "validation.csv")
+
+    def score(self, evaluations: int, seed: int = 0) -> float:
+        """The best of so many evaluations; more is better."""
+        monitor = self.config.training.monitor
+        return max(value_of(row, monitor) for row in self.curves[seed][:evaluations])
+
+    def best(self) -> Path:
+        """The folder of the best model so far, of the first seed, as it would be served."""
+        return max((self.path() / CHECKPOINT).glob("best-*"), key=lambda path: path.stat().st_mtime)
+
+    def served(self) -> nn.Module:
+        """The best model so far. A class of the user's own is that of the configuration, whatever its folder names."""
+        name = self.config.model.name
+        return load_served(self.best(), model=None if is_built_in(name) else find_model(name))
+
+    def lookup_us(self) -> float:
+        """Microseconds of a lookup of one batch in the tables of the best model so far."""
+        tables = self.served().embeddings
+        assert isinstance(tables, EmbeddingTables)
+        data = selected(self.config, self.data)
+        return lookup_latency_us(tables, next(data.batches("valid", self.config.training.batch_size)))
+
+    def scores(self, evaluations: int) -> list[float]:
+        """Those of all seeds."""
+        return [self.score(evaluations, seed) for seed in self.curves]
+
+
+def race(
+    runners: Sequence[Runner],
+    reference: Runner,
+    budget_bytes: int,
+    tick: Callable[[float], Any],
+    terms: Sequence[Round] = ROUNDS,
+) -> Race:
+    """Lets methods that fit into a budget run against each other.
+
+    Args:
+        runners: the methods.
+        reference: full tables, which have run as far as the last round goes.
+        budget_bytes: what the tables of all runners fit into.
+        tick: is told how many epochs have been trained since it was last called.
+        terms: the rounds.
+    """
+    left = list(runners)
+    out: list[Entrant] = []
+    done = 0
+    for evaluations, keep in terms:
+        for runner in left:
+            runner.run(evaluations)
+            tick(runner.epochs(evaluations - done))
+        done = evaluations
+        left.sort(key=lambda runner: -runner.score(evaluations))
+        if keep == 1 and len(left) > 1:
+            left = _decided(left, evaluations, tick)
+        out = [_entrant(runner, reference, evaluations) for runner in left[keep:]] + out
+        left = left[:keep]
+    found = [_entrant(runner, reference, done) for runner in left] + out
+    return Race(budget_bytes=budget_bytes, entrants=tuple(found))
+
+
+def trained(number: int, terms: Sequence[Round] = ROUNDS) -> int:
+    """How many evaluations a race of so many methods takes, if no two of them are close."""
+    total = done = 0
+    for evaluations, keep in terms:
+        total += number * (evaluations - done)
+        number, done = min(number, keep), evaluations
+    return total
+
+
+def _decided(left: list[Runner], evaluations: int, tick: Callable[[float], Any]) -> list[Runner]:
+    """The last ones in their order: those that are close run once more, with another seed.
+
+    Where the means of two methods differ by no more than the seeds of one do it is a tie, which goes to fewer bytes, or
+    of about as many to faster lookups.
+    """
+    first, second, *others = left
+    if first.score(evaluations) - second.score(evaluations) >= _CLOSE:
+        return left
+    for runner in (first, second):
+        runner.run(evaluations, seed=1)
+        tick(runner.epochs(evaluations))
+    means = [mean(runner.scores(evaluations)) for runner in (first, second)]
+    spread = max(max(runner.scores(evaluations)) - min(runner.scores(evaluations)) for runner in (first, second))
+    costs: Sequence[float] = [-value for value in means]
+    if abs(means[0] - means[1]) <= spread:
+        costs = sizes = [runner.inference_bytes for runner in (first, second)]
+        if max(sizes) <= _SAME_SIZE * min(sizes):
+            costs = [runner.lookup_us() for runner in (first, second)]
+    return [first, second, *others] if costs[0] <= costs[1] else [second, first, *others]
+
+
+def _entrant(runner: Runner, reference: Runner, evaluations: int) -> Entrant:
+    """What a race says of a method that ran so far.
+
+    The loss is how far it is behind full tables that were trained as long; it is as far off as that has changed over
+    the last half of the way, or as seeds differ.
+    """
+    scores = runner.scores(evaluations)
+    behind = reference.score(evaluations) - mean(scores)
+    half = max(1, evaluations // 2)
+    before = reference.score(half) - runner.score(half)
+    return Entrant(
+        method=runner.spec,
+        loss=behind,
+        error=max(abs(behind - before) / 2, (max(scores) - min(scores)) / 2),
+        valid=abs(mean(scores)),
+        epochs=runner.epochs(evaluations),
+        seeds=len(scores),
+    )

@@ -1,0 +1,220 @@
+"""Probes: what tables are worth, races within a budget, and what ``auto`` makes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embtables.cli.app import run
+from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
+from embtables.plan.probe import Probe
+from embtables.sizes.memory import format_bytes
+from embtables.sweeps import probing, racing
+from embtables.sweeps.racing import Round, Runner, in_a_race, race
+from embtables.training import Trainer, load_config
+from embtables.training.export import load_served
+from embtables.training.metrics import auc
+
+METHODS = [{"kind": "banded", "precision": "int8"}, "hash", {"kind": "low_rank", "precision": "int4"}]
+FLAGS = ["training.epochs=4", "training.batch_size=512", "tables.embedding_dim=4", "training.patience=9"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    config = Synthetic(rows=6000, cardinalities=(300, 80, 20), num_dense=2, shares=(0.6, 0.2, 0.2))
+    return prepare_synthetic(tmp_path_factory.mktemp("data") / "toy", config)
+
+
+@pytest.fixture(scope="module")
+def probed(data: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Probe, Path, list[float]]:
+    folder = tmp_path_factory.mktemp("probe")
+    ticks: list[float] = []
+    planned = probing.course(data, load_config(overrides=FLAGS), ["30%", "5%"], folder, METHODS)
+    found = probing.probe(planned, ticks.append)
+    assert sum(ticks) >= planned.epochs - 1e-9  # more where two were close
+    return found, folder, ticks
+
+
+def test_what_is_found(probed: tuple[Probe, Path, list[float]], data: PreparedDataset) -> None:
+    found, folder, _ = probed
+    assert set(found.tables) == set(data.feature_names) and found.model == "dlrm" and found.monitor == "auc"
+    full_bytes = 4 * 4 * sum(data.num_embeddings.values())
+    assert [race.budget_bytes for race in found.races] == [full_bytes * 3 // 10, full_bytes // 20]
+    for each in found.races:
+        assert sorted(str(e.method) for e in each.entrants) == sorted(map(str, METHODS))
+        epochs = [e.epochs for e in each.entrants]
+        assert epochs == sorted(epochs, reverse=True) and max(epochs) == pytest.approx(0.75)
+        assert all(e.loss == pytest.approx(found.reference - e.valid) for e in each.entrants if e.epochs == max(epochs))
+    again = Probe.model_validate(json.loads(json.dumps(found.model_dump(mode="json"))))
+    assert again == found
+    # Each training is in a folder of its own, and paused.
+    assert len([path for path in folder.iterdir() if path.is_dir()]) >= 7
+    assert not list(folder.glob("*/metrics.json"))
+
+
+def test_a_probe_goes_on_and_finds_the_same(
+    probed: tuple[Probe, Path, list[float]], data: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, folder, _ = probed
+    steps = []
+    counted = racing.Trainer.run_until
+
+    def interrupted(self: Trainer, epochs: float) -> Any:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(epochs)
+        return counted(self, epochs)
+
+    config = load_config(overrides=FLAGS)
+    monkeypatch.setattr(racing.Trainer, "run_until", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probing.probe(probing.course(data, config, ["30%", "5%"], tmp_path, METHODS))
+    monkeypatch.setattr(racing.Trainer, "run_until", counted)
+    assert probing.probe(probing.course(data, config, ["30%", "5%"], tmp_path, METHODS)) == found
+    # What is there already is not trained again.
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*/checkpoint/last.pt")}
+    assert probing.probe(probing.course(data, config, ["30%", "5%"], folder, METHODS)) == found
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("*/checkpoint/last.pt")}
+
+
+def test_worth_is_what_is_lost_where_all_ids_have_the_mean_vector(
+    probed: tuple[Probe, Path, list[float]], data: PreparedDataset
+) -> None:
+    found, folder, _ = probed
+    (best,) = (folder / "full-s0" / "checkpoint").glob("best-*")
+    batch = next(data.batches("valid", 10_000))
+    with torch.no_grad():
+        whole = auc(batch.labels.numpy(), load_served(best)(batch).numpy())
+        assert whole == pytest.approx(found.reference, abs=1e-6)
+        for name in data.feature_names:
+            model = load_served(best)
+            rows = model.embeddings.store.slab(name)
+            counts = data.frequencies[name].astype(float)
+            mean = np.average(rows.numpy().astype(float)[: len(counts)], axis=0, weights=counts)
+            rows[:] = torch.from_numpy(mean).float()
+            lost = whole - auc(batch.labels.numpy(), model(batch).numpy())
+            assert found.tables[name] == pytest.approx(lost, abs=2e-4), name
+    assert set(found.how.values()) == {"ablation"}
+
+
+def test_a_race_takes_no_more_than_a_full_training(data: PreparedDataset) -> None:
+    config = load_config(overrides=["training.epochs=24"])
+    evaluations = racing.ROUNDS[-1].evaluations + racing.trained(6)
+    assert 0.9 * 24 < evaluations / in_a_race(config, data).training.evaluations_per_epoch <= 24
+    assert racing.ROUNDS[-1].keep == 1 and racing.trained(2) == 2 * 9 and racing.trained(1) == 9
+
+
+class Made(Runner):
+    """A runner whose scores are given, by seed."""
+
+    def __init__(self, name: str, *curves: list[float], size: int = 1) -> None:
+        super().__init__(name, "", load_config(overrides=["training.evaluations_per_epoch=1"]), None, Path())  # type: ignore[arg-type]
+        self.given, self.inference_bytes, self.trained = curves, size, []
+
+    def run(self, evaluations: int, seed: int = 0) -> None:
+        self.trained.append((evaluations, seed))
+        self.curves[seed] = [{"valid_auc": value} for value in self.given[seed][:evaluations]]
+
+    def lookup_us(self) -> float:
+        return 3.0 if self.spec == "hash" else 2.0
+
+
+def test_who_drops_out_when() -> None:
+    full = Made("full", [0.6, 0.7, 0.8, 0.9])
+    full.run(4)
+    early, late = Made("hash", [0.6, 0.65, 0.66, 0.66]), Made("robe", [0.55, 0.66, 0.7, 0.75])
+    poor, worse = Made("low_rank", [0.52, 0.6, 0.6, 0.6]), Made("unified", [0.51, 0.9, 0.9, 0.9])
+    ticks: list[float] = []
+    terms = [Round(1, 3), Round(2, 2), Round(4, 1)]
+    found = race([worse, late, poor, early], full, 100, ticks.append, terms)
+    assert [entrant.method for entrant in found.entrants] == ["robe", "hash", "low_rank", "unified"]
+    assert [entrant.epochs for entrant in found.entrants] == [4, 4, 2, 1]
+    assert [entrant.loss for entrant in found.entrants] == pytest.approx([0.15, 0.24, 0.1, 0.09])
+    assert found.entrants[0].error == pytest.approx(abs(0.15 - 0.04) / 2)
+    assert sum(ticks) == 4 * 1 + 3 * 1 + 2 * 2 == racing.trained(4, terms)
+    assert worse.trained == [(1, 0)] and early.trained == [(1, 0), (2, 0), (4, 0)]
+
+
+@pytest.mark.parametrize(
+    "first, second, sizes, winner",
+    [
+        ([[0.700], [0.700]], [[0.698], [0.697]], (2, 1), "hash"),  # apart by more than the seeds of either
+        ([[0.700], [0.690]], [[0.699], [0.6905]], (2, 1), "robe"),  # a tie: fewer bytes
+        ([[0.700], [0.690]], [[0.699], [0.6905]], (1, 2), "hash"),
+        ([[0.700], [0.6995]], [[0.699], [0.7015]], (1, 1), "robe"),  # a tie, of the same bytes: faster lookups
+        ([[0.700], [0.6995]], [[0.699], [0.7015]], (99, 100), "robe"),
+        ([[0.700], [0.6990]], [[0.699], [0.7100]], (1, 9), "hash"),
+        ([[0.700], [0.7000]], [[0.6999], [0.7020]], (1, 1), "robe"),
+        ([[0.710]], [[0.700]], (2, 1), "hash"),  # far apart: no second seed
+    ],
+)
+def test_a_tie_goes_to_fewer_bytes(
+    first: list[list[float]], second: list[list[float]], sizes: tuple[int, int], winner: str
+) -> None:
+    full = Made("full", [0.8])
+    full.run(1)
+    runners = [Made("hash", *first, size=sizes[0]), Made("robe", *second, size=sizes[1])]
+    found = race(runners, full, 100, lambda epochs: None, [Round(1, 1)])
+    expected = "robe" if winner == "robe" else "hash"
+    assert found.entrants[0].method == expected
+    assert {entrant.seeds for entrant in found.entrants} == {len(first)}
+
+
+def test_what_is_trained_in_a_race(data: PreparedDataset) -> None:
+    config = load_config(
+        overrides=["training.batch_size=2048", "training.quantize_from=1", "training.plateau_factor=0.5"]
+    )
+    quick = in_a_race(config, data).training
+    assert (quick.batch_size, quick.patience, quick.quantize_from, quick.plateau_factor) == (512, None, None, None)
+    assert in_a_race(load_config(overrides=["training.batch_size=2"]), data).training.batch_size == 1
+    # No two evaluations are of one step: of 3,600 rows there are 29 steps of 128, and 48 evaluations would be due.
+    short = in_a_race(load_config(overrides=["training.batch_size=512", "training.epochs=1"]), data)
+    assert short.training.evaluations_per_epoch == -(-data.num_rows("train") // 128)
+
+
+def test_the_command(data: PreparedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared = tmp_path / "toy"
+    shutil.copytree(data.path, prepared)
+    budget = 4 * 4 * sum(data.num_embeddings.values()) * 3 // 10
+    common = [option for flag in FLAGS for option in ("--set", flag)]
+    command = [
+        "probe",
+        str(prepared),
+        "--budgets",
+        "30%,0.2%",
+        "--methods",
+        "hash,{kind: robe, precision: int4}",
+        *common,
+    ]
+    assert run([*command, "--dry-run"]) == 0
+    told = capsys.readouterr().err
+    assert "trainings of 0.333 to 0.75 epochs" in told and "a full training has up to 4" in told
+    assert "do not fit into 0.2%: hash" in told and not (prepared / "probe.json").exists()
+    assert run([*command, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "what tables are worth (auc lost without them)" in told and f"within 30%, {budget:,} bytes" in told
+    found = Probe.load(prepared)
+    assert found.races[0].budget_bytes == budget
+    assert run(["plan", str(prepared), "--method", "auto", "--budget", "30%", "--embedding-dim", "4"]) == 0
+    told = capsys.readouterr().out
+    assert f"first of 2 in the probe's race within {format_bytes(budget)}" in told
+    out = tmp_path / "run"
+    assert (
+        run(["train", str(prepared), "--method", "auto", "--budget", "30%", "--quiet", "--out", str(out), *common]) == 0
+    )
+    groups = json.loads((out / "plan.json").read_text())["groups"]
+    first = found.races[0].entrants[0].method
+    assert groups[0]["method"]["kind"] == (first if isinstance(first, str) else first["kind"])
+    capsys.readouterr()
+    other = ["train", str(prepared), "--method", "auto", "--budget", "30%", "--model", "mlp", "--out", str(out) + "2"]
+    assert run([*other, *common]) == 2
+    assert "was made with model dlrm, not mlp" in capsys.readouterr().err
+    (prepared / "probe.json").write_text("{}")
+    assert run(["plan", str(prepared), "--method", "auto", "--budget", "30%"]) == 2
+    assert "is no probe, or a damaged one: data: Field required" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""From a raw log to a recommendation by one command."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from embtables.cli.app import run
+from embtables.datasets import PreparedDataset
+from embtables.plan.probe import Entrant, Probe, Race
+from embtables.sweeps import recommending
+from embtables.sweeps.summary import summarize
+from embtables.training import load_config
+from embtables.training.export import load_served
+from embtables.training.metrics import auc
+
+COMMON = [
+    "--set",
+    "training.epochs=1",
+    "--set",
+    "training.batch_size=256",
+    "--set",
+    "tables.embedding_dim=4",
+    "--quiet",
+]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Users who like items of their own parity."""
+    generator = random.Random(0)
+    rows = ["user_id,item_id,timestamp,label"]
+    for time in range(5000):
+        user, item = generator.randrange(200), int(generator.paretovariate(0.7)) % 150
+        rows.append(f"u{user},i{item},{60 * time},{int(generator.random() < (0.8 if user % 2 == item % 2 else 0.2))}")
+    path = tmp_path_factory.mktemp("log") / "clicks.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recommended(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recommended") / "out"
+    assert run(["recommend", str(log), "--budget", "20%", "--out", str(out), *COMMON]) == 0
+    return out
+
+
+def test_what_is_recommended_is_the_best_on_validation_and_is_served(recommended: Path) -> None:
+    rows = pd.read_csv(recommended / "sweep" / "results.csv", dtype={"budget": str})
+    full_bytes = int(rows["full_bytes"].iloc[0])
+    fitting = rows[(rows["status"] == "ok") & (rows["inference_bytes"] <= full_bytes // 5)]
+    best = fitting.sort_values("valid_auc").iloc[-1]
+    data = PreparedDataset(recommended / "data")
+    batch = next(data.batches("test", 10_000))
+    served = load_served(recommended / "served" / "20pct")
+    with torch.no_grad():
+        assert auc(batch.labels.numpy(), served(batch).numpy()) == pytest.approx(best["test_auc"], abs=1e-6)
+    found = Probe.load(recommended / "probe.json")
+    labels = {row for row in rows["method"]}
+    assert {"full", "full(precision=int8)", "frequency_cutoff(precision=int4)"} < labels and len(labels) == 5
+    assert len(found.races[0].entrants) == 6
+
+
+def test_the_same_command_says_the_same_and_trains_nothing(
+    recommended: Path, log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stamps = {path: path.stat().st_mtime_ns for path in recommended.rglob("metrics.json")}
+    assert run(["recommend", str(log), "--budget", "20%", "--out", str(recommended), *COMMON]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in recommended.rglob("metrics.json")}
+    told = capsys.readouterr().out
+    assert "Within 20% take " in told and "Next on validation is " in told and "--seeds 3 does" in told
+    assert f"Served tables and model: {recommended / 'served' / '20pct'}" in told
+    # Another question in the same folder is refused.
+    assert run(["recommend", str(log), "--budget", "10%", "--out", str(recommended), *COMMON]) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_costs_are_said_before(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["recommend", str(log), "--budget", "20%,5%", "--out", str(tmp_path / "out"), *COMMON]
+    assert run([*command, "--dry-run"]) == 0
+    told = capsys.readouterr().err
+    assert "13 trainings of 0.0833 to 0.188 epochs" in told and "trainings of up to 1 epochs" in told
+    assert not (tmp_path / "out" / "sweep").exists() and not (tmp_path / "out" / "probe").exists()
+    assert run(["recommend", str(tmp_path / "none.csv"), "--budget", "1%", "--out", str(tmp_path / "x")]) == 2
+    assert "none.csv" in capsys.readouterr().err
+
+
+def test_a_baseline_that_is_better_is_recommended(recommended: Path) -> None:
+    summary = summarize(recommended / "sweep", resamples=20)
+    full_bytes = summary.full.inference_bytes or 0 if summary.full else 0
+    for point in summary.points:
+        point.rows = point.rows.assign(valid_auc=0.9 if point.method.startswith("frequency_cutoff") else 0.6)
+    taken = recommending.recommendation(summary, "20%", full_bytes // 5)
+    assert taken.point.method == "frequency_cutoff(precision=int4)" and taken.runner_up is not None
+    # Full tables in int4 fit into more.
+    for point in summary.points:
+        point.rows = point.rows.assign(valid_auc=0.9 if point.method == "full(precision=int4)" else 0.6)
+    assert recommending.recommendation(summary, "90%", full_bytes * 9 // 10).point.method == "full(precision=int4)"
+    with pytest.raises(ValueError, match="^nothing that fits into 1B has been trained"):
+        recommending.recommendation(summary, "1B", 1)
+
+
+def test_thorough_trains_runners_up_and_baselines(recommended: Path) -> None:
+    entrants = tuple(
+        Entrant(method=m, loss=0, error=0, valid=0.6, epochs=1) for m in ("hash", "unified", "robe", "low_rank")
+    )
+    found = Probe.load(recommended / "probe.json").model_copy(
+        update={"races": (Race(budget_bytes=100, entrants=entrants),)}
+    )
+    config, data = load_config(), recommended / "data"
+    quick = recommending.sweep_for(data, found, config, ["1%"], 1, quick=True)
+    assert list(quick.methods)[:2] == ["full", "hash"] and "unified" not in quick.methods
+    thorough = recommending.sweep_for(data, found, config, ["1%"], 3, quick=False)
+    assert {"hash", "unified", "drop_feature", "fewer_dimensions", "frequency_cutoff"} < set(thorough.methods)
+    assert "robe" not in thorough.methods and thorough.seeds == 3
