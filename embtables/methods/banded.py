@@ -15,7 +15,7 @@ from embtables.lookup.recipe import Recipe
 from embtables.lookup.stored_rows import StoredRows
 from embtables.methods.bands import BandedMethod, Climb, Level
 from embtables.methods.base import Floor, TableEntry
-from embtables.methods.ranking import check_counted, counts_by_rank, rank_bytes, ranked_entry, ranks_of, runs
+from embtables.methods.ranking import check_counted, rank_bytes, ranked_entry, ranks_of, runs_by_rank
 from embtables.optimizers import FusedOptimizer
 from embtables.sizes.budget import Floats
 from embtables.sizes.layout import FULL, Counts, Entry, Group, Layout
@@ -138,11 +138,9 @@ class Banded(BandedMethod):
     def _climb(self, group: Group) -> Climb:
         """Ids of one count climb together, and those of all tables in the order of what that is worth per bit."""
         parts = []
-        for t, (table, counts) in enumerate(zip(group.tables, group.counts)):
-            assert counts is not None
-            ranked = counts_by_rank(counts)
-            starts, ends = runs(ranked)
-            signal = self._signal(ranked[starts])
+        for t, table in enumerate(group.tables):
+            counts, starts, ends = _runs(group)[t]
+            signal = self._signal(counts)
             if self.worth is not None:
                 signal *= self.worth[table.name] / (float(signal @ (ends - starts)) or 1.0)
             kinds = self._choices(group, table.embedding_dim)
@@ -166,21 +164,20 @@ class Banded(BandedMethod):
     def kept(self, layout: Layout, group: Group) -> dict[str, float]:
         """Which share of all that its ids are worth each table keeps, from 0 to 1: Σv(x) over that of whole rows."""
         found = {}
-        for table, counts in zip(group.tables, group.counts):
-            assert counts is not None
+        for table, (counts, starts, ends) in zip(group.tables, _runs(group)):
             entry = layout.entries[table.name]
-            signal = self._signal(counts_by_rank(counts))
             if entry.variant == FULL:
                 found[table.name] = 1.0
                 continue
+            # What all ids before a rank are worth lies on a line between the ends of runs.
+            ranks, sums = np.append(0, ends), np.append(0.0, np.cumsum(self._signal(counts) * (ends - starts)))
             share, first = 0.0, 0
             for rows, width, precision in zip(*(entry.values[name] for name in ("rows", "widths", "precisions"))):
-                level = Level(width, row_format(precision))
-                share += (
-                    float(signal[first : first + rows].sum()) * _choice(level, table.embedding_dim, self.decay).kept
-                )
+                before, with_these = np.interp([first, first + rows], ranks, sums)
+                choice = _choice(Level(width, row_format(precision)), table.embedding_dim, self.decay)
+                share += float(with_these - before) * choice.kept
                 first += rows
-            found[table.name] = share / (float(signal.sum()) or 1.0)
+            found[table.name] = share / (float(sums[-1]) or 1.0)
         return found
 
     # ---- the module ----------------------------------------------------------------------------------------------
@@ -197,6 +194,11 @@ class Banded(BandedMethod):
         bands, zeros = self._ranges(entry, group), Recipe("sum", ())
         rest = zeros if sum(entry.entry.values["rows"]) < int(entry.table.rows or 0) else None
         return Recipe("alternatives", bands, ranks_of(entry, group), rest=rest) if bands else zeros
+
+
+def _runs(group: Group) -> list[tuple[Counts, Counts, Counts]]:
+    """By table, the counts of its ids by rank, those that are equal told once."""
+    return group.once("runs by rank", lambda: [runs_by_rank(c) for c in group.counts if c is not None])
 
 
 class Choice(NamedTuple):

@@ -47,7 +47,8 @@ def check_counted(group: Group, kind: str) -> None:
 
 def is_ranked(counts: Counts) -> bool:
     """Whether a table's ids are sorted by their counts ``[n]`` already, so that an id is its own rank."""
-    return bool((np.diff(counts[_RESERVED:]) <= 0).all())
+    ranked = counts[_RESERVED:]
+    return bool((ranked[1:] <= ranked[:-1]).all())
 
 
 def counts_by_rank(counts: Counts) -> Counts:
@@ -61,6 +62,31 @@ def counts_by_rank(counts: Counts) -> Counts:
     ranked = counts.copy()
     ranked[:_RESERVED] = counts.max(initial=0)
     return ranked
+
+
+def runs_by_rank(counts: Counts) -> tuple[Counts, Counts, Counts]:
+    """The counts ``[n]`` of a table's ids by rank, as ``counts_by_rank`` has them, those that are equal told once.
+
+    Returns:
+        Each count, from the highest on, the first rank that has it, and the one behind the last; arrays ``[R]``.
+    """
+    if not is_ranked(counts):
+        ranked = np.sort(counts)[::-1]
+        starts, ends = runs(ranked)
+        return ranked[starts], starts, ends
+    # Without a copy of what may be a billion counts.
+    tail = counts[_RESERVED:]
+    starts, ends = runs(tail)
+    found, starts, ends = tail[starts], starts + _RESERVED, ends + _RESERVED
+    reserved = min(_RESERVED, len(counts))
+    most = counts[:reserved].max(initial=found[0] if len(found) else 0)
+    if len(found) and found[0] == most:
+        starts[0] = 0
+        return found, starts, ends
+    own = [most], [0], [reserved]
+    joined = (np.concatenate([np.array(a, dtype=np.int64), b]) for a, b in zip(own, (found, starts, ends)))
+    first, second, third = joined
+    return (first, second, third) if reserved else (found, starts, ends)
 
 
 def runs(ranked: Counts) -> tuple[Counts, Counts]:

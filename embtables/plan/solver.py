@@ -624,13 +624,15 @@ def checked_counts(tables: tuple[TableConfig, ...], frequencies: Mapping[str, An
             raise ValueError(
                 f"frequencies of table '{name}' hold {len(counts):,} counts, but it has {table.num_embeddings:,} ids"
             )
-        if counts.size and (not np.isfinite(counts).all() or counts.min() < 0):
+        # There may be a billion of them: no pass more than is needed.
+        is_float = np.issubdtype(counts.dtype, np.floating)
+        if counts.size and ((is_float and not np.isfinite(counts).all()) or counts.min() < 0):
             raise ValueError(f"frequencies of table '{name}' hold a negative or non-finite count")
-        if (counts != np.floor(counts)).any():
+        if is_float and (counts != np.floor(counts)).any():
             raise ValueError(f"frequencies of table '{name}' hold fractions: give counts, not shares")
-        if counts.sum(dtype=np.float64) >= 2**62:
+        if int(counts.max(initial=0)) * len(counts) >= 2**62 and counts.sum(dtype=np.float64) >= 2**62:
             raise ValueError(f"frequencies of table '{name}' add up to more than 2**62")
-        counts = counts.astype(np.int64)
+        counts = counts.astype(np.int64, copy=False)
         # The oov row is an id like the others, never counted.
         result[name] = np.append(counts, 0) if table.rows != table.num_embeddings else counts
     return result

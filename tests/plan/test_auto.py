@@ -12,6 +12,7 @@ import pytest
 from embtables import EmbeddingTables, InfeasibleBudget, TableConfig, plan
 from embtables.formats import row_format
 from embtables.methods import Banded, kinds
+from embtables.methods.ranking import counts_by_rank, runs_by_rank
 from embtables.plan.probe import Entrant, Probe, Race
 from embtables.plan.solver import Plan
 
@@ -323,3 +324,15 @@ def test_thousands_of_tables_are_planned_in_seconds() -> None:
     solved = plan(many, "auto", "1%", counts, probe=probe(**worth))
     assert 0.99 <= solved.inference_bytes / (0.01 * (solved.full_bytes or 0)) <= 1
     assert len(str(solved).splitlines()) < 80 and "more" in str(solved)
+
+
+@pytest.mark.core
+def test_runs_of_counts_are_those_of_the_ranking() -> None:
+    rng = np.random.default_rng(0)
+    for number in range(400):
+        counts = rng.integers(0, 6, int(rng.integers(1, 12)))
+        if number % 2:  # as prepared data number ids
+            counts[2:] = np.sort(counts[2:])[::-1]
+        values, starts, ends = runs_by_rank(counts)
+        assert np.array_equal(np.repeat(values, ends - starts), counts_by_rank(counts))
+        assert (np.diff(values) < 0).all() and starts[0] == 0 and np.array_equal(starts[1:], ends[:-1])
