@@ -98,10 +98,8 @@ def _four(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the probes; report.md is written there")
-    folder = parser.parse_args().folder
+def published(folder: Path) -> str:
+    """The report of a folder of probes."""
     found = [
         cell
         for path in sorted(folder.glob("*.json"))
@@ -111,8 +109,15 @@ def main() -> None:
             pd.read_csv(RESULTS / f"{path.stem}-tuned" / "results.csv", dtype={"budget": str}),
         )
     ]
-    text = report(found)
-    write_text(folder / "report.md", f"# What probes chose\n\n{text}\n")
+    return f"# What probes chose\n\n{report(found)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the probes; report.md is written there")
+    folder = parser.parse_args().folder
+    text = published(folder)
+    write_text(folder / "report.md", text)
     print(text)
 
 

@@ -24,6 +24,7 @@ from benchmarks import (
     frameworks,
     jobs,
     ours,
+    regret,
     report,
     results,
     rivals,
@@ -38,6 +39,7 @@ from benchmarks.targets import TARGETS, targets
 from benchmarks.workload import CARDINALITIES, ONE_ID, UNEVEN, Workload, sizes
 from embtables import optimizers
 from embtables.models import DLRM
+from embtables.plan.probe import Entrant, Probe, Race
 
 WORK = Workload([700, 40, 3, 300], dim=8, batch=64, batches=3)
 WORKS = {
@@ -872,3 +874,33 @@ def test_pages_show_what_the_results_say() -> None:
 def test_pages_take_parts_that_there_are() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert set(re.findall("<!-- results:speed-(.*?) -->", text)) == set(report.PARTS)
+
+
+# ---- what probes chose -----------------------------------------------------------------------------------------------
+
+
+def test_regrets_are_differences_to_the_best_that_was_measured() -> None:
+    entrants = [
+        Entrant(method=m, loss=loss, error=0.001, valid=0.7, epochs=1) for m, loss in (("robe", 0.02), ("hash", 0.03))
+    ]
+    races = (Race(budget_bytes=100, entrants=tuple(entrants)), Race(budget_bytes=77, entrants=tuple(entrants)))
+    fields: dict[str, Any] = {"data": "", "model": "dlrm", "monitor": "auc", "reference": 0.8, "reference_epochs": 1}
+    found = Probe(**fields, regularization=0.1, tables={}, how={}, races=races)
+    rows = [
+        ("full", None, 0.8),
+        ("full", None, 0.9),
+        ("robe", "10%", 0.7),
+        ("robe", "10%", 0.72),
+        ("unified", "10%", 0.75),
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "budget", "test_auc"]).assign(status="ok", full_bytes=1000)
+    (cell,) = regret.cells("made", found, frame)  # no sweep has the budget of the other race
+    assert (cell.budget, cell.chosen, cell.best) == ("10%", "robe", "unified")
+    assert (cell.auc, cell.best_auc, cell.by_rule) == (pytest.approx(0.71), 0.75, None)
+    assert cell.measured == pytest.approx(0.85 - 0.71) and cell.expected == 0.02
+    assert "| 0.0400 | not measured | +0.0200 ± 0.0010 | +0.1400 |" in regret.report([cell])
+
+
+def test_the_published_choices_of_probes_are_what_their_files_say() -> None:
+    folder = regret.RESULTS / "probes"
+    assert (folder / "report.md").read_text(encoding="utf-8") == regret.published(folder)
