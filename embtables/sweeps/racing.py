@@ -47,6 +47,8 @@ FAMILIES: tuple[MethodSpec, ...] = (
 SMALLER_BATCHES = 4
 # Two methods whose scores differ by less are trained with a second seed.
 _CLOSE = 0.003
+# Means that differ by more are never a tie, however far seeds are apart: they are the best guess there is.
+_TIE = 0.001
 # Sizes that differ by less, as a factor, are the same.
 _SAME_SIZE = 1.02
 
@@ -192,8 +194,8 @@ def trained(number: int, terms: Sequence[Round] = ROUNDS) -> int:
 def _decided(left: list[Runner], evaluations: int, tick: Callable[[float], Any]) -> list[Runner]:
     """The last ones in their order: those that are close run once more, with another seed.
 
-    Where the means of two methods differ by no more than the seeds of one do it is a tie, which goes to fewer bytes, or
-    of about as many to faster lookups.
+    Where the means of two methods, of two seeds each, differ by no more than their standard error it is a tie, which
+    goes to fewer bytes, or of about as many to faster lookups.
     """
     first, second, *others = left
     if first.score(evaluations) - second.score(evaluations) >= _CLOSE:
@@ -202,9 +204,11 @@ def _decided(left: list[Runner], evaluations: int, tick: Callable[[float], Any])
         runner.run(evaluations, seed=1)
         tick(runner.epochs(evaluations))
     means = [mean(runner.scores(evaluations)) for runner in (first, second)]
-    spread = max(max(runner.scores(evaluations)) - min(runner.scores(evaluations)) for runner in (first, second))
+    ranges = (max(runner.scores(evaluations)) - min(runner.scores(evaluations)) for runner in (first, second))
+    # Of two numbers the mean has a standard error of half their difference.
+    error = math.hypot(*ranges) / 2
     costs: Sequence[float] = [-value for value in means]
-    if abs(means[0] - means[1]) <= spread:
+    if abs(means[0] - means[1]) <= min(error, _TIE):
         costs = sizes = [runner.inference_bytes for runner in (first, second)]
         if max(sizes) <= _SAME_SIZE * min(sizes):
             costs = [runner.lookup_us() for runner in (first, second)]

@@ -144,13 +144,13 @@ def test_who_drops_out_when() -> None:
 @pytest.mark.parametrize(
     "first, second, sizes, winner",
     [
-        ([[0.700], [0.700]], [[0.698], [0.697]], (2, 1), "hash"),  # apart by more than the seeds of either
-        ([[0.700], [0.690]], [[0.699], [0.6905]], (2, 1), "robe"),  # a tie: fewer bytes
-        ([[0.700], [0.690]], [[0.699], [0.6905]], (1, 2), "hash"),
-        ([[0.700], [0.6995]], [[0.699], [0.7015]], (1, 1), "robe"),  # a tie, of the same bytes: faster lookups
-        ([[0.700], [0.6995]], [[0.699], [0.7015]], (99, 100), "robe"),
-        ([[0.700], [0.6990]], [[0.699], [0.7100]], (1, 9), "hash"),
-        ([[0.700], [0.7000]], [[0.6999], [0.7020]], (1, 1), "robe"),
+        ([[0.700], [0.7000]], [[0.6980], [0.6970]], (2, 1), "hash"),  # apart by more than their error
+        ([[0.700], [0.6900]], [[0.6990], [0.6905]], (2, 1), "robe"),  # a tie: fewer bytes
+        ([[0.700], [0.6900]], [[0.6990], [0.6905]], (1, 2), "hash"),
+        ([[0.700], [0.6980]], [[0.6990], [0.6980]], (1, 1), "robe"),  # a tie, of the same bytes: faster lookups
+        ([[0.700], [0.6980]], [[0.6990], [0.6980]], (99, 100), "robe"),
+        ([[0.700], [0.6990]], [[0.6990], [0.7100]], (1, 9), "robe"),  # a better mean by more than a tie allows
+        ([[0.700], [0.6800]], [[0.6990], [0.6780]], (2, 1), "hash"),  # and so is this one, whatever its error
         ([[0.710]], [[0.700]], (2, 1), "hash"),  # far apart: no second seed
     ],
 )
