@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["probe", "run_probe"]
 
+# What commands that train several times are told of a training.
+Model = Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")]
+Config = Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")]
+Preset = Annotated[str | None, typer.Option(help="Named defaults, such as bars; see `embtables train`.")]
+LeaveOut = Annotated[str | None, typer.Option(help="Features and histories to leave out, by commas.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
+
 
 def probe(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.")],
@@ -24,16 +35,13 @@ def probe(
         str | None,
         typer.Option(help="Those that race within each budget, as `embtables sweep` takes them; six families else."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Named defaults, such as bars; see `embtables train`.")] = None,
-    leave_out: Annotated[str | None, typer.Option(help="Features and histories to leave out, by commas.")] = None,
+    model: Model = None,
+    config: Config = None,
+    preset: Preset = None,
+    leave_out: LeaveOut = None,
     max_history: Annotated[int | None, typer.Option(help="Latest items kept of each history.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Find out what each table is worth, and which method does best within a budget, in short trainings.
@@ -83,7 +91,7 @@ def run_probe(planned: Course, *, dry_run: bool, quiet: bool) -> Probe | None:
     shortest, longest = (planned.reference.epochs(ROUNDS[i].evaluations) for i in (0, -1))
     typer.echo(
         f"{number} trainings of {shortest:.3g} to {longest:.3g} epochs, "
-        f"{planned.epochs:.3g} epochs in all; a full training has up to {planned.full_epochs}",
+        f"{planned.epochs:.3g} epochs in all; a full training has up to {planned.reference.config.training.epochs}",
         err=True,
     )
     for budget, names in planned.left_out.items():

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from embtables.cli.probe import Config, DryRun, LeaveOut, Model, Overrides, Preset, run_probe
+
 __all__ = ["recommend"]
 
 
@@ -16,20 +18,17 @@ def recommend(
     ],
     budget: Annotated[str, typer.Option(help="Bytes of the served tables, such as 10MB or 1%; several by commas.")],
     out: Annotated[Path, typer.Option(help="Folder of everything that is made. What is in it is gone on with.")],
-    model: Annotated[str | None, typer.Option(help="Such as dlrm, din, deepfm, or package.module:Class.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML: data, model, tables, dense, training.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Named defaults, such as bars; see `embtables train`.")] = None,
-    leave_out: Annotated[str | None, typer.Option(help="Features and histories to leave out, by commas.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
-    ] = None,
+    model: Model = None,
+    config: Config = None,
+    preset: Preset = None,
+    leave_out: LeaveOut = None,
+    overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many times each method is trained to the end.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; each gets its share of the cores.")] = 1,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Three seeds, and all baselines and runners-up beside the winner.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+    dry_run: DryRun = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Say which tables to take within a budget: prepare, probe, train, compare, export.
@@ -50,16 +49,14 @@ def recommend(
     """
     import sys
 
-    from embtables.cli.probe import run_probe
     from embtables.cli.train import names_of
     from embtables.datasets import PreparedDataset
     from embtables.datasets.readers.interactions import prepare_interactions
-    from embtables.sizes.budget import parse_budget
     from embtables.sweeps import cells, probing
     from embtables.sweeps.recommending import recommendation, sweep_for
     from embtables.sweeps.report import write_report
     from embtables.sweeps.sweep import run_sweep
-    from embtables.training.config import load_config, parse_value
+    from embtables.training.config import load_config
     from embtables.training.export import copy_served, served_of
 
     flags = {"model.name": model, "data.leave_out": names_of(leave_out)}
@@ -83,9 +80,8 @@ def recommend(
         log = out / "sweep" / "cells" / f"{failed['cell']}.log"
         raise ValueError(f"{failed['cell']} failed: {failed['message']} (log: {log})")
     report = write_report(out / "sweep", progress=sys.stderr.isatty() and not quiet)
-    full_bytes = int(next(row["full_bytes"] for row in rows if row["status"] == "ok"))
-    for each in budgets:
-        taken = recommendation(report.summary, each, parse_budget(parse_value(each, "budget"), full_bytes))
+    for each, race in zip(budgets, found.races):
+        taken = recommendation(report.summary, each, race.budget_bytes)
         served = out / "served" / each.replace("%", "pct")
         if not served.exists():
             copy_served(served_of(out / "sweep" / "cells" / taken.run), served)

@@ -77,16 +77,11 @@ def runs_by_rank(counts: Counts) -> tuple[Counts, Counts, Counts]:
     # Without a copy of what may be a billion counts.
     tail = counts[_RESERVED:]
     starts, ends = runs(tail)
-    found, starts, ends = tail[starts], starts + _RESERVED, ends + _RESERVED
-    reserved = min(_RESERVED, len(counts))
-    most = counts[:reserved].max(initial=found[0] if len(found) else 0)
-    if len(found) and found[0] == most:
-        starts[0] = 0
-        return found, starts, ends
-    own = [most], [0], [reserved]
-    joined = (np.concatenate([np.array(a, dtype=np.int64), b]) for a, b in zip(own, (found, starts, ends)))
-    first, second, third = joined
-    return (first, second, third) if reserved else (found, starts, ends)
+    most, reserved = counts[: _RESERVED + 1].max(initial=0), min(_RESERVED, len(counts))
+    found, starts, ends = np.append(most, tail[starts]), starts + _RESERVED, np.append(reserved, ends + _RESERVED)
+    if len(tail) and tail[0] == most:  # those behind the reserved ids are of their run
+        return found[1:], np.append(0, starts[1:]), ends[1:]
+    return found, np.append(0, starts), ends
 
 
 def runs(ranked: Counts) -> tuple[Counts, Counts]:

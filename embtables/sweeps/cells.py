@@ -14,11 +14,10 @@ import yaml
 from embtables._util.reading import NotYaml, parse_yaml
 from embtables.formats import FP32, row_format
 from embtables.methods import kinds
+from embtables.plan.probe import MethodSpec as MethodSpec
 from embtables.sizes.budget import parse_budget
 from embtables.training.config import parse_named, parse_value
 from embtables.training.planning import method_label
-
-MethodSpec = str | dict[str, Any]
 
 #: (variant, method, budget); the variant is empty in a sweep without variants, the budget where the method takes none.
 Place = tuple[str, str, str]

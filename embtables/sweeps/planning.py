@@ -9,6 +9,7 @@ from typing import Any
 from embtables import InfeasibleBudget, Plan
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
+from embtables.plan.solver import by_pattern
 from embtables.sweeps.cells import MethodSpec, grid
 from embtables.training.config import RunConfig, TablesConfig, parse_value, with_fields
 from embtables.training.planning import check_training, plan_tables, selected
@@ -41,7 +42,7 @@ def plan_points(
     tune = tune or {}
     tuned = dict(zip(grid(tune), (with_fields(train, dict(zip(tune, each))) for each in product(*tune.values()))))
     for spec in methods.values():
-        for part in spec.values() if isinstance(spec, dict) and "kind" not in spec else [spec]:
+        for part in by_pattern(spec).values():
             from_config(part)
     dataset = selected(train, dataset)
     planned: dict[tuple[str, str], dict[str, Any]] = {}

@@ -13,10 +13,9 @@ from torch import nn
 from embtables._util.files import sha256
 from embtables.datasets import PreparedDataset
 from embtables.plan.probe import MethodSpec, Probe
-from embtables.sizes.budget import parse_budget
 from embtables.sweeps.racing import FAMILIES, ROUNDS, Runner, in_a_race, race, trained
 from embtables.tables import EmbeddingTables
-from embtables.training.config import RunConfig, parse_value
+from embtables.training.config import RunConfig
 from embtables.training.evaluation import main_metrics, score
 from embtables.training.learning_curve import value_of
 from embtables.training.planning import selected
@@ -28,7 +27,6 @@ class Course(NamedTuple):
     reference: Runner
     runners: dict[str, list[Runner]]  # by budget
     left_out: dict[str, list[str]]  # by budget, methods that do not fit into it
-    full_epochs: int  # those that a full training may have
 
     @property
     def epochs(self) -> float:
@@ -71,7 +69,7 @@ def course(
             raise ValueError(f"two methods of the race have the same name in files: leave out {twice}")
         if not runners[budget]:
             raise ValueError(f"no method of the race fits into a budget of {budget}: give a larger one")
-    return Course(reference, runners, left_out, config.training.epochs)
+    return Course(reference, runners, left_out)
 
 
 def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -> Probe:
@@ -86,13 +84,7 @@ def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -
     reference.run(last)
     tick(reference.epochs(last))
     worth = worth_of_tables(reference)
-    full_bytes = sum(
-        table.full_bytes or 0 for table in selected(config, data).table_configs(config.tables.embedding_dim)
-    )
-    races = [
-        race(runners, reference, parse_budget(parse_value(budget, "budget"), full_bytes), tick)
-        for budget, runners in planned.runners.items()
-    ]
+    races = [race(runners, reference, runners[0].budget_bytes, tick) for runners in planned.runners.values()]
     return Probe(
         data=sha256(data.path / "manifest.json"),
         model=config.model.name,

@@ -31,7 +31,7 @@ from embtables.training.evaluation import lookup_latency_us
 from embtables.training.export import load_served
 from embtables.training.learning_curve import Row, read_curve, value_of
 from embtables.training.outcome import CHECKPOINT
-from embtables.training.planning import plan_tables, selected
+from embtables.training.planning import plan_tables, selected, steps_per_epoch
 
 #: One method of each family that comes first somewhere; which one does depends on data, model and budget.
 FAMILIES: tuple[MethodSpec, ...] = (
@@ -70,17 +70,10 @@ _PARTS = 48
 def in_a_race(config: RunConfig, data: PreparedDataset) -> RunConfig:
     """How a run is trained in a race: in smaller batches, with many evaluations, and without an early stop."""
     size = max(1, config.training.batch_size // SMALLER_BATCHES)
-    steps = math.ceil(data.num_rows("train") / size)
-    return with_fields(
-        config,
-        {
-            "training.batch_size": size,
-            "training.evaluations_per_epoch": min(float(steps), _PARTS / config.training.epochs),
-            "training.patience": None,
-            "training.plateau_factor": None,
-            "training.quantize_from": None,
-        },
-    )
+    until_the_end = dict.fromkeys(("training.patience", "training.plateau_factor", "training.quantize_from"))
+    quick = with_fields(config, {"training.batch_size": size, **until_the_end})
+    evaluations = min(float(steps_per_epoch(quick, data)), _PARTS / config.training.epochs)
+    return with_fields(quick, {"training.evaluations_per_epoch": evaluations})
 
 
 @dataclass
@@ -93,6 +86,7 @@ class Runner:
     data: PreparedDataset
     folder: Path
     inference_bytes: int = 0
+    budget_bytes: int = 0
     curves: dict[int, list[Row]] = field(default_factory=dict)
 
     @property
@@ -106,12 +100,12 @@ class Runner:
         return self.folder / file_name(self.label, self.budget.replace("%", "pct"), f"s{seed}")
 
     def fits(self) -> bool:
-        """Whether its tables fit into the budget; how many bytes they have is kept."""
+        """Whether its tables fit into the budget; how many bytes both have is kept."""
         try:
             solved = plan_tables(self.cell(0), selected(self.config, self.data))
         except InfeasibleBudget:
             return False
-        self.inference_bytes = solved.inference_bytes
+        self.inference_bytes, self.budget_bytes = solved.inference_bytes, solved.budget_bytes or 0
         return True
 
     def epochs(self, evaluations: float) -> float:

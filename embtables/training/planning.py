@@ -11,7 +11,7 @@ from embtables.datasets import PreparedDataset
 from embtables.methods import from_config, method_label
 from embtables.optimizers import FusedOptimizer, averaged, optimizer_from_config
 from embtables.plan.probe import FILE, Probe
-from embtables.plan.solver import Plan, plan
+from embtables.plan.solver import Plan, by_pattern, plan
 from embtables.tables.rounding import rounded_slabs
 from embtables.training.config import RunConfig, TablesConfig
 
@@ -129,9 +129,8 @@ def probe_for(config: RunConfig, data: PreparedDataset, *, any_model: bool = Fal
     Raises:
         ValueError: it was made with other data or another model, or is damaged.
     """
-    method = config.tables.method
-    chosen = [method] if isinstance(method, str) or "kind" in method else list(method.values())
     path = data.path / FILE
+    chosen = by_pattern(config.tables.method).values()
     if not any(from_config(spec).chooses for spec in chosen) or not path.exists():
         return None
     found = Probe.load(path)
