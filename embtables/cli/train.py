@@ -57,7 +57,9 @@ def train(
     dense_optimizer: Annotated[str | None, typer.Option(help="Of everything else: adam, adagrad, sgd.")] = None,
     dense_learning_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="At most; early stop may end sooner.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="At most; early stop may end sooner. 0.5: half of the training rows.")
+    ] = None,
     evaluations_per_epoch: Annotated[
         float | None, typer.Option(help="How often validation is looked at; 0.5: every other epoch.")
     ] = None,

@@ -52,6 +52,13 @@ def _no_flag(value: Any) -> Any:
 
 
 Bytes = StrictInt | StrictFloat | StrictStr
+
+
+def _whole(value: Any) -> Any:
+    """A whole number is written without a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Rate = Annotated[float, BeforeValidator(_no_flag), Field(ge=0, allow_inf_nan=False)]
 
 TORCH_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
@@ -205,7 +212,9 @@ class TrainingConfig(_Section):
 
     batch_size: int = Field(default=2048, ge=1)
     evaluation_batch_size: int = Field(default=16384, ge=1)
-    epochs: int = Field(default=10, ge=1, description="at most; early stop may end sooner")
+    epochs: Annotated[int | float, BeforeValidator(_whole)] = Field(
+        default=10, gt=0, allow_inf_nan=False, description="at most; 0.5 is half of the training rows, once"
+    )
     evaluations_per_epoch: float = Field(
         default=1, gt=0, allow_inf_nan=False, description="may be a fraction: 0.5 is every other epoch"
     )
@@ -265,7 +274,7 @@ class TrainingConfig(_Section):
     def _quantizes_before_the_end(self) -> TrainingConfig:
         if self.quantize_from is not None and self.quantize_from >= self.epochs:
             raise ValueError(
-                f"training.quantize_from is {self.quantize_from:g}, but training.epochs is {self.epochs}: give less, "
+                f"training.quantize_from is {self.quantize_from:g}, but training.epochs is {self.epochs:g}: give less, "
                 "by an epoch or more"
             )
         return self

@@ -31,7 +31,7 @@ from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
 from embtables.training.outcome import CHECKPOINT, Outcome, Selection, epochs_of
-from embtables.training.planning import horizon_of, method_label, quantization_step, steps_per_epoch
+from embtables.training.planning import horizon_of, method_label, last_step, quantization_step, steps_per_epoch
 
 __all__ = ["CHECKPOINT", "Run"]
 
@@ -57,13 +57,13 @@ class _Progress(Selection):
         begun = quantization is not None and self.step > quantization
         return [row for row in self.curve if row["step"] > quantization] if begun else self.curve
 
-    def check(self, epochs: int, steps_per_epoch: int, monitor: str, quantization: int | None) -> None:
-        """``ValueError`` where no run of so many epochs and steps, chosen by this monitor, can be so far."""
+    def check(self, last: int, steps_per_epoch: int, monitor: str, quantization: int | None) -> None:
+        """``ValueError`` where no run of so many steps, the ``last`` one included, chosen so, can be so far."""
         steps = self.epoch * steps_per_epoch + self.batch
-        within = 0 <= self.batch < steps_per_epoch and 0 <= self.epoch <= epochs
+        within = 0 <= self.batch < steps_per_epoch and 0 <= self.epoch and self.step <= last
         if self.step != steps or not within:
             raise ValueError(f"step {self.step} is not in batch {self.batch} of epoch {self.epoch}")
-        if self.epoch == epochs and not self.finished:
+        if self.step == last and not self.finished:
             raise ValueError("all its epochs are over, and it is not finished")
         counted = (self.examples, self.loss_examples, self.train_seconds, self.compile_seconds)
         if min(counted) < 0 or not all(map(math.isfinite, (*counted, self.loss_sum))):
@@ -105,7 +105,7 @@ class Run:
         self.checkpoint = out / CHECKPOINT
         self.outcomes = [Outcome(config, data, out, tables.plan), *others]
         self._follow(_Progress(others={other.out.name: Selection() for other in others}))
-        self.steps_per_epoch = steps_per_epoch(config, data)
+        self.steps_per_epoch, self.last_step = steps_per_epoch(config, data), last_step(config, data)
         self.optimization = Optimization(config, model, tables)
         self.quantization = quantization_step(config, data, tables.plan)
         horizon = horizon_of(config, data)
@@ -148,11 +148,10 @@ class Run:
         pause = math.inf if until is None else until * self.steps_per_epoch
         if progress.curve and progress.curve[-1]["step"] >= pause:
             return
-        total = training.epochs * self.steps_per_epoch
         # On a CPU a number is there when it is asked for; elsewhere asking at each step would hold up the device.
         watch = Watch(self.model, self.tables, self.data.dense_features, waits=self.device.type == "cpu")
         name = method_label(self.config.tables.method)
-        with ProgressBar(self.show_progress, progress.step, total, name) as bar:
+        with ProgressBar(self.show_progress, progress.step, self.last_step, name) as bar:
             meter = _Meter(events, bar, training.log_every)
             last_checkpoint = time.monotonic()
             while not progress.finished:
@@ -235,7 +234,7 @@ class Run:
         spacing = self.steps_per_epoch / Fraction(str(self.config.training.evaluations_per_epoch))
         number = progress.step // spacing
         is_past = number >= 1 and math.ceil(number * spacing) == progress.step
-        return is_past or progress.epoch == self.config.training.epochs
+        return is_past or progress.step == self.last_step
 
     def _lower_learning_rates_or_stop(self) -> None:
         progress, training = self.progress, self.config.training
@@ -244,7 +243,7 @@ class Run:
             self.optimization.lower_learning_rates(training.plateau_factor, training.min_learning_rate)
         for selection in (outcome.selection for outcome in self._under_way()):
             selection.over = patience is not None and selection.stale >= patience and self._stages_done()
-        progress.finished = progress.epoch == training.epochs or not self._under_way()
+        progress.finished = progress.step == self.last_step or not self._under_way()
 
     def _under_way(self) -> list[Outcome]:
         """The served forms that are not out of patience."""
@@ -326,7 +325,7 @@ class Run:
         try:
             self._follow(_PROGRESS.validate_python(state["progress"]))
             training = self.config.training
-            self.progress.check(training.epochs, self.steps_per_epoch, training.monitor, self.quantization)
+            self.progress.check(self.last_step, self.steps_per_epoch, training.monitor, self.quantization)
             if self.quantization is not None and self.progress.step > self.quantization:
                 self.tables.fake_quantize()  # its scales are a part of the state
             if training.threads is None:

@@ -28,7 +28,7 @@ from embtables.training.evaluation import (
 )
 from embtables.training.export import Served, copy_served, dense_state, load_served, save_served
 from embtables.training.learning_curve import COLUMNS, Row, draw_curve, overfitting, remarks, value_of, write_curve
-from embtables.training.planning import labels, steps_per_epoch
+from embtables.training.planning import labels, last_step, steps_per_epoch
 
 __all__ = ["CHECKPOINT", "Outcome", "Selection", "epochs_of"]
 
@@ -145,7 +145,7 @@ class Outcome:
         best_epoch, steps = epochs_of(selection.best_step, self.steps_per_epoch), curve[-1]["step"]
         draw_curve(curve, best_epoch, self.out / "validation.svg")
         memory = tables.memory()
-        ended_early = steps < training.epochs * self.steps_per_epoch
+        ended_early = steps < last_step(self.config, self.data)
         fields = self.config.flat()
         decays = [name for name in ("tables.l2", "tables.regularization", "dense.weight_decay") if fields[name]]
         return {

@@ -24,6 +24,7 @@ __all__ = [
     "fused_optimizer",
     "horizon_of",
     "labels",
+    "last_step",
     "method_for",
     "method_label",
     "plan_tables",
@@ -72,6 +73,11 @@ def horizon_of(config: RunConfig, data: PreparedDataset) -> int | None:
     return None if average is None else max(1, round(average * steps_per_epoch(config, data)))
 
 
+def last_step(config: RunConfig, data: PreparedDataset) -> int:
+    """How many steps a training that nothing stops consists of."""
+    return math.ceil(Fraction(str(config.training.epochs)) * steps_per_epoch(config, data))
+
+
 def quantization_step(config: RunConfig, data: PreparedDataset, solved: Plan) -> int | None:
     """How many steps are done when training begins to round rows as they are served; ``None`` where it never does.
 
@@ -109,7 +115,7 @@ def plan_tables(config: RunConfig, data: PreparedDataset, *, any_model: bool = F
     hash_seed = config.training.seed if tables.hash_seed is None else tables.hash_seed
     solved = plan(
         data.table_configs(tables.embedding_dim),
-        method_for(config, min(config.training.epochs, _SCHEDULED_EPOCHS) * steps_per_epoch(config, data)),
+        method_for(config, min(last_step(config, data), _SCHEDULED_EPOCHS * steps_per_epoch(config, data))),
         tables.budget,
         data.frequencies,
         fused_optimizer(tables, horizon_of(config, data)),

@@ -440,7 +440,8 @@ def test_the_validation_curve(log, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "epochs", "wanted"), [(0.5, 3, [20, 30]), (1.5, 2, [7, 14, 20]), (30, 1, range(1, 11))]
+    ("number", "epochs", "wanted"),
+    [(0.5, 3, [20, 30]), (1.5, 2, [7, 14, 20]), (30, 1, range(1, 11)), (1, 0.5, [5]), (2, 1.25, [5, 10, 13])],
 )
 def test_evaluations_at_fractions_of_an_epoch(number, epochs, wanted, log, tmp_path):
     size = math.ceil(log.num_rows("train") / 10)
