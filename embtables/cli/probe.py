@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from embtables._util.names import number_of
 
 if TYPE_CHECKING:
     from embtables.plan.probe import Probe
@@ -22,6 +26,19 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as training.epochs=3; repeatable."),
 ]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Those that race within each budget, as `embtables sweep` takes them, or all; six families else."
+    ),
+]
+Regularizations = Annotated[
+    str | None,
+    typer.Option(
+        help="Strengths of tables.regularization of which full tables choose one, for all; by default 0.03,0.1,0.3, or "
+        "the one that --set or --config gives."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 
 
@@ -31,24 +48,23 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the short trainings; DATA with -probe behind it by default.")
     ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(help="Those that race within each budget, as `embtables sweep` takes them; six families else."),
-    ] = None,
+    methods: Methods = None,
     model: Model = None,
     config: Config = None,
     preset: Preset = None,
     leave_out: LeaveOut = None,
     max_history: Annotated[int | None, typer.Option(help="Latest items kept of each history.")] = None,
     overrides: Overrides = None,
+    regularizations: Regularizations = None,
     dry_run: DryRun = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Find out what each table is worth, and which method does best within a budget, in short trainings.
 
-    Within each budget six methods race: all are trained for a while, in batches a quarter as large, and whoever is
-    behind on validation drops out. Full tables run along; what each of them is worth is what is lost on validation
-    where all its ids have one vector. For one budget that is no more work than one full training of all its epochs.
+    Full tables choose how strong regularization is. Within each budget six methods race: all are trained for a while,
+    in batches a quarter as large, and whoever is behind on validation drops out. What a table is worth is what is lost
+    on validation where all its ids have one vector; of the two biggest, where a model is trained without them. For one
+    budget all that is no more work than one full training of all its epochs.
 
     The result is DATA/probe.json, by which `--method auto` chooses from then on. Stopped and started again, a probe
     goes on. Give it what you will train with: the same model, --config, --set and --leave-out.
@@ -63,16 +79,16 @@ def probe(
     from embtables.datasets import PreparedDataset
     from embtables.plan.probe import FILE
     from embtables.sweeps import cells, probing
-    from embtables.sweeps.racing import FAMILIES
+    from embtables.sweeps.racing import entered
     from embtables.training.config import load_config
 
     flags = {"model.name": model, "data.leave_out": names_of(leave_out), "data.max_history": max_history}
     resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
-    chosen = list(FAMILIES) if methods is None else list(cells.parse_methods(methods).values())
-    if any(cells.kind_of(spec) == "auto" for spec in chosen):
-        raise ValueError("auto chooses by what a probe finds, and takes no part in it: leave it out of --methods")
     folder = data.with_name(f"{data.name}-probe") if out is None else out
-    planned = probing.course(PreparedDataset(data), resolved, cells.parse_budgets(budgets), folder, chosen)
+    strengths = parse_regularizations(regularizations)
+    planned = probing.course(
+        PreparedDataset(data), resolved, cells.parse_budgets(budgets), folder, entered(methods), strengths
+    )
     found = run_probe(planned, dry_run=dry_run, quiet=quiet)
     if found is None:
         return
@@ -80,38 +96,67 @@ def probe(
     typer.echo(f"{data / FILE}: `embtables plan {data} --method auto --budget {list(planned.runners)[0]}` uses it")
 
 
-def run_probe(planned: Course, *, dry_run: bool, quiet: bool) -> Probe | None:
-    """Says what it will cost, makes the probe, and prints what it found; ``None`` where it is only to say the cost."""
+def parse_regularizations(text: str | None) -> list[float] | None:
+    """Numbers separated by commas."""
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= strength < math.inf for strength in found):
+        raise ValueError(f"--regularizations are numbers from 0 on, separated by commas, such as 0.03,0.1, not {text}")
+    return found
+
+
+def run_probe(planned: Course, *, dry_run: bool, quiet: bool, trainings: int = 0, epochs: float = 0.0) -> Probe | None:
+    """Says what it will cost, makes the probe, and prints what it found; ``None`` where it is only to say the cost.
+
+    Args:
+        planned: the probe.
+        dry_run: whether the cost is all.
+        quiet: whether there is no progress bar.
+        trainings: how many follow the probe, one at a time.
+        epochs: how many those have at most, in all.
+    """
     from embtables.methods import method_label
     from embtables.sweeps.probing import probe
-    from embtables.sweeps.racing import ROUNDS
     from embtables.training.logs import ProgressBar
 
-    number = 1 + sum(len(runners) for runners in planned.runners.values())
-    shortest, longest = (planned.reference.epochs(ROUNDS[i].evaluations) for i in (0, -1))
+    full = planned.references[0].config.training.epochs
     typer.echo(
-        f"{number} trainings of {shortest:.3g} to {longest:.3g} epochs, "
-        f"{planned.epochs:.3g} epochs in all; a full training has up to {planned.reference.config.training.epochs}",
+        f"{number_of(planned.trainings, 'short training')}, {planned.epochs:.3g} epochs in all; a full training has up "
+        f"to {full:g}",
         err=True,
     )
+    if trainings:
+        typer.echo(f"then {number_of(trainings, 'training')}, up to {epochs:.3g} epochs in all", err=True)
     for budget, names in planned.left_out.items():
         if names:
             typer.echo(f"do not fit into {budget}: {', '.join(names)}", err=True)
     if dry_run:
         return None
-    done = 0.0
+    done, ticks = 0.0, 0
+    resumed, started = planned.references[0].path().exists(), 0.0
     with ProgressBar(not quiet, 0, round(100 * planned.epochs), "probing, 1/100 epochs") as bar:
 
-        def tick(epochs: float) -> None:
-            nonlocal done
-            done += epochs
+        def tick(trained: float) -> None:
+            nonlocal done, ticks, started
+            done, ticks = done + trained, ticks + 1
+            if ticks == 2 and not resumed:  # the first one was slower than all others, as things are made ready in it
+                seconds = (time.monotonic() - started) / trained * (planned.epochs + epochs)
+                at_most = "at most " if trainings else ""
+                total = number_of(planned.trainings + trainings, "training")
+                bar.say(f"{at_most}about {_minutes(seconds)} here: {total}")
+            started = time.monotonic()
             bar.step(round(100 * done))
 
         found = probe(planned, tick)
+    typer.echo(f"tables.regularization: {found.regularization:g}, for full tables and all others")
     worth = sorted(found.tables.items(), key=lambda item: -item[1])
     typer.echo(f"what tables are worth ({found.monitor} lost without them):")
     for name, value in worth[:20]:
-        typer.echo(f"  {name}: {value:+.4f}")
+        typer.echo(f"  {name}: {value:+.4f}, by {found.how[name]}")
     for budget, race in zip(planned.runners, found.races):
         typer.echo(f"within {budget}, {race.budget_bytes:,} bytes, against full tables:")
         for entrant in race.entrants:
@@ -119,3 +164,10 @@ def run_probe(planned: Course, *, dry_run: bool, quiet: bool) -> Probe | None:
             told = f"{-entrant.loss:+.4f} ± {entrant.error:.4f} after {entrant.epochs:.3g} epochs{seeds}"
             typer.echo(f"  {method_label(entrant.method)}: {told}")
     return found
+
+
+def _minutes(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return number_of(round(seconds / 60), "minute") if seconds < 5400 else f"{seconds / 3600:.1f} hours"

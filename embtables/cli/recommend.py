@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from embtables.cli.probe import Config, DryRun, LeaveOut, Model, Overrides, Preset, run_probe
+from embtables.cli.probe import (
+    Config,
+    DryRun,
+    LeaveOut,
+    Methods,
+    Model,
+    Overrides,
+    Preset,
+    Regularizations,
+    parse_regularizations,
+    run_probe,
+)
 
 __all__ = ["recommend"]
 
@@ -23,8 +34,13 @@ def recommend(
     preset: Preset = None,
     leave_out: LeaveOut = None,
     overrides: Overrides = None,
+    methods: Methods = None,
+    regularizations: Regularizations = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many times each method is trained to the end.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; each gets its share of the cores.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="In minutes: no training sees more than a million examples.")
+    ] = False,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Three seeds, and all baselines and runners-up beside the winner.")
     ] = False,
@@ -35,7 +51,9 @@ def recommend(
 
     A raw log is prepared as `embtables prepare interactions` does by default. Then six methods race within the budget
     (`embtables probe`), and the winner is trained to the end beside full tables, full tables in low precision and a
-    frequency cut-off. The best on validation is recommended, and its tables and model are exported.
+    frequency cut-off, each with the regularization that the probe chose, and with the next stronger one. The best on
+    validation is recommended, and its tables and model are exported. With --quick the one that the probe chose is all,
+    and trainings are short.
 
     Stopped and started again the same command goes on. OUT holds the prepared data, the probe, the sweep with its
     report, and for each budget what is served.
@@ -45,7 +63,8 @@ def recommend(
     \b
       embtables recommend clicks.csv --budget 10MB --out runs/clicks
       embtables recommend data/demo --budget 10%,1% --set training.epochs=3 --out runs/demo
-      embtables recommend data/demo --budget 1% --thorough --jobs 2 --out runs/demo
+      embtables recommend data/demo --budget 1% --quick --out runs/quick
+      embtables recommend data/demo --budget 1% --thorough --methods all --jobs 2 --out runs/thorough
     """
     import sys
 
@@ -53,12 +72,15 @@ def recommend(
     from embtables.datasets import PreparedDataset
     from embtables.datasets.readers.interactions import prepare_interactions
     from embtables.sweeps import cells, probing
-    from embtables.sweeps.recommending import recommendation, sweep_for
+    from embtables.sweeps.racing import entered
+    from embtables.sweeps.recommending import most_trainings, quickly, recommendation, strengths_after, sweep_for
     from embtables.sweeps.report import write_report
     from embtables.sweeps.sweep import run_sweep
     from embtables.training.config import load_config
     from embtables.training.export import copy_served, served_of
 
+    if quick and thorough:
+        raise ValueError("--quick and --thorough exclude each other: leave one out")
     flags = {"model.name": model, "data.leave_out": names_of(leave_out)}
     resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
     budgets = cells.parse_budgets(budget)
@@ -66,14 +88,23 @@ def recommend(
         typer.echo(f"preparing {data}", err=True)
         prepared = prepare_interactions(data, out / "data", progress=not quiet)
         data = prepared.path
-    planned = probing.course(PreparedDataset(data), resolved, budgets, out / "probe")
-    number = (3 if thorough else seeds) * (len(budgets) * 2 + 1)
-    typer.echo(f"after the probe about {number} trainings of up to {resolved.training.epochs} epochs", err=True)
-    found = run_probe(planned, dry_run=dry_run, quiet=quiet)
+    opened = PreparedDataset(data)
+    if quick:
+        resolved = quickly(resolved, opened)
+    asked = parse_regularizations(regularizations)
+    planned = probing.course(opened, resolved, budgets, out / "probe", entered(methods), asked)
+    tried = [reference.config.tables.regularization for reference in planned.references]
+    seeds = 3 if thorough else seeds
+    most = 1 if quick else len(tried) if thorough else min(2, len(tried))
+    number = most_trainings(len(budgets), seeds, most, thorough=thorough)
+    found = run_probe(
+        planned, dry_run=dry_run, quiet=quiet, trainings=number, epochs=number * resolved.training.epochs / jobs
+    )
     if found is None:
         return
     found.save(out / "probe.json")
-    sweep = sweep_for(data, found, resolved, budgets, 3 if thorough else seeds, quick=not thorough)
+    strengths = [found.regularization] if quick else strengths_after(found, tried, thorough=thorough)
+    sweep = sweep_for(data, found, resolved, budgets, seeds, strengths, thorough=thorough)
     rows = run_sweep(sweep, out / "sweep", jobs=jobs)
     failed = next((row for row in rows if row["status"] == "failed"), None)
     if failed is not None:

@@ -22,7 +22,7 @@ from embtables.models import find_model
 from embtables.models.registry import is_built_in
 from embtables.plan.probe import Entrant, MethodSpec, Race
 from embtables.sizes.budget import InfeasibleBudget
-from embtables.sweeps.cells import file_name
+from embtables.sweeps.cells import file_name, in_precisions, kind_of, parse_methods, takes_budget
 from embtables.sweeps.planning import cell_config
 from embtables.tables import EmbeddingTables
 from embtables.training import Trainer
@@ -61,10 +61,31 @@ class Round(NamedTuple):
 
 
 #: The rounds of a race.
-ROUNDS = (Round(4, 3), Round(7, 2), Round(9, 1))
-# Between evaluations lies such a part of a full training that six methods, of which 6·4 + 3·3 + 2·2 evaluations
-# are seen, and the full tables beside them, 9, together take no more than all of these.
-_PARTS = 48
+ROUNDS = (Round(3, 3), Round(7, 2), Round(8, 1))
+# Between evaluations lies such a part of a full training that the whole probe of one budget takes no more than all of
+# these: six methods have 6·3 + 3·4 + 2·1 evaluations; full tables, with three strengths of regularization, 3·4 and
+# with the best of these 4 more; two trainings without a big table have 2·3.
+_PARTS = 54
+
+
+def entered(text: str | None) -> list[MethodSpec]:
+    """The methods that race: those of a text as ``embtables sweep`` takes it, or by default one of each family.
+
+    ``all`` are these and, with rows of four bits, every other method that a budget can bound.
+
+    Raises:
+        ValueError: as ``parse_methods``, or ``auto`` is among them.
+    """
+    if text is None:
+        return list(FAMILIES)
+    if text.strip() == "all":
+        others = in_precisions(parse_methods(text), "int4").values()
+        families = {kind_of(spec) for spec in FAMILIES}
+        return [*FAMILIES, *(spec for spec in others if takes_budget(spec) and kind_of(spec) not in families)]
+    found = list(parse_methods(text).values())
+    if any(kind_of(spec) == "auto" for spec in found):
+        raise ValueError("auto chooses by what a probe finds, and takes no part in it: leave it out of --methods")
+    return found
 
 
 def in_a_race(config: RunConfig, data: PreparedDataset) -> RunConfig:
@@ -87,7 +108,8 @@ class Runner:
     folder: Path
     inference_bytes: int = 0
     budget_bytes: int = 0
-    curves: dict[int, list[Row]] = field(default_factory=dict)
+    curves: dict[int, list[Row]] = field(default_factory=dict, init=False)
+    reached: dict[int, int] = field(default_factory=dict, init=False)
 
     @property
     def label(self) -> str:
@@ -97,7 +119,8 @@ class Runner:
         return cell_config(self.config, self.spec, self.budget, seed)
 
     def path(self, seed: int = 0) -> Path:
-        return self.folder / file_name(self.label, self.budget.replace("%", "pct"), f"s{seed}")
+        strength = f"regularization={self.config.tables.regularization:g}"
+        return self.folder / file_name(self.label, self.budget.replace("%", "pct"), f"s{seed}", strength)
 
     def fits(self) -> bool:
         """Whether its tables fit into the budget; how many bytes both have is kept."""
@@ -112,10 +135,13 @@ class Runner:
         """The epochs after which so many evaluations have been made."""
         return evaluations / self.config.training.evaluations_per_epoch
 
-    def run(self, evaluations: int, seed: int = 0) -> None:
-        """Trains on, to so many evaluations."""
+    def run(self, evaluations: int, seed: int = 0) -> float:
+        """Trains on, to so many evaluations in all; returns by how many epochs that is further than before."""
+        before = self.reached.get(seed, 0)
         Trainer(self.cell(seed), self.data, self.path(seed)).run_until(self.epochs(evaluations - 0.5))
         self.curves[seed] = read_curve(self.path(seed) / "validation.csv")
+        self.reached[seed] = max(before, evaluations)
+        return self.epochs(self.reached[seed] - before)
 
     def score(self, evaluations: int, seed: int = 0) -> float:
         """The best of so many evaluations; more is better."""
@@ -164,8 +190,7 @@ def race(
     done = 0
     for evaluations, keep in terms:
         for runner in left:
-            runner.run(evaluations)
-            tick(runner.epochs(evaluations - done))
+            tick(runner.run(evaluations))
         done = evaluations
         left.sort(key=lambda runner: -runner.score(evaluations))
         if keep == 1 and len(left) > 1:
@@ -195,8 +220,7 @@ def _decided(left: list[Runner], evaluations: int, tick: Callable[[float], Any])
     if first.score(evaluations) - second.score(evaluations) >= _CLOSE:
         return left
     for runner in (first, second):
-        runner.run(evaluations, seed=1)
-        tick(runner.epochs(evaluations))
+        tick(runner.run(evaluations, seed=1))
     means = [mean(runner.scores(evaluations)) for runner in (first, second)]
     ranges = (max(runner.scores(evaluations)) - min(runner.scores(evaluations)) for runner in (first, second))
     # Of two numbers the mean has a standard error of half their difference.

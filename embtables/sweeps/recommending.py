@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embtables.datasets import PreparedDataset
 from embtables.methods import method_label
 from embtables.plan.probe import MethodSpec, Probe
 from embtables.sizes.memory import format_bytes
-from embtables.sweeps.cells import with_baselines
+from embtables.sweeps.cells import takes_budget, with_baselines
 from embtables.sweeps.config import SweepConfig, describe
 from embtables.sweeps.summary import Point, Summary
-from embtables.training.config import RunConfig
+from embtables.training.config import RunConfig, with_fields
 
 #: Methods beside the winner of the race that are trained to the end.
-QUICK: tuple[MethodSpec, ...] = (
+BESIDE: tuple[MethodSpec, ...] = (
     "full",
     {"kind": "full", "precision": "int8"},
     {"kind": "full", "precision": "int4"},
@@ -24,8 +25,52 @@ QUICK: tuple[MethodSpec, ...] = (
 )
 
 
+#: ``--quick`` trains on no more examples than this.
+QUICK_EXAMPLES = 1_000_000
+
+
+def quickly(config: RunConfig, data: PreparedDataset) -> RunConfig:
+    """The same training, of no more than ``QUICK_EXAMPLES``."""
+    epochs = min(config.training.epochs, round(QUICK_EXAMPLES / max(1, data.num_rows("train")), 3) or 0.001)
+    return with_fields(config, {"training.epochs": epochs})
+
+
+def strengths_after(found: Probe, tried: Sequence[float], *, thorough: bool) -> list[float]:
+    """The strengths of regularization that are worth a whole training.
+
+    Short trainings favor weak ones: that which the probe chose of those it ``tried``, and the next stronger one.
+    """
+    stronger = sorted(strength for strength in tried if strength > found.regularization)
+    return sorted(tried) if thorough else [found.regularization, *stronger[:1]]
+
+
+def most_trainings(budgets: int, seeds: int, strengths: int, *, thorough: bool) -> int:
+    """How many trainings :func:`sweep_for` calls for at most; fewer where one method wins within several budgets."""
+    beside = sum(map(takes_budget, _with_beside({}, thorough=thorough).values()))
+    return (1 + budgets * (budgets * _raced(thorough) + beside)) * (strengths + seeds - 1)
+
+
+def _raced(thorough: bool) -> int:
+    """How many of each race are trained."""
+    return 2 if thorough else 1
+
+
+def _with_beside(methods: dict[str, MethodSpec], *, thorough: bool) -> dict[str, MethodSpec]:
+    """These methods and what is trained beside them, full tables first."""
+    full, *others = BESIDE
+    found = {method_label(spec): spec for spec in [full, *methods.values(), *others]}
+    return with_baselines(found) if thorough else found
+
+
 def sweep_for(
-    data: Path, found: Probe, config: RunConfig, budgets: Sequence[str], seeds: int, *, quick: bool
+    data: Path,
+    found: Probe,
+    config: RunConfig,
+    budgets: Sequence[str],
+    seeds: int,
+    strengths: Sequence[float],
+    *,
+    thorough: bool,
 ) -> SweepConfig:
     """The trainings that a probe calls for: its winners and runners-up, full tables and the baselines.
 
@@ -35,12 +80,15 @@ def sweep_for(
         config: of the training.
         budgets: as texts, in the order of the races.
         seeds: how many times each is trained.
-        quick: whether the winners alone are trained, beside full tables and a cut-off.
+        strengths: of regularization; each method has the one that is best on validation.
+        thorough: whether runners-up are trained too, and all baselines.
     """
-    number = 1 if quick else 2
-    raced = [entrant.method for race in found.races for entrant in race.entrants[:number]]
-    methods = {method_label(spec): spec for spec in [*QUICK[:1], *raced, *QUICK[1:]]}
-    return describe(data, methods if quick else with_baselines(methods), list(budgets), seeds, config)
+    raced = [entrant.method for race in found.races for entrant in race.entrants[: _raced(thorough)]]
+    methods = _with_beside({method_label(spec): spec for spec in raced}, thorough=thorough)
+    first, *others = strengths
+    config = with_fields(config, {"tables.regularization": first})
+    tune = {"tables.regularization": [first, *others]} if others else None
+    return describe(data, methods, list(budgets), seeds, config, tune=tune)
 
 
 @dataclass(frozen=True)
@@ -72,6 +120,11 @@ class Recommendation:
             lines.append(
                 f"Next on validation is {other.method}: {format_bytes(other.inference_bytes or 0)}, test AUC "
                 f"{other.mean('test_auc'):.4f}."
+            )
+        if not self.full.mean("test_normalized_entropy") < 1:
+            lines.append(
+                "Full tables predict no better than the click rate does, so none of this says anything: train longer, "
+                "or find out what is wrong, such as --set tables.learning_rate=…."
             )
         if len(self.point.rows) < 2:
             lines.append("One training of each says nothing about luck: --seeds 3 does.")

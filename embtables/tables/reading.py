@@ -81,7 +81,7 @@ def strengths_of_rows(
         w: torch.zeros(len(store.matrix(w)), dtype=torch.float64, device=store.device) for w in store.weight_names
     }
     for name, of_table in counts.items():
-        own = torch.from_numpy(of_table).to(store.device, torch.float64)
+        own = torch.tensor(of_table, dtype=torch.float64, device=store.device)
         for weight, rows, ids in _rows_by_chunk(blocks, name):
             lookups[weight].index_add_(0, rows.clamp(min=0).flatten(), (own[ids, None] * (rows >= 0)).flatten())
     strengths = {weight: l2 / of_rows.clamp(min=1) for weight, of_rows in lookups.items()}

@@ -72,5 +72,9 @@ class ProgressBar:
         """Shown in the place of the loss until the next one."""
         self._progress.update(self._task, loss=text, refresh=True)
 
+    def say(self, text: str) -> None:
+        """A line above the bar, also where no bar is shown."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def monitor(self, name: str, value: float) -> None:
         self._progress.update(self._task, monitor=f"valid {name} {value:.4f}")

@@ -31,7 +31,7 @@ from embtables.training.logs import Events, ProgressBar
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
 from embtables.training.outcome import CHECKPOINT, Outcome, Selection, epochs_of
-from embtables.training.planning import horizon_of, method_label, last_step, quantization_step, steps_per_epoch
+from embtables.training.planning import horizon_of, last_step, method_label, quantization_step, steps_per_epoch
 
 __all__ = ["CHECKPOINT", "Run"]
 

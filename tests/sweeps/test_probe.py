@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from embtables import Plan
 from embtables.cli.app import run
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
 from embtables.plan.probe import Probe
@@ -49,7 +52,7 @@ def test_what_is_found(probed: tuple[Probe, Path, list[float]], data: PreparedDa
     for each in found.races:
         assert sorted(str(e.method) for e in each.entrants) == sorted(map(str, METHODS))
         epochs = [e.epochs for e in each.entrants]
-        assert epochs == sorted(epochs, reverse=True) and max(epochs) == pytest.approx(0.75)
+        assert epochs == sorted(epochs, reverse=True) and max(epochs) == pytest.approx(4 * 8 / 54)
         assert all(e.loss == pytest.approx(found.reference - e.valid) for e in each.entrants if e.epochs == max(epochs))
     again = Probe.model_validate(json.loads(json.dumps(found.model_dump(mode="json"))))
     assert again == found
@@ -87,12 +90,12 @@ def test_worth_is_what_is_lost_where_all_ids_have_the_mean_vector(
     probed: tuple[Probe, Path, list[float]], data: PreparedDataset
 ) -> None:
     found, folder, _ = probed
-    (best,) = (folder / "full-s0" / "checkpoint").glob("best-*")
+    (best,) = (folder / full_tables(found) / "checkpoint").glob("best-*")
     batch = next(data.batches("valid", 10_000))
     with torch.no_grad():
         whole = auc(batch.labels.numpy(), load_served(best)(batch).numpy())
         assert whole == pytest.approx(found.reference, abs=1e-6)
-        for name in data.feature_names:
+        for name in [name for name, how in found.how.items() if how == "ablation"]:
             model = load_served(best)
             rows = model.embeddings.store.slab(name)
             counts = data.frequencies[name].astype(float)
@@ -100,14 +103,56 @@ def test_worth_is_what_is_lost_where_all_ids_have_the_mean_vector(
             rows[:] = torch.from_numpy(mean).float()
             lost = whole - auc(batch.labels.numpy(), model(batch).numpy())
             assert found.tables[name] == pytest.approx(lost, abs=2e-4), name
-    assert set(found.how.values()) == {"ablation"}
 
 
-def test_a_race_takes_no_more_than_a_full_training(data: PreparedDataset) -> None:
-    config = load_config(overrides=["training.epochs=24"])
-    evaluations = racing.ROUNDS[-1].evaluations + racing.trained(6)
-    assert 0.9 * 24 < evaluations / in_a_race(config, data).training.evaluations_per_epoch <= 24
-    assert racing.ROUNDS[-1].keep == 1 and racing.trained(2) == 2 * 9 and racing.trained(1) == 9
+def full_tables(found: Probe, seed: int = 0) -> str:
+    """The folder of their training."""
+    return f"full-s{seed}-regularization={found.regularization:g}"
+
+
+def test_worth_of_the_biggest_tables_is_what_is_lost_where_a_model_is_trained_without(
+    probed: tuple[Probe, Path, list[float]], data: PreparedDataset
+) -> None:
+    found, folder, _ = probed
+    big = sorted(data.num_embeddings, key=lambda name: -data.num_embeddings[name])[:2]
+    assert found.how == {name: "retraining" if name in big else "ablation" for name in data.feature_names}
+    whole = pd.read_csv(folder / full_tables(found) / "validation.csv")["valid_auc"][:3].max()
+    for name in big:
+        (out,) = folder.glob(f"*{name}*drop_feature*-regularization={found.regularization:g}")
+        lines = Plan.from_dict(json.loads((out / "plan.json").read_text())).lines()
+        assert [line["table"] for line in lines if line["method"] == "drop_feature"] == [name]
+        curve = pd.read_csv(out / "validation.csv")["valid_auc"]
+        assert len(curve) == 3 and found.tables[name] == pytest.approx(whole - curve.max(), abs=1e-12)
+
+
+def test_full_tables_choose_how_strong_regularization_is(
+    probed: tuple[Probe, Path, list[float]], data: PreparedDataset, tmp_path: Path
+) -> None:
+    found, folder, _ = probed
+    tried = {
+        strength: pd.read_csv(folder / f"full-s0-regularization={strength:g}" / "validation.csv")["valid_auc"]
+        for strength in probing.REGULARIZATIONS
+    }
+    assert found.regularization == max(tried, key=lambda strength: tried[strength][:4].max())
+    assert sorted(map(len, tried.values())) == [4, 4, 8]
+    assert not [path for path in folder.iterdir() if not path.name.endswith(tuple(f"={s:g}" for s in tried))]
+    others = {path.name for path in folder.iterdir() if not path.name.startswith("full-s0")}
+    assert {name.rpartition("=")[2] for name in others} == {f"{found.regularization:g}"}
+    for fields, wanted in [
+        (["tables.regularization=0.2"], [0.2]),  # what is given is not put in question
+        (["tables.fused=false", "tables.optimizer=adam", "tables.l2=1e-5"], [0.0]),
+        ([], list(probing.REGULARIZATIONS)),
+    ]:
+        planned = probing.course(data, load_config(overrides=[*FLAGS, *fields]), ["30%"], tmp_path, METHODS)
+        assert [reference.config.tables.regularization for reference in planned.references] == wanted
+    planned = probing.course(data, load_config(overrides=FLAGS), ["30%"], tmp_path, METHODS, [0.5, 0.0])
+    assert [reference.config.tables.regularization for reference in planned.references] == [0.5, 0.0]
+
+
+def test_a_probe_takes_no_more_than_a_full_training(data: PreparedDataset, tmp_path: Path) -> None:
+    planned = probing.course(data, load_config(overrides=["training.epochs=24"]), ["60%"], tmp_path)
+    assert planned.trainings == 3 + 2 + 6 and 0.99 * 24 < planned.epochs <= 24
+    assert racing.ROUNDS[-1].keep == 1 and racing.trained(2) == 2 * 8 and racing.trained(1) == 8
 
 
 class Made(Runner):
@@ -117,9 +162,11 @@ class Made(Runner):
         super().__init__(name, "", load_config(overrides=["training.evaluations_per_epoch=1"]), None, Path())  # type: ignore[arg-type]
         self.given, self.inference_bytes, self.trained = curves, size, []
 
-    def run(self, evaluations: int, seed: int = 0) -> None:
+    def run(self, evaluations: int, seed: int = 0) -> float:
+        before = len(self.curves.get(seed, []))
         self.trained.append((evaluations, seed))
         self.curves[seed] = [{"valid_auc": value} for value in self.given[seed][:evaluations]]
+        return evaluations - before
 
     def lookup_us(self) -> float:
         return 3.0 if self.spec == "hash" else 2.0
@@ -173,7 +220,7 @@ def test_what_is_trained_in_a_race(data: PreparedDataset) -> None:
     quick = in_a_race(config, data).training
     assert (quick.batch_size, quick.patience, quick.quantize_from, quick.plateau_factor) == (512, None, None, None)
     assert in_a_race(load_config(overrides=["training.batch_size=2"]), data).training.batch_size == 1
-    # No two evaluations are of one step: of 3,600 rows there are 29 steps of 128, and 48 evaluations would be due.
+    # No two evaluations are of one step: of 3,600 rows there are 29 steps of 128, and 54 evaluations would be due.
     short = in_a_race(load_config(overrides=["training.batch_size=512", "training.epochs=1"]), data)
     assert short.training.evaluations_per_epoch == -(-data.num_rows("train") // 128)
 
@@ -194,10 +241,14 @@ def test_the_command(data: PreparedDataset, tmp_path: Path, capsys: pytest.Captu
     ]
     assert run([*command, "--dry-run"]) == 0
     told = capsys.readouterr().err
-    assert "trainings of 0.333 to 0.75 epochs" in told and "a full training has up to 4" in told
+    # Full tables have 3 · 4 evaluations and 4 more, two big tables 2 · 3, the races 2 · 8 and 8.
+    assert f"8 short trainings, {46 / 54 * 4:.3g} epochs in all; a full training has up to 4" in told
     assert "do not fit into 0.2%: hash" in told and not (prepared / "probe.json").exists()
     assert run([*command, "--quiet"]) == 0
-    told = capsys.readouterr().out
+    written = capsys.readouterr()
+    assert re.search("^about [0-9]+ seconds here: 8 trainings$", written.err, re.MULTILINE)
+    told = written.out
+    assert "tables.regularization: " in told and ", by ablation" in told and ", by retraining" in told
     assert "what tables are worth (auc lost without them)" in told and f"within 30%, {budget:,} bytes" in told
     found = Probe.load(prepared)
     assert found.races[0].budget_bytes == budget
