@@ -47,14 +47,18 @@ FAMILIES: tuple[MethodSpec, ...] = (
 SMALLER_BATCHES = 4
 # Two methods whose scores differ by less are trained with a second seed.
 _CLOSE = 0.003
-# Means that differ by more are never a tie, however far seeds are apart: they are the best guess there is.
+# Scores that differ by no more may be the same. Means of two seeds that differ by more are never a tie, however far the
+# seeds are apart: they are the best guess there is.
 _TIE = 0.001
 # Sizes that differ by less, as a factor, are the same.
 _SAME_SIZE = 1.02
 
 
 class Round(NamedTuple):
-    """All who are left are trained to so many evaluations, counted from the start; ``keep`` of them go on."""
+    """All who are left are trained to so many evaluations, counted from the start.
+
+    ``keep`` of them go on, and with the last of these all that are as good as it.
+    """
 
     evaluations: int
     keep: int
@@ -195,6 +199,9 @@ def race(
         left.sort(key=lambda runner: -runner.score(evaluations))
         if keep == 1 and len(left) > 1:
             left = _decided(left, evaluations, tick)
+        elif keep < len(left):
+            last = left[keep - 1].score(evaluations)
+            keep = sum(last - runner.score(evaluations) <= _TIE for runner in left)
         out = [_entrant(runner, reference, evaluations) for runner in left[keep:]] + out
         left = left[:keep]
     found = [_entrant(runner, reference, done) for runner in left] + out
@@ -202,7 +209,7 @@ def race(
 
 
 def trained(number: int, terms: Sequence[Round] = ROUNDS) -> int:
-    """How many evaluations a race of so many methods takes, if no two of them are close."""
+    """How many evaluations a race of so many methods takes, where no two that are close decide who goes on."""
     total = done = 0
     for evaluations, keep in terms:
         total += number * (evaluations - done)

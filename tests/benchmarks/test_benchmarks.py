@@ -887,18 +887,38 @@ def test_regrets_are_differences_to_the_best_that_was_measured() -> None:
     fields: dict[str, Any] = {"data": "", "model": "dlrm", "monitor": "auc", "reference": 0.8, "reference_epochs": 1}
     found = Probe(**fields, regularization=0.1, tables={}, how={}, races=races)
     rows = [
-        ("full", None, 0.8),
-        ("full", None, 0.9),
-        ("robe", "10%", 0.7),
-        ("robe", "10%", 0.72),
-        ("unified", "10%", 0.75),
+        ("full", None, 0.8, 1000),
+        ("full", None, 0.9, 1000),
+        ("full(precision=int2)", None, 0.6, 99),
+        ("full(precision=int8)", None, 0.8, 300),  # does not fit
+        ("frequency_cutoff", "10%", 0.65, 100),
+        ("robe", "10%", 0.7, 100),
+        ("robe", "10%", 0.72, 100),
+        ("hash", "10%", 0.69, 100),
+        ("unified", "10%", 0.75, 100),
+        ("drop_feature", "50%", 0.78, 90),  # of another budget
     ]
-    frame = pd.DataFrame(rows, columns=["method", "budget", "test_auc"]).assign(status="ok", full_bytes=1000)
+    columns = ["method", "budget", "test_auc", "inference_bytes"]
+    frame = pd.DataFrame(rows, columns=columns).assign(status="ok", full_bytes=1000)
     (cell,) = regret.cells("made", found, frame)  # no sweep has the budget of the other race
     assert (cell.budget, cell.chosen, cell.best) == ("10%", "robe", "unified")
-    assert (cell.auc, cell.best_auc, cell.by_rule) == (pytest.approx(0.71), 0.75, None)
-    assert cell.measured == pytest.approx(0.85 - 0.71) and cell.expected == 0.02
-    assert "| 0.0400 | not measured | +0.0200 ± 0.0010 | +0.1400 |" in regret.report([cell])
+    assert cell.regret("robe") == pytest.approx(0.04) and cell.regret(regret.RULE) is None
+    assert sorted(cell.baselines) == ["frequency_cutoff", "full(precision=int2)"]
+    table = regret.choices([cell])
+    assert "| 0.7100 ± 0.0141 | unified | 0.7500 | 0.0400 | not measured | frequency_cutoff 0.6500 | +0.0600 |" in table
+    assert "| +0.0200 ± 0.0010 | +0.1400 |" in table
+    assert [(entrant.method, pytest.approx(loss)) for entrant, loss in cell.losses()] == [
+        ("robe", 0.14),
+        ("hash", 0.16),
+    ]
+    grouped = regret.by_group([cell], "all", lambda cell, entrant: "all")
+    assert "| all | 2 | -0.1250 | 0.1250 |" in grouped
+    assert "| made | 10% | robe, hash | robe, hash |" in regret.orders([cell])
+
+
+def test_spearman_is_the_correlation_of_ranks() -> None:
+    assert regret.spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert math.isnan(regret.spearman([1, 2], [1, 2]))
 
 
 def test_the_published_choices_of_probes_are_what_their_files_say() -> None:

@@ -188,6 +188,20 @@ def test_who_drops_out_when() -> None:
     assert worse.trained == [(1, 0)] and early.trained == [(1, 0), (2, 0), (4, 0)]
 
 
+def test_who_is_as_good_as_the_last_that_goes_on_goes_on_too() -> None:
+    full = Made("full", [0.9, 0.9, 0.9])
+    full.run(3)
+    runners = [
+        Made("hash", [0.7, 0.70, 0.70]),
+        Made("robe", [0.6992, 0.75, 0.75]),
+        Made("unified", [0.6988, 0.8, 0.8]),  # as far behind the second one as it may be
+        Made("low_rank", [0.697, 0.85, 0.85]),
+    ]
+    found = race(runners, full, 100, lambda epochs: None, [Round(1, 2), Round(2, 2), Round(3, 1)])
+    assert [entrant.method for entrant in found.entrants] == ["unified", "robe", "hash", "low_rank"]
+    assert [entrant.epochs for entrant in found.entrants] == [3, 3, 2, 1]
+
+
 @pytest.mark.parametrize(
     "first, second, sizes, winner",
     [
