@@ -57,15 +57,12 @@ FRAMEWORKS := fuxictr deepctr-torch scikit-learn scipy joblib threadpoolctl narw
 TRAINERS := pytorch-lightning accelerate
 ONNX := onnxruntime onnxscript onnx onnx-ir ml_dtypes
 
-# 200,000 generated rows over 1.3 MB of tables; 46 cells, of which 40 are feasible, in 36 trainings. A second call shows
-# the results again; `make clean` forgets them.
+# 200,000 generated rows over 1.3 MB of tables. A second call shows the results again; `make clean` forgets them.
 DEMO := runs/demo
-demo: $(STAMP) ## the main job on generated data: accuracy of each method at 10 % and 1 % of the bytes
+demo: $(STAMP) ## the main job on generated data: which tables to take within 10 % and within 1 % of the bytes
 	$(BIN)/embtables prepare synthetic - $(DEMO)/synthetic --rows 200000 --cardinalities 20000,5000,1000,100 --unseen 0.02
-	$(BIN)/embtables sweep $(DEMO)/synthetic --model dlrm --budgets 10%,1% --seeds 2 --jobs $(JOBS) --out $(DEMO)/sweep \
-		--set tables.learning_rate=0.01 \
-		--methods full,hash,compositional,mixed_dimension,unified,robe,pruned,drop_feature,frequency_cutoff
-	$(BIN)/embtables report $(DEMO)/sweep
+	$(BIN)/embtables recommend $(DEMO)/synthetic --budget 10%,1% --model dlrm --set tables.learning_rate=0.01 \
+		--jobs $(JOBS) --out $(DEMO)/recommended
 
 # The tests marked `core`: those that find the most in the least time, for use while a change is written.
 # Only the files that hold some are collected: importing all others would take longer than the tests.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks import regret
 from benchmarks.report import part
 from benchmarks.results import rendered
 from benchmarks.scaling import FIGURE
@@ -25,7 +27,7 @@ from benchmarks.scaling import FIGURE
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 README, PAGE, PERFORMANCE = ROOT / "README.md", RESULTS / "README.md", ROOT / "docs" / "performance.md"
-GPU = ROOT / "docs" / "gpu.md"
+GPU, CHOOSING = ROOT / "docs" / "gpu.md", ROOT / "docs" / "choosing.md"
 #: Page, marker -> the folder of a sweep over methods and budgets.
 SWEEPS = {
     (PAGE, "globo-tuned"): "globo-tuned",
@@ -72,6 +74,8 @@ ATTAINED = {
     ("S3-Rec Sports", "tuned"): ("sports-tuned",),
     ("S3-Rec Yelp", "tuned"): ("yelp-tuned",),
 }
+#: Test AUC within which methods are called level.
+LEVEL = 0.002
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("[a-z]*.md"))
 #: Their parts go where a page has the marker speed-<part>: what all machines say together, else what this one says.
 SPEED_REPORTS = (RESULTS / "speed" / "report.md", RESULTS / "speed" / "amd-epyc-l3-32m" / "report.md")
@@ -156,6 +160,32 @@ def by_kind(folders: Sequence[str], first: str) -> str:
     for kind in sorted(kinds, key=lambda kind: -_best_form(kinds[kind], "1%")["test_auc"].fillna(0).mean()):
         shown = [_cell(_best_form(kinds[kind], budget)) for budget in budgets]
         lines.append([_linked(kind), *shown, *_cells(before[before["method"] == kind], budgets_before)])
+    return rendered(lines)
+
+
+def leaders() -> str:
+    """Of each data set and budget what is best, what is level with it, and plain hashing, as losses to full tables."""
+    lines = [
+        ["data", "budget", "best", "to full tables", "level with it", "hash"],
+        ["---", "---:", "---", "---:", "---", "---:"],
+    ]
+    for (data, protocol), folders in ATTAINED.items():
+        if protocol != "tuned":
+            continue
+        results = together(folders)
+        full = results[results["method"] == "full"]["test_auc"].mean()
+        for budget in _budgets(results):
+            kinds = {kind: cells for kind, cells in results.groupby(_kinds(results)) if kind != "full"}
+            aucs = {
+                kind: _best_form(cells, budget)["test_auc"].mean()
+                for kind, cells in kinds.items()
+                if budget in set(cells["budget"])
+            }
+            first, *others = sorted((k for k in aucs if not pd.isna(aucs[k])), key=lambda kind: -aucs[kind])
+            level = ", ".join(kind for kind in others if aucs[first] - aucs[kind] <= LEVEL)
+            lines.append(
+                [data, budget, _linked(first), f"{aucs[first] - full:+.4f}", level, f"{aucs['hash'] - full:+.4f}"]
+            )
     return rendered(lines)
 
 
@@ -325,7 +355,7 @@ def _with_figure(table: str, folder: str, page: Path) -> str:
 
 def filled(page: Path, text: str) -> str:
     """The page's text with all its tables as the results say."""
-    docs = "docs/" if page == README else "../"
+    methods = Path(os.path.relpath(ROOT / "docs" / "methods", page.parent)).as_posix() + "/"
     contents = {marker: variants(folders) for (of, marker), folders in VARIANTS.items() if of == page}
     contents |= {marker: lengths(folder) for (of, marker), folder in LENGTHS.items() if of == page}
     contents |= {marker: ablations(folders) for (of, marker), folders in ABLATIONS.items() if of == page}
@@ -343,12 +373,16 @@ def filled(page: Path, text: str) -> str:
         contents["fuxictr-din"] = in_fuxictr("fuxictr-din")
     if page in METHOD_PAGES and "results:attained" in text:
         contents["attained"] = attained(page.stem)
+    if page == CHOOSING:
+        found = regret.read(RESULTS / "probes")
+        contents |= {"leaders": leaders(), "probes": regret.choices(found), "families": regret.by_family(found)}
+        contents["races"] = regret.orders(found)
     if page == GPU:
         contents |= {marker: on_a_gpu(folder, phase) for marker, (folder, phase) in GPU_TABLES.items()}
         contents["gpu-machine"] = gpu_machine("gpu")
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
-        linked = content.replace("](docs/methods/", f"]({docs}methods/")
+        linked = content.replace("](docs/methods/", f"]({methods}")
         whole = f"{start}\n{linked}\n{end}"
         text, found = re.subn(f"{start}.*?{end}", lambda _: whole, text, flags=re.S)  # noqa: B023
         if not found:
@@ -361,7 +395,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     check = parser.parse_args().check
     changed = False
-    for page in (README, PAGE, PERFORMANCE, GPU, *METHOD_PAGES):
+    for page in (README, PAGE, PERFORMANCE, GPU, CHOOSING, *METHOD_PAGES):
         old = page.read_text(encoding="utf-8")
         new = filled(page, old)
         changed |= new != old

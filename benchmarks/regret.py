@@ -155,6 +155,11 @@ def by_group(found: Sequence[Cell], name: str, key: Callable[[Cell, Entrant], st
     return rendered(lines)
 
 
+def by_family(found: Sequence[Cell]) -> str:
+    """Expected losses beside measured ones, a row for each family of methods."""
+    return by_group(found, "family", lambda cell, entrant: _kind(entrant))
+
+
 def orders(found: Sequence[Cell]) -> str:
     """The order of each race beside that of whole trainings."""
     lines = [
@@ -204,7 +209,7 @@ def published(folder: Path) -> str:
         choices(found),
         "## Expected and measured losses",
         "Of all that raced: the loss against full tables when a method left the race, beside that of whole trainings.",
-        by_group(found, "family", lambda cell, entrant: _kind(entrant)),
+        by_family(found),
         by_group(found, "data and budget", lambda cell, entrant: f"{cell.data}, {cell.budget}"),
         "## The order of races",
         orders(found),

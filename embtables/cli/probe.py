@@ -109,15 +109,18 @@ def parse_regularizations(text: str | None) -> list[float] | None:
     return found
 
 
-def run_probe(planned: Course, *, dry_run: bool, quiet: bool, trainings: int = 0, epochs: float = 0.0) -> Probe | None:
+def run_probe(
+    planned: Course, *, dry_run: bool, quiet: bool, trainings: int = 0, epochs: float = 0.0, jobs: int = 1
+) -> Probe | None:
     """Says what it will cost, makes the probe, and prints what it found; ``None`` where it is only to say the cost.
 
     Args:
         planned: the probe.
         dry_run: whether the cost is all.
         quiet: whether there is no progress bar.
-        trainings: how many follow the probe, one at a time.
+        trainings: how many follow the probe.
         epochs: how many those have at most, in all.
+        jobs: how many of them are trained at a time.
     """
     from embtables.methods import method_label
     from embtables.sweeps.probing import probe
@@ -144,7 +147,7 @@ def run_probe(planned: Course, *, dry_run: bool, quiet: bool, trainings: int = 0
             nonlocal done, ticks, started
             done, ticks = done + trained, ticks + 1
             if ticks == 2 and not resumed:  # the first one was slower than all others, as things are made ready in it
-                seconds = (time.monotonic() - started) / trained * (planned.epochs + epochs)
+                seconds = (time.monotonic() - started) / trained * (planned.epochs + epochs / jobs)
                 at_most = "at most " if trainings else ""
                 total = number_of(planned.trainings + trainings, "training")
                 bar.say(f"{at_most}about {_minutes(seconds)} here: {total}")

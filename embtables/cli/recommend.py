@@ -97,9 +97,8 @@ def recommend(
     seeds = 3 if thorough else seeds
     most = 1 if quick else len(tried) if thorough else min(2, len(tried))
     number = most_trainings(len(budgets), seeds, most, thorough=thorough)
-    found = run_probe(
-        planned, dry_run=dry_run, quiet=quiet, trainings=number, epochs=number * resolved.training.epochs / jobs
-    )
+    epochs = number * resolved.training.epochs
+    found = run_probe(planned, dry_run=dry_run, quiet=quiet, trainings=number, epochs=epochs, jobs=jobs)
     if found is None:
         return
     found.save(out / "probe.json")
@@ -111,6 +110,7 @@ def recommend(
         log = out / "sweep" / "cells" / f"{failed['cell']}.log"
         raise ValueError(f"{failed['cell']} failed: {failed['message']} (log: {log})")
     report = write_report(out / "sweep", progress=sys.stderr.isatty() and not quiet)
+    typer.echo(f"Everything that was compared: {out / 'sweep' / 'report.md'}")
     for each, race in zip(budgets, found.races):
         taken = recommendation(report.summary, each, race.budget_bytes)
         served = out / "served" / each.replace("%", "pct")
@@ -118,4 +118,3 @@ def recommend(
             copy_served(served_of(out / "sweep" / "cells" / taken.run), served)
         for line in [*taken.words(), f"Served tables and model: {served}"]:
             typer.echo(line)
-    typer.echo(f"Everything that was compared: {out / 'sweep' / 'report.md'}")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from embtables._util.files import write_json
+from embtables._util.reading import read_json
 from embtables.datasets import PreparedDataset
 from embtables.methods import method_label
 from embtables.models import find_model
@@ -93,10 +95,13 @@ def entered(text: str | None) -> list[MethodSpec]:
 
 
 def in_a_race(config: RunConfig, data: PreparedDataset) -> RunConfig:
-    """How a run is trained in a race: in smaller batches, with many evaluations, and without an early stop."""
+    """How a run is trained in a race: in smaller batches, with many evaluations, and without an early stop.
+
+    Its checkpoint stays, with the best model so far: of data of a few steps a race may reach the end.
+    """
     size = max(1, config.training.batch_size // SMALLER_BATCHES)
     until_the_end = dict.fromkeys(("training.patience", "training.plateau_factor", "training.quantize_from"))
-    quick = with_fields(config, {"training.batch_size": size, **until_the_end})
+    quick = with_fields(config, {"training.batch_size": size, "training.keep_checkpoint": True, **until_the_end})
     evaluations = min(float(steps_per_epoch(quick, data)), _PARTS / config.training.epochs)
     return with_fields(quick, {"training.evaluations_per_epoch": evaluations})
 
@@ -162,11 +167,16 @@ class Runner:
         return load_served(self.best(), model=None if is_built_in(name) else find_model(name))
 
     def lookup_us(self) -> float:
-        """Microseconds of a lookup of one batch in the tables of the best model so far."""
+        """Microseconds of a lookup of one batch in the tables of the best model so far, measured once."""
+        measured = self.path() / "lookup.json"
+        if measured.exists() and isinstance(before := read_json(measured), float):
+            return before
         tables = self.served().embeddings
         assert isinstance(tables, EmbeddingTables)
         data = selected(self.config, self.data)
-        return lookup_latency_us(tables, next(data.batches("valid", self.config.training.batch_size)))
+        found = lookup_latency_us(tables, next(data.batches("valid", self.config.training.batch_size)))
+        write_json(measured, found)
+        return found
 
     def scores(self, evaluations: int) -> list[float]:
         """Those of all seeds."""

@@ -239,6 +239,23 @@ def test_what_is_trained_in_a_race(data: PreparedDataset) -> None:
     assert short.training.evaluations_per_epoch == -(-data.num_rows("train") // 128)
 
 
+def test_where_a_race_reaches_the_end_of_the_training_its_best_models_are_there(
+    data: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["training.epochs=2", "training.batch_size=16000", "training.keep_checkpoint=false"]
+    config = load_config(overrides=[*flags, "tables.embedding_dim=4", "tables.regularization=0.1"])
+    assert in_a_race(config, data).training.evaluations_per_epoch == 1
+    planned = probing.course(data, config, ["30%"], tmp_path, ["hash", "robe"])
+    found = probing.probe(planned)
+    assert list(tmp_path.glob("full-s0*/metrics.json")) and set(found.tables) == set(data.feature_names)
+    # How long lookups take is measured once, so that a tie is decided the same way again.
+    runner = planned.runners["30%"][0]
+    runner.run(1)
+    lookup = runner.lookup_us()
+    monkeypatch.setattr(racing, "lookup_latency_us", lambda tables, batch: 2 * lookup)
+    assert runner.lookup_us() == lookup > 0
+
+
 def test_the_command(data: PreparedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepared = tmp_path / "toy"
     shutil.copytree(data.path, prepared)
