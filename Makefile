@@ -47,6 +47,8 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables
 		echo "Lightning and Accelerate cannot be installed for this Python; the tests that need them are skipped."
 	@$(call quietly,$(PIP) --no-deps --no-compile $(ONNX)) || \
 		echo "ONNX Runtime cannot be installed for this Python; the tests that need it are skipped."
+	@$(call quietly,$(PIP) --no-deps --no-compile $(LOGGERS)) || \
+		echo "MLflow and Weights & Biases cannot be installed for this Python; the tests that need them are skipped."
 	@touch $@
 
 # What tests and examples use besides, and all that it imports there, by name: nothing else is installed or changed.
@@ -56,6 +58,10 @@ FRAMEWORKS := fuxictr deepctr-torch scikit-learn scipy joblib threadpoolctl narw
 # Those whose checkpoints resume a training, and what exported tables run in:
 TRAINERS := pytorch-lightning accelerate
 ONNX := onnxruntime onnxscript onnx onnx-ir ml_dtypes
+# Where single runs are logged:
+LOGGERS := mlflow-skinny sqlalchemy alembic mako sqlparse cryptography cffi pycparser databricks-sdk cachetools fastapi \
+	starlette anyio importlib_metadata zipp opentelemetry-api opentelemetry-sdk opentelemetry-proto \
+	opentelemetry-semantic-conventions wandb platformdirs xxhash
 
 # 200,000 generated rows over 1.3 MB of tables. A second call shows the results again; `make clean` forgets them.
 DEMO := runs/demo

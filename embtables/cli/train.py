@@ -70,6 +70,13 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of initialization, hashing and the order of examples.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Log to mlflow or wandb too, where their own variables such as MLFLOW_TRACKING_URI and WANDB_PROJECT "
+            "say; repeatable."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, such as dense.weight_decay=1e-6; repeatable."),
@@ -99,6 +106,9 @@ def train(
     training.quantize_from=4 computes with rows rounded as they are served from epoch 4 on; and
     tables.training_precision=bf16 stores rows in 16 bits while they are trained.
 
+    --log-to mlflow and --log-to wandb log the run there too. What goes wrong there is a warning, and the training goes
+    on.
+
     --also serves the same training in other precisions too, and that of matryoshka at other budgets. Each has a folder
     of its own, and the numbers that it would have in a training of its own: its best model is chosen, and it is out of
     patience, by validation of its own form.
@@ -111,6 +121,7 @@ def train(
       embtables train data/demo --method full --out runs/fp32 --also 'runs/int4: {precision: int4}'
       embtables train data/demo --config run.yaml --set top_units=[256,128] --out runs/wide
       embtables train data/demo --model my_package.my_model:MyModel --method full --out runs/mine
+      embtables train data/demo --log-to mlflow --out runs/logged
       embtables train data/frappe --preset bars --model deepfm --set tables.l2=0.05 --out runs/frappe
     """
     flags: dict[str, Any] = {
@@ -133,6 +144,7 @@ def train(
         "training.seed": seed,
         "training.threads": threads,
         "training.device": device,
+        "training.log_to": log_to or None,
     }
     resolved = load_config(config, preset=preset, flags=flags, overrides=overrides or [])
     beside = {

@@ -97,11 +97,13 @@ def entered(text: str | None) -> list[MethodSpec]:
 def in_a_race(config: RunConfig, data: PreparedDataset) -> RunConfig:
     """How a run is trained in a race: in smaller batches, with many evaluations, and without an early stop.
 
-    Its checkpoint stays, with the best model so far: of data of a few steps a race may reach the end.
+    Its checkpoint stays, with the best model so far: of data of a few steps a race may reach the end. It is logged in
+    its own folder alone.
     """
     size = max(1, config.training.batch_size // SMALLER_BATCHES)
     until_the_end = dict.fromkeys(("training.patience", "training.plateau_factor", "training.quantize_from"))
-    quick = with_fields(config, {"training.batch_size": size, "training.keep_checkpoint": True, **until_the_end})
+    of_a_race = {"training.batch_size": size, "training.keep_checkpoint": True, "training.log_to": []}
+    quick = with_fields(config, {**of_a_race, **until_the_end})
     evaluations = min(float(steps_per_epoch(quick, data)), _PARTS / config.training.epochs)
     return with_fields(quick, {"training.evaluations_per_epoch": evaluations})
 

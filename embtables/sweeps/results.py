@@ -122,16 +122,7 @@ def write_results(rows: list[dict[str, Any]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def write_hparams(row: Mapping[str, Any], folder: Path) -> None:
-    """One entry for the HParams page of TensorBoard: the cell's coordinates against its results."""
-    from torch.utils.tensorboard import SummaryWriter
-
+def hparams(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the HParams page of TensorBoard says of a cell: its coordinates, and its results."""
     coordinates = {name: row[name] for name in ("dataset", "variant", "model", "method", "budget", "seed", "tuned")}
-    skipped = {*coordinates, "status", "cell", "message", "trained_with"}
-    numbers = {
-        name: float(value)
-        for name, value in row.items()
-        if name not in skipped and isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_hparams(coordinates, {f"cell/{name}": value for name, value in numbers.items()}, run_name=".")
+    return coordinates, {name: row[name] for name in row if name not in coordinates}

@@ -49,6 +49,7 @@ from embtables.training.checkpoint import identity_of
 from embtables.training.config import AS_SERVED, parse_value
 from embtables.training.environment import environment
 from embtables.training.learning_curve import MONITOR_LABELS, value_of
+from embtables.training.logs import write_hparams
 from embtables.training.loop import CHECKPOINT
 
 #: {(variant, method, budget): bytes of the plan, or floor_bytes and message where it is infeasible}
@@ -289,7 +290,7 @@ class _Sweep:
         results.write_results(list(rows.values()), self.folder / "results.csv")
         for cell, row in rows.items():
             if row["status"] == "ok" and not self.hparams(cell).exists():
-                results.write_hparams(row, self.hparams(cell))
+                write_hparams(self.hparams(cell), *results.hparams(row))
         tried = {cell: row for cell in self.grid if (row := rows.get(cell) or self.row(cell)) is not None}
         if self.config.tune:
             self._write_tuning(tried)

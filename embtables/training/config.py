@@ -30,6 +30,7 @@ from embtables.models import find_model
 from embtables.models.registry import hyperparameters_of
 from embtables.optimizers import kinds, optimizer_from_config
 from embtables.training.initialization import INITIALIZATIONS
+from embtables.training.loggers import logger_kinds
 from embtables.training.presets import preset_named
 
 __all__ = [
@@ -49,6 +50,11 @@ def _no_flag(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number, not a flag")
     return value
+
+
+def _several(value: Any) -> Any:
+    """One word where several may stand."""
+    return [value] if isinstance(value, str) else value
 
 
 Bytes = StrictInt | StrictFloat | StrictStr
@@ -265,6 +271,9 @@ class TrainingConfig(_Section):
     threads: int | None = Field(default=None, ge=1, description="null: torch's own choice")
     device: str = "cpu"
     log_every: int = Field(default=50, ge=1, description="steps between TensorBoard entries")
+    log_to: Annotated[list[StrictStr], BeforeValidator(_several)] = Field(
+        default_factory=list, description="loggers beside TensorBoard: mlflow, wandb or one of another package"
+    )
     checkpoint_seconds: float = Field(
         default=60.0, ge=0, description="a checkpoint is written at every evaluation and after as many seconds"
     )
@@ -283,6 +292,14 @@ class TrainingConfig(_Section):
     @classmethod
     def _threads_that_can_be_had(cls, threads: int | None) -> int | None:
         return threads if threads is None else check_threads(threads)
+
+    @field_validator("log_to")
+    @classmethod
+    def _known_loggers(cls, kinds: list[str]) -> list[str]:
+        known = logger_kinds() if kinds else {}
+        if not known.keys() >= set(kinds):
+            raise ValueError(f"choose of {', '.join(known)}")
+        return list(dict.fromkeys(kinds))
 
     @field_validator("device")
     @classmethod

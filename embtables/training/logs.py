@@ -1,18 +1,20 @@
-"""What a run shows while it runs: TensorBoard events and a progress bar."""
+"""What a run shows while it runs: TensorBoard events, loggers and a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from embtables._util.files import naming
+from embtables.training.loggers import Guarded
 
-__all__ = ["Events", "ProgressBar"]
+__all__ = ["Events", "Logs", "ProgressBar", "write_hparams"]
 
 
 class Events:
-    """Scalars for TensorBoard, which is imported here and nowhere else.
+    """Scalars for TensorBoard.
 
     After a resume at ``step`` what an interrupted run wrote beyond it is hidden.
     """
@@ -33,6 +35,61 @@ class Events:
     def close(self) -> None:
         with naming(self._folder):
             self._writer.close()
+
+
+class Logs:
+    """TensorBoard and the loggers of one run, which are told the same."""
+
+    def __init__(self, events: Events, loggers: Sequence[Guarded]) -> None:
+        self.events, self._loggers = events, loggers
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        self.events.write(step, values)
+        for logger in self._loggers:
+            logger.write(step, values)
+
+    def close(self, finished: bool = False, files: Sequence[Path] = ()) -> None:
+        """Ends the loggers, with the files that they keep of a finished run. What is closed stays so."""
+        self.events.close()
+        for logger in self._loggers:
+            logger.end(finished, files)
+        self._loggers = ()
+
+
+_HPARAMS = ".hparams"
+
+
+def write_hparams(folder: Path, parameters: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Writes the one entry that a folder of TensorBoard's has for the HParams page; an earlier one is replaced.
+
+    Args:
+        folder: of TensorBoard's events.
+        parameters: what the run was given; ``None`` is left out, and what is no number, flag or text stands as text.
+        results: what it came to, of which the numbers count; they become ``result/NAME``.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    given = {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in parameters.items()
+        if value is not None
+    }
+    measured = {
+        f"result/{name}": float(value)
+        for name, value in results.items()
+        if name not in parameters and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    with naming(folder):
+        for earlier in folder.glob(f"events.*{_HPARAMS}"):
+            earlier.unlink()
+        # A file of its own, so that a run that ends a second time finds it; after all others, as TensorBoard reads
+        # the files of a folder in their order.
+        with SummaryWriter(str(folder), filename_suffix=_HPARAMS) as writer:
+            for summary in hparams(given, measured):
+                writer.file_writer.add_summary(summary)
+            for name, value in measured.items():
+                writer.add_scalar(name, value)
 
 
 class ProgressBar:

@@ -11,12 +11,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from embtables import __version__
 from embtables._util.files import sealed, write_json
 from embtables.datasets import Batch, PreparedDataset
 from embtables.tables import EmbeddingTables
@@ -27,11 +29,19 @@ from embtables.training.config import RunConfig, check_threads
 from embtables.training.environment import peak_rss_bytes
 from embtables.training.evaluation import check_logits, share_of_colliding_ids, table_norms, to_device
 from embtables.training.learning_curve import COLUMNS, Row, value_of, write_curve
-from embtables.training.logs import Events, ProgressBar
+from embtables.training.loggers import Guarded, RunDescription, loggers_named
+from embtables.training.logs import Events, Logs, ProgressBar, write_hparams
 from embtables.training.nan_guard import Watch
 from embtables.training.optimization import Optimization
 from embtables.training.outcome import CHECKPOINT, Outcome, Selection, epochs_of
-from embtables.training.planning import horizon_of, last_step, method_label, quantization_step, steps_per_epoch
+from embtables.training.planning import (
+    horizon_of,
+    hyperparameters,
+    last_step,
+    method_label,
+    quantization_step,
+    steps_per_epoch,
+)
 
 __all__ = ["CHECKPOINT", "Run"]
 
@@ -128,22 +138,21 @@ class Run:
         if self.config.tables.regularization:
             # Only now do ids have the rows with which the training goes on: in some methods they move.
             self.tables.regularize(self.config.tables.regularization, self.data.frequencies)
-        events = Events(self.out / "tensorboard", self.progress.step)
+        logs = self._logs(self.outcomes[0])
         try:
             if not self.progress.finished:
-                self._train(events, until)
+                self._train(logs, until)
             if not self.progress.finished:
                 return None
-            result = self._finish(events)
+            result = self._finish(logs)
         finally:
-            events.close()
-        write_json(self.out / "metrics.json", sealed(result))
+            logs.close()
         if not self.config.training.keep_checkpoint:
             for outcome in self.outcomes:
                 shutil.rmtree(outcome.out / CHECKPOINT, ignore_errors=True)
         return result
 
-    def _train(self, events: Events, until: float | None) -> None:
+    def _train(self, logs: Logs, until: float | None) -> None:
         training, progress = self.config.training, self.progress
         pause = math.inf if until is None else until * self.steps_per_epoch
         if progress.curve and progress.curve[-1]["step"] >= pause:
@@ -152,7 +161,7 @@ class Run:
         watch = Watch(self.model, self.tables, self.data.dense_features, waits=self.device.type == "cpu")
         name = method_label(self.config.tables.method)
         with ProgressBar(self.show_progress, progress.step, self.last_step, name) as bar:
-            meter = _Meter(events, bar, training.log_every)
+            meter = _Meter(logs, bar, training.log_every)
             last_checkpoint = time.monotonic()
             while not progress.finished:
                 self.model.train()
@@ -187,7 +196,7 @@ class Run:
                         meter.count(len(batch.labels), seconds)
                     meter.show(progress.step, self.optimization.learning_rates())
                     if evaluates:
-                        bar.monitor(training.monitor, self._evaluate(events))
+                        bar.monitor(training.monitor, self._evaluate(logs))
                         self._lower_learning_rates_or_stop()
                         self._save()
                         last_checkpoint = time.monotonic()
@@ -256,7 +265,7 @@ class Run:
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    def _evaluate(self, events: Events) -> float:
+    def _evaluate(self, logs: Logs) -> float:
         """Validation of each served form; the best one so far is kept on disk. Returns the first one's monitor."""
         progress, monitor = self.progress, self.config.training.monitor
         rates = self.optimization.learning_rates()
@@ -280,16 +289,18 @@ class Run:
         measured = {name: shown.curve[-1][name] for name in COLUMNS if name.startswith("valid_")}
         if shown is progress:
             memory = self.tables.memory()
-            events.write(
+            logs.write(
                 progress.step,
                 {
+                    "epoch": progress.curve[-1]["epoch"],
                     **{name.replace("_", "/", 1): metric for name, metric in measured.items()},
                     f"valid/best_{monitor}": abs(progress.best),
                     "bytes/inference": memory.inference_bytes,
                     "bytes/training": memory.training_bytes,
-                    **table_norms(self.tables),
                 },
             )
+            # There may be thousands of tables, and names of any characters, which not every logger takes.
+            logs.events.write(progress.step, table_norms(self.tables))
         return abs(value_of(measured, monitor))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -347,8 +358,8 @@ class Run:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
-    def _finish(self, events: Events) -> dict[str, Any]:
-        """What metrics.json says of this run; those of further served forms are written before it is."""
+    def _finish(self, logs: Logs) -> dict[str, Any]:
+        """Measures every served form and writes its metrics.json; that of this run, which is returned, comes last."""
         own, *others = self.outcomes
         for outcome in self.outcomes:
             if not outcome.best.is_dir():
@@ -356,12 +367,33 @@ class Run:
         for other in others:
             curve = other.selection.curve
             result = other.finish(type(self.model), self.device, curve, self._of_training)
-            write_json(other.out / "metrics.json", sealed({**result, "trained_with": self.out.name}))
+            self._publish(other, self._logs(other), {**result, "trained_with": self.out.name})
         counted = self.progress.counted(self.quantization)
         result = own.finish(type(self.model), self.device, counted, self._of_training)
-        tested = {name: value for name, value in result.items() if name.startswith("test_") and "scores" not in name}
-        events.write(self.progress.step, {name.replace("_", "/", 1): value for name, value in tested.items()})
+        self._publish(own, logs, result)
         return result
+
+    def _logs(self, outcome: Outcome) -> Logs:
+        """What a served form is logged to, from here on."""
+        config, out = outcome.config, outcome.out
+        fields = {name: value for name, value in config.flat().items() if name != "training.log_to"}
+        tags = {"embtables.version": __version__, "embtables.data_sha256": self.identity["data"]}
+        described = RunDescription(out.name, {"dataset": self.data.name, **fields}, tags)
+        loggers = [Guarded(each, described, out, self.device) for each in loggers_named(config.training.log_to)]
+        return Logs(Events(out / "tensorboard", self.progress.step), loggers)
+
+    def _publish(self, outcome: Outcome, logs: Logs, result: dict[str, Any]) -> None:
+        """Logs what a served form came to, and writes its metrics.json, after which it is finished."""
+        out, content = outcome.out, sealed(result)
+        tested = {name: value for name, value in result.items() if name.startswith("test_") and "scores" not in name}
+        sizes = {f"bytes/{name}": result[f"{name}_bytes"] for name in ("inference", "training", "full")}
+        logs.write(self.progress.step, {name.replace("_", "/", 1): value for name, value in tested.items()} | sizes)
+        with TemporaryDirectory() as folder:
+            write_json(Path(folder) / "metrics.json", content)
+            files = [out / name for name in ("config.yaml", "environment.json", "plan.json", "validation.csv")]
+            logs.close(finished=True, files=[*files, Path(folder) / "metrics.json"])
+        write_hparams(out / "tensorboard", hyperparameters(outcome.config, self.data), result)
+        write_json(out / "metrics.json", content)
 
     def _of_training(self) -> dict[str, Any]:
         """What the metrics of every form that is served say of the training."""
@@ -379,8 +411,8 @@ class Run:
 class _Meter:
     """Loss and speed, averaged between TensorBoard entries; ``losses``: (loss, examples) of each step."""
 
-    def __init__(self, events: Events, bar: ProgressBar, log_every: int) -> None:
-        self.events, self.bar, self.log_every = events, bar, log_every
+    def __init__(self, logs: Logs, bar: ProgressBar, log_every: int) -> None:
+        self.logs, self.bar, self.log_every = logs, bar, log_every
         self.losses: list[tuple[float, int]] = []
         self.examples, self.seconds = 0, 0.0
 
@@ -393,7 +425,7 @@ class _Meter:
         if step % self.log_every == 0:
             mean = sum(loss for loss, _ in self.losses) / len(self.losses)
             speed = self.examples / self.seconds if self.examples else None
-            self.events.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
+            self.logs.write(step, {"train/loss": mean, "train/examples_per_second": speed, **rates})
             self.bar.loss(mean)
             self.losses, self.examples, self.seconds = [], 0, 0.0
 

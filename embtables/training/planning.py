@@ -14,15 +14,34 @@ from embtables.plan.probe import FILE, Probe
 from embtables.plan.solver import Plan, by_pattern, plan
 from embtables.tables.rounding import rounded_slabs
 from embtables.training.config import RunConfig, TablesConfig
+from embtables.training.loggers import loggers_named
 
 # CTR models over-fit within a few epochs and early stop ends them there (Zhang et al., "Towards Understanding the
 # Overfitting Phenomenon of Deep Click-Through Rate Prediction Models", CIKM 2022): schedules span at most these.
 _SCHEDULED_EPOCHS = 3
 
+_COMPARED = (
+    "model.hyperparameters",
+    "tables.precision",
+    "tables.training_precision",
+    "tables.embedding_dim",
+    "tables.optimizer",
+    "tables.l2",
+    "tables.regularization",
+    "dense.optimizer",
+    "dense.learning_rate",
+    "dense.weight_decay",
+    "training.batch_size",
+    "training.epochs",
+    "training.average",
+    "training.quantize_from",
+)
+
 __all__ = [
     "check_training",
     "fused_optimizer",
     "horizon_of",
+    "hyperparameters",
     "labels",
     "last_step",
     "method_for",
@@ -158,6 +177,7 @@ def check_training(config: RunConfig, data: PreparedDataset, solved: Plan) -> No
     """``ValueError`` where what is planned cannot be trained as ``config`` says, so that no training begins in vain."""
     fused_optimizer(config.tables, horizon_of(config, data))
     quantization_step(config, data, solved)
+    loggers_named(config.training.log_to)
 
 
 def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
@@ -170,3 +190,11 @@ def labels(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
         "seed": config.training.seed,
         "learning_rate": config.tables.learning_rate,
     }
+
+
+def hyperparameters(config: RunConfig, data: PreparedDataset) -> dict[str, Any]:
+    """The coordinates of a run, and the fields by which runs are compared; ``None`` where one is not used."""
+    fields = config.flat()
+    # A share and a number of bytes are of one column.
+    budget = "" if config.tables.budget is None else str(config.tables.budget)
+    return {**labels(config, data), "budget": budget, **{name: fields[name] for name in _COMPARED}}

@@ -54,7 +54,13 @@ from embtables.training.planning import labels, plan_tables, selected
 __all__ = ["Trainer"]
 
 # Fields that may differ between a run and its resume: they do not touch the result.
-_FREE = ("training.threads", "training.log_every", "training.checkpoint_seconds", "training.keep_checkpoint")
+_FREE = (
+    "training.threads",
+    "training.log_every",
+    "training.log_to",
+    "training.checkpoint_seconds",
+    "training.keep_checkpoint",
+)
 
 # Fields by which runs of one training may differ, as far as their plans train the same.
 _OF_THE_FORM = ("tables.method", "tables.budget", "tables.precision")

@@ -33,6 +33,8 @@ OPTIONAL = (
     "matplotlib",
     "typer",
     "rich",
+    "mlflow",
+    "wandb",
 )
 
 # Plans, builds and runs tables, so that "it imports" means "it works".
@@ -203,6 +205,7 @@ def test_every_pinned_release_has_a_public_wheel(python: str) -> None:
         ("fuxictr", "FuxiCTR and DeepCTR-Torch"),
         ("pytorch-lightning", "Lightning and Accelerate"),
         ("onnxruntime", "ONNX Runtime"),
+        ("mlflow-skinny", "MLflow and Weights & Biases"),
     ],
 )
 def test_make_shows_what_pip_says_when_it_fails(tmp_path: Path, step: str, left_out: str) -> None:
