@@ -33,7 +33,7 @@ class Server:
     def start(self, work: Work) -> int:
         """The number of the process that does the work."""
         assert self._process.stdin is not None
-        environment = {name: os.environ[name] for name in ("FAKE",) if name in os.environ}
+        environment = {name: os.environ[name] for name in os.environ if name == "FAKE" or name.startswith("RAY_")}
         print(json.dumps([*work, environment]), file=self._process.stdin, flush=True)
         self._child = self._answer()
         return self._child

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,12 @@ def fake_cell(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
     return [sys.executable, str(CELL), *command[4:]]
 
 
+def cell_of_cluster(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
+    """A fabricated cell where the sweep's folder is another one; the folder that FAKE names is there."""
+    home = Path(os.environ["FAKE"]).parent / "sweep"
+    return [sys.executable, str(CELL.with_name("cluster_cell.py")), str(home), *fake_cell(config, cell, run)[2:]]
+
+
 def config_of(data: Path, seeds: int = 2, budgets: str = "50%,1%,8", **flags: object) -> SweepConfig:
     return describe(data, METHODS, budgets.split(","), seeds, load_config(flags=flags))
 
@@ -34,8 +41,9 @@ def run(
     jobs: int = 1,
     command: Callable[..., list[str]] = fake_cell,
     console: Console | None = None,
+    on: str | None = None,
 ) -> list[dict]:
-    return run_sweep(config, out, jobs=jobs, console=console or Console(quiet=True), command=command)
+    return run_sweep(config, out, jobs=jobs, on=on, console=console or Console(quiet=True), command=command)
 
 
 def read(out: Path) -> list[dict[str, str]]:

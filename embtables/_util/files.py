@@ -38,7 +38,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         OSError: naming ``path``, which a full disk does not do by itself.
     """
     path = Path(path)
-    with naming(path), _temporary(path.parent) as folder:
+    with naming(path), temporary_folder(path.parent) as folder:
         content = folder / "content"
         yield content
         if path.is_file() and not path.is_symlink():
@@ -55,7 +55,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path.parent) as folder:
+        with temporary_folder(path.parent) as folder:
             content = folder / "content"
             content.mkdir()
             yield content
@@ -213,7 +213,7 @@ def _remove_unless_held(path: Path) -> None:
 
 
 @contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
+def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder in ``parent`` for as long as the block takes; a lock on it says that it is in use."""
     remove_leftovers(parent)
     # An interrupt may come anywhere from here on, and the folder is to be gone then.

@@ -19,6 +19,7 @@ from embtables.cli.probe import (
     parse_regularizations,
     run_probe,
 )
+from embtables.cli.sweep import On
 
 __all__ = ["recommend"]
 
@@ -38,6 +39,7 @@ def recommend(
     regularizations: Regularizations = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many times each method is trained to the end.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; each gets its share of the cores.")] = 1,
+    on: On = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="In minutes: no training sees more than a million examples.")
     ] = False,
@@ -104,7 +106,7 @@ def recommend(
     found.save(out / "probe.json")
     strengths = [found.regularization] if quick else strengths_after(found, tried, thorough=thorough)
     sweep = sweep_for(data, found, resolved, budgets, seeds, strengths, thorough=thorough)
-    rows = run_sweep(sweep, out / "sweep", jobs=jobs)
+    rows = run_sweep(sweep, out / "sweep", jobs=jobs, on=on)
     failed = next((row for row in rows if row["status"] == "failed"), None)
     if failed is not None:
         log = out / "sweep" / "cells" / f"{failed['cell']}.log"

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `embtables prepare`.", show_default=False)]
 
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ADDRESS",
+        help="Train on a Ray cluster: ray (workers on this machine), auto, HOST:PORT or ray://HOST:PORT.",
+    ),
+]
+
 
 def plan(
     data: Data,
@@ -96,6 +105,7 @@ def sweep(
         int, typer.Option(min=1, help="Number of seeds: 0, 1, …; each sets initialization, hashing and order.")
     ] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores.")] = 1,
+    on: On = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML for every cell: data, model, tables, dense, training.")
     ] = None,
@@ -152,6 +162,7 @@ def sweep(
         --tune tables.regularization=0.1,0.3 --tune-at 1% --seeds 3 --best 5 --out runs/globo
       embtables sweep data/yelp --variant 'no history: {model.name: mlp, data.leave_out: [history]}' \\
         --variant 'DIN: {model.name: din}' --out runs/din
+      embtables sweep data/globo --methods hash,robe --budgets 10%,1% --jobs 16 --on ray://head:10001 --out runs/globo
     """
     from embtables._util.names import number_of
     from embtables.cli.train import names_of
@@ -186,6 +197,7 @@ def sweep(
         ),
         out,
         jobs=jobs,
+        on=on,
     )
     count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "infeasible", "failed")}
     typer.echo(", ".join(f"{number} {status}" for status, number in count.items()) + f": {out / 'results.csv'}")

@@ -1,4 +1,4 @@
-"""Runs commands side by side in processes of their own, and leaves none behind."""
+"""Runs commands side by side, here in processes of their own or wherever else, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from embtables._util.interrupts import interruptible
 
@@ -21,11 +22,17 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Job:
-    """A command, whose first word is a path, and the file that receives what it prints."""
+    """A command of Python, whose path is the first word, and the file that receives what it prints.
+
+    `runs` are the folders that it writes, as the command names them; `environment` is added to that of this process.
+    """
 
     name: str
     command: Sequence[str]
     log: Path
+    runs: Sequence[Path] = ()
+    working_directory: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,29 @@ class Ended:
         return last_line(self.job.log) or f"ended with code {self.code} and printed nothing"
 
 
-@dataclass
-class _Running:
-    job: Job
-    process: subprocess.Popen[bytes]
-    started: float = field(default_factory=time.monotonic)
+class Running(Protocol):
+    """A job that was started."""
+
+    def poll(self) -> int | None:
+        """The exit code, as :class:`Ended` has it; None while there is none."""
+
+    def stop(self, sign: signal.Signals) -> None:
+        """Asks the job to end by SIGTERM, or ends it by SIGKILL; nothing where it has ended."""
+
+
+class Workers(Protocol):
+    """Where jobs run: :class:`Processes` of this machine, or others."""
+
+    @property
+    def threads(self) -> int:
+        """Those of each job."""
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder, as the commands of jobs name it."""
+
+    def start(self, job: Job) -> Running:
+        """Starts `job`, and does not wait for it."""
 
 
 def last_line(log: Path) -> str:
@@ -65,57 +90,82 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_per_job(jobs: int) -> int:
-    """An equal share of the cores, and never more than the caller's own OMP_NUM_THREADS."""
-    share = max(1, cores() // jobs)
+def threads_per_job(jobs: int, machines: Sequence[int] | None = None) -> int:
+    """The most threads with which `jobs` fit at once, one a core, and never more than the caller's OMP_NUM_THREADS.
+
+    `machines` are the cores of each machine; without it there is this one.
+    """
+    machines = [cores()] if machines is None else machines
+    fitting = (n for n in range(max(machines), 0, -1) if sum(each // n for each in machines) >= jobs)
+    share = next(fitting, 1)
     wish = os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(wish)) if wish.isdigit() and int(wish) > 0 else share
 
 
 def run_jobs(
-    jobs: Iterable[Job], parallel: int, on_start: Callable[[Job], None] = lambda job: None, lock: int | None = None
+    jobs: Iterable[Job], parallel: int, workers: Workers, on_start: Callable[[Job], None] = lambda job: None
 ) -> Iterator[Ended]:
-    """Run `jobs`, `parallel` at a time, and yield each as it ends.
+    """Run `jobs` by `workers`, `parallel` at a time, and yield each as it ends.
 
-    Leaving the iteration early, by an error, Ctrl-C or SIGTERM, ends the processes that still run. Should this
-    process be killed outright, Linux ends them too; elsewhere they share `lock`, so that it is held until they end.
+    Leaving the iteration early, by an error, Ctrl-C or SIGTERM, ends those that still run.
     """
-    environment = _environment(threads_per_job(parallel))
     waiting = iter(jobs)
-    running: list[_Running] = []
+    running: list[tuple[Job, Running, float]] = []
     with interruptible():
         try:
             while True:
                 while len(running) < parallel and (job := next(waiting, None)) is not None:
                     on_start(job)
-                    running.append(_Running(job, _start(job, environment, lock)))
+                    running.append((job, workers.start(job), time.monotonic()))
                 if not running:
                     return
                 time.sleep(POLL_SECONDS)
-                for item in [item for item in running if item.process.poll() is not None]:
-                    running.remove(item)
-                    yield Ended(item.job, item.process.returncode, time.monotonic() - item.started)
+                for item in list(running):
+                    job, run, started = item
+                    code = run.poll()
+                    if code is not None:
+                        running.remove(item)
+                        yield Ended(job, code, time.monotonic() - started)
         finally:
-            _stop([item.process for item in running])
+            _stop([run for _, run, _ in running])
 
 
-def _environment(threads: int) -> dict[str, str]:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
-    return {**os.environ, **{name: str(threads) for name in names}, "PYTHONUNBUFFERED": "1"}
+@dataclass(frozen=True)
+class Processes:
+    """Jobs in processes of this machine.
+
+    Should this process be killed outright, Linux ends them too; elsewhere they share `lock`, so that it is held until
+    they end.
+    """
+
+    threads: int
+    folder: Path = Path()
+    lock: int | None = None
+
+    def start(self, job: Job) -> Running:
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
+        threads = {name: str(self.threads) for name in names}
+        with job.log.open("wb") as log:
+            return _Process(
+                [*_dying_with_parent(), *job.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=job.working_directory,
+                env={**os.environ, **job.environment, **threads, "PYTHONUNBUFFERED": "1"},
+                pass_fds=() if self.lock is None else (self.lock,),
+                # A group of its own: Ctrl-C in the terminal reaches this process alone, which then ends the group.
+                start_new_session=True,
+            )
 
 
-def _start(job: Job, environment: dict[str, str], lock: int | None) -> subprocess.Popen[bytes]:
-    with job.log.open("wb") as log:
-        return subprocess.Popen(
-            [*_dying_with_parent(), *job.command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=() if lock is None else (lock,),
-            # A group of its own: Ctrl-C in the terminal reaches this process alone, which then ends the group.
-            start_new_session=True,
-        )
+class _Process(subprocess.Popen[bytes]):
+    def stop(self, sign: signal.Signals) -> None:
+        if self.poll() is None:
+            try:
+                os.killpg(self.pid, sign)
+            except ProcessLookupError:
+                pass
 
 
 # Asks Linux (PR_SET_PDEATHSIG) to kill this process when its parent dies, and becomes the command: the wish outlasts
@@ -130,14 +180,10 @@ def _dying_with_parent() -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _DYING, str(os.getpid())] if sys.platform == "linux" else []
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(running: Sequence[Running]) -> None:
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.poll() is None:
-                try:
-                    os.killpg(process.pid, sign)
-                except ProcessLookupError:
-                    pass
+        for run in running:
+            run.stop(sign)
         deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        while time.monotonic() < deadline and any(run.poll() is None for run in running):
             time.sleep(POLL_SECONDS)

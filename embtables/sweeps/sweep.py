@@ -23,6 +23,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,10 @@ from embtables.models.registry import check_hyperparameters, is_built_in
 from embtables.sweeps import results
 from embtables.sweeps.cells import Cell, Place, assignments, file_name, points
 from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuning_cells
+from embtables.sweeps.cluster import connected
 from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
 from embtables.sweeps.planning import plan_points
-from embtables.sweeps.runner import Ended, Job, run_jobs, threads_per_job
+from embtables.sweeps.runner import Ended, Job, Processes, Workers, run_jobs, threads_per_job
 from embtables.training.checkpoint import identity_of
 from embtables.training.config import AS_SERVED, parse_value
 from embtables.training.environment import environment
@@ -85,6 +87,7 @@ def run_sweep(
     folder: Path,
     *,
     jobs: int = 1,
+    on: str | None = None,
     console: Console | None = None,
     command: Command = train_command,
 ) -> list[dict[str, Any]]:
@@ -93,8 +96,17 @@ def run_sweep(
     Everything is planned, and the data's checksums are compared, before `folder` is touched. Failed cells are tried
     again. Returns the rows of results.csv, and behind them those of failed cells that are of the grid alone.
 
+    Args:
+        config: what is asked for.
+        folder: the sweep's folder, which only this process writes.
+        jobs: how many cells are trained at a time.
+        on: what trains them, as :func:`embtables.sweeps.cluster.connected` takes it; without it processes of this one.
+        console: what progress is shown on.
+        command: what trains a cell.
+
     Raises:
-        ValueError: wrong configuration, damaged data, or a folder that is in use, of another sweep, or of no sweep.
+        ValueError: wrong configuration, damaged data, or a folder that is in use, of another sweep, or of no sweep; or
+            a cluster that cannot be reached, or has a machine that is not like this one.
     """
     console = console or Console(stderr=True)
     folder = followed(folder)
@@ -102,16 +114,22 @@ def run_sweep(
     _refuse_links(folder)
     _remove_leftovers(folder)
     _refuse_other(config, folder)
-    dataset.verify(progress=console.is_terminal)
-    plans = _plans(config, dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder) as lock:
-        _refuse_other(config, folder)
-        _record(config, folder, plans, dataset, jobs)
-        _announce(plans, console)
-        sweep = _Sweep(config, folder, plans)
-        _run_cells(sweep, jobs, console, command, lock)
-        return sweep.collect()
+    with nullcontext() if on is None else connected(on, config) as cluster:
+        dataset.verify(progress=console.is_terminal)
+        plans = _plans(config, dataset)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as lock:
+            _refuse_other(config, folder)
+            workers: Workers
+            if cluster is None:
+                workers = Processes(threads_per_job(jobs), folder, lock)
+            else:
+                workers = cluster.workers(jobs, folder)
+            _record(config, folder, plans, dataset, jobs, workers.threads)
+            _announce(plans, console)
+            sweep = _Sweep(config, folder, plans)
+            _run_cells(sweep, jobs, console, command, workers)
+            return sweep.collect()
 
 
 def _refuse_links(folder: Path) -> None:
@@ -152,16 +170,19 @@ class _Sweep:
     def run(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
 
-    def job(self, cell: Cell, beside: Sequence[Cell], command: Command) -> Job:
-        """What trains `cell`, and with it the cells `beside` it, which are the same training in another form."""
-        run = self.run(cell)
-        self._keep_checkpoint_of(run, beside)
+    def job(self, cell: Cell, beside: Sequence[Cell], command: Command, folder: Path | None = None) -> Job:
+        """What trains `cell`, and with it the cells `beside` it, which are the same training in another form.
+
+        `folder` is what the command calls the sweep's folder, where it runs in another place.
+        """
+        self._keep_checkpoint_of(self.run(cell), beside)
+        run, *others = ((folder or self.folder) / "cells" / each.name for each in (cell, *beside))
         words = command(self.config, cell, run)
-        for other in beside:
+        for other, out in zip(beside, others):
             spec = {"method": self.config.methods[other.method]}
             tables = spec | {"budget": parse_value(other.budget, "budget")} if other.budget else spec
-            words += ["--also", json.dumps({str(self.run(other)): tables})]
-        return Job(cell.name, words, run.with_name(f"{cell.name}.log"))
+            words += ["--also", json.dumps({str(out): tables})]
+        return Job(cell.name, words, self.run(cell).with_name(f"{cell.name}.log"), [run, *others])
 
     def _keep_checkpoint_of(self, run: Path, beside: Sequence[Cell]) -> None:
         """Removes a checkpoint of a training with which other cells went: that one cannot go on with these.
@@ -333,7 +354,7 @@ class _Sweep:
         return f"{name} undefined" if value is None or value != value else f"{name} {value:.4f}"
 
 
-def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, lock: int) -> None:
+def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, workers: Workers) -> None:
     (sweep.folder / "cells").mkdir(exist_ok=True)
     sweep.collect()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -355,8 +376,8 @@ def _run_cells(sweep: _Sweep, jobs: int, console: Console, command: Command, loc
                 change(name)
                 progress.update(bar, description=", ".join(active) or "cells")
 
-            queue = (sweep.job(first, beside, command) for first, *beside in trainings)
-            for ended in run_jobs(queue, jobs, lambda job: show(active.append, job.name), lock):
+            queue = (sweep.job(first, beside, command, workers.folder) for first, *beside in trainings)
+            for ended in run_jobs(queue, jobs, workers, lambda job: show(active.append, job.name)):
                 show(active.remove, ended.job.name)
                 for cell in by_name[ended.job.name]:
                     outcome = sweep.note_end(cell, ended)
@@ -376,13 +397,13 @@ def _announce(plans: Plans, console: Console) -> None:
             console.out(f"{of_variant}{method} at {budget} is infeasible: its floor is {floor}", highlight=False)
 
 
-def _record(config: SweepConfig, folder: Path, plans: Plans, dataset: PreparedDataset, jobs: int) -> None:
+def _record(config: SweepConfig, folder: Path, plans: Plans, dataset: PreparedDataset, jobs: int, threads: int) -> None:
     names = ("variant", "method", "budget")
     entries = [{**dict(zip(names, place)), **planned} for place, planned in plans.items()]
     write_text(folder / "plans.json", json.dumps(entries, indent=1))
     for variant, train in config.trains.items():
         write_text(folder / train_file(variant), train.to_yaml())
-    described = environment(torch.device(config.train.training.device), threads_per_job(jobs))
+    described = environment(torch.device(config.train.training.device), threads)
     write_text(folder / "environment.json", json.dumps({**described, "jobs": jobs}, indent=1))
     if not (folder / "sweep.yaml").exists():
         labels = [batch.labels.numpy().astype(np.uint8) for batch in dataset.batches("test", 65536)]

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.backends.backend_svg  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 from matplotlib.figure import Figure
-from sweep_cases import config_of
+from sweep_cases import cell_of_cluster, config_of
 from sweep_cases import run as run_sweep
 
 import embtables.cli.sweep  # noqa: F401  # what commands import is there before the forks
@@ -57,7 +57,12 @@ def sweep(data: str, out: str) -> int:
     return 0
 
 
-WORKS = {"commands": commands, "train": train, "report": report, "save": save, "sweep": sweep}
+def sweep_on(data: str, out: str, address: str) -> int:
+    run_sweep(config_of(Path(data), 1, "50%"), Path(out), 2, cell_of_cluster, on=address)
+    return 0
+
+
+WORKS = {"commands": commands, "train": train, "report": report, "save": save, "sweep": sweep, "sweep_on": sweep_on}
 
 
 def child(name: str, arguments: list[Any], environment: dict[str, str], ready: int) -> int:

@@ -37,7 +37,7 @@ from embtables.sweeps.cells import (
 from embtables.sweeps.config import SweepConfig, describe
 from embtables.sweeps.planning import cell_config
 from embtables.sweeps.report import markdown
-from embtables.sweeps.runner import Job, last_line, run_jobs, threads_per_job
+from embtables.sweeps.runner import Job, Processes, last_line, run_jobs, threads_per_job
 from embtables.sweeps.summary import summarize
 from embtables.sweeps.sweep import first_difference, run_sweep, train_command
 from embtables.training import Trainer
@@ -364,6 +364,8 @@ def test_jobs_run_side_by_side_with_their_share_of_threads(tmp_path: Path, monke
     monkeypatch.setattr("embtables.sweeps.runner.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert (threads_per_job(2), threads_per_job(3), threads_per_job(16)) == (4, 2, 1)
+    # On machines of other sizes, each job on one of them.
+    assert [threads_per_job(jobs, [4, 16]) for jobs in (1, 2, 3, 5, 100)] == [16, 8, 5, 4, 1]
     # Each waits for the others: one at a time they would never end.
     program = (
         "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); print(os.environ['OMP_NUM_THREADS'])\n"
@@ -372,7 +374,7 @@ def test_jobs_run_side_by_side_with_their_share_of_threads(tmp_path: Path, monke
     jobs = [
         Job(str(i), [sys.executable, "-c", program, str(tmp_path / f"{i}.up")], tmp_path / f"{i}.log") for i in range(3)
     ]
-    assert [item.code for item in run_jobs(jobs, 3)] == [0, 0, 0]
+    assert [item.code for item in run_jobs(jobs, 3, Processes(threads_per_job(3)))] == [0, 0, 0]
     assert last_line(tmp_path / "0.log") == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert threads_per_job(2) == 1
@@ -383,7 +385,7 @@ def test_leaving_the_jobs_ends_them(tmp_path: Path) -> None:
     wait = "print(os.getpid(), flush=True); time.sleep(99)"
     programs = ["pass", begin + wait, begin + "signal.signal(signal.SIGTERM, signal.SIG_IGN); " + wait]
     jobs = [Job(str(i), [sys.executable, "-c", text], tmp_path / f"{i}.log") for i, text in enumerate(programs)]
-    running = run_jobs(jobs, 3)
+    running = run_jobs(jobs, 3, Processes(1))
     assert next(running).job.name == "0"
     wait_until(lambda: all(last_line(tmp_path / f"{i}.log") for i in (1, 2)))
     pids = [int(last_line(tmp_path / f"{i}.log")) for i in (1, 2)]
