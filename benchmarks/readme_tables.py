@@ -23,6 +23,9 @@ from benchmarks import regret
 from benchmarks.report import part
 from benchmarks.results import rendered
 from benchmarks.scaling import FIGURE
+from embtables.plan.probe import Probe
+from embtables.sweeps.recommending import recommendation
+from embtables.sweeps.summary import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -187,6 +190,15 @@ def leaders() -> str:
                 [data, budget, _linked(first), f"{aucs[first] - full:+.4f}", level, f"{aucs['hash'] - full:+.4f}"]
             )
     return rendered(lines)
+
+
+def demo(folder: Path) -> str:
+    """What `make demo` ends with, and its figure."""
+    summary = summarize(folder, resamples=20)
+    races = Probe.load(folder).races
+    found = [recommendation(summary, b, race.budget_bytes) for b, race in zip(summary.config.budgets, races)]
+    words = "\n".join(line for each in found for line in each.words())
+    return f"```text\n{words}\n```\n\n![test AUC against bytes](docs/results/{folder.name}/accuracy_memory.svg)"
 
 
 def _best_form(cells: pd.DataFrame, budget: str) -> pd.DataFrame:
@@ -363,6 +375,7 @@ def filled(page: Path, text: str) -> str:
         if of == page:
             contents[marker] = _with_figure(table(read(folder)), folder, page)
     if page == README:
+        contents["demo"] = demo(RESULTS / "demo")
         for marker, (folders, first) in BY_KIND.items():
             contents[marker] = _with_figure(by_kind(folders, first), folders[0], page)
     contents |= {f"speed-{name}": speed(name, page) for name in re.findall("<!-- results:speed-(.*?) -->", text)}

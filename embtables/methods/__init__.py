@@ -60,12 +60,16 @@ def from_config(config: str | dict[str, Any] | Method) -> Method:
 
 
 def method_label(method: str | dict[str, Any]) -> str:
-    """What a method is called: ``hash``; ``compositional(operation=mult)``; ``user_*: hash, *: full``."""
+    """What a method is called: ``hash``; ``compositional(operation=mult)``; ``user_*: hash, *: full``.
+
+    What an option says of each table, such as ``worth``, is left out: there may be thousands of them.
+    """
     if isinstance(method, str):
         return method
     if "kind" not in method:
         return ", ".join(f"{pattern}: {method_label(spec)}" for pattern, spec in method.items())
-    options = ",".join(f"{name}={value}" for name, value in sorted(method.items()) if name != "kind")
+    shown = {name: "…" if isinstance(value, dict) else value for name, value in method.items() if name != "kind"}
+    options = ",".join(f"{name}={value}" for name, value in sorted(shown.items()))
     return f"{method['kind']}({options})" if options else str(method["kind"])
 
 

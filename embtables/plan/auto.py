@@ -138,13 +138,13 @@ def told(explanation: Mapping[str, Any]) -> list[str]:
     lines = []
     for choice in explanation["choices"]:
         of = "" if choice["tables"] == "*" else f" for {choice['tables']}"
-        lines.append(f"auto{of}: {_label(choice['method'])}, {choice['why']}")
+        lines.append(f"auto{of}: {method_label(choice['method'])}, {choice['why']}")
         monitor = explanation["monitor"] or "auc"
         if choice["expected"] is not None and explanation["reference"] is not None:
             lines.append(f"  expected: {_words(choice['expected'], monitor)}")
         if choice["runner_up"] is not None:
             next_best = choice["runner_up"]
-            lines.append(f"  runner-up: {_label(next_best['method'])}, {_words(next_best, monitor)}")
+            lines.append(f"  runner-up: {method_label(next_best['method'])}, {_words(next_best, monitor)}")
     worth = [table for table in explanation["tables"] if table["worth"] is not None]
     if worth:
         first = sorted(worth, key=lambda table: -table["worth"])
@@ -152,13 +152,6 @@ def told(explanation: Mapping[str, Any]) -> list[str]:
         more = f", and {len(first) - 8} more" if len(first) > 8 else ""
         lines.append(f"  what tables are worth ({explanation['monitor']} lost without them): {shown}{more}")
     return lines
-
-
-def _label(spec: MethodSpec) -> str:
-    """As methods are called elsewhere, but for what tables are worth, which is said apart."""
-    if isinstance(spec, dict) and "kind" not in spec:
-        return ", ".join(f"{pattern}: {_label(part)}" for pattern, part in spec.items())
-    return method_label({**spec, "worth": "…"} if isinstance(spec, dict) and spec.get("worth") else spec)
 
 
 def _words(expected: Mapping[str, float], monitor: str) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -63,6 +64,11 @@ class Race(_Data):
 
     budget_bytes: Annotated[int, Field(ge=1, le=2**62)]
     entrants: Annotated[tuple[Entrant, ...], Field(min_length=1)]
+
+
+def as_worth(measured: Mapping[str, float]) -> dict[str, float]:
+    """What tables are worth, as methods take it: at least 0, in four digits, of which one is sure."""
+    return {name: max(0.0, float(f"{value:.4g}")) for name, value in measured.items()}
 
 
 class Expected(NamedTuple):
@@ -126,7 +132,5 @@ class Probe(_Data):
         return min(self.races, key=lambda race: abs(math.log(race.budget_bytes / max(1, num_bytes))), default=None)
 
     def worth_of(self, names: list[str]) -> dict[str, float] | None:
-        """What tables are worth, at least 0; ``None`` where it is not known of all of them."""
-        if not all(name in self.tables for name in names):
-            return None
-        return {name: max(0.0, self.tables[name]) for name in names}
+        """What tables are worth, as methods take it; ``None`` where it is not known of all of them."""
+        return as_worth({name: self.tables[name] for name in names}) if self.tables.keys() >= set(names) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from torch import nn
 
 from embtables._util.files import sha256
 from embtables.datasets import PreparedDataset
-from embtables.plan.probe import MethodSpec, Probe
+from embtables.methods import from_config
+from embtables.plan.probe import MethodSpec, Probe, as_worth
 from embtables.sweeps.racing import FAMILIES, ROUNDS, Runner, in_a_race, race, trained
 from embtables.tables import EmbeddingTables
 from embtables.training.config import RunConfig, with_fields
@@ -126,7 +127,12 @@ def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -
         worth[name] = reference.score(_WITHOUT) - without.score(_WITHOUT)
     last = ROUNDS[-1].evaluations
     races = [
-        race([replace(runner, config=config) for runner in runners], reference, runners[0].budget_bytes, tick)
+        race(
+            [replace(runner, config=config, spec=_knowing(runner.spec, as_worth(worth))) for runner in runners],
+            reference,
+            runners[0].budget_bytes,
+            tick,
+        )
         for runners in planned.runners.values()
     ]
     return Probe(
@@ -140,6 +146,15 @@ def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -
         how={name: "retraining" if name in planned.without else "ablation" for name in worth},
         races=tuple(races),
     )
+
+
+def _knowing(spec: MethodSpec, worth: Mapping[str, float]) -> MethodSpec:
+    """The method, or pattern → method, told what tables are worth where it has use for that."""
+    if isinstance(spec, dict) and "kind" not in spec:
+        return {pattern: _knowing(part, worth) for pattern, part in spec.items()}
+    if getattr(from_config(spec), "worth", ...) is not None:
+        return spec
+    return {**({"kind": spec} if isinstance(spec, str) else spec), "worth": dict(worth)}
 
 
 def _best(references: Sequence[Runner], tick: Callable[[float], Any]) -> Runner:

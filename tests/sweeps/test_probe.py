@@ -16,6 +16,7 @@ import torch
 from embtables import Plan
 from embtables.cli.app import run
 from embtables.datasets import PreparedDataset, Synthetic, prepare_synthetic
+from embtables.methods import method_label
 from embtables.plan.probe import Probe
 from embtables.sizes.memory import format_bytes
 from embtables.sweeps import probing, racing
@@ -50,7 +51,16 @@ def test_what_is_found(probed: tuple[Probe, Path, list[float]], data: PreparedDa
     full_bytes = 4 * 4 * sum(data.num_embeddings.values())
     assert [race.budget_bytes for race in found.races] == [full_bytes * 3 // 10, full_bytes // 20]
     for each in found.races:
-        assert sorted(str(e.method) for e in each.entrants) == sorted(map(str, METHODS))
+        banded, *others = METHODS
+        assert sorted(str(e.method) for e in each.entrants if "banded" not in str(e.method)) == sorted(map(str, others))
+        # It knows what tables are worth, as the plan of a training of it says.
+        (entrant,) = (e for e in each.entrants if "banded" in str(e.method))
+        assert entrant.method == {**banded, "worth": found.worth_of(list(found.tables))}
+        assert method_label(entrant.method) == "banded(precision=int8,worth=…)"
+    plans = [json.loads(path.read_text()) for path in folder.glob("banded*/plan.json")]
+    methods = [group["method"] for plan in plans for group in plan["groups"]]
+    assert len(plans) >= 2 and all(method["worth"] == found.worth_of(list(found.tables)) for method in methods)
+    for each in found.races:
         epochs = [e.epochs for e in each.entrants]
         assert epochs == sorted(epochs, reverse=True) and max(epochs) == pytest.approx(4 * 8 / 54)
         assert all(e.loss == pytest.approx(found.reference - e.valid) for e in each.entrants if e.epochs == max(epochs))
