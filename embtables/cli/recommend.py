@@ -112,7 +112,7 @@ def recommend(
         log = out / "sweep" / "cells" / f"{failed['cell']}.log"
         raise ValueError(f"{failed['cell']} failed: {failed['message']} (log: {log})")
     report = write_report(out / "sweep", progress=sys.stderr.isatty() and not quiet)
-    typer.echo(f"Everything that was compared: {out / 'sweep' / 'report.md'}")
+    typer.echo(f"Everything that was compared: {out / 'sweep' / 'report.html'}")
     for each, race in zip(budgets, found.races):
         taken = recommendation(report.summary, each, race.budget_bytes)
         served = out / "served" / each.replace("%", "pct")

@@ -218,7 +218,10 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep, finished or not.", show_default=False)],
     resamples: Annotated[int, typer.Option(min=20, help="Of the test rows, for the paired bootstrap.")] = 200,
 ) -> None:
-    """Print the accuracy-memory table of a sweep; write report.md and accuracy_memory.png and .svg beside its results.
+    """Print the accuracy-memory table of a sweep; write report.html, report.md and accuracy_memory.png and .svg.
+
+    They lie beside its results. report.html is a page that needs no network: what to choose, figures with everything
+    that was measured, and the command behind each row.
 
     Example:
 

@@ -26,7 +26,7 @@ MOST_COMBINATIONS = 1_000
 
 # Fields that no grid can have: where every cell's own value comes from (which neither the training configuration nor a
 # variant sets), and what another value would change.
-_OWN = {
+OWN = {
     "tables.method": "--methods",
     "tables.budget": "--budgets",
     "tables.hash_seed": "--seeds",
@@ -147,7 +147,7 @@ def describe(
                 f"tables.hash_seed is {config_of_cells.tables.hash_seed}, but a sweep takes it from each seed, so that "
                 "the spread includes luck with collisions: leave it null"
             )
-    cures = {field: f"give {option}" for field, option in _OWN.items()}
+    cures = {field: f"give {option}" for field, option in OWN.items()}
     cures |= {"tables.precision": "leave out --precisions"} if precisions else {}
     _refuse_what_cells_set("the configuration", train, load_config(preset=preset), cures)
     cures |= dict.fromkeys(tune or {}, "leave out --tune")
@@ -198,8 +198,8 @@ def _as_fields_hold_them(config: SweepConfig) -> dict[str, list[Any]]:
     """
     for field in config.tune:
         home = ".".join(field.split(".")[:2])
-        if home in _OWN:
-            raise ValueError(f"--tune {field}: every cell of a sweep has its own, from {_OWN[home]}")
+        if home in OWN:
+            raise ValueError(f"--tune {field}: every cell of a sweep has its own, from {OWN[home]}")
         if home in _CHANGES:
             raise ValueError(f"--tune {field}: it changes {_CHANGES[home]}, and so what is compared: use --variant")
         if home in RunConfig.model_fields:

@@ -149,7 +149,9 @@ def recommendation(summary: Summary, budget: str, limit: int) -> Recommendation:
         for point in summary.points
         if point.num_ok and (point.inference_bytes or 0) <= limit and math.isfinite(valid(point))
     ]
-    if full is None or not full.num_ok or not fitting:
-        raise ValueError(f"nothing that fits into {budget} has been trained: see {summary.folder / 'results.csv'}")
+    if not fitting:
+        raise ValueError(f"nothing that fits into {budget} has been trained: see results.csv")
+    if full is None or not full.num_ok:
+        raise ValueError(f"full tables, with which what fits into {budget} is compared, have no result yet")
     best, *others = sorted(fitting, key=valid, reverse=True)
     return Recommendation(budget, best, full, others[0] if others else None, monitor)

@@ -1,9 +1,9 @@
-"""The report of a sweep: a table for the terminal, report.md, and the accuracy-memory figure."""
+"""The report of a sweep: a table for the terminal, report.md, the page report.html, and the accuracy-memory figure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from embtables._util.names import number_of
 from embtables.sizes.memory import format_bytes
 from embtables.sweeps.cells import file_name, labels_of, value_text
 from embtables.sweeps.figure import draw
+from embtables.sweeps.page.build import write_page
 from embtables.sweeps.summary import LEAST_SEEDS_FOR_P, Difference, Point, Summary, summarize
 
 HEADER = (
@@ -37,6 +38,7 @@ _RIGHT = {"bytes", "of full", "test AUC", "difference to full", "95 % ≠ 0", "l
 DETAIL = {
     "valid_auc": "valid AUC",
     "test_normalized_entropy": "norm. entropy",
+    "test_calibration": "calibration",
     "test_auc_head": "AUC head",
     "test_auc_torso": "torso",
     "test_auc_tail": "tail",
@@ -75,9 +77,9 @@ class Report:
 
 
 def write_report(folder: Path, *, resamples: int = 200, progress: bool = False) -> Report:
-    """Summarize the sweep in `folder`, finished or not, and write report.md and accuracy_memory.png and .svg there.
+    """Summarize the sweep in `folder`, finished or not, and write report.html, report.md and its figure there.
 
-    With variants there is a figure for each that has methods with a budget.
+    The figure is accuracy_memory.png and .svg; with variants there is one for each that has methods with a budget.
     """
     summary = summarize(folder, resamples=resamples, progress=progress)
     figures: list[Path] = []
@@ -87,7 +89,10 @@ def write_report(folder: Path, *, resamples: int = 200, progress: bool = False) 
             figures += draw(own, folder / file_name("accuracy_memory", variant))
     report = folder / "report.md"
     write_text(report, markdown(summary, resamples, figures))
-    return Report(summary, [report, *figures])
+    page = folder / "report.html"
+    lines = [(point, line(point, summary)) for section in sections(summary) for point in section]
+    write_page(summary, page, head(summary), remarks(summary), header(summary), lines)
+    return Report(summary, [page, report, *figures])
 
 
 def show(report: Report) -> None:
@@ -195,10 +200,10 @@ def remarks(summary: Summary) -> list[str]:
             if others
             else f"There is one variant, {first}."
         )
-    below_drop = _list(point for point in summary.points if point.below_drop)
+    below_drop = ", ".join(point.name for point in summary.points if point.below_drop)
     if below_drop:
         found.append(f"Worse than dropping features at the same budget: {below_drop}. Find out why before using it.")
-    not_better = _list(point for point in summary.points if not point.beats_fewer)
+    not_better = ", ".join(point.name for point in summary.points if not point.beats_fewer)
     if not_better:
         found.append(f"No better than full tables of fewer dimensions at the same budget: {not_better}.")
     full = summary.full
@@ -211,11 +216,6 @@ def remarks(summary: Summary) -> list[str]:
     elif any(point.num_seeds < LEAST_SEEDS_FOR_P for point in summary.points):
         found.append(f"No p-values for methods with 1 seed: they need at least {LEAST_SEEDS_FOR_P}.")
     return found
-
-
-def _list(points: Iterable[Point]) -> str:
-    names = (f"{p.variant + ': ' if p.variant else ''}{p.method} at {p.budget}" for p in points)
-    return ", ".join(names)
 
 
 def tuned(summary: Summary) -> str:
@@ -312,7 +312,9 @@ def _measured(name: str, value: float) -> str:
         return format_bytes(int(value))
     if name == "collision_share":
         return _percent(value)
-    return f"{value:.4f}" if "auc" in name or "entropy" in name else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+    if "auc" in name or name.endswith(("entropy", "calibration")):
+        return f"{value:.4f}"
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -51,6 +51,7 @@ COLUMNS = (
     "valid_gauc_mean",
     "trained_with",
     "tuned",
+    "test_calibration",
 )
 
 # What the sweep itself knows of a cell; a run's own word on these is not asked for.

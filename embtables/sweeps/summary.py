@@ -33,7 +33,15 @@ _MOST_SEEDS_TO_ENUMERATE = 16
 _TEXTS = ("budget", "method", "message", "cell", "variant", "trained_with", "tuned")
 _WHOLE = ("seed", "inference_bytes", "training_bytes", "full_bytes", "floor_bytes")
 # Columns that the first sweeps did not have.
-_LATE = ("variant", "valid_logloss", "valid_gauc_weighted", "valid_gauc_mean", "trained_with", "tuned")
+_LATE = (
+    "variant",
+    "valid_logloss",
+    "valid_gauc_weighted",
+    "valid_gauc_mean",
+    "trained_with",
+    "tuned",
+    "test_calibration",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,12 @@ class Point:
         return self.variant, self.method, self.budget
 
     @property
+    def name(self) -> str:
+        """What a sentence calls it: ``DIN: hash at 10%``."""
+        variant = f"{self.variant}: " if self.variant else ""
+        return f"{variant}{self.method} at {self.budget}" if self.budget else f"{variant}{self.method}"
+
+    @property
     def kind(self) -> str | None:
         return kind_of(self.spec)
 
@@ -105,6 +119,13 @@ class Point:
     def std(self, column: str) -> float:
         """Sample standard deviation over seeds; nan below two."""
         return float(self.rows[column].std(ddof=1)) if self.num_ok > 1 else math.nan
+
+    def minus(self, other: Point) -> dict[int, float]:
+        """Test AUC less that of `other`, by seed, of the seeds that both have finished and where both have one."""
+        theirs = dict(zip(other.rows["seed"], other.rows["test_auc"]))
+        own = zip(self.rows["seed"], self.rows["test_auc"])
+        found = {int(seed): float(value - theirs[seed]) for seed, value in own if seed in theirs}
+        return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     @property
     def inference_bytes(self) -> int | None:
@@ -338,8 +359,8 @@ def _against_best(kind: str, point: Point, summary: Summary) -> Rival | None:
     if not rivals:
         return None
     best = max(rivals, key=lambda rival: rival.mean("valid_auc"))
-    both = point.rows.merge(best.rows, on="seed", suffixes=("", "_other"))
-    return Rival(best.method, float((both["test_auc"] - both["test_auc_other"]).mean())) if len(both) else None
+    differences = point.minus(best)
+    return Rival(best.method, sum(differences.values()) / len(differences)) if differences else None
 
 
 def _compare_to_full(summary: Summary, resamples: int, progress: bool) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,14 +42,14 @@ from embtables._util.reading import read_json
 from embtables.datasets import PreparedDataset
 from embtables.models.registry import check_hyperparameters, is_built_in
 from embtables.sweeps import results
-from embtables.sweeps.cells import Cell, Place, assignments, file_name, points
+from embtables.sweeps.cells import Cell, Place, assignments, file_name, points, value_text
 from embtables.sweeps.choosing import chosen, finalists, num_finalists, tuning_cells
 from embtables.sweeps.cluster import connected
-from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
+from embtables.sweeps.config import LABELS_CHECKSUM, OWN, SweepConfig, read_config
 from embtables.sweeps.planning import plan_points
 from embtables.sweeps.runner import Ended, Job, Processes, Workers, run_jobs, threads_per_job
 from embtables.training.checkpoint import identity_of
-from embtables.training.config import AS_SERVED, parse_value
+from embtables.training.config import AS_SERVED, RunConfig, parse_value, with_fields
 from embtables.training.environment import environment
 from embtables.training.learning_curve import MONITOR_LABELS, value_of
 from embtables.training.logs import write_hparams
@@ -68,15 +69,34 @@ Command = Callable[[SweepConfig, Cell, Path], list[str]]
 
 def train_command(config: SweepConfig, cell: Cell, run: Path) -> list[str]:
     """The command that trains `cell` into `run`, or goes on with it."""
+    start = ["--config", str(run.parent.parent / train_file(cell.variant))]
+    model = config.trains[cell.variant].model.name
+    if not is_built_in(model):  # the name in the file is not looked for in the working directory
+        start += ["--model", model]
+    return [sys.executable, "-m", "embtables", *_train(config, cell, str(run), start)]
+
+
+def shell_command(config: SweepConfig, cell: Cell) -> str:
+    """A line for a shell that trains what `cell` was, without the files of the sweep: each field is set in it."""
+    train = config.trains[cell.variant]
+    # With the optimizer comes a learning rate of its own, wherever none is set.
+    start = with_fields(RunConfig(), {"tables.optimizer": train.tables.optimizer, "tables.learning_rate": None}).flat()
+    start["tables.optimizer"] = RunConfig().tables.optimizer
+    tuned = {assignment.split("=", 1)[0] for assignment in assignments(cell.tuned)}
+    options = ["--model", train.model.name]
+    for field, value in train.flat().items():
+        if value != start[field] and field not in (*OWN, "model.name") and field not in tuned:
+            options += ["--set", f"{field}={value_text(value)}"]
+    return shlex.join(["embtables", *_train(config, cell, f"runs/{cell.name}", options)])
+
+
+def _train(config: SweepConfig, cell: Cell, out: str, options: Sequence[str]) -> list[str]:
+    """The sub-command ``train`` for `cell`, with the options from which all cells start."""
     spec = config.methods[cell.method]
-    command = [sys.executable, "-m", "embtables", "train", config.data, "--out", str(run)]
-    command += ["--config", str(run.parent.parent / train_file(cell.variant))]
+    command = ["train", config.data, "--out", out, *options]
     command += ["--method", spec if isinstance(spec, str) else json.dumps(spec)]
     command += ["--budget", cell.budget] if cell.budget else []
     command += ["--seed", str(cell.seed)]
-    model = config.trains[cell.variant].model.name
-    if not is_built_in(model):  # the name in the file is not looked for in the working directory
-        command += ["--model", model]
     for assignment in assignments(cell.tuned):
         command += ["--set", assignment]
     return command

@@ -118,8 +118,12 @@ def main_metrics(scored: Scored) -> dict[str, float | None]:
 
 def all_metrics(scored: Scored, data: PreparedDataset) -> dict[str, float | None]:
     """Every metric of a split, ``None`` where it is not defined on these rows."""
-    entropy = metrics.normalized_entropy(scored.labels, metrics.sigmoid(scored.logits))
-    return {**main_metrics(scored), **_defined({"normalized_entropy": entropy}), **slice_metrics(scored, data)}
+    labels, probabilities = scored.labels, metrics.sigmoid(scored.logits)
+    further = {
+        "normalized_entropy": metrics.normalized_entropy(labels, probabilities),
+        "calibration": metrics.calibration(labels, probabilities),
+    }
+    return {**main_metrics(scored), **_defined(further), **slice_metrics(scored, data)}
 
 
 def slice_metrics(scored: Scored, data: PreparedDataset) -> dict[str, float | None]:

@@ -11,7 +11,17 @@ from typing import Any, TypeAlias
 from embtables._util.files import replacing, write_text
 from embtables._util.reading import read_text
 
-__all__ = ["COLUMNS", "Row", "draw_curve", "overfitting", "read_curve", "remarks", "value_of", "write_curve"]
+__all__ = [
+    "COLUMNS",
+    "LEAST_LEARNED",
+    "Row",
+    "draw_curve",
+    "overfitting",
+    "read_curve",
+    "remarks",
+    "value_of",
+    "write_curve",
+]
 
 Row: TypeAlias = dict[str, Any]
 """One evaluation, by column; ``None`` where a metric is not defined on the validation rows."""
@@ -34,7 +44,7 @@ MONITOR_LABELS = {"auc": "AUC", "gauc_weighted": "gauc_weighted", "gauc_mean": "
 """What a sentence calls a monitor."""
 _LEAST_LOSS = 0.0005
 """A monitor that ends this far behind its best has fallen; closer is noise."""
-_LEAST_LEARNED = 0.005
+LEAST_LEARNED = 0.005
 """A validation AUC that never was this far from 0.5 says that nothing has been learned."""
 
 
@@ -107,7 +117,7 @@ def remarks(rows: Sequence[Row], monitor: str, *, out_of_patience: bool, decays:
     """
     found = []
     areas = [row["valid_auc"] for row in rows if row["valid_auc"] is not None]
-    if areas and all(abs(area - 0.5) < _LEAST_LEARNED for area in areas):
+    if areas and all(abs(area - 0.5) < LEAST_LEARNED for area in areas):
         advice = ", ".join(["a higher tables.init_std", *(f"a lower {field}" for field in decays)])
         found.append(
             f"validation AUC never left 0.5 ({min(areas):.4f} to {max(areas):.4f}): the model has learned nothing. Try "

@@ -18,6 +18,7 @@ __all__ = [
     "AucDifference",
     "auc",
     "bootstrap_auc_difference",
+    "calibration",
     "gauc_mean",
     "gauc_weighted",
     "log_loss",
@@ -95,6 +96,15 @@ def normalized_entropy(labels: NDArray, probabilities: NDArray) -> float:
     if not 0 < rate < 1:
         return float("nan")
     return loss / -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+
+
+def calibration(labels: NDArray, probabilities: NDArray) -> float:
+    """Mean prediction over the rate of positives: above 1 too many are expected, below 1 too few.
+
+    ``nan`` without a positive row.
+    """
+    positive, probabilities = _checked(labels, probabilities)
+    return float(probabilities.mean(dtype=np.float64) / positive.mean()) if positive.any() else float("nan")
 
 
 def _auc_by_group(labels: NDArray, scores: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

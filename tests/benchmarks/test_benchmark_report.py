@@ -173,7 +173,7 @@ def test_an_unfinished_sweep_says_so(sweep: Path) -> None:
     assert "Unfinished: 3 of 20 cells have a result" in text
     assert "There is no full table to compare to yet." in text and "not run yet" in text
     drop_rows(sweep, lambda row: False)
-    assert [path.name for path in write_report(sweep, resamples=20).files] == ["report.md"]
+    assert [path.name for path in write_report(sweep, resamples=20).files] == ["report.html", "report.md"]
     assert head(replace(report.summary, num_finished=1))[1].startswith("Unfinished: 1 of 20 cells has a result;")
 
 

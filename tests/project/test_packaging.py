@@ -31,6 +31,7 @@ OPTIONAL = (
     "pyarrow",
     "tensorboard",
     "matplotlib",
+    "plotly",
     "typer",
     "rich",
     "mlflow",

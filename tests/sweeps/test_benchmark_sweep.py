@@ -616,7 +616,7 @@ def test_variants_without_budgets(data: Path, fake: Path, tmp_path: Path) -> Non
     out = tmp_path / "sweep"
     run(varied(data), out)
     assert [row["method"] for row in read(out)] == ["full"] * 4
-    assert [path.name for path in write_report(out, resamples=20).files] == ["report.md"]
+    assert [path.name for path in write_report(out, resamples=20).files] == ["report.html", "report.md"]
     with pytest.raises(ValueError, match="method hash needs a budget: give for example --budgets"):
         varied(data, "full,hash")
 

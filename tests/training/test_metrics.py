@@ -94,6 +94,13 @@ def test_log_loss_and_normalized_entropy():
     assert math.isnan(metrics.log_loss(np.zeros(0), np.zeros(0)))
 
 
+def test_calibration():
+    # 2.21 clicks are expected in five rows, of which two are clicked.
+    assert same(metrics.calibration(np.array([1, 0, 1, 0, 0]), np.array([0.9, 0.2, 0.5, 0.6, 0.01])), 2.21 / 2)
+    assert math.isnan(metrics.calibration(np.zeros(3), np.full(3, 0.4)))
+    assert math.isnan(metrics.calibration(np.zeros(0), np.zeros(0)))
+
+
 def test_log_loss_is_clipped_and_refuses_logits():
     assert same(metrics.log_loss(np.array([1]), np.array([0.0])), -math.log(metrics.CLIP))
     assert metrics.log_loss(np.array([0], np.float32), np.array([1.0], np.float32)) == pytest.approx(
