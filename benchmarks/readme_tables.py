@@ -192,6 +192,21 @@ def leaders() -> str:
     return rendered(lines)
 
 
+def worth(folder: str) -> str:
+    """AUC of `banded` that knows what tables are worth beside that of one that goes by counts alone."""
+    results = read(folder)
+    lines = [
+        ["data", "budget", "validation AUC by counts", "with worth", "test AUC by counts", "with worth"],
+        ["---", *["---:"] * 5],
+    ]
+    for (data, budget), cells in results.groupby(["dataset", "budget"], sort=False):
+        knows = cells["method"].str.contains("worth")
+        pairs = [cells[~knows].iloc[0], cells[knows].iloc[0]]
+        shown = [f"{each[name]:.4f}" for name in ("valid_auc", "test_auc") for each in pairs]
+        lines.append([str(data), str(budget), *shown])
+    return rendered(lines)
+
+
 def demo(folder: Path) -> str:
     """What `make demo` ends with, and its figure."""
     summary = summarize(folder, resamples=20)
@@ -389,7 +404,7 @@ def filled(page: Path, text: str) -> str:
     if page == CHOOSING:
         found = regret.read(RESULTS / "probes")
         contents |= {"leaders": leaders(), "probes": regret.choices(found), "families": regret.by_family(found)}
-        contents["races"] = regret.orders(found)
+        contents["races"], contents["worth"] = regret.orders(found), worth("worth")
     if page == GPU:
         contents |= {marker: on_a_gpu(folder, phase) for marker, (folder, phase) in GPU_TABLES.items()}
         contents["gpu-machine"] = gpu_machine("gpu")

@@ -33,8 +33,8 @@ class Entrant(_Data):
 
     Args:
         method: as ``plan`` takes it: a kind, a mapping with options, or patterns of table names with either.
-        loss: how far its monitor was behind that of full tables which had been trained as long; below 0 where it was
-            ahead.
+        loss: how far its monitor is expected to be behind that of full tables which were trained as long; below 0
+            where it is ahead.
         error: how far off that may be of what it is at the end of training, as likely as not.
         valid: its best monitor on validation, the mean of its seeds.
         epochs: how many it was trained.

@@ -1,8 +1,10 @@
 """Races: methods within one budget, trained side by side for a while; those that are behind drop out.
 
 Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
-AISTATS 2016): all are trained for a few epochs, the better half goes on, until one is left. Each is a run of its own,
-which pauses between the rounds, so that a race that is stopped goes on where it was.
+AISTATS 2016): all are trained for a few epochs, the better half goes on, until one is left. Who is better is told by
+where the curves lead: a damped trend (Gardner and McKenzie, "Forecasting Trends in Time Series", Management Science 31,
+1985), since methods that share rows among ids rise longer than others. Each is a run of its own, which pauses between
+the rounds, so that a race that is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ FAMILIES: tuple[MethodSpec, ...] = (
 
 #: Batches of a race are so many times smaller: what takes several epochs of large steps shows in the first.
 SMALLER_BATCHES = 4
-# Two methods whose scores differ by less are trained with a second seed.
+# Over so many evaluations gains are compared: over one alone they are noise.
+_STEP = 2
+# Two methods whose promises differ by less are trained with a second seed.
 _CLOSE = 0.003
 # Scores that differ by no more may be the same. Means of two seeds that differ by more are never a tie, however far the
 # seeds are apart: they are the best guess there is.
@@ -159,6 +163,19 @@ class Runner:
         monitor = self.config.training.monitor
         return max(value_of(row, monitor) for row in self.curves[seed][:evaluations])
 
+    def promise(self, evaluations: int, seed: int = 0) -> float:
+        """The score that is to be expected after half as many evaluations again as five or more that were seen.
+
+        A damped trend: what two evaluations gained shrinks by the factor by which it did before, and never grows.
+        """
+        now = self.score(evaluations, seed)
+        if evaluations < 2 * _STEP + 1:
+            return now
+        before, earlier = (self.score(evaluations - back * _STEP, seed) for back in (1, 2))
+        gain, last_gain = now - before, before - earlier
+        damping = min(1.0, gain / last_gain) if last_gain > 0 else float(gain > 0)
+        return now + sum(gain * damping**k for k in range(1, round(evaluations / 2 / _STEP) + 1))
+
     def best(self) -> Path:
         """The folder of the best model so far, of the first seed, as it would be served."""
         return max((self.path() / CHECKPOINT).glob("best-*"), key=lambda path: path.stat().st_mtime)
@@ -180,9 +197,9 @@ class Runner:
         write_json(measured, found)
         return found
 
-    def scores(self, evaluations: int) -> list[float]:
+    def promises(self, evaluations: int) -> list[float]:
         """Those of all seeds."""
-        return [self.score(evaluations, seed) for seed in self.curves]
+        return [self.promise(evaluations, seed) for seed in self.curves]
 
 
 def race(
@@ -208,12 +225,12 @@ def race(
         for runner in left:
             tick(runner.run(evaluations))
         done = evaluations
-        left.sort(key=lambda runner: -runner.score(evaluations))
+        left.sort(key=lambda runner: -runner.promise(evaluations))
         if keep == 1 and len(left) > 1:
             left = _decided(left, evaluations, tick)
         elif keep < len(left):
-            last = left[keep - 1].score(evaluations)
-            keep = sum(last - runner.score(evaluations) <= _TIE for runner in left)
+            last = left[keep - 1].promise(evaluations)
+            keep = sum(last - runner.promise(evaluations) <= _TIE for runner in left)
         out = [_entrant(runner, reference, evaluations) for runner in left[keep:]] + out
         left = left[:keep]
     found = [_entrant(runner, reference, done) for runner in left] + out
@@ -236,12 +253,12 @@ def _decided(left: list[Runner], evaluations: int, tick: Callable[[float], Any])
     goes to fewer bytes, or of about as many to faster lookups.
     """
     first, second, *others = left
-    if first.score(evaluations) - second.score(evaluations) >= _CLOSE:
+    if first.promise(evaluations) - second.promise(evaluations) >= _CLOSE:
         return left
     for runner in (first, second):
         tick(runner.run(evaluations, seed=1))
-    means = [mean(runner.scores(evaluations)) for runner in (first, second)]
-    ranges = (max(runner.scores(evaluations)) - min(runner.scores(evaluations)) for runner in (first, second))
+    promises = [runner.promises(evaluations) for runner in (first, second)]
+    means, ranges = list(map(mean, promises)), (max(each) - min(each) for each in promises)
     # Of two numbers the mean has a standard error of half their difference.
     error = math.hypot(*ranges) / 2
     costs: Sequence[float] = [-value for value in means]
@@ -255,18 +272,18 @@ def _decided(left: list[Runner], evaluations: int, tick: Callable[[float], Any])
 def _entrant(runner: Runner, reference: Runner, evaluations: int) -> Entrant:
     """What a race says of a method that ran so far.
 
-    The loss is how far it is behind full tables that were trained as long; it is as far off as that has changed over
-    the last half of the way, or as seeds differ.
+    The loss is how far it promises to be behind full tables that were trained as long; it is as far off as that differs
+    from what it was half the way before, or as seeds differ.
     """
-    scores = runner.scores(evaluations)
-    behind = reference.score(evaluations) - mean(scores)
+    promises = runner.promises(evaluations)
+    behind = reference.promise(evaluations) - mean(promises)
     half = max(1, evaluations // 2)
     before = reference.score(half) - runner.score(half)
     return Entrant(
         method=runner.spec,
         loss=behind,
-        error=max(abs(behind - before) / 2, (max(scores) - min(scores)) / 2),
-        valid=abs(mean(scores)),
+        error=max(abs(behind - before) / 2, (max(promises) - min(promises)) / 2),
+        valid=abs(mean(runner.score(evaluations, seed) for seed in runner.curves)),
         epochs=runner.epochs(evaluations),
-        seeds=len(scores),
+        seeds=len(promises),
     )

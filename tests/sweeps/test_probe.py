@@ -198,6 +198,28 @@ def test_who_drops_out_when() -> None:
     assert worse.trained == [(1, 0)] and early.trained == [(1, 0), (2, 0), (4, 0)]
 
 
+def test_a_promise_is_where_a_curve_leads_if_its_gains_shrink_as_they_did() -> None:
+    # Two evaluations gained 0.08, then 0.04: half as long again after eight are two more times two.
+    curve = [0.5, 0.55, 0.58, 0.60, 0.64, 0.68, 0.70, 0.72]
+    runner = Made("hash", curve)
+    runner.run(8)
+    assert runner.promise(8) == pytest.approx(0.72 + 0.04 * 0.5 + 0.04 * 0.25)
+    assert runner.promise(4) == 0.60  # too few to tell
+    assert runner.promise(7) == pytest.approx(0.70 + 0.06 * (0.06 / 0.06) + 0.06)  # gains do not grow
+    rising, falling = Made("robe", [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.52]), Made("robe", [*curve[:6], 0.6, 0.6])
+    for each in (rising, falling):
+        each.run(8)
+    assert rising.promise(8) == pytest.approx(0.52 + 2 * 0.02)
+    assert falling.promise(8) == 0.68  # the best so far stays the best
+    # One that is behind and rises faster wins.
+    full, slow = Made("full", curve), Made("hash", [0.5, 0.60, 0.66, 0.70, 0.715, 0.725, 0.73, 0.733])
+    fast = Made("unified", [0.5, 0.50, 0.52, 0.54, 0.58, 0.62, 0.68, 0.725])
+    full.run(8)
+    found = race([slow, fast], full, 100, lambda epochs: None, [Round(8, 1)])
+    assert [entrant.method for entrant in found.entrants] == ["unified", "hash"]
+    assert found.entrants[0].loss == pytest.approx(full.promise(8) - fast.promise(8))
+
+
 def test_who_is_as_good_as_the_last_that_goes_on_goes_on_too() -> None:
     full = Made("full", [0.9, 0.9, 0.9])
     full.run(3)
