@@ -3,11 +3,12 @@
     python -m benchmarks.regret docs/results/probes
 
 The folder holds a probe of each data set, NAME.json: `embtables probe` with the training configuration of the sweep in
-docs/results/NAME-tuned. For each budget that both have, the method that `auto` takes is looked up in the sweep: its
-test AUC, that of the best measured method at the budget, and the difference of the two, the regret. Beside it stands
-the best baseline that fits: dropped features, a frequency cut-off, or full tables of low precision. Then the losses
-against full tables that the probe expected of all that raced, by family, beside those that were measured, and the order
-in which methods left the race beside that of whole trainings. Writes report.md.
+docs/results/NAME-tuned; what a probe chose and that sweep did not train is in docs/results/NAME-auto. For each budget
+that both have, the method that `auto` takes is looked up there: its test AUC, that of the best measured method at the
+budget, and the difference of the two, the regret. Beside it stands the best baseline that fits: dropped features, a
+frequency cut-off, or full tables of low precision. Then the losses against full tables that the probe expected of all
+that raced, by family, beside those that were measured, and the order in which methods left the race beside that of
+whole trainings. Writes report.md.
 """
 
 from __future__ import annotations
@@ -190,12 +191,14 @@ def read(folder: Path) -> list[Cell]:
     return [
         cell
         for path in sorted(folder.glob("*.json"))
-        for cell in cells(
-            path.stem,
-            Probe.load(path),
-            pd.read_csv(RESULTS / f"{path.stem}-tuned" / "results.csv", dtype={"budget": str}),
-        )
+        for cell in cells(path.stem, Probe.load(path), _trained(path.stem))
     ]
+
+
+def _trained(name: str) -> pd.DataFrame:
+    """What was trained to the end on a data set: by its sweep, and what its probe chose beyond that."""
+    files = [RESULTS / f"{name}-{part}" / "results.csv" for part in ("tuned", "auto")]
+    return pd.concat([pd.read_csv(file, dtype={"budget": str}) for file in files if file.exists()], ignore_index=True)
 
 
 def published(folder: Path) -> str:

@@ -120,7 +120,8 @@ class ProgressBar:
         self._progress.stop()
 
     def step(self, done: int) -> None:
-        self._progress.update(self._task, completed=done)
+        total = self._progress.tasks[0].total or 0
+        self._progress.update(self._task, completed=done, total=max(total, done))
 
     def loss(self, loss: float) -> None:
         self.note(f"loss {loss:.4f}")

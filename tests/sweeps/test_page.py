@@ -349,10 +349,16 @@ class Opened:
         self.page.locator(f"#{name}").scroll_into_view_if_needed()
         self.page.wait_for_function("name => near.has(name) && !stale.has(name)", arg=name)
 
+    def settle(self) -> None:
+        """Waits until what was chosen is drawn."""
+        self.page.wait_for_function("() => [...near].every((name) => !stale.has(name))")
+
     def text(self, selector: str) -> str:
+        self.settle()
         return str(self.page.locator(selector).first.text_content())
 
     def traces(self) -> int:
+        self.settle()
         return int(self.page.locator("#curve-plot .scatterlayer .trace").count())
 
     def tab_to(self, selector: str) -> None:
@@ -451,9 +457,11 @@ def test_the_keyboard_alone_works_it(opened: Opened) -> None:
     assert opened.text("#curve-plot .ytitle") == "test log loss"
     opened.tab_to("#curve-plot")
     page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('#curve .readout').textContent.startsWith('full; ')")
     first = opened.text("#curve .readout")
     page.keyboard.press("ArrowRight")
-    assert first.startswith("full; ") and opened.text("#curve .readout") not in ("", first)
+    other = "first => !['', first].includes(document.querySelector('#curve .readout').textContent)"
+    page.wait_for_function(other, arg=first)
     opened.tab_to(".choices input")
     page.keyboard.press("Space")
     assert opened.traces() == 6
