@@ -392,6 +392,8 @@ def opened(loaded: Opened) -> Opened:
       for (const box of document.querySelectorAll('#precisions input')) { box.checked = true; }
       for (const name of precisions) shownPrecisions.add(name);
       document.querySelector('[data-show=all]').click();
+      document.getElementById('filter').value = '';
+      document.getElementById('filter').dispatchEvent(new Event('input'));
       document.activeElement.blur();
       scrollTo(0, 0);
     }""")
