@@ -403,7 +403,11 @@ def filled(page: Path, text: str) -> str:
         contents["attained"] = attained(page.stem)
     if page == CHOOSING:
         found = regret.read(RESULTS / "probes")
-        contents |= {"leaders": leaders(), "probes": regret.choices(found), "families": regret.by_family(found)}
+        contents |= {
+            "leaders": leaders(),
+            "probes": f"{regret.choices(found)}\n\n{regret.in_short(found)}",
+            "families": regret.by_family(found),
+        }
         contents["races"], contents["worth"] = regret.orders(found), worth("worth")
     if page == GPU:
         contents |= {marker: on_a_gpu(folder, phase) for marker, (folder, phase) in GPU_TABLES.items()}

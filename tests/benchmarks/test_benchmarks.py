@@ -907,6 +907,9 @@ def test_regrets_are_differences_to_the_best_that_was_measured() -> None:
     table = regret.choices([cell])
     assert "| 0.7100 ± 0.0141 | unified | 0.7500 | 0.0400 | not measured | frequency_cutoff 0.6500 | +0.0600 |" in table
     assert "| +0.0200 ± 0.0010 | +0.1400 |" in table
+    assert regret.in_short([cell]) == (
+        "The regret is at most 0.002 in 0 of 1 cells, and 0.0400 in the worst, made at 10%."
+    )
     assert [(entrant.method, pytest.approx(loss)) for entrant, loss in cell.losses()] == [
         ("robe", 0.14),
         ("hash", 0.16),
