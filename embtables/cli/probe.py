@@ -36,7 +36,7 @@ Regularizations = Annotated[
     str | None,
     typer.Option(
         help="Strengths of tables.regularization of which full tables choose one, for all; by default 0.03,0.1,0.3, or "
-        "the one that --set or --config gives."
+        "the one above 0 that --set or --config gives."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
@@ -64,7 +64,7 @@ def probe(
     Full tables choose how strong regularization is. Within each budget six methods race: all are trained for a while,
     in batches a quarter as large, and whoever is behind on validation drops out. What a table is worth is what is lost
     on validation where all its ids have one vector; of the two biggest, where a model is trained without them. For one
-    budget all that is no more work than one full training of all its epochs.
+    budget all that is no more epochs than one full training has.
 
     The result is DATA/probe.json, by which `--method auto` chooses from then on. Stopped and started again, a probe
     goes on. Give it what you will train with: the same model, --config, --set and --leave-out.
@@ -93,7 +93,11 @@ def probe(
     if found is None:
         return
     found.save(data / FILE)
-    typer.echo(f"{data / FILE}: `embtables plan {data} --method auto --budget {list(planned.runners)[0]}` uses it")
+    budget, strength = list(planned.runners)[0], found.regularization
+    typer.echo(
+        f"{data / FILE}: `embtables train {data} --method auto --budget {budget} "
+        f"--set tables.regularization={strength:g}` uses it, with all else as it was given here"
+    )
 
 
 def parse_regularizations(text: str | None) -> list[float] | None:
@@ -105,13 +109,11 @@ def parse_regularizations(text: str | None) -> list[float] | None:
     except ValueError:
         found = [math.nan]
     if not all(0 <= strength < math.inf for strength in found):
-        raise ValueError(f"--regularizations are numbers from 0 on, separated by commas, such as 0.03,0.1, not {text}")
+        raise ValueError(f"--regularizations are numbers from 0 on, separated by commas, as 0.03,0.1, not {text!r}")
     return found
 
 
-def run_probe(
-    planned: Course, *, dry_run: bool, quiet: bool, trainings: int = 0, epochs: float = 0.0, jobs: int = 1
-) -> Probe | None:
+def run_probe(planned: Course, *, dry_run: bool, quiet: bool, trainings: int = 0, epochs: float = 0.0) -> Probe | None:
     """Says what it will cost, makes the probe, and prints what it found; ``None`` where it is only to say the cost.
 
     Args:
@@ -120,7 +122,6 @@ def run_probe(
         quiet: whether there is no progress bar.
         trainings: how many follow the probe.
         epochs: how many those have at most, in all.
-        jobs: how many of them are trained at a time.
     """
     from embtables.methods import method_label
     from embtables.sweeps.probing import probe
@@ -147,10 +148,9 @@ def run_probe(
             nonlocal done, ticks, started
             done, ticks = done + trained, ticks + 1
             if ticks == 2 and not resumed:  # the first one was slower than all others, as things are made ready in it
-                seconds = (time.monotonic() - started) / trained * (planned.epochs + epochs / jobs)
-                at_most = "at most " if trainings else ""
+                seconds = (time.monotonic() - started) / trained * (planned.epochs + epochs)
                 total = number_of(planned.trainings + trainings, "training")
-                bar.say(f"{at_most}about {_minutes(seconds)} here: {total}")
+                bar.say(f"about {_minutes(seconds)} here, less where trainings stop early: {total}")
             started = time.monotonic()
             bar.step(round(100 * done))
 

@@ -75,7 +75,14 @@ def recommend(
     from embtables.datasets.readers.interactions import prepare_interactions
     from embtables.sweeps import cells, probing
     from embtables.sweeps.racing import entered
-    from embtables.sweeps.recommending import most_trainings, quickly, recommendation, strengths_after, sweep_for
+    from embtables.sweeps.recommending import (
+        check_before,
+        most_trainings,
+        quickly,
+        recommendation,
+        strengths_after,
+        sweep_for,
+    )
     from embtables.sweeps.report import write_report
     from embtables.sweeps.sweep import run_sweep
     from embtables.training.config import load_config
@@ -88,24 +95,28 @@ def recommend(
     budgets = cells.parse_budgets(budget)
     if not data.is_dir():
         typer.echo(f"preparing {data}", err=True)
-        prepared = prepare_interactions(data, out / "data", progress=not quiet)
-        data = prepared.path
+        try:
+            data = prepare_interactions(data, out / "data", progress=not quiet).path
+        except ValueError as error:
+            hint = "; options are those of `embtables prepare interactions`, whose folder `recommend` takes as well"
+            raise ValueError(f"{error}{hint if '--' in str(error) else ''}") from None
     opened = PreparedDataset(data)
     if quick:
         resolved = quickly(resolved, opened)
     asked = parse_regularizations(regularizations)
+    seeds = max(seeds, 3) if thorough else seeds
+    check_before(data, resolved, budgets, seeds, preset, out / "sweep")
     planned = probing.course(opened, resolved, budgets, out / "probe", entered(methods), asked)
     tried = [reference.config.tables.regularization for reference in planned.references]
-    seeds = 3 if thorough else seeds
     most = 1 if quick else len(tried) if thorough else min(2, len(tried))
     number = most_trainings(len(budgets), seeds, most, thorough=thorough)
     epochs = number * resolved.training.epochs
-    found = run_probe(planned, dry_run=dry_run, quiet=quiet, trainings=number, epochs=epochs, jobs=jobs)
+    found = run_probe(planned, dry_run=dry_run, quiet=quiet, trainings=number, epochs=epochs)
     if found is None:
         return
     found.save(out / "probe.json")
     strengths = [found.regularization] if quick else strengths_after(found, tried, thorough=thorough)
-    sweep = sweep_for(data, found, resolved, budgets, seeds, strengths, thorough=thorough)
+    sweep = sweep_for(data, found, resolved, budgets, seeds, strengths, thorough=thorough, preset=preset)
     rows = run_sweep(sweep, out / "sweep", jobs=jobs, on=on)
     failed = next((row for row in rows if row["status"] == "failed"), None)
     if failed is not None:
@@ -116,7 +127,6 @@ def recommend(
     for each, race in zip(budgets, found.races):
         taken = recommendation(report.summary, each, race.budget_bytes)
         served = out / "served" / each.replace("%", "pct")
-        if not served.exists():
-            copy_served(served_of(out / "sweep" / "cells" / taken.run), served)
+        copy_served(served_of(out / "sweep" / "cells" / taken.run), served)
         for line in [*taken.words(), f"Served tables and model: {served}"]:
             typer.echo(line)

@@ -12,6 +12,7 @@ from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
 from embtables.training.config import load_config, parse_named, parse_value, with_fields
 from embtables.training.export import MODEL, TABLES, WEIGHTS, copy_served, served_of
+from embtables.training.planning import told_of_choice
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
 
@@ -151,7 +152,10 @@ def train(
         Path(folder): with_fields(resolved, {f"tables.{name}": value for name, value in fields.items()})
         for folder, fields in parse_named(also or [], "--also", "FOLDER", "runs/int8: {precision: int8}").items()
     }
-    result = Trainer(resolved, PreparedDataset(data), out, also=beside, show_progress=not quiet).run()
+    opened = PreparedDataset(data)
+    for line in told_of_choice(resolved, opened):
+        typer.echo(line, err=True)
+    result = Trainer(resolved, opened, out, also=beside, show_progress=not quiet).run()
     if result["status"] != "ok":
         raise ValueError(str(result["message"]))
     ratio = f" ({result['ratio']:.2%} of full)" if result["ratio"] is not None else ""

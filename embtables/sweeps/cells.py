@@ -161,7 +161,14 @@ def parse_methods(text: str) -> dict[str, MethodSpec]:
     for entry in entries:
         if not isinstance(entry, (str, dict)):
             raise ValueError(f"method {entry!r} is neither a kind, such as hash, nor a mapping such as {{kind: hash}}")
-    return {method_label(entry): entry for entry in entries}
+    found: dict[str, MethodSpec] = {}
+    for entry in entries:
+        if found.setdefault(method_label(entry), entry) != entry:
+            raise ValueError(
+                f"two methods are called {method_label(entry)}, as they differ in what they say of each table alone: "
+                "compare them in sweeps of their own"
+            )
+    return found
 
 
 def in_precisions(methods: Mapping[str, MethodSpec], text: str | None) -> dict[str, MethodSpec]:

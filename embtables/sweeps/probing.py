@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from embtables._util.files import sha256
+from embtables._util.lock import locked
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config
 from embtables.plan.probe import MethodSpec, Probe, as_worth
@@ -118,6 +119,13 @@ def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -
         planned: what to do.
         tick: is told how many epochs have been trained since it was last called.
     """
+    folder = planned.references[0].folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _probe(planned, tick)
+
+
+def _probe(planned: Course, tick: Callable[[float], Any]) -> Probe:
     reference = _best(planned.references, tick)
     config, data = reference.config, reference.data
     worth = worth_of_tables(reference)
@@ -140,7 +148,7 @@ def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -
         model=config.model.name,
         monitor=config.training.monitor,
         reference=abs(reference.score(last)),
-        reference_epochs=reference.epochs(last),
+        reference_epochs=reference.trained(last),
         regularization=config.tables.regularization,
         tables=worth,
         how={name: "retraining" if name in planned.without else "ablation" for name in worth},
@@ -149,7 +157,7 @@ def probe(planned: Course, tick: Callable[[float], Any] = lambda epochs: None) -
 
 
 def _knowing(spec: MethodSpec, worth: Mapping[str, float]) -> MethodSpec:
-    """The method, or pattern → method, told what tables are worth where it has use for that."""
+    """The method, or pattern → method, told what tables are worth where it takes that and has not been told."""
     if isinstance(spec, dict) and "kind" not in spec:
         return {pattern: _knowing(part, worth) for pattern, part in spec.items()}
     if getattr(from_config(spec), "worth", ...) is not None:

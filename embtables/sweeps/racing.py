@@ -9,6 +9,8 @@ the rounds, so that a race that is stopped goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +23,11 @@ from torch import nn
 from embtables._util.files import write_json
 from embtables._util.reading import read_json
 from embtables.datasets import PreparedDataset
-from embtables.methods import method_label
+from embtables.methods import from_config, method_label
 from embtables.models import find_model
 from embtables.models.registry import is_built_in
 from embtables.plan.probe import Entrant, MethodSpec, Race
+from embtables.plan.solver import by_pattern
 from embtables.sizes.budget import InfeasibleBudget
 from embtables.sweeps.cells import file_name, in_precisions, kind_of, parse_methods, takes_budget
 from embtables.sweeps.planning import cell_config
@@ -93,7 +96,7 @@ def entered(text: str | None) -> list[MethodSpec]:
         families = {kind_of(spec) for spec in FAMILIES}
         return [*FAMILIES, *(spec for spec in others if takes_budget(spec) and kind_of(spec) not in families)]
     found = list(parse_methods(text).values())
-    if any(kind_of(spec) == "auto" for spec in found):
+    if any(from_config(part).chooses for spec in found for part in by_pattern(spec).values()):
         raise ValueError("auto chooses by what a probe finds, and takes no part in it: leave it out of --methods")
     return found
 
@@ -135,7 +138,10 @@ class Runner:
 
     def path(self, seed: int = 0) -> Path:
         strength = f"regularization={self.config.tables.regularization:g}"
-        return self.folder / file_name(self.label, self.budget.replace("%", "pct"), f"s{seed}", strength)
+        # Names of tables may differ in what a file's name cannot hold.
+        patterns = isinstance(self.spec, dict) and "kind" not in self.spec
+        digest = hashlib.sha256(json.dumps(self.spec).encode()).hexdigest()[:8] if patterns else ""
+        return self.folder / file_name(self.label, digest, self.budget.replace("%", "pct"), f"s{seed}", strength)
 
     def fits(self) -> bool:
         """Whether its tables fit into the budget; how many bytes both have is kept."""
@@ -158,22 +164,27 @@ class Runner:
         self.reached[seed] = max(before, evaluations)
         return self.epochs(self.reached[seed] - before)
 
+    def trained(self, evaluations: int) -> float:
+        """The epochs that so many evaluations took; fewer where the training ended before."""
+        return float(self.curves[0][:evaluations][-1]["epoch"])
+
     def score(self, evaluations: int, seed: int = 0) -> float:
         """The best of so many evaluations; more is better."""
         monitor = self.config.training.monitor
         return max(value_of(row, monitor) for row in self.curves[seed][:evaluations])
 
     def promise(self, evaluations: int, seed: int = 0) -> float:
-        """The score that is to be expected after half as many evaluations again as five or more that were seen.
+        """The score to be expected after half as many evaluations again; of fewer than five it is the score itself.
 
-        A damped trend: what two evaluations gained shrinks by the factor by which it did before, and never grows.
+        A damped trend: what two evaluations gained shrinks by the factor by which it shrank before, and never grows. A
+        gain that follows upon none may be noise, and promises nothing.
         """
         now = self.score(evaluations, seed)
         if evaluations < 2 * _STEP + 1:
             return now
         before, earlier = (self.score(evaluations - back * _STEP, seed) for back in (1, 2))
         gain, last_gain = now - before, before - earlier
-        damping = min(1.0, gain / last_gain) if last_gain > 0 else float(gain > 0)
+        damping = min(1.0, gain / last_gain) if last_gain > 0 else 0.0
         return now + sum(gain * damping**k for k in range(1, round(evaluations / 2 / _STEP) + 1))
 
     def best(self) -> Path:
@@ -284,6 +295,6 @@ def _entrant(runner: Runner, reference: Runner, evaluations: int) -> Entrant:
         loss=behind,
         error=max(abs(behind - before) / 2, (max(promises) - min(promises)) / 2),
         valid=abs(mean(runner.score(evaluations, seed) for seed in runner.curves)),
-        epochs=runner.epochs(evaluations),
+        epochs=runner.trained(evaluations),
         seeds=len(promises),
     )

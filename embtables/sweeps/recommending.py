@@ -12,9 +12,10 @@ from embtables.methods import method_label
 from embtables.plan.probe import MethodSpec, Probe
 from embtables.sizes.memory import format_bytes
 from embtables.sweeps.cells import takes_budget, with_baselines
-from embtables.sweeps.config import SweepConfig, describe
+from embtables.sweeps.config import SweepConfig, describe, read_config
 from embtables.sweeps.summary import Point, Summary
 from embtables.training.config import RunConfig, with_fields
+from embtables.training.learning_curve import MONITOR_LABELS
 
 #: Methods beside the winner of the race that are trained to the end.
 BESIDE: tuple[MethodSpec, ...] = (
@@ -31,8 +32,8 @@ QUICK_EXAMPLES = 1_000_000
 
 def quickly(config: RunConfig, data: PreparedDataset) -> RunConfig:
     """The same training, of no more than ``QUICK_EXAMPLES``."""
-    epochs = min(config.training.epochs, round(QUICK_EXAMPLES / max(1, data.num_rows("train")), 3) or 0.001)
-    return with_fields(config, {"training.epochs": epochs})
+    epochs = float(f"{QUICK_EXAMPLES / max(1, data.num_rows('train')):.4g}")
+    return with_fields(config, {"training.epochs": min(config.training.epochs, epochs)})
 
 
 def strengths_after(found: Probe, tried: Sequence[float], *, thorough: bool) -> list[float]:
@@ -71,6 +72,7 @@ def sweep_for(
     strengths: Sequence[float],
     *,
     thorough: bool,
+    preset: str | None = None,
 ) -> SweepConfig:
     """The trainings that a probe calls for: its winners and runners-up, full tables and the baselines.
 
@@ -82,13 +84,34 @@ def sweep_for(
         seeds: how many times each is trained.
         strengths: of regularization; each method has the one that is best on validation.
         thorough: whether runners-up are trained too, and all baselines.
+        preset: that of ``config``.
+
+    Raises:
+        ValueError: ``config`` holds what each of these trainings has of its own, such as the method.
     """
     raced = [entrant.method for race in found.races for entrant in race.entrants[: _raced(thorough)]]
     methods = _with_beside({method_label(spec): spec for spec in raced}, thorough=thorough)
     first, *others = strengths
     config = with_fields(config, {"tables.regularization": first})
     tune = {"tables.regularization": [first, *others]} if others else None
-    return describe(data, methods, list(budgets), seeds, config, tune=tune)
+    return describe(data, methods, list(budgets), seeds, config, tune=tune, preset=preset)
+
+
+def check_before(
+    data: Path, config: RunConfig, budgets: Sequence[str], seeds: int, preset: str | None, sweep: Path
+) -> None:
+    """``ValueError`` where the trainings after a probe would be refused, or are not those that ``sweep`` holds."""
+    asked = describe(data, _with_beside({}, thorough=False), list(budgets), seeds, config, preset=preset)
+    if not (sweep / "sweep.yaml").exists():
+        return
+    before = read_config(sweep)
+    for name in ("manifest_sha256", "budgets", "seeds"):
+        old, new = getattr(before, name), getattr(asked, name)
+        if old != new:
+            raise ValueError(
+                f"{sweep} was made with other {'data' if name == 'manifest_sha256' else name}: {old} there, {new} now; "
+                "give the same again to go on with it, or another --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -117,9 +140,10 @@ class Recommendation:
         ]
         if self.runner_up is not None:
             other = self.runner_up
+            column, monitor = f"valid_{self.monitor}", MONITOR_LABELS[self.monitor]
             lines.append(
-                f"Next on validation is {other.method}: {format_bytes(other.inference_bytes or 0)}, test AUC "
-                f"{other.mean('test_auc'):.4f}."
+                f"Next on validation ({monitor} {other.mean(column):.4f} after {self.point.mean(column):.4f}) is "
+                f"{other.method}: {format_bytes(other.inference_bytes or 0)}, test AUC {other.mean('test_auc'):.4f}."
             )
         if not self.full.mean("test_normalized_entropy") < 1:
             lines.append(

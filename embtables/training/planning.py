@@ -10,8 +10,10 @@ from embtables._util.files import sha256
 from embtables.datasets import PreparedDataset
 from embtables.methods import from_config, method_label
 from embtables.optimizers import FusedOptimizer, averaged, optimizer_from_config
+from embtables.plan.auto import told
 from embtables.plan.probe import FILE, Probe
 from embtables.plan.solver import Plan, by_pattern, plan
+from embtables.sizes.budget import InfeasibleBudget
 from embtables.tables.rounding import rounded_slabs
 from embtables.training.config import RunConfig, TablesConfig
 from embtables.training.loggers import loggers_named
@@ -51,6 +53,7 @@ __all__ = [
     "quantization_step",
     "selected",
     "steps_per_epoch",
+    "told_of_choice",
 ]
 
 
@@ -171,6 +174,28 @@ def probe_for(config: RunConfig, data: PreparedDataset, *, any_model: bool = Fal
     if found.model != config.model.name and not any_model:
         raise ValueError(f"{path} was made with model {found.model}, not {config.model.name}: {again}")
     return found
+
+
+def told_of_choice(config: RunConfig, data: PreparedDataset) -> list[str]:
+    """What ``auto`` chooses for a run and what is expected of it, in words; nothing where nothing is chosen.
+
+    Raises:
+        ValueError: as ``plan_tables``.
+    """
+    if not any(from_config(spec).chooses for spec in by_pattern(config.tables.method).values()):
+        return []
+    selection = selected(config, data)
+    try:
+        lines = told(plan_tables(config, selection).explain())
+    except InfeasibleBudget:
+        return []
+    found = probe_for(config, selection)
+    if found is not None and found.regularization != config.tables.regularization:
+        lines.append(
+            f"Note: the probe was made with tables.regularization={found.regularization:g}, and this training has "
+            f"{config.tables.regularization:g}: what is expected may not hold."
+        )
+    return lines
 
 
 def check_training(config: RunConfig, data: PreparedDataset, solved: Plan) -> None:

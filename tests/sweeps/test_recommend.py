@@ -85,11 +85,20 @@ def test_the_same_command_says_the_same_and_trains_nothing(
     assert run(["recommend", str(log), "--budget", "20%", "--out", str(recommended), *COMMON]) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in recommended.rglob("metrics.json")}
     told = capsys.readouterr().out
-    assert "Within 20% take " in told and "Next on validation is " in told and "--seeds 3 does" in told
+    assert "Within 20% take " in told and "Next on validation (AUC 0." in told and "--seeds 3 does" in told
     assert f"Served tables and model: {recommended / 'served' / '20pct'}" in told
-    # Another question in the same folder is refused.
-    assert run(["recommend", str(log), "--budget", "10%", "--out", str(recommended), *COMMON]) == 2
-    assert "Error: " in capsys.readouterr().err
+    # Another question in the same folder is refused before anything is trained.
+    before = (recommended / "probe.json").read_bytes()
+    for options in (["--budget", "10%"], ["--budget", "20%", "--seeds", "2"]):
+        assert run(["recommend", str(log), *options, "--out", str(recommended), *COMMON]) == 2
+        assert "was made with other " in capsys.readouterr().err
+    assert (recommended / "probe.json").read_bytes() == before
+    # What is served is what is recommended, whatever lay there.
+    table = recommended / "served" / "20pct" / "tables.safetensors"
+    served = table.read_bytes()
+    table.write_bytes(b"another")
+    assert run(["recommend", str(log), "--budget", "20%", "--out", str(recommended), *COMMON]) == 0
+    assert table.read_bytes() == served
 
 
 def test_costs_are_said_before(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +174,19 @@ def test_how_many_trainings_follow_a_probe_at_most(recommended: Path) -> None:
         assert recommending.most_trainings(2, seeds, len(strengths), thorough=thorough) == len(places) * (
             len(strengths) + seeds - 1
         )
+
+
+def test_what_each_training_has_of_its_own_is_refused_before_the_probe(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["recommend", str(log), "--budget", "20%", "--out", str(tmp_path / "out"), "--dry-run"]
+    assert run([*command, "--set", "tables.method=hash"]) == 2
+    assert "tables.method" in capsys.readouterr().err
+    assert run([*command, "--preset", "bars"]) == 0  # whose seed is of no account
+    no_time = tmp_path / "no_time.csv"
+    no_time.write_text("user_id,item_id,label\nu,i,1\n")
+    assert run(["recommend", str(no_time), "--budget", "20%", "--out", str(tmp_path / "other")]) == 2
+    assert "options are those of `embtables prepare interactions`" in capsys.readouterr().err
 
 
 def test_quick_and_thorough_exclude_each_other(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
