@@ -49,6 +49,8 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard embtables
 		echo "ONNX Runtime cannot be installed for this Python; the tests that need it are skipped."
 	@$(call quietly,$(PIP) --no-deps --no-compile $(LOGGERS)) || \
 		echo "MLflow and Weights & Biases cannot be installed for this Python; the tests that need them are skipped."
+	@$(call quietly,$(PIP) --no-deps --no-compile $(SERVER)) || \
+		echo "FastAPI, Uvicorn and HTTPX cannot be installed for this Python; the tests that need them are skipped."
 	@touch $@
 
 # What tests and examples use besides, and all that it imports there, by name: nothing else is installed or changed.
@@ -62,6 +64,8 @@ ONNX := onnxruntime onnxscript onnx onnx-ir ml_dtypes
 LOGGERS := mlflow-skinny sqlalchemy alembic mako sqlparse cryptography cffi pycparser databricks-sdk cachetools fastapi \
 	starlette anyio importlib_metadata zipp opentelemetry-api opentelemetry-sdk opentelemetry-proto \
 	opentelemetry-semantic-conventions wandb platformdirs xxhash
+# What examples/serve_fastapi.py runs in, and who asks it:
+SERVER := fastapi starlette anyio uvicorn click h11 httpx httpcore idna certifi
 
 # 200,000 generated rows over 1.3 MB of tables. A second call shows the results again; `make clean` forgets them.
 DEMO := runs/demo
@@ -84,15 +88,15 @@ SEEDS ?= 200
 sanitize: $(STAMP) ## the native kernels alone, all instruction sets, under AddressSanitizer, UBSan and ThreadSanitizer
 	EMBTABLES_SANITIZE_SEEDS=$(SEEDS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/ops/test_ops_sanitizers.py
 
-# INPUTS for each of 33 kinds of files: 200 take about two minutes on one core.
+# INPUTS for each of 35 kinds of files: 200 take about two minutes on one core.
 INPUTS ?= 200
 fuzz: $(STAMP) ## damage every kind of file at random: a clean sentence, or the meaning that it had
 	EMBTABLES_FUZZ_INPUTS=$(INPUTS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_fuzz.py
 
-# KILLS for each of six commands: 50 take about seven minutes on one core.
+# KILLS for each of six commands, and of writers of versions that others read: 50 take about eight minutes on one core.
 KILLS ?= 50
 kill: $(STAMP) ## kill every command at random moments: the next start ends as if nothing had been
-	EMBTABLES_KILLS=$(KILLS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_kill.py
+	EMBTABLES_KILLS=$(KILLS) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) tests/damage/test_kill.py tests/serving/test_versions.py -k "test_kill or kills"
 
 # BENCH_FLAGS="--quick" takes about three minutes, "--full" hours; --help tells the rest. Let nothing else run beside it.
 bench: $(STAMP) ## time lookups, training steps and whole models side by side with their rivals, about half an hour

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import regret
+from benchmarks import regret, serving
 from benchmarks.report import part
 from benchmarks.results import rendered
 from benchmarks.scaling import FIGURE
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 README, PAGE, PERFORMANCE = ROOT / "README.md", RESULTS / "README.md", ROOT / "docs" / "performance.md"
 GPU, CHOOSING = ROOT / "docs" / "gpu.md", ROOT / "docs" / "choosing.md"
+EXPORT = ROOT / "docs" / "export.md"
 #: Page, marker -> the folder of a sweep over methods and budgets.
 SWEEPS = {
     (PAGE, "globo-tuned"): "globo-tuned",
@@ -412,6 +413,8 @@ def filled(page: Path, text: str) -> str:
     if page == GPU:
         contents |= {marker: on_a_gpu(folder, phase) for marker, (folder, phase) in GPU_TABLES.items()}
         contents["gpu-machine"] = gpu_machine("gpu")
+    if page == EXPORT:
+        contents["serving"] = serving.table(RESULTS / "serving").rstrip()
     for marker, content in contents.items():
         start, end = f"<!-- results:{marker} -->", f"<!-- /results:{marker} -->"
         linked = content.replace("](docs/methods/", f"]({methods}")
@@ -427,7 +430,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     check = parser.parse_args().check
     changed = False
-    for page in (README, PAGE, PERFORMANCE, GPU, CHOOSING, *METHOD_PAGES):
+    for page in (README, PAGE, PERFORMANCE, GPU, CHOOSING, EXPORT, *METHOD_PAGES):
         old = page.read_text(encoding="utf-8")
         new = filled(page, old)
         changed |= new != old

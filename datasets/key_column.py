@@ -20,6 +20,8 @@ class KeyColumn:
         self._parts: list[np.ndarray] = []
         self._unsigned = False
         self._of_integers = True
+        self.of_floats = False
+        """Whether a block of floating-point numbers was among the values."""
 
     def add(self, values: pl.Series) -> None:
         self._parts.append(self.keys_of(values))
@@ -35,6 +37,7 @@ class KeyColumn:
         if self._numbers is None:
             self._numbers = {}
         self._of_integers &= values.dtype.is_integer()
+        self.of_floats |= values.dtype.is_float()
         encoded = values.cast(pl.String).to_arrow().dictionary_encode()
         numbers = self._numbers
         codes = [numbers.setdefault(text, len(numbers)) for text in encoded.dictionary.to_pylist()]

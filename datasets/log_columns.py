@@ -48,7 +48,7 @@ class DenseColumn:
         if values.dtype == pl.String:  # also with a decimal comma, which only quotes or another separator allow
             values = values.str.replace(r"^([+-]?\d+),(\d+)$", "$1.$2")
         elif not (values.dtype.is_numeric() or values.dtype in (pl.Boolean, pl.Null)):
-            raise ValueError(f"{where}: column '{values.name}' is of type {values.dtype}, where --dense needs numbers")
+            raise ValueError(f"{where}: column '{values.name}' is of type {values.dtype}, where numbers are needed")
         numbers = values.cast(pl.Float64, strict=False)
         wrong = values.is_not_null() & (numbers.is_null() | (numbers.abs() > LARGEST)).fill_null(False)
         return numbers.fill_nan(None), wrong
@@ -84,8 +84,9 @@ class ListColumn:
             return self._of_text(values)
         if not isinstance(values.dtype, pl.List) or isinstance(values.dtype.inner, (pl.List, pl.Struct, pl.Array)):
             raise ValueError(
-                f"{where}: column '{values.name}' is of type {values.dtype}, where --lists needs lists or text"
+                f"{where}: column '{values.name}' is of type {values.dtype}, where lists or text are needed"
             )
+        self.keys.of_floats |= values.dtype.inner.is_float()
         lists = values.fill_null([])
         return lists if values.dtype.inner.is_integer() else lists.cast(pl.List(pl.String))
 
@@ -96,14 +97,19 @@ class ListColumn:
             self.separator = most_frequent(SEPARATORS, text)
         return bare.str.split(self.separator or "|").list.eval(pl.element().str.strip_chars(" '\""))
 
-    def add(self, lists: pl.Series) -> None:
+    def flat(self, lists: pl.Series) -> tuple[pl.Series, np.ndarray]:
+        """The values that are not missing, one list after another, and how many of them each list has."""
         lengths = lists.list.len().cast(pl.Int64).to_numpy()
         values = self._missing.removed(lists.explode(empty_as_null=False))
         present = values.is_not_null()
         if not present.all():
             of_list = np.repeat(np.arange(len(lengths)), lengths)
             lengths = np.bincount(of_list[present.to_numpy()], minlength=len(lengths))
-        self.keys.add(values.filter(present))
+        return values.filter(present), lengths
+
+    def add(self, lists: pl.Series) -> None:
+        values, lengths = self.flat(lists)
+        self.keys.add(values)
         self._lengths.append(lengths)
 
     def take(self) -> KeyLists:

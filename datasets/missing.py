@@ -18,7 +18,7 @@ class MissingValues:
     """Makes missing values null: empty text, NaN, and text that is one of ``words``. Counts what it finds by column."""
 
     def __init__(self, words: Iterable[str] = WORDS) -> None:
-        self._words = tuple(dict.fromkeys(words))
+        self.words = tuple(dict.fromkeys(words))
         self._rows: Counter[str] = Counter()
         self._missing: Counter[str] = Counter()
         self._spelled: dict[str, Counter[str]] = {}
@@ -29,7 +29,7 @@ class MissingValues:
             values = values.fill_nan(None)
         elif values.dtype == pl.String:
             shown = values.str.to_lowercase()
-            word, doubtful = values.is_in(self._words), shown.is_in(DOUBTFUL)
+            word, doubtful = values.is_in(self.words), shown.is_in(DOUBTFUL)
             counts = self._spelled.setdefault(values.name, Counter())
             for text in (values.filter(word), shown.filter(doubtful & ~word)):
                 counts.update(dict(text.value_counts().iter_rows()))
@@ -50,7 +50,7 @@ class MissingValues:
                 share = count / max(1, self._rows[name])
                 if share < MUCH:
                     break
-                if text in self._words:
+                if text in self.words:
                     lines.append(
                         f"column '{name}': {share:.0%} of the values are {text!r}, which is read as a missing value "
                         "(--keep-missing-words reads it as a value)"

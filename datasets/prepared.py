@@ -21,6 +21,7 @@ from rich.progress import track
 from embtables._util.files import check_seal
 from embtables._util.reading import inside, read_json
 from embtables.datasets.batch import Batch, Lists, Rows
+from embtables.datasets.encoding import Encoding
 from embtables.datasets.prefetch import read_ahead
 from embtables.datasets.splits import SPLITS
 
@@ -89,6 +90,7 @@ class Manifest(BaseModel):
     slice_feature: str | None
     splits: dict[str, Split]
     frequencies: File
+    encoding: Encoding | None = None  # of raw rows, where the kind has such
 
     def files(self) -> list[File]:
         """All files but the manifest itself."""
@@ -246,7 +248,7 @@ class PreparedDataset:
             raise ValueError(f"skip {skip}: it cannot be negative")
         self._split(split)
         windows = read_ahead(self._loaded(split, seed, epoch, skip * batch_size))
-        batches = _batches(windows, batch_size, drop_last)
+        batches = cut_batches(windows, batch_size, drop_last)
         return read_ahead(batches, BATCHES_AHEAD) if _has_spare_core() else batches
 
     def _loaded(
@@ -400,9 +402,10 @@ def _has_spare_core() -> bool:
     return torch.cuda.is_initialized() or torch.get_num_threads() < (os.cpu_count() or 1)
 
 
-def _batches(
-    windows: Generator[tuple[Rows, np.ndarray | None, int], None, None], batch_size: int, drop_last: bool
+def cut_batches(
+    windows: Generator[tuple[Rows, np.ndarray | None, int], None, None], batch_size: int, drop_last: bool = False
 ) -> Generator[Batch, None, None]:
+    """Batches of windows: their rows, the order of these (None: as they are), and how many to skip in that order."""
     rest: Rows | None = None
     with closing(windows):
         for rows, order, position in windows:

@@ -15,7 +15,28 @@ MISSING = -(2**63)  # the key of an absent value
 MISSING_ID, UNSEEN_ID, FIRST_ID = 0, 1, 2
 
 
-class Vocabulary:
+class Ids:
+    """The ids of keys (int64): ``keys[i]`` has id ``i + 2``."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys = keys
+
+    def ids(self, keys: np.ndarray) -> np.ndarray:
+        """int32 ids of int64 keys."""
+        places = self._index.get_indexer(keys)  # -1 where there is none, which makes UNSEEN_ID
+        ids = (places + FIRST_ID).astype(np.int32)
+        ids[keys == MISSING] = MISSING_ID
+        return ids
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        """A hash table of the keys."""
+        import pandas as pd
+
+        return pd.Index(self.keys)
+
+
+class Vocabulary(Ids):
     """The ids of one feature, from the counts of its keys (int64) in the training split.
 
     The most frequent key gets id 2; equal counts are ordered by key. Keys rarer than ``min_count`` share id 1 with
@@ -32,7 +53,7 @@ class Vocabulary:
         rare = int(counts[~frequent].sum())
         keys, counts = keys[frequent], counts[frequent]
         order = np.lexsort((keys, -counts))
-        self.keys = keys[order].astype(np.int64)
+        super().__init__(keys[order].astype(np.int64))
         self.counts = np.concatenate([[missing, rare], counts[order]]).astype(np.int64)
         if len(self.counts) > 2**31:
             raise ValueError(f"{len(self.counts)} distinct values: ids are stored in 32 bits; raise min_count")
@@ -40,20 +61,6 @@ class Vocabulary:
     @property
     def num_embeddings(self) -> int:
         return len(self.counts)
-
-    def ids(self, keys: np.ndarray) -> np.ndarray:
-        """int32 ids of int64 keys."""
-        places = self._index.get_indexer(keys)  # -1 where there is none, which makes UNSEEN_ID
-        ids = (places + FIRST_ID).astype(np.int32)
-        ids[keys == MISSING] = MISSING_ID
-        return ids
-
-    @cached_property
-    def _index(self) -> pd.Index:
-        """A hash table of the keys."""
-        import pandas as pd
-
-        return pd.Index(self.keys)
 
 
 class KeyCounter:

@@ -31,6 +31,7 @@ PACKAGES = (
     "embtables.methods",
     "embtables.models",
     "embtables.optimizers",
+    "embtables.serving",
     "embtables.torchrec",
     "embtables.training",
     "embtables.training.config",

@@ -14,9 +14,10 @@ import typer
 
 from embtables._util.names import few
 from embtables.datasets.dense_scale import Scale
-from embtables.datasets.interaction_log import ITEM, USER, Log, LogOptions, write_log
+from embtables.datasets.encoding import Encoding
+from embtables.datasets.interaction_log import HISTORY, ITEM, USER, Log, LogOptions, write_log
 from embtables.datasets.key_column import KeyColumn
-from embtables.datasets.log_columns import DenseColumn, ListColumn, doubts_about, plain
+from embtables.datasets.log_columns import SEPARATORS, DenseColumn, ListColumn, doubts_about, plain
 from embtables.datasets.missing import WORDS, MissingValues
 from embtables.datasets.negatives import Negatives
 from embtables.datasets.options import (
@@ -184,7 +185,9 @@ def _fill(writer: Writer, path: Path, config: Interactions) -> None:
         negatives = replace(negatives, window_ms=None)
     writer.extra["rows_in_span"] = len(log.rows)
     write_log(writer, log, config.log, negatives, read.columns)
-    writer.report(read.told(log, {name: Scale(**of) for name, of in writer.extra.get("dense", {}).items()}))
+    scales = {name: Scale(**of) for name, of in writer.extra.get("dense", {}).items()}
+    writer.extra["encoding"] = read.encoding(scales).model_dump()
+    writer.report(read.told(log, scales))
 
 
 def _span(config: Interactions, clock: Clock, times: np.ndarray) -> tuple[int, int]:
@@ -265,6 +268,27 @@ class _LogReader:
     def columns(self) -> dict[str, KeyColumn]:
         """By feature, what knows the raw values of its keys."""
         return self.keys | {name: column.keys for name, column in self.lists.items()}
+
+    def encoding(self, scales: dict[str, Scale]) -> Encoding:
+        """How the rows that were read become features."""
+        config = self.config
+        features = (*config.context, *config.dense, *config.lists)
+        columns = {USER: self.user, ITEM: self.item, **{name: name for name in features}}
+        between = {name: column.separator for name, column in self.lists.items()}
+        if config.log.history:  # a row to be scored brings its own
+            columns[HISTORY] = HISTORY
+            between[HISTORY] = config.list_separator
+        return Encoding(
+            columns=columns,
+            floats=[name for name, column in self.columns.items() if column.of_floats],
+            scales=scales,
+            separators={name: separator or SEPARATORS[0] for name, separator in between.items()},
+            history=config.log.history,
+            missing=list(self.missing.words),
+            separator=config.separator,
+            names=list(config.columns),
+            charset=config.encoding,
+        )
 
     def log(self, writer: Writer) -> Log:
         """Reads all rows."""

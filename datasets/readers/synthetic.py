@@ -12,6 +12,8 @@ import numpy as np
 import polars as pl
 import typer
 
+from embtables.datasets.dense_scale import Scale
+from embtables.datasets.encoding import Encoding
 from embtables.datasets.options import Seed, Shares
 from embtables.datasets.prepared import LABEL, PreparedDataset
 from embtables.datasets.reader import Reader
@@ -185,6 +187,11 @@ def _fill(writer: Writer, config: Synthetic) -> None:
     writer.rows_read = config.rows
     test = np.concatenate(truths)
     writer.extra = {"bayes_auc": expected_auc(test), "bayes_logloss": expected_logloss(test)}
+    as_it_is = Scale("none", mean=0.0, deviation=1.0, fill=0.0, missing=0)
+    encoding = Encoding(
+        columns={name: name for name in (*names, *dense_names)}, scales=dict.fromkeys(dense_names, as_it_is)
+    )
+    writer.extra["encoding"] = encoding.model_dump()
 
 
 def expected_auc(probabilities: Sequence[float] | np.ndarray) -> float:

@@ -92,6 +92,28 @@ COMMANDS = (
         "export",
         "The run is as it was; OUT holds a whole export or none.",
     ),
+    Command(
+        "bundle",
+        "Write a run with all that it takes to score raw rows.",
+        "embtables.cli.bundle",
+        "bundle",
+        "The run is as it was; OUT holds a whole bundle or none.",
+    ),
+    Command(
+        "predict",
+        "Score the raw rows of a file by a bundle.",
+        "embtables.cli.bundle",
+        "predict",
+        "Nothing was written.",
+    ),
+    Command(
+        "versions",
+        "Replace served tables while they are read: versions, and deltas between them.",
+        "embtables.cli.versions",
+        "app",
+        "The current version is a whole one: the same command may be run again.",
+        is_group=True,
+    ),
 )
 
 EPILOG = """Examples:

@@ -58,7 +58,7 @@ def recommend(
     and trainings are short.
 
     Stopped and started again the same command goes on. OUT holds the prepared data, the probe, the sweep with its
-    report, and for each budget what is served.
+    report, and for each budget what is served, alone and as a bundle that scores raw rows.
 
     Examples:
 
@@ -85,6 +85,7 @@ def recommend(
     )
     from embtables.sweeps.report import write_report
     from embtables.sweeps.sweep import run_sweep
+    from embtables.training.bundle import save_bundle
     from embtables.training.config import load_config
     from embtables.training.export import copy_served, served_of
 
@@ -130,3 +131,10 @@ def recommend(
         copy_served(served_of(out / "sweep" / "cells" / taken.run), served)
         for line in [*taken.words(), f"Served tables and model: {served}"]:
             typer.echo(line)
+        bundle = out / "bundles" / served.name
+        try:
+            if not bundle.exists():
+                save_bundle(out / "sweep" / "cells" / taken.run, opened, bundle)
+            typer.echo(f"The same with what it takes to score raw rows, for `embtables predict`: {bundle}")
+        except ValueError as error:
+            typer.echo(f"No bundle to score raw rows with: {error}")

@@ -16,7 +16,7 @@ from embtables.training.planning import told_of_choice
 from embtables.training.presets import PRESETS
 from embtables.training.trainer import Trainer
 
-__all__ = ["export", "names_of", "train", "value_of"]
+__all__ = ["check_finished", "export", "names_of", "outside_runs", "train", "value_of"]
 
 _PRESETS = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
 
@@ -184,15 +184,8 @@ def export(
     \b
       embtables export runs/hash models/hash
     """
-    status = _status(run)
-    if status != "ok":
-        raise ValueError(f"{run} has no model to export: its status is {status!r}")
-    source, out = served_of(run), followed(out)
-    place = really(out)
-    for folder in (place, *place.parents):
-        if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
-            raise ValueError(f"{out} is in the run {folder}, whose parts are its own: give an OUT elsewhere")
-    remove_leftovers(out.parent)
+    check_finished(run)
+    source, out = served_of(run), outside_runs(out)
     if out.exists():
         if out.is_dir() and all(_same(source / name, out / name) for name in (TABLES, WEIGHTS, MODEL)):
             typer.echo(f"{out} holds this export already")
@@ -204,6 +197,28 @@ def export(
     copy_served(source, out)
     size = sum((out / name).stat().st_size for name in (TABLES, WEIGHTS, MODEL))
     typer.echo(f"{out}: {size:,} bytes in {TABLES}, {WEIGHTS} and {MODEL}")
+
+
+def check_finished(run: Path) -> None:
+    """Raises ValueError where a run has no model to export."""
+    status = _status(run)
+    if status != "ok":
+        raise ValueError(f"{run} has no model to export: its status is {status!r}")
+
+
+def outside_runs(out: Path) -> Path:
+    """The folder that OUT stands for, beside which nothing is left of killed processes.
+
+    Raises:
+        ValueError: it lies in the folder of a run.
+    """
+    out = followed(out)
+    place = really(out)
+    for folder in (place, *place.parents):
+        if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
+            raise ValueError(f"{out} is in the run {folder}, whose parts are its own: give an OUT elsewhere")
+    remove_leftovers(out.parent)
+    return out
 
 
 def value_of(text: str | None, flag: str) -> Any:

@@ -6,7 +6,7 @@ names, for checkpoints and for sharding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -258,6 +258,11 @@ class Weights(Slabs):
         scales = [scales_name(name) for name in self.weight_names if self.scales(name) is not None]
         names = [*self.weight_names, *scales, *self._extras.values(), *self._codes.values()]
         return {name: self.tensor(name).detach() for name in names}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts these tensors, by their attributes, in the place of buffers, such as those of served tables."""
+        assert self._buffers.keys() >= tensors.keys()
+        self._buffers.update(tensors)
 
     def slab(self, name: str) -> Tensor:
         """A view ``[rows, width]`` of the weights of a slab as they are stored: plain numbers, as all are that train.

@@ -29,6 +29,7 @@ from embtables.methods.base import Floor
 from embtables.optimizers import Adagrad, FusedOptimizer, RowWiseAdagrad, optimizer_from_config
 from embtables.plan.auto import Chosen, choose, explanation, told
 from embtables.plan.probe import Probe
+from embtables.serving.numpy_reader import CHECKSUM, LOOKUPS
 from embtables.sizes.budget import Budget, infeasible, parse_budget, split
 from embtables.sizes.layout import FULL, Counts, Form, Group, Layout
 from embtables.sizes.memory import format_bytes
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 MethodLike = Method | str | dict[str, Any]
 DEFAULT_OPTIMIZER = "default"
 FORMAT_VERSION = 1
-CHECKSUM = "sha256"
-"""What a file adds to the plan in it: the checksum of plan and tensors, which is no part of the plan."""
+# What a file says beside the plan in it.
+_BESIDE = (CHECKSUM, LOOKUPS)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Plan:
                 raise ValueError("its groups do not hold each table once")
             solved = Plan(tables, tuple(groups), budget, optimizer_from_config(data["optimizer"]), hash_seed)
             _check_names(solved)
-            lost = _lost({k: v for k, v in data.items() if k != CHECKSUM}, solved.to_dict())
+            lost = _lost({k: v for k, v in data.items() if k not in _BESIDE}, solved.to_dict())
             if lost is not None:
                 raise ValueError(f"a plan has no {lost}")
             return solved

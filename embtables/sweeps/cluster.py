@@ -130,18 +130,21 @@ def _task(threads: int, gpus: int) -> Any:
     import ray
 
     def train(versions: dict[str, str], arguments: dict[str, Any]) -> Any:
-        import importlib
         import socket
 
-        for name, expected in versions.items():
-            try:
-                found = str(importlib.import_module(name).__version__)
-            except ImportError as error:
-                found = f"that cannot be imported ({error})"
-            if found != expected:
+        try:
+            import torch
+
+            import embtables
+
+            found = {"embtables": embtables.__version__, "torch": str(torch.__version__)}
+        except ImportError as error:
+            found = {str(error.name): f"that cannot be imported ({error})"}
+        for name, other in found.items():
+            if other != versions.get(name):
                 raise ValueError(
-                    f"{socket.gethostname()} has {name} {found}, and this machine {expected}: install the same there, "
-                    "or leave that machine out of the cluster"
+                    f"{socket.gethostname()} has {name} {other}, and this machine {versions.get(name, 'has one')}: "
+                    "install the same there, or leave that machine out of the cluster"
                 )
         from embtables.sweeps.cluster import train_here
 

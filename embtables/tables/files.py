@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,24 +21,26 @@ from embtables.lookup.recipe import Coded, Listed, Range
 from embtables.lookup.recipe_block import RecipeBlock
 from embtables.lookup.store import Store
 from embtables.lookup.weights import Weights
-from embtables.plan.solver import CHECKSUM, Plan
+from embtables.plan.solver import Plan
+from embtables.serving.numpy_reader import CHECKSUM, KEY, LOOKUPS, checksum, open_file
+from embtables.serving.torch_reader import tensors_of
+from embtables.tables.described import lookups_of
 
-_KEY = "embtables"
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> None:
-    """Writes the tensors of a served store, ``stored``; the file is there whole or not at all.
+def write_file(path: Path | str, store: Store, blocks: Sequence[BlockLookup], plan: Plan) -> None:
+    """Writes the tensors of a served store, and how its blocks look them up; the file is there whole or not at all.
 
     A symbolic link stays: the file that it stands for is replaced.
 
     Raises:
         OSError: where it cannot be written.
     """
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
-    described = plan.to_dict()
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in store.stored().items()}
+    described = plan.to_dict() | {LOOKUPS: lookups_of(blocks, store)}
     # In one entry with the plan: safetensors writes several of them in an order of chance.
-    metadata = {_KEY: json.dumps(described | {CHECKSUM: _checksum(described, tensors)})}
+    metadata = {KEY: json.dumps(described | {CHECKSUM: _checksum(described, tensors)})}
     with replacing(followed(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -48,10 +49,14 @@ def write_file(path: Path | str, stored: Mapping[str, Tensor], plan: Plan) -> No
 
 
 @contextmanager
-def reading_file(path: Path | str) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+def reading_file(path: Path | str, *, verify: bool) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """The plan and the tensors of a file; what does not fit, here or inside the ``with`` block, is said of the file.
 
-    Files that embtables 0.1.0 wrote have no checksum; their sizes and codes are checked as those of others.
+    The tensors are in the memory that the file is mapped to. What is written into them is this process's alone.
+
+    Args:
+        path: of the file.
+        verify: whether the tensors are read and compared with the checksum. Files that embtables 0.1.0 wrote have none.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -60,11 +65,11 @@ def reading_file(path: Path | str) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        described, tensors = _read(path)
-        plan = Plan.from_dict(described)
+        file = open_file(path, "c")
+        plan, tensors = Plan.from_dict(file.described), tensors_of(file)
         _check_shapes(plan, tensors)
-        if CHECKSUM in described and described.pop(CHECKSUM) != _checksum(described, tensors):
-            raise ValueError("its contents do not match its checksum: it is damaged")
+        if verify:
+            file.check()
         yield plan, tensors
     except OSError:
         raise
@@ -82,42 +87,16 @@ def read_plan(path: Path | str) -> Plan:
         ValueError: naming the file, where it holds none.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return Plan.from_dict(_described(file.metadata()))
-    except (SafetensorError, ValueError) as error:
+        return Plan.from_dict(open_file(path).described)
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} holds no embedding tables that can be read: {reason}") from error
 
 
-def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The plan as plain data, with the checksum, and the tensors."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return _described(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def _described(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(_KEY)
-    if text is None:
-        raise ValueError("it holds no plan")
-    try:
-        described = json.loads(text)
-    except RecursionError:
-        raise ValueError("the brackets of its plan are nested too deeply") from None
-    if not isinstance(described, dict):
-        raise ValueError("it holds no plan")
-    return described
-
-
-def _checksum(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Hexadecimal, over the plan and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(plan).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+def _checksum(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    # NumPy has no bfloat16; its bytes are all that counts.
+    plain = {name: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
+    return checksum(described, ((name, str(t.dtype), plain[name].numpy()) for name, t in tensors.items()))
 
 
 def _check_shapes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:

@@ -221,22 +221,37 @@ class EmbeddingTables(PlannedTables):
         Weights keep the precision that they have: after ``half()`` the file takes half of that, and ``load`` gives
         tables of half precision.
         """
-        write_file(path, self.serve().store.stored(), self.plan)
+        served = self.serve()
+        write_file(path, served.store, served.lookups.blocks, self.plan)
 
     @classmethod
     @torch.no_grad()
-    def load(cls, path: Path | str, device: torch.device | str | None = None) -> EmbeddingTables:
-        """Reads what ``save`` wrote: served tables, for inference, without gradients or optimizer state.
+    def load(
+        cls, path: Path | str, device: torch.device | str | None = None, *, verify: bool = False
+    ) -> EmbeddingTables:
+        """Opens what ``save`` wrote: served tables, for inference, without gradients or optimizer state.
+
+        On the CPU the file is mapped into memory, so that tables of any size are there in milliseconds: nothing is
+        copied, lookups read the rows that they need, and processes that load one file share what they have read of it.
+        The file may be replaced by another one, as ``save`` does it, but must not be written over while it is in use.
+        Who writes into the tables, or casts them, does so in memory of their own; the file stays as it is.
+
+        Args:
+            path: of the file.
+            device: where the tables are to be; other devices than the CPU get a copy.
+            verify: whether all of the file is read first and compared with the checksum in it, and codes are checked
+                one by one. Without it only the header, the plan and all sizes are: a lookup of damaged contents gives
+                wrong vectors or an ``IndexError``, and reads nothing outside of the tables.
 
         Raises:
             FileNotFoundError: where there is no such file.
             ValueError: naming the file, where it is damaged or no such file.
         """
-        with reading_file(path) as (plan, tensors):
-            tables = cls._empty_served(plan, device)
-            check_codes(tables.lookups.blocks, tensors)
+        with reading_file(path, verify=verify) as (plan, tensors):
+            tables = cls._served_with(plan, tensors, device)
+            if verify:
+                check_codes(tables.lookups.blocks, tensors)
             tables.to(dtype_of(tensors, tables.store))
-            tables.store.load_state_dict(tensors)
         return tables.eval()
 
     # ---- state dict ----------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from typing_extensions import Self
 
 from embtables.lookup.store import Store
@@ -121,11 +122,28 @@ class PlannedTables(TableLookup):
 
     @classmethod
     def _empty_served(cls, plan: Plan, device: torch.device | str | None) -> Self:
+        return cls._served_over(plan, _served_store(plan, device))
+
+    @classmethod
+    def _served_with(cls, plan: Plan, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> Self:
+        """Tables that hold these tensors, by their attributes in the store, which are not copied on their device."""
+        store = _served_store(plan, "meta")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        store.leave_meta(device)
+        store.take({name: tensor.to(device) for name, tensor in tensors.items()})
+        return cls._served_over(plan, store)
+
+    @classmethod
+    def _served_over(cls, plan: Plan, store: Store) -> Self:
         tables = cls.__new__(cls)
         TableLookup.__init__(tables, plan.tables, served=True)
         tables.plan, tables.seed, tables.std = plan, 0, None
-        tables._build(Store([g.layout.serving for g in plan.groups], None, trainable=False, device=device))
+        tables._build(store)
         return tables
+
+
+def _served_store(plan: Plan, device: torch.device | str | None) -> Store:
+    return Store([g.layout.serving for g in plan.groups], None, trainable=False, device=device)
 
 
 def _serves_what_it_trains(plan: Plan) -> bool:

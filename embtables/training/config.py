@@ -23,8 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+from embtables._util.files import check_seal
 from embtables._util.names import did_you_mean
-from embtables._util.reading import NotYaml, parse_yaml, read_yaml
+from embtables._util.reading import NotYaml, inside, parse_yaml, read_yaml
 from embtables.formats import row_format
 from embtables.models import find_model
 from embtables.models.registry import hyperparameters_of
@@ -61,7 +62,9 @@ Bytes = StrictInt | StrictFloat | StrictStr
 
 
 def _whole(value: Any) -> Any:
-    """A whole number is written without a point."""
+    """A whole number is written without a point; ``ValueError`` for one that no number with a point could be."""
+    if isinstance(value, int) and value > 2**53:
+        raise ValueError("that is more than 2**53")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -351,6 +354,23 @@ class RunConfig(_Section):
         return {
             f"{s}.{name}": value for s, fields in self.model_dump(mode="json").items() for name, value in fields.items()
         }
+
+
+def config_of(run: Path) -> tuple[RunConfig, str]:
+    """The configuration of a run's folder, and the checksum of the manifest of its data.
+
+    Raises:
+        ValueError: the folder has no configuration of a run, or it is damaged.
+        OSError: it cannot be read.
+    """
+    path = run / "config.yaml"
+    try:
+        content = read_yaml(inside(run, path.name))
+        check_seal(content, path)
+        config = RunConfig.model_validate({name: content[name] for name in RunConfig.model_fields})
+        return config, str(content["data_sha256"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not the configuration of a run") from None
 
 
 def load_config(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from embtables.models.blocks import bags
 from embtables.tables import EmbeddingTables
 from embtables.training import metrics
 
-__all__ = ["Scored", "all_metrics", "lookup_latency_us", "main_metrics", "score", "table_norms", "to_device"]
+__all__ = ["Scored", "all_metrics", "forward", "lookup_latency_us", "main_metrics", "score", "table_norms", "to_device"]
 
 
 class Scored(NamedTuple):
@@ -49,6 +51,30 @@ def slice_feature(data: PreparedDataset) -> str | None:
 
 
 @torch.no_grad()
+def forward(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, where: str
+) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+    """Each batch with its logits, float32 [B], of a model in evaluation mode.
+
+    Args:
+        where: what the batches are of, in words.
+
+    Raises:
+        ValueError: the model does not return one logit a row.
+        FloatingPointError: a logit is NaN or infinite; the sentence names the row, counted from 0.
+    """
+    row = 0
+    for batch in batches:
+        output = model(to_device(batch, device))
+        check_logits(model, output, batch)
+        logits = output.float().cpu().numpy()
+        if not np.isfinite(logits).all():
+            wrong = int(np.argmin(np.isfinite(logits)))
+            raise FloatingPointError(f"the logit of row {row + wrong} of {where} is {logits[wrong]}")
+        row += len(logits)
+        yield batch, logits
+
+
 def score(
     model: nn.Module,
     data: PreparedDataset,
@@ -67,12 +93,11 @@ def score(
     sliced_by = slice_feature(data)
     column = None if sliced_by is None else data.feature_names.index(sliced_by)
     logits, labels, groups, ids = [], [], [], []
-    for number, batch in enumerate(data.batches(split, batch_size)):
-        if most is not None and number and (number + 1) * batch_size > most:
-            break
-        output = model(to_device(batch, device))
-        check_logits(model, output, batch)
-        logits.append(output.float().cpu().numpy())
+    batches = data.batches(split, batch_size)
+    if most is not None:
+        batches = islice(batches, max(1, most // batch_size))
+    for batch, found in forward(model, batches, device, f"split '{split}'"):
+        logits.append(found)
         labels.append(batch.labels.numpy())
         if column is not None:
             ids.append(batch.ids[:, column].numpy())
@@ -80,16 +105,12 @@ def score(
             groups.append(batch.groups.numpy())
     if not logits:
         raise ValueError(f"split '{split}' of {data.path} has no rows")
-    scored = Scored(
+    return Scored(
         np.concatenate(logits),
         np.concatenate(labels),
         np.concatenate(groups) if groups else None,
         np.concatenate(ids) if ids else None,
     )
-    if not np.isfinite(scored.logits).all():
-        row = int(np.argmin(np.isfinite(scored.logits)))
-        raise FloatingPointError(f"the logit of row {row} of split '{split}' is {scored.logits[row]}")
-    return scored
 
 
 def check_logits(model: nn.Module, logits: torch.Tensor, batch: Batch) -> None:

@@ -27,7 +27,16 @@ from embtables.plan.solver import Plan
 from embtables.tables import EmbeddingTables
 from embtables.tables.files import read_plan
 
-__all__ = ["Served", "check_served", "copy_served", "dense_state", "load_served", "save_served", "served_of"]
+__all__ = [
+    "Served",
+    "check_served",
+    "copy_served",
+    "dense_state",
+    "described",
+    "load_served",
+    "save_served",
+    "served_of",
+]
 
 FORMAT, VERSION = "embtables-served", 1
 TABLES, WEIGHTS, MODEL = "tables.safetensors", "model.safetensors", "model.json"
@@ -128,6 +137,12 @@ def served_of(run: Path) -> Path:
     return served
 
 
+def described(folder: Path) -> Served:
+    """What model.json of a served folder says of the model and its batches, where ``check_served`` has passed."""
+    found = _Description.model_validate(read_json(inside(folder, MODEL)))
+    return Served(**found.model_dump(exclude={"sha256"}))
+
+
 def load_served(
     folder: str | Path,
     device: torch.device | str | None = None,
@@ -162,7 +177,7 @@ def load_served(
             f"{folder / MODEL} names the model {name!r}, which is not of this package, and loading runs no other code: "
             "give its class as load_served(…, model=Class), or allow_import=True where you trust the folder"
         )
-    tables = EmbeddingTables.load(folder / TABLES, device)
+    tables = EmbeddingTables.load(folder / TABLES, device, verify=True)
     # The constructor draws weights that are overwritten: the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
         try:

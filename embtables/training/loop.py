@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from embtables import __version__
-from embtables._util.files import sealed, write_json
+from embtables._util.files import sealed, sha256, write_json
 from embtables.datasets import Batch, PreparedDataset
 from embtables.tables import EmbeddingTables
 from embtables.training.averaging import RunningMean
@@ -138,7 +138,7 @@ class Run:
         if self.config.tables.regularization:
             # Only now do ids have the rows with which the training goes on: in some methods they move.
             self.tables.regularize(self.config.tables.regularization, self.data.frequencies)
-        logs = self._logs(self.outcomes[0])
+        logs = _logs(self.outcomes[0], self.progress.step, self.device)
         try:
             if not self.progress.finished:
                 self._train(logs, until)
@@ -367,33 +367,12 @@ class Run:
         for other in others:
             curve = other.selection.curve
             result = other.finish(type(self.model), self.device, curve, self._of_training)
-            self._publish(other, self._logs(other), {**result, "trained_with": self.out.name})
+            logs_of_other = _logs(other, self.progress.step, self.device)
+            _publish(other, self.progress.step, logs_of_other, {**result, "trained_with": self.out.name})
         counted = self.progress.counted(self.quantization)
         result = own.finish(type(self.model), self.device, counted, self._of_training)
-        self._publish(own, logs, result)
+        _publish(own, self.progress.step, logs, result)
         return result
-
-    def _logs(self, outcome: Outcome) -> Logs:
-        """What a served form is logged to, from here on."""
-        config, out = outcome.config, outcome.out
-        fields = {name: value for name, value in config.flat().items() if name != "training.log_to"}
-        tags = {"embtables.version": __version__, "embtables.data_sha256": self.identity["data"]}
-        described = RunDescription(out.name, {"dataset": self.data.name, **fields}, tags)
-        loggers = [Guarded(each, described, out, self.device) for each in loggers_named(config.training.log_to)]
-        return Logs(Events(out / "tensorboard", self.progress.step), loggers)
-
-    def _publish(self, outcome: Outcome, logs: Logs, result: dict[str, Any]) -> None:
-        """Logs what a served form came to, and writes its metrics.json, after which it is finished."""
-        out, content = outcome.out, sealed(result)
-        tested = {name: value for name, value in result.items() if name.startswith("test_") and "scores" not in name}
-        sizes = {f"bytes/{name}": result[f"{name}_bytes"] for name in ("inference", "training", "full")}
-        logs.write(self.progress.step, {name.replace("_", "/", 1): value for name, value in tested.items()} | sizes)
-        with TemporaryDirectory() as folder:
-            write_json(Path(folder) / "metrics.json", content)
-            files = [out / name for name in ("config.yaml", "environment.json", "plan.json", "validation.csv")]
-            logs.close(finished=True, files=[*files, Path(folder) / "metrics.json"])
-        write_hparams(out / "tensorboard", hyperparameters(outcome.config, self.data), result)
-        write_json(out / "metrics.json", content)
 
     def _of_training(self) -> dict[str, Any]:
         """What the metrics of every form that is served say of the training."""
@@ -406,6 +385,30 @@ class Run:
             "peak_rss_bytes": self._peak_rss() or None,
             "collision_share": share_of_colliding_ids(self.tables),
         }
+
+
+def _logs(outcome: Outcome, step: int, device: torch.device) -> Logs:
+    """What a served form is logged to, from a step on."""
+    config, data, out = outcome.config, outcome.data, outcome.out
+    fields = {name: value for name, value in config.flat().items() if name != "training.log_to"}
+    tags = {"embtables.version": __version__, "embtables.data_sha256": sha256(data.path / "manifest.json")}
+    described = RunDescription(out.name, {"dataset": data.name, **fields}, tags)
+    loggers = [Guarded(each, described, out, device) for each in loggers_named(config.training.log_to)]
+    return Logs(Events(out / "tensorboard", step), loggers)
+
+
+def _publish(outcome: Outcome, step: int, logs: Logs, result: dict[str, Any]) -> None:
+    """Logs what a served form came to, and writes its metrics.json, after which it is finished."""
+    out, content = outcome.out, sealed(result)
+    tested = {name: value for name, value in result.items() if name.startswith("test_") and "scores" not in name}
+    sizes = {f"bytes/{name}": result[f"{name}_bytes"] for name in ("inference", "training", "full")}
+    logs.write(step, {name.replace("_", "/", 1): value for name, value in tested.items()} | sizes)
+    with TemporaryDirectory() as folder:
+        write_json(Path(folder) / "metrics.json", content)
+        files = [out / name for name in ("config.yaml", "environment.json", "plan.json", "validation.csv")]
+        logs.close(finished=True, files=[*files, Path(folder) / "metrics.json"])
+    write_hparams(out / "tensorboard", hyperparameters(outcome.config, outcome.data), result)
+    write_json(out / "metrics.json", content)
 
 
 class _Meter:

@@ -36,7 +36,7 @@ from embtables._util.files import (
     write_text,
 )
 from embtables._util.lock import locked
-from embtables._util.reading import inside, read_json, read_yaml
+from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
 from embtables.models import build_model
 from embtables.plan.solver import Plan
@@ -44,7 +44,7 @@ from embtables.sizes.budget import InfeasibleBudget
 from embtables.tables import EmbeddingTables
 from embtables.training.checkpoint import check_identity
 from embtables.training.compilation import check_compiler
-from embtables.training.config import AS_SERVED, RunConfig
+from embtables.training.config import AS_SERVED, RunConfig, config_of
 from embtables.training.environment import environment
 from embtables.training.initialization import initialize
 from embtables.training.loop import CHECKPOINT, Run
@@ -267,15 +267,11 @@ class Trainer:
                 )
             return
         try:
-            content = read_yaml(inside(self.out, "config.yaml"))
-            check_seal(content, path)
-            found = RunConfig.model_validate({name: content[name] for name in RunConfig.model_fields}).flat()
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(
-                f"{path} is not the configuration of a run: give another --out, or delete that folder"
-            ) from None
-        found = {name: value for name, value in found.items() if name not in _FREE}
-        check_identity(str(path), {"data": content.get("data_sha256"), **found}, identity)
+            config, data = config_of(self.out)
+        except ValueError as error:
+            raise ValueError(f"{error}: give another --out, or delete that folder") from None
+        found = {name: value for name, value in config.flat().items() if name not in _FREE}
+        check_identity(str(path), {"data": data, **found}, identity)
 
     def _write_start(self, identity: dict[str, Any], plan: Plan | None) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

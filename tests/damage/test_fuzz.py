@@ -18,6 +18,7 @@ from typing import Any
 
 import fuzzing
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from rich.console import Console
@@ -31,7 +32,7 @@ from embtables.sweeps.config import describe
 from embtables.sweeps.planning import cell_config
 from embtables.sweeps.summary import summarize
 from embtables.sweeps.sweep import run_sweep
-from embtables.training import Trainer, load_config, load_served
+from embtables.training import Predictor, Trainer, load_config, load_served, save_bundle
 from embtables.training.loop import Run
 from embtables.training.planning import plan_tables
 
@@ -54,7 +55,7 @@ def tables_file(folder: Path, method: Any, budget: str | None, counts: bool = Fa
 
 def read_tables(path: Path) -> Meaning:
     """What every id of the tables gives, and the tables themselves."""
-    tables = EmbeddingTables.load(path)
+    tables = EmbeddingTables.load(path, verify=True)
     listed = [table.name for table in tables.plan.tables if table.num_embeddings is not None]
     dense = {name: tables.to_dense(name).numpy().tobytes() for name in listed}
     return [table.to_dict() for table in tables.plan.tables], dense
@@ -75,6 +76,13 @@ def read_data(path: Path) -> Meaning:
 def read_served(path: Path) -> Meaning:
     model = load_served(path.parent)
     return {name: value.numpy().tobytes() for name, value in model.state_dict().items() if "extra_state" not in name}
+
+
+def read_bundle(folder: Path) -> Meaning:
+    """The columns that rows need, and the scores of some."""
+    predictor = Predictor.load(folder)
+    rows = pl.DataFrame({name: range(500) for name in predictor.columns})
+    return predictor.columns, predictor.predict(rows).tobytes()
 
 
 def read_config(path: Path) -> Meaning:
@@ -277,6 +285,13 @@ def test_served_models(name: str, sweep: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     shutil.copytree(sweep / "cells" / "hash-50pct-s0" / "served", folder)
     check(folder / name, lambda: read_served(folder / "model.json"), name)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "vocabularies.safetensors"])
+def test_bundles(name: str, sweep: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    save_bundle(sweep / "cells" / "hash-50pct-s0", PreparedDataset(data), folder)
+    check(folder / name, lambda: read_bundle(folder), name)
 
 
 def test_checkpoints(sweep: Path, data: Path, tmp_path: Path) -> None:

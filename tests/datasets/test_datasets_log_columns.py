@@ -326,7 +326,7 @@ def test_lists_where_one_value_is_needed(tmp_path: Path, role: str) -> None:
         given = {role: (name,) if role in ("context", "dense") else name}
         with pytest.raises(ValueError, match=sentence):
             prepare_interactions(source, tmp_path / "out", Interactions(**given))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="column 'more' is of type Struct.*, where --lists needs lists or text"):
+    with pytest.raises(ValueError, match="column 'more' is of type Struct.*, where lists or text are needed"):
         prepare_interactions(source, tmp_path / "out", Interactions(lists=("more",)))
 
 

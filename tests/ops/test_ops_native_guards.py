@@ -369,7 +369,7 @@ def test_ranks_that_are_none_are_refused_before_anything_is_taken(kind: str, ran
     tables.store.code_0[-1] = rank  # type: ignore[operator]
     tables.save(tmp_path / "tables")
     with pytest.raises(ValueError, match="holds no embedding tables that can be read: table 'city'.* is damaged"):
-        EmbeddingTables.load(tmp_path / "tables")
+        EmbeddingTables.load(tmp_path / "tables", verify=True)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def test_every_pinned_release_has_a_public_wheel(python: str) -> None:
         ("pytorch-lightning", "Lightning and Accelerate"),
         ("onnxruntime", "ONNX Runtime"),
         ("mlflow-skinny", "MLflow and Weights & Biases"),
+        ("uvicorn", "FastAPI, Uvicorn and HTTPX"),
     ],
 )
 def test_make_shows_what_pip_says_when_it_fails(tmp_path: Path, step: str, left_out: str) -> None:

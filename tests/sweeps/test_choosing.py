@@ -296,7 +296,7 @@ def test_the_command_line_hands_its_options_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[SweepConfig] = []
-    monkeypatch.setattr(sweep_module, "run_sweep", lambda config, out, jobs: asked.append(config) or [])
+    monkeypatch.setattr(sweep_module, "run_sweep", lambda config, out, jobs, on: asked.append(config) or [])
     options = ["--methods", "hash", "--budgets", "50%,1%", "--seeds", "3", "--best", "5", "--tune-at", "0.01"]
     options += ["--tune", "tables.regularization=0.10,0.3", "--tune", "tables.l2=0,1e-5", "--out", str(tmp_path)]
     assert main(["sweep", str(data), *options]) == 0

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pandas as pd
+import polars as pl
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from embtables.datasets import PreparedDataset
 from embtables.plan.probe import Entrant, Probe, Race
 from embtables.sweeps import recommending
 from embtables.sweeps.summary import summarize
-from embtables.training import load_config
+from embtables.training import Predictor, load_config
 from embtables.training.export import load_served
 from embtables.training.metrics import auc
 
@@ -65,6 +66,10 @@ def test_what_is_recommended_is_the_best_on_validation_and_is_served(recommended
     served = load_served(recommended / "served" / "20pct")
     with torch.no_grad():
         assert auc(batch.labels.numpy(), served(batch).numpy()) == pytest.approx(best["test_auc"], abs=1e-6)
+    bundled = Predictor.load(recommended / "bundles" / "20pct")
+    raw = pl.DataFrame({"user_id": ["u1", "nobody"], "item_id": ["i3", "i4"], "history": [["i1"], []]})
+    scores = bundled.predict(raw)
+    assert len(set(scores.tolist())) == 2 and 0 < scores.min() <= scores.max() < 1
     found = Probe.load(recommended / "probe.json")
     labels = {row for row in rows["method"]}
     assert {"full", "full(precision=int8)", "frequency_cutoff(precision=int4)"} < labels and len(labels) == 5
