@@ -133,8 +133,7 @@ def recommend(
             typer.echo(line)
         bundle = out / "bundles" / served.name
         try:
-            if not bundle.exists():
-                save_bundle(out / "sweep" / "cells" / taken.run, opened, bundle)
+            save_bundle(out / "sweep" / "cells" / taken.run, opened, bundle)
             typer.echo(f"The same with what it takes to score raw rows, for `embtables predict`: {bundle}")
         except ValueError as error:
             typer.echo(f"No bundle to score raw rows with: {error}")

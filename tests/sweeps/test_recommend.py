@@ -100,10 +100,12 @@ def test_the_same_command_says_the_same_and_trains_nothing(
     assert (recommended / "probe.json").read_bytes() == before
     # What is served is what is recommended, whatever lay there.
     table = recommended / "served" / "20pct" / "tables.safetensors"
-    served = table.read_bytes()
-    table.write_bytes(b"another")
+    vocabularies = recommended / "bundles" / "20pct" / "vocabularies.safetensors"
+    served, known = table.read_bytes(), vocabularies.read_bytes()
+    for file in (table, vocabularies):
+        file.write_bytes(b"another")
     assert run(["recommend", str(log), "--budget", "20%", "--out", str(recommended), *COMMON]) == 0
-    assert table.read_bytes() == served
+    assert table.read_bytes() == served and vocabularies.read_bytes() == known
 
 
 def test_costs_are_said_before(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
