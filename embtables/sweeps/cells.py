@@ -22,12 +22,11 @@ from embtables.training.planning import method_label
 #: (variant, method, budget); the variant is empty in a sweep without variants, the budget where the method takes none.
 Place = tuple[str, str, str]
 
+#: Full tables, and those served in low precision, which are one training with them: they cost its scores.
+FULL: tuple[MethodSpec, ...] = ("full", {"kind": "full", "precision": "int8"}, {"kind": "full", "precision": "int4"})
 #: Rows without which a sweep cannot be read: the upper mark, and what costs nothing to try.
 BASELINES: tuple[MethodSpec, ...] = (
-    "full",
-    # One training with full: they cost its scores.
-    {"kind": "full", "precision": "int8"},
-    {"kind": "full", "precision": "int4"},
+    *FULL,
     "drop_feature",
     "frequency_cutoff",
     "fewer_dimensions",

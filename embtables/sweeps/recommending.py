@@ -11,21 +11,14 @@ from embtables.datasets import PreparedDataset
 from embtables.methods import method_label
 from embtables.plan.probe import MethodSpec, Probe
 from embtables.sizes.memory import format_bytes
-from embtables.sweeps.cells import takes_budget, with_baselines
+from embtables.sweeps.cells import FULL, takes_budget, with_baselines
 from embtables.sweeps.config import SweepConfig, describe, read_config
 from embtables.sweeps.summary import Point, Summary
 from embtables.training.config import RunConfig, with_fields
 from embtables.training.learning_curve import MONITOR_LABELS
 
 #: Methods beside the winner of the race that are trained to the end.
-BESIDE: tuple[MethodSpec, ...] = (
-    "full",
-    {"kind": "full", "precision": "int8"},
-    {"kind": "full", "precision": "int4"},
-    {"kind": "frequency_cutoff", "precision": "int4"},
-)
-
-
+BESIDE: tuple[MethodSpec, ...] = (*FULL, {"kind": "frequency_cutoff", "precision": "int4"})
 #: ``--quick`` trains on no more examples than this.
 QUICK_EXAMPLES = 1_000_000
 

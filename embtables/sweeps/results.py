@@ -12,6 +12,16 @@ from embtables._util.files import check_seal, unsealed, write_text
 from embtables._util.reading import inside, read_json
 from embtables.sweeps.cells import Cell
 
+#: Columns that the first sweeps did not have.
+LATE_COLUMNS = (
+    "variant",
+    "valid_logloss",
+    "valid_gauc_weighted",
+    "valid_gauc_mean",
+    "trained_with",
+    "tuned",
+    "test_calibration",
+)
 #: The columns of results.csv. A column is only ever added at the end of its part.
 COLUMNS = (
     "dataset",
@@ -45,13 +55,7 @@ COLUMNS = (
     "learning_rate",
     "cell",
     "message",
-    "variant",
-    "valid_logloss",
-    "valid_gauc_weighted",
-    "valid_gauc_mean",
-    "trained_with",
-    "tuned",
-    "test_calibration",
+    *LATE_COLUMNS,
 )
 
 # What the sweep itself knows of a cell; a run's own word on these is not asked for.

@@ -22,7 +22,7 @@ from embtables._util.reading import inside, read_array, read_json, read_text, re
 from embtables.sweeps.cells import BASELINES, Cell, MethodSpec, Place, kind_of, labels_of, takes_budget
 from embtables.sweeps.choosing import finalists, num_finalists, tuned_at
 from embtables.sweeps.config import LABELS_CHECKSUM, SweepConfig, read_config
-from embtables.sweeps.results import COLUMNS, MEASURED, read_metrics
+from embtables.sweeps.results import COLUMNS, LATE_COLUMNS, MEASURED, read_metrics
 from embtables.training.learning_curve import value_of
 from embtables.training.metrics import bootstrap_auc_difference
 
@@ -32,16 +32,6 @@ LEAST_SEEDS_FOR_P = 5
 _MOST_SEEDS_TO_ENUMERATE = 16
 _TEXTS = ("budget", "method", "message", "cell", "variant", "trained_with", "tuned")
 _WHOLE = ("seed", "inference_bytes", "training_bytes", "full_bytes", "floor_bytes")
-# Columns that the first sweeps did not have.
-_LATE = (
-    "variant",
-    "valid_logloss",
-    "valid_gauc_weighted",
-    "valid_gauc_mean",
-    "trained_with",
-    "tuned",
-    "test_calibration",
-)
 
 
 @dataclass(frozen=True)
@@ -274,7 +264,7 @@ def _read_results(file: Path) -> pd.DataFrame:
     except (ValueError, csv.Error) as error:  # what cannot be parsed, what is empty, what is not UTF-8
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is damaged ({reason}): start the sweep again, which writes it anew") from None
-    frame = frame.reindex(columns=[*frame.columns, *(column for column in _LATE if column not in frame.columns)])
+    frame = frame.reindex(columns=[*frame.columns, *(column for column in LATE_COLUMNS if column not in frame.columns)])
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]!r}: start the sweep again, which writes it anew")

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from embtables._util.files import check_seal, not_written, replacing_folder, sealed, sha256
-from embtables._util.reading import inside, read_json
 from embtables.datasets import PreparedDataset
 from embtables.datasets.dense_scale import SCALES
 from embtables.datasets.encoder import Encoder, encoder_of
@@ -31,6 +30,7 @@ from embtables.tables import EmbeddingTables
 from embtables.training.config import config_of
 from embtables.training.export import MODEL, TABLES, Served, copy_served, described, load_served, served_of
 from embtables.training.planning import selected
+from embtables.training.records import check_files, read_record, validated
 
 __all__ = ["Bundle", "check_bundle", "load_bundle", "save_bundle"]
 
@@ -157,23 +157,10 @@ def check_bundle(folder: Path) -> Bundle:
     path = folder / BUNDLE
     if not path.is_file():
         raise ValueError(f"{folder} is no bundle: {BUNDLE} is missing; `embtables bundle` makes one of a run")
-    content = read_json(inside(folder, BUNDLE))
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} does not describe a bundle")
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
+    content = read_record(folder, BUNDLE, "bundle", FORMAT, VERSION)
     check_seal(content, path)
-    try:
-        bundle = Bundle.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{path}: field '{field}' is damaged ({problem['msg'].lower()})") from None
-    for name in _CHECKED:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if sha256(inside(folder, name)) != bundle.sha256.get(name):
-            raise ValueError(f"{folder / name} does not match its checksum in {BUNDLE}: it is damaged")
+    bundle = validated(path, lambda found: Bundle.model_validate_json(json.dumps(found)), content)
+    check_files(folder, _CHECKED, bundle.sha256, BUNDLE)
     return bundle
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +26,7 @@ from embtables.models.registry import is_built_in
 from embtables.plan.solver import Plan
 from embtables.tables import EmbeddingTables
 from embtables.tables.files import read_plan
+from embtables.training.records import check_files, read_record, validated
 
 __all__ = [
     "Served",
@@ -210,23 +211,9 @@ def _read(folder: Path) -> _Description:
     path = folder / MODEL
     if not path.is_file():
         raise ValueError(f"{folder} holds no served model: {MODEL} is missing")
-    content = read_json(inside(folder, MODEL))
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} does not describe a served model")
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
-    try:
-        description = _Description.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        reason = "is missing" if problem["type"] == "missing" else f"is damaged ({problem['msg'].lower()})"
-        raise ValueError(f"{path}: field '{field}' {reason}") from None
-    for name in (TABLES, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if sha256(inside(folder, name)) != description.sha256.get(name):
-            raise ValueError(f"{folder / name} does not match its checksum in {MODEL}: it is damaged")
+    content = read_record(folder, MODEL, "served model", FORMAT, VERSION)
+    description = validated(path, _Description.model_validate, content)
+    check_files(folder, (TABLES, WEIGHTS), description.sha256, MODEL)
     check_seal(content, path)
     _check_features(description, folder)
     return description
